@@ -1,0 +1,36 @@
+# Two commands a new user needs: `make quickstart` and `make test`. PYTHON=python3.12 chooses another Python.
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: quickstart test lint types tests clean
+
+quickstart: .venv/installed
+	python launch/quickstart.py
+
+test: lint types tests
+
+lint: .venv/installed-dev
+	ruff check .
+	ruff format --check .
+
+types: .venv/installed-dev
+	mypy
+
+tests: .venv/installed-dev
+	python -m pytest
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/python
+	@echo "Installing requirements.txt into .venv (a few minutes the first time)"
+	$(PIP) -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv runs/quickstart
