@@ -149,7 +149,9 @@ class _Buffers:
     def get(self, name: str, rows: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         if name not in self._made:
             shape = (self.rows, self.student.weight.shape[0])
-            self._made[name] = torch.empty(shape, dtype=dtype or self.dtype, device=self.student.weight.device)
+            self._made[name] = torch.empty(
+                shape, dtype=dtype or self.dtype, device=self.student.weight.device
+            )
         return self._made[name][:rows]
 
 
@@ -284,7 +286,9 @@ class _HiddenCosine(torch.autograd.Function):
     # A Function of its own because autograd cannot save the teacher's inference tensors, and because the
     # gradient is at hand in the forward pass.
     @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:  # type: ignore[override]
         dtype = torch.promote_types(student.dtype, torch.float32)
         s, t, w = student.to(dtype), teacher.to(dtype), weights.to(dtype)
         # The epsilon of torch.nn.CosineEmbeddingLoss, under both squared norms.
@@ -329,7 +333,9 @@ def heldout_sums(
             continue
         probabilities = torch.zeros_like(log_student)
         for teacher in teachers:
-            probabilities += teacher.share * torch.softmax(_logits(teacher, rows, 1.0, buffers, "teacher"), -1)
+            probabilities += teacher.share * torch.softmax(
+                _logits(teacher, rows, 1.0, buffers, "teacher"), -1
+            )
         teacher_best = probabilities.argmax(-1)
         chosen = probabilities.gather(1, here).squeeze(1).log()
         divergence = (torch.xlogy(probabilities, probabilities) - probabilities * log_student).sum(-1)

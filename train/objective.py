@@ -124,7 +124,9 @@ class DistillationLoss(nn.Module):
                 "one has no effect without the other; set both or neither"
             )
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise ValueError(f"objective.chunk_tokens is {self.chunk_tokens}; give a number >= 1 or leave it out")
+            raise ValueError(
+                f"objective.chunk_tokens is {self.chunk_tokens}; give a number >= 1 or leave it out"
+            )
 
     @property
     def needs_teacher(self) -> bool:
@@ -168,7 +170,14 @@ class DistillationLoss(nn.Module):
         family = family_of(student)
         encoded = family.encode(student, masked.input_ids, attention_mask, self.needs_hidden_states)
         terms = self._vocabulary_terms(
-            family, student, encoded.last_hidden, masked, teacher, attention_mask, num_tokens, num_masked_tokens
+            family,
+            student,
+            encoded.last_hidden,
+            masked,
+            teacher,
+            attention_mask,
+            num_tokens,
+            num_masked_tokens,
         )
         loss = torch.zeros((), device=masked.input_ids.device) if terms is None else terms.loss
         cosine = layer_cosine = None
