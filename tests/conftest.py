@@ -12,7 +12,9 @@ import random
 
 import pytest
 
-WORDS = "the a model layer token student teacher learns reads writes small large fast slow shard batch".split()
+WORDS = (
+    "the a model layer token student teacher learns reads writes small large fast slow shard batch"
+).split()  # noqa: SIM905
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

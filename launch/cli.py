@@ -1,0 +1,61 @@
+"""What every entry point shares: the command line, and how errors reach the user.
+
+Exit codes: 0 done; 2 bad usage, configuration or input; 75 stopped by a signal after saving, run again to
+continue; 1 anything else. Under a launcher every rank meets the same error: rank 0 alone prints it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import jsonargparse
+
+from train.config import Config
+
+BAD_USAGE = 2
+SECONDS_FOR_RANK_0 = 4.0
+
+# Attribute docstrings under each field become the help text of its flag.
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def parse_config(arguments: Sequence[str], description: str) -> Config:
+    """The configuration of a command line: defaults < `--config` files < `--section.key=value`.
+
+    Raises:
+        ValueError: unknown key, ill-typed or impossible value; the message names it.
+        SystemExit: after `--help`.
+    """
+    parser = jsonargparse.ArgumentParser(
+        description=description, exit_on_error=False, default_env=False, prog=os.path.basename(sys.argv[0])
+    )
+    parser.add_argument("--config", action="config", help="YAML recipe; later ones override earlier ones.")
+    parser.add_class_arguments(Config, None)
+    # The deepspeed launcher adds --local_rank; the environment's LOCAL_RANK says the same.
+    kept = [argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))]
+    try:
+        namespace = parser.parse_args(kept)
+        tree = vars(parser.instantiate_classes(namespace))
+        return Config(**{name: tree[name] for name in Config.__dataclass_fields__})
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def run_main(main: Callable[[Sequence[str]], int]) -> None:
+    """Call `main` with the command line and exit with its code; turn users' errors into one plain message."""
+    try:
+        code = main(sys.argv[1:])
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("HALFLING_TRACEBACK"):
+            raise
+        # The launcher ends the other ranks within a second of rank 0's end, before they repeat the message;
+        # what rank 0 did not meet is told by the rank that met it.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(SECONDS_FOR_RANK_0)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 1 if isinstance(error, FloatingPointError) else BAD_USAGE
+    sys.stdout.flush()
+    sys.exit(code)

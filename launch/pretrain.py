@@ -1,0 +1,37 @@
+"""Train a student from a teacher, or a model from scratch, on tokenised shards.
+
+    deepspeed launch/pretrain.py                                       the published DistilBERT-base recipe
+    deepspeed launch/pretrain.py --config launch/recipes/quickstart-student.yaml
+    deepspeed --hostfile hosts launch/pretrain.py --config R.yaml --training.max_steps=1000
+
+Settings are filled in this order: the published recipe (the defaults shown below), --config files,
+--section.key=value. Run again after a kill, and the run goes on from its newest complete checkpoint. The run
+folder (run.dir) receives metrics.jsonl, tensorboard/, checkpoints/, the Hugging Face folder student/ and
+summary.json.
+
+Exit codes: 0 done; 2 bad usage, configuration or input; 75 stopped by a signal after saving, run again to
+continue; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.cli import parse_config, run_main
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, wire, run."""
+    config = parse_config(arguments, __doc__ or "")
+    # Only now the seconds that torch and DeepSpeed take to import: --help and a mistyped flag answer at once.
+    from train.run import run
+
+    return run(config)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,288 @@
+"""From a configuration to a trainer: every part is built here, cheap checks first, models last."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+
+from data_prep.shard_format import Manifest, TokenizerInfo, read_url, shard_url
+from train.clock import Clock
+from train.config import Config
+from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
+from train.evaluation import HeldoutEvaluation
+from train.families import family_of
+from train.flops import forward_flops_per_token, measured_matrix_rate, shape_of
+from train.lamb import Lamb
+from train.loader import BatchLoader, heldout_windows
+from train.masking import Masker, continuation_table
+from train.objective import DistillationLoss
+from train.order import check_fit, windows_per_shard
+from train.students import make_student
+from train.teacher import Teacher, check_vocabulary, folder_fingerprint, load_masked_lm, load_teacher
+from train.trainer import DistillationModule, Trainer
+from train.world import World, import_deepspeed
+
+TEACHER_DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Parts:
+    """What launch/pretrain.py runs."""
+
+    trainer: Trainer
+    heldout: HeldoutEvaluation | None
+    """None where the corpus has no held-out windows."""
+    student: PreTrainedModel
+    teacher: Teacher | None
+    engine_config: dict[str, Any]
+    tokenizer_source: str
+    """Folder or hub name of the tokenizer that goes with the student."""
+    flops_per_token: float
+    matrix_rate: float
+
+
+def assemble(config: Config, world: World) -> Parts:
+    """Build everything, cheap checks first.
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong with the configuration, the shards or the teacher.
+    """
+    manifest = load_manifest(config.data.shards)
+    engine_config = engine_config_for(config, world)
+    loader = BatchLoader(
+        config.data.shards,
+        manifest,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        seed=config.data.seed,
+        lanes=config.data.lanes,
+        rank=world.rank,
+        world_size=world.world_size,
+        verify=config.data.verify,
+        cache_dir=config.data.cache_dir,
+    )
+    masker = build_masker(config, manifest)
+    schedule = build_schedule(config, loader.steps_per_epoch)
+    for name in teacher_names(config):
+        check_vocabulary(name, AutoConfig.from_pretrained(name), folder_fingerprint(name), manifest.tokenizer)
+    objective = DistillationLoss(**asdict(config.objective))
+    teacher = build_teacher(config, world) if objective.needs_teacher else None
+    student = build_student(config, manifest)
+    check_sequence_length(student, config.data.sequence_length)
+    flops = training_flops_per_token(config, student, teacher)
+    engine = start_engine(config, DistillationModule(student, objective), engine_config)
+    trainer = Trainer(
+        engine,
+        teacher,
+        loader,
+        masker,
+        schedule,
+        dropout_seed=config.data.seed,
+        rank=world.rank,
+        clock=Clock(world.device),
+    )
+    return Parts(
+        trainer=trainer,
+        heldout=build_heldout(config, manifest, masker, world),
+        student=student,
+        teacher=teacher,
+        engine_config=engine_config,
+        tokenizer_source=tokenizer_source(config),
+        flops_per_token=flops,
+        matrix_rate=measured_matrix_rate(world.device, next(student.parameters()).dtype),
+    )
+
+
+def load_manifest(shards: str) -> Manifest:
+    """The shards' manifest; where there is none, the error says how to make shards."""
+    try:
+        return Manifest.load(shards)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"data.shards={shards!r} holds no manifest.json; make shards from text with\n"
+            f"  python data_prep/write_shards.py CORPUS.txt --tokenizer google-bert/bert-base-uncased --out {shards}\n"
+            "or try the whole system on a small corpus with `make quickstart`"
+        ) from None
+
+
+def engine_config_for(config: Config, world: World) -> dict[str, Any]:
+    """DeepSpeed's JSON with the recipe's numbers filled in."""
+    training = config.training
+    template = read_engine_config(
+        config.deepspeed.config or default_engine_config(world.device.split(":")[0])
+    )
+    return resolve_engine_config(
+        template,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=check_fit(
+            training.global_batch_size, config.data.lanes, world.world_size, training.micro_batch_size
+        ),
+        gradient_clipping=training.gradient_clipping,
+    )
+
+
+def build_masker(config: Config, manifest: Manifest) -> Masker:
+    """The masker of the recipe, with the corpus's token counts and word boundaries where it wants them."""
+    rules, histogram, table = config.masking, None, None
+    if rules.smoothing > 0:
+        url = shard_url(config.data.shards, manifest.token_histogram)
+        histogram = np.lib.format.read_array(io.BytesIO(read_url(url)), allow_pickle=False)
+    if rules.whole_word:
+        table = _continuations(config, manifest.tokenizer)
+    return Masker(
+        manifest.tokenizer,
+        config.data.sequence_length,
+        config.data.seed,
+        probability=rules.probability,
+        whole_word=table,
+        histogram=histogram,
+        smoothing=rules.smoothing,
+    )
+
+
+def build_schedule(config: Config, steps_per_epoch: int) -> dict[str, Any]:
+    """peak, warmup_steps, total_steps and decay_power for train/schedule.py."""
+    total = config.training.max_steps or max(1, int(config.training.epochs * steps_per_epoch))
+    warmup = config.schedule.warmup_steps
+    if warmup is not None and warmup > total:
+        raise ValueError(f"schedule.warmup_steps={warmup} is more than the run's {total} steps; give fewer")
+    return {
+        "peak": config.optimizer.lr,
+        "warmup_steps": max(1, total // 40) if warmup is None else warmup,
+        "total_steps": total,
+        "decay_power": config.schedule.decay_power,
+    }
+
+
+def build_teacher(config: Config, world: World) -> Teacher:
+    """The frozen teacher (or ensemble) on this rank's device."""
+    return load_teacher(
+        teacher_names(config),
+        device=world.device,
+        dtype=TEACHER_DTYPES[config.model.teacher_dtype],
+        compile=config.model.teacher_compile,
+        weights=config.model.teacher_weights,
+    )
+
+
+def teacher_names(config: Config) -> list[str]:
+    """Folders or hub names of the teachers; empty without one."""
+    teacher = config.model.teacher
+    return [teacher] if isinstance(teacher, str) else list(teacher or [])
+
+
+def build_student(config: Config, manifest: Manifest) -> PreTrainedModel:
+    """The model that is trained: made from the teacher's layers, or from `model.scratch`. fp32, on the CPU."""
+    model = config.model
+    if model.teacher is None:
+        return _from_scratch(model.scratch or {}, manifest.tokenizer, config.data.seed)
+    return make_student(
+        load_masked_lm(teacher_names(config)[0]), model.student_layers, model.layer_map, seed=config.data.seed
+    )
+
+
+def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int) -> PreTrainedModel:
+    own = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
+    model_type = settings["model_type"]
+    try:
+        known = AutoConfig.for_model(model_type).to_dict()
+    except ValueError:
+        raise ValueError(
+            f"model.scratch: unknown model_type {model_type!r}; for example bert or roberta"
+        ) from None
+    for key in settings:
+        if key in own:
+            raise ValueError(
+                f"model.scratch: {key} comes from the shards' tokenizer ({own[key]}); leave it out"
+            )
+        if key not in known:
+            raise ValueError(f"model.scratch: {model_type} has no {key!r}; it has {', '.join(sorted(known))}")
+    hf_config = AutoConfig.for_model(**{**settings, **own})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForMaskedLM.from_config(hf_config, attn_implementation="sdpa").float().train()
+
+
+def check_sequence_length(student: PreTrainedModel, sequence_length: int) -> None:
+    """ValueError where the model has no position for a token of the sequence."""
+    longest = family_of(student).max_sequence_length(student)
+    if sequence_length > longest:
+        raise ValueError(
+            f"data.sequence_length={sequence_length}: the model has positions for {longest} tokens; give that or less"
+        )
+
+
+def build_heldout(
+    config: Config, manifest: Manifest, masker: Masker, world: World
+) -> HeldoutEvaluation | None:
+    """The evaluation on fixed held-out windows; None where the corpus has none."""
+    tokens = [shard.tokens for shard in manifest.splits["heldout"]]
+    if not sum(windows_per_shard(tokens, config.data.sequence_length)):
+        return None
+    input_ids, window_ids = heldout_windows(
+        config.data.shards, manifest, config.data.sequence_length, config.evaluation.max_windows
+    )
+    return HeldoutEvaluation(
+        input_ids,
+        window_ids,
+        masker,
+        batch_size=config.training.micro_batch_size,
+        device=world.device,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+
+
+def start_engine(config: Config, module: DistillationModule, engine_config: dict[str, Any]) -> Any:
+    """DeepSpeed's engine with LAMB bound to it."""
+    settings = config.optimizer
+    optimizer = Lamb(
+        module.named_parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        adapt_all=settings.adapt_all,
+        clamp=settings.clamp,
+        prenormalize=settings.prenormalize,
+    )
+    deepspeed = import_deepspeed(config.deepspeed.log_level)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config)
+    optimizer.bind(engine)
+    return engine
+
+
+def training_flops_per_token(config: Config, student: PreTrainedModel, teacher: Teacher | None) -> float:
+    """Model FLOPs per token: the student forward and backward (three forward passes), the teachers forward."""
+    length, objective = config.data.sequence_length, config.objective
+    uses_all = objective.kd_weight > 0 and objective.kd_positions == "all"
+    share = 1.0 if uses_all else config.masking.probability
+    flops = 3 * forward_flops_per_token(shape_of(student), length, share)
+    if teacher is not None:
+        share = share if objective.kd_weight > 0 else 0.0
+        flops += sum(forward_flops_per_token(shape_of(model), length, share) for model in teacher.models)
+    return flops
+
+
+def tokenizer_source(config: Config) -> str:
+    """Where the tokenizer that goes with the student is: beside the shards, else with the teacher."""
+    beside_shards = Path(config.data.shards, "tokenizer")
+    names = teacher_names(config)
+    return str(beside_shards) if beside_shards.is_dir() or not names else names[0]
+
+
+def _continuations(config: Config, tokenizer: TokenizerInfo) -> np.ndarray:
+    from transformers import AutoTokenizer
+
+    pieces = AutoTokenizer.from_pretrained(tokenizer_source(config)).convert_ids_to_tokens(
+        list(range(tokenizer.vocab_size))
+    )
+    return continuation_table(pieces, tokenizer.special_ids)

@@ -1,0 +1,70 @@
+"""Where a step's time goes, without waiting for the device between logging steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+
+class Clock:
+    """Adds up the seconds spent in named sections.
+
+    On a GPU a section is a pair of CUDA events, which are read, and so waited for, in `read` alone; on a CPU
+    it is the wall clock.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._on_gpu = device.startswith("cuda")
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Count what runs inside towards `name`."""
+        if self._on_gpu:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            with self.host_section(name):
+                yield
+
+    @contextmanager
+    def host_section(self, name: str) -> Iterator[None]:
+        """Count the host's wall clock while what is inside runs towards `name`."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._add(name, time.perf_counter() - start_s)
+
+    def waiting_for(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """`items`, with the host's time spent waiting for each counted towards `name`."""
+        iterator = iter(items)
+        while True:
+            try:
+                with self.host_section(name):
+                    item = next(iterator)
+            except StopIteration:
+                return
+            yield item
+
+    def read(self) -> dict[str, float]:
+        """Seconds by section since the last call."""
+        if self._events:
+            torch.cuda.synchronize()
+        for name, start, end in self._events:
+            self._add(name, start.elapsed_time(end) / 1000)
+        seconds, self._seconds, self._events = self._seconds, {}, []
+        return seconds
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds

@@ -1,0 +1,360 @@
+"""The configuration tree: every number of a run, with its default, its unit and where it comes from.
+
+Filled in this order: the defaults below (the published DistilBERT-base recipe, Sanh et al. 2019,
+arXiv:1910.01108, with LAMB at 4,096 sequences) < `--config recipe.yaml` < `--section.key=value`. Values that
+cannot work are refused here, before any model is loaded. What DeepSpeed's own JSON owns (ZeRO stage,
+precision, buckets) is not repeated here: see train/engine_config.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _require(condition: bool, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r}: {remedy}")
+
+
+def _require_positive(section: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value is None or value > 0, f"{prefix}.{name}", value, "give a number above 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Who teaches and who learns."""
+
+    teacher: str | list[str] | None = "google-bert/bert-base-uncased"
+    """Hugging Face folder or hub name of the frozen teacher; a list makes an ensemble, whose tempered
+    probabilities are averaged; null trains `scratch` on masked-language modelling alone."""
+
+    teacher_weights: list[float] | None = None
+    """Weight of each teacher of an ensemble (they are normalised to sum to 1); null: equal weights."""
+
+    teacher_dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """Number format of the teacher's weights and activations; auto: fp16 on a GPU, fp32 on a CPU."""
+
+    teacher_compile: bool = False
+    """Pass the teacher's encoder through torch.compile."""
+
+    student_layers: int | None = None
+    """Layers of the student; null: half the teacher's."""
+
+    layer_map: Literal["every_other", "distilbert", "random"] | list[int] = "distilbert"
+    """Which teacher layers the student starts from: every other one, the original code's 0,2,4,7,9,11, an
+    explicit list of teacher layers, or random weights in the teacher's shapes."""
+
+    scratch: dict[str, Any] | None = None
+    """Configuration of a model trained without a teacher: {model_type: bert, hidden_size: 256, ...}, keys as
+    in that model's Hugging Face config; vocabulary and special ids come from the shards."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "model", "student_layers")
+        if self.teacher is None:
+            _require(
+                self.scratch is not None and "model_type" in self.scratch,
+                "model.scratch",
+                self.scratch,
+                "with model.teacher=null say what to train, for example {model_type: bert, hidden_size: 256}",
+            )
+            for name, unset in (
+                ("student_layers", None),
+                ("teacher_weights", None),
+                ("teacher_compile", False),
+            ):
+                value = getattr(self, name)
+                _require(
+                    value == unset, f"model.{name}", value, "has no effect without model.teacher; remove it"
+                )
+        else:
+            _require(
+                self.scratch is None,
+                "model.scratch",
+                self.scratch,
+                "has no effect beside model.teacher; remove one",
+            )
+        if self.teacher_weights is not None:
+            count = len(self.teacher) if isinstance(self.teacher, list) else 1
+            _require(
+                len(self.teacher_weights) == count and min(self.teacher_weights) > 0,
+                "model.teacher_weights",
+                self.teacher_weights,
+                f"give {count} weights above 0, one for each teacher",
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the shards are and in which order they are read."""
+
+    shards: str = "shards"
+    """Folder or URL of the shards that data_prep/write_shards.py made."""
+
+    sequence_length: int = 512
+    """Tokens in a sequence, [CLS] and [SEP] included."""
+
+    seed: int = 0
+    """Seed of the data order, of the masks and of dropout."""
+
+    lanes: int = 64
+    """Parallel readers that an epoch is divided among: part of the data order's definition. The largest
+    number of ranks is the largest divisor of the global batch size up to this."""
+
+    verify: Literal["size", "full"] = "size"
+    """What is checked before training: the size of every shard, or its sha256 as well."""
+
+    cache_dir: str | None = None
+    """Folder in which shards from URLs are kept; null: they are read anew in every epoch."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "data", "lanes")
+        _require(self.sequence_length >= 8, "data.sequence_length", self.sequence_length, "give at least 8")
+        _require(0 <= self.seed < 2**31, "data.seed", self.seed, "give a number from 0 to 2147483647")
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Which tokens the model must guess (drawn anew in every epoch)."""
+
+    probability: float = 0.15
+    """Share of a sequence's positions that are chosen; of these 80 % become [MASK], 10 % a random token."""
+
+    smoothing: float = 0.7
+    """A token is chosen with probability proportional to count**-smoothing (the original code's 0.7);
+    0 chooses every token alike."""
+
+    whole_word: bool = False
+    """Choose whole words rather than pieces of words."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.probability < 1, "masking.probability", self.probability, "give a share between 0 and 1"
+        )
+        _require(0 <= self.smoothing <= 2, "masking.smoothing", self.smoothing, "give a number from 0 to 2")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """L = kd_weight T^2 KL(teacher || student at T) + mlm_weight CE + cosine_weight (1 - cos)."""
+
+    temperature: float = 2.0
+    """T of the soft targets."""
+
+    kd_weight: float = 5.0
+    """Weight of the soft targets."""
+
+    mlm_weight: float = 2.0
+    """Weight of masked-language modelling."""
+
+    cosine_weight: float = 1.0
+    """Weight of the cosine distance between the last hidden states."""
+
+    kd_positions: Literal["all", "masked"] = "all"
+    """Where the soft targets count: at every position (the original), or at masked ones (cheaper)."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "objective", "temperature")
+        for name in ("kd_weight", "mlm_weight", "cosine_weight"):
+            _require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "give 0 or more")
+        _require(
+            self.kd_weight + self.mlm_weight + self.cosine_weight > 0,
+            "objective.kd_weight",
+            self.kd_weight,
+            "all three weights are 0, so that there is nothing to learn; raise one",
+        )
+        _require(
+            self.kd_weight > 0 or self.kd_positions == "all",
+            "objective.kd_positions",
+            self.kd_positions,
+            "has no effect with objective.kd_weight=0; remove it",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """LAMB (You et al. 2020, arXiv:1904.00962), exact under ZeRO-2."""
+
+    lr: float = 1.77e-3
+    """Peak learning rate (You et al. 2020, table 4: 1.77e-3 at a batch of 4K)."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moments (You et al. 2020)."""
+
+    eps: float = 1e-6
+    """Added to the root of the second moment (You et al. 2020)."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay, not applied to biases and LayerNorms (You et al. 2020)."""
+
+    adapt_all: bool = False
+    """Scale biases and LayerNorms by a trust ratio as well."""
+
+    clamp: tuple[float, float] | None = None
+    """Smallest and largest trust ratio; null: not clamped."""
+
+    prenormalize: bool = False
+    """Divide the gradient by its global norm first (NVIDIA's LAMB); training.gradient_clipping must then
+    be 0."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "optimizer", "lr", "eps")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "give 0 or more")
+        _require(
+            all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "give two numbers in [0, 1)"
+        )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate: linear warm-up, then polynomial decay to 0 at the last step."""
+
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; null: 1/40 of all steps (You et al. 2020, table 4, at a batch of 4K)."""
+
+    decay_power: float = 1.0
+    """Exponent of the decay: 1 is linear (You et al. 2020), 0.5 is NVIDIA's, 0 keeps the peak."""
+
+    def __post_init__(self) -> None:
+        warmup = self.warmup_steps
+        _require(warmup is None or warmup >= 0, "schedule.warmup_steps", warmup, "give 0 or more, or null")
+        _require(self.decay_power >= 0, "schedule.decay_power", self.decay_power, "give 0 or more")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How much, how long."""
+
+    global_batch_size: int = 4096
+    """Sequences in an optimizer step, over all ranks and accumulation steps (Sanh et al. 2019: up to 4K)."""
+
+    micro_batch_size: int = 32
+    """Sequences that one rank passes through the models at a time; the accumulation is derived."""
+
+    epochs: float = 3.0
+    """Passes over the corpus (the original code's 3); not used where max_steps is given."""
+
+    max_steps: int | None = None
+    """Optimizer steps of the run; null: as many as `epochs` needs."""
+
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm (NVIDIA's LAMB recipe); 0: not clipped."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "training", "global_batch_size", "micro_batch_size", "epochs", "max_steps")
+        _require(
+            self.gradient_clipping >= 0,
+            "training.gradient_clipping",
+            self.gradient_clipping,
+            "give 0 or more",
+        )
+        _require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            "training.micro_batch_size",
+            self.micro_batch_size,
+            f"must divide training.global_batch_size={self.global_batch_size}",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a killed run can go on from."""
+
+    every_steps: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+
+    keep_last: int = 2
+    """Complete checkpoints that are kept; older ones are removed."""
+
+    allow_changed_config: bool = False
+    """Go on from a checkpoint although the configuration has changed since."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "checkpoint", "every_steps", "keep_last")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Scores on the held-out split while training."""
+
+    every_steps: int = 500
+    """Steps between evaluations; the first and the last step are always evaluated."""
+
+    max_windows: int = 2048
+    """Held-out sequences that are scored, always the same ones."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "evaluation", "every_steps", "max_windows")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run leaves what it makes, and what it says meanwhile."""
+
+    dir: str = "runs/distilbert-base"
+    """Run folder: configs, metrics, TensorBoard, checkpoints, the student. A run folder that holds a
+    checkpoint is continued."""
+
+    log_every_steps: int = 10
+    """Steps between rows of metrics.jsonl, TensorBoard points and updates of the progress bar."""
+
+    stop_after_non_finite: int = 20
+    """Steps in a row with a non-finite gradient after which the run stops."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "run", "log_every_steps", "stop_after_non_finite")
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """The engine."""
+
+    config: str | None = None
+    """DeepSpeed JSON; null: ds_configs/fp16.json on GPUs, ds_configs/cpu.json elsewhere."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "error"
+    """What DeepSpeed may say."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+    def __post_init__(self) -> None:
+        if self.optimizer.prenormalize:
+            _require(
+                self.training.gradient_clipping == 0,
+                "training.gradient_clipping",
+                self.training.gradient_clipping,
+                "with optimizer.prenormalize=true the gradient is already of norm 1: give 0",
+            )
+        if self.model.teacher is None:
+            for name in ("kd_weight", "cosine_weight"):
+                value = getattr(self.objective, name)
+                _require(
+                    value == 0,
+                    f"objective.{name}",
+                    value,
+                    "needs a model.teacher; give 0 to train without one",
+                )
+        warmup, last = self.schedule.warmup_steps, self.training.max_steps
+        _require(
+            warmup is None or last is None or warmup <= last,
+            "schedule.warmup_steps",
+            warmup,
+            f"is more than training.max_steps={last}; give fewer",
+        )

@@ -1,0 +1,106 @@
+"""DeepSpeed's JSON: what it owns stands there, what the recipe owns stands there as "auto" and is filled in.
+
+DeepSpeed itself does not resolve "auto". One owner per number: a literal where the recipe decides, and an
+"auto" that nobody fills in, are both errors.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# DeepSpeed's own optimizer, scheduler and TensorBoard are not used: the recipe brings its own.
+REPLACED = {
+    "optimizer": "the section optimizer.*",
+    "scheduler": "the section schedule.*",
+    "tensorboard": "the run folder's own TensorBoard",
+}
+RECIPE_OWNS = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size, training.micro_batch_size and the world size",
+    "gradient_clipping": "training.gradient_clipping",
+    "steps_per_print": "run.log_every_steps",
+}
+
+
+def default_engine_config(device_type: str) -> Path:
+    """The JSON used where deepspeed.config is null: fp16 on GPUs, fp32 on a CPU."""
+    return ROOT / "ds_configs" / ("fp16.json" if device_type == "cuda" else "cpu.json")
+
+
+def read_engine_config(path: str | Path) -> dict[str, Any]:
+    """The JSON object of a file; ValueError where there is none."""
+    try:
+        config = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        shipped = ", ".join(
+            f"ds_configs/{file.name}" for file in sorted((ROOT / "ds_configs").glob("*.json"))
+        )
+        raise ValueError(
+            f"deepspeed.config={str(path)!r}: no such file; this project ships {shipped}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"deepspeed.config={str(path)!r} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"deepspeed.config={str(path)!r} holds a {type(config).__name__}; a JSON object is needed"
+        )
+    return config
+
+
+def resolve_engine_config(
+    template: dict[str, Any],
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    gradient_clipping: float,
+) -> dict[str, Any]:
+    """`template` with every "auto" filled in, ready for deepspeed.initialize.
+
+    Args:
+        template: the parsed JSON; not changed.
+        global_batch_size, micro_batch_size: sequences.
+        gradient_clipping: largest global gradient norm; 0 for none.
+    Raises:
+        ValueError: a literal where the recipe decides, a ZeRO stage above 2, or an "auto" left over.
+    """
+    values = {
+        "train_batch_size": global_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_clipping": gradient_clipping,
+        "steps_per_print": None,  # the engine's own step lines; metrics.jsonl has them
+    }
+    resolved = copy.deepcopy(template)
+    for key, owner in {**RECIPE_OWNS, **REPLACED}.items():
+        if resolved.get(key, "auto") != "auto":
+            raise ValueError(
+                f'deepspeed.config: {key}={resolved[key]!r} belongs to {owner}; write "auto" there or leave it out'
+            )
+    for key in REPLACED:
+        resolved.pop(key, None)
+    resolved.update(values)
+    if left := _left_over(resolved):
+        raise ValueError(
+            f'deepspeed.config: nothing fills in "auto" at {", ".join(left)}; give a value there'
+        )
+    stage = resolved.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise ValueError(
+            f"deepspeed.config: zero_optimization.stage={stage!r}; LAMB is exact at stages 0, 1 and 2"
+        )
+    return resolved
+
+
+def _left_over(value: Any, path: str = "") -> list[str]:
+    if value == "auto":
+        return [path]
+    if isinstance(value, dict):
+        return [name for key, item in value.items() for name in _left_over(item, f"{path}.{key}".lstrip("."))]
+    return []

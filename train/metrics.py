@@ -1,0 +1,158 @@
+"""One stream of rows, several readers: metrics.jsonl, TensorBoard, and the progress bar or plain lines.
+
+Rank 0 opens `RunEvents`; the other ranks hold a `NoEvents`, so that the trainer never asks for its rank.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+PLAIN_LINE_EVERY_S = 15.0
+
+
+class Events(Protocol):
+    """Where rows go."""
+
+    def row(
+        self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor] = ...
+    ) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoEvents:
+    """Takes everything, does nothing."""
+
+    def row(
+        self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor] = {}
+    ) -> None:
+        """Ignore."""
+
+    def say(self, message: str) -> None:
+        """Ignore."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class RunEvents:
+    """Writes the rows of steps after `resumed_step`; rows that a killed run had already written past that step
+    are removed, so that each step stands in metrics.jsonl once."""
+
+    def __init__(self, run_dir: Path, name: str, resumed_step: int, total_steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run_dir / "metrics.jsonl"
+        _drop_rows_after(path, resumed_step)
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self._progress = _Progress(name, resumed_step, total_steps)
+
+    def row(
+        self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor] = {}
+    ) -> None:
+        """One row: scalars to all readers, histograms (any shape) to TensorBoard alone."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            self._board.add_scalar(board_tag(key), value, step)
+        for key, tensor in histograms.items():
+            self._board.add_histogram(board_tag(key), tensor.detach().float().cpu(), step)
+        self._progress.update(step, values)
+
+    def say(self, message: str) -> None:
+        """One line for the user, beside the progress bar."""
+        self._progress.say(message)
+
+    def close(self) -> None:
+        """Flush and close every reader."""
+        self._progress.close()
+        self._file.close()
+        self._board.close()
+
+
+def board_tag(key: str) -> str:
+    """TensorBoard groups by the part before the slash."""
+    groups = {
+        "loss": "loss",
+        "heldout": "heldout",
+        "trust": "optimizer",
+        "lr": "optimizer",
+        "grad": "optimizer",
+        "skipped": "optimizer",
+        "time": "time",
+    }
+    first = key.split("_")[0]
+    return (
+        f"{groups.get(first, 'speed' if key in ('tokens_per_s', 'mfu', 'memory_gib') else 'progress')}/{key}"
+    )
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, oldest first; a line that a kill cut short is left out."""
+    rows = []
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [row for row in read_rows(path.parent) if row["step"] <= step]
+        partial = path.with_name(".metrics.jsonl.partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.rename(path)
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a plain line every 15 s."""
+
+    def __init__(self, name: str, step: int, total_steps: int) -> None:
+        self._name, self._first, self._total = name, step, total_steps
+        self._start = time.monotonic()
+        self._last_line = 0.0
+        self._bar = tqdm(
+            desc=name,
+            initial=step,
+            total=total_steps,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        shown = {key: values[key] for key in ("loss", "heldout_mlm_loss") if key in values}
+        if "tokens_per_s" in values:
+            shown["tokens_per_s"] = values["tokens_per_s"]
+        if not self._bar.disable:
+            self._bar.set_postfix({key: f"{value:,.4g}" for key, value in shown.items()}, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif shown and (time.monotonic() - self._last_line > PLAIN_LINE_EVERY_S or step == self._total):
+            self._last_line = time.monotonic()
+            figures = "  ".join(f"{key} {value:,.4g}" for key, value in shown.items())
+            self.say(f"{self._name}: step {step}/{self._total}  {figures}  {self._time_left(step)}")
+
+    def _time_left(self, step: int) -> str:
+        if step == self._first:
+            return ""
+        seconds = (time.monotonic() - self._start) / (step - self._first) * (self._total - step)
+        return f"{tqdm.format_interval(seconds)} left"
+
+    def say(self, message: str) -> None:
+        tqdm.write(message, file=sys.stderr)
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,217 @@
+"""What happens between steps: logging, evaluation, checkpoints, stopping. Each is one class, called after
+every step on every rank; none of them waits for the device except on the steps it acts on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from train.checkpoint import TrainState, save_checkpoint
+from train.clock import Clock
+from train.metrics import Events
+from train.signals import StopRequest
+from train.trainer import Trainer
+from train.world import World, agree_to_stop
+
+# Sections of the clock that are left out of a step's throughput.
+BESIDE_TRAINING = ("evaluation", "checkpoint")
+
+
+class StoppedAfterSavingError(Exception):
+    """A signal asked for a stop; everything up to the last step is saved."""
+
+
+class Logging:
+    """A row of loss, speed and optimizer figures every `every_steps` steps.
+
+    Args:
+        tokens_per_step: of the global batch.
+        flops_per_token: model FLOPs of teacher and student (train/flops.py).
+        matrix_rate: FLOP/s that one rank reaches in a matrix product, for the utilisation (mfu).
+        first_step: steps done before this start.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        events: Events,
+        world: World,
+        *,
+        every_steps: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        matrix_rate: float,
+        first_step: int,
+    ) -> None:
+        self.trainer, self.events, self.world = trainer, events, world
+        self.every_steps, self.tokens_per_step = every_steps, tokens_per_step
+        self.flops_per_token, self.matrix_rate = flops_per_token, matrix_rate
+        self._since_step, self._since_s = first_step, time.perf_counter()
+
+    def after_step(self, state: TrainState) -> None:
+        """Log, if this is a logging step."""
+        total_steps = self.trainer.schedule["total_steps"]
+        if state.step % self.every_steps and state.step != total_steps:
+            return
+        row = self._losses(state)
+        row.update(self._optimizer())
+        row.update(self._speed(state))
+        lamb = self.trainer.engine.optimizer.optimizer
+        self.events.row(state.step, row, {"trust_ratios": lamb.trust_ratios[lamb.adapted]})
+        self._check_finite(state, row["loss"])
+
+    def _losses(self, state: TrainState) -> dict[str, float]:
+        names, means = self.trainer.losses.take()
+        dist.all_reduce(means)
+        losses = dict(zip(names, (means / self.world.world_size).tolist(), strict=True))
+        epoch = state.step / self.trainer.loader.steps_per_epoch
+        return {"epoch": round(epoch, 6), "tokens": state.step * self.tokens_per_step, **losses}
+
+    def _optimizer(self) -> dict[str, float]:
+        engine = self.trainer.engine
+        lamb = engine.optimizer.optimizer
+        ratios = lamb.trust_ratios[lamb.adapted].float()
+        low, middle, high = torch.stack([ratios.min(), ratios.median(), ratios.max()]).tolist()
+        norm = engine.get_global_grad_norm()
+        return {
+            "lr": lamb.param_groups[0]["lr"],
+            "grad_norm": float("nan") if norm is None else float(norm),
+            "loss_scale": float(getattr(engine.optimizer, "loss_scale", 1.0)),
+            "skipped_steps": engine.skipped_steps,
+            "trust_ratio_min": low,
+            "trust_ratio_median": middle,
+            "trust_ratio_max": high,
+        }
+
+    def _speed(self, state: TrainState) -> dict[str, float]:
+        now, steps = time.perf_counter(), state.step - self._since_step
+        spent = self.trainer.clock.read()
+        beside_training = sum(spent.pop(name, 0.0) for name in BESIDE_TRAINING)
+        tokens_per_s = steps * self.tokens_per_step / (now - self._since_s - beside_training)
+        self._since_step, self._since_s = state.step, now
+        times = {f"time_{name}": seconds / steps for name, seconds in spent.items()}
+        peak = self.matrix_rate * self.world.world_size
+        return {
+            "tokens_per_s": tokens_per_s,
+            "mfu": tokens_per_s * self.flops_per_token / peak,
+            **times,
+            "memory_gib": _memory_gib(self.world.device),
+        }
+
+    def _check_finite(self, state: TrainState, loss: float) -> None:
+        fp16 = getattr(self.trainer.engine, "fp16_enabled", lambda: False)()
+        if not math.isfinite(loss) and not fp16:
+            raise FloatingPointError(
+                f"the loss is {loss} at step {state.step}: lower optimizer.lr or lengthen schedule.warmup_steps, "
+                "then start again; checkpoints written before are intact"
+            )
+
+
+class Overflows:
+    """Stops the run after too many skipped steps in a row (fp16 gradients that overflow)."""
+
+    def __init__(self, engine: Any, limit: int) -> None:
+        self.engine, self.limit = engine, limit
+        self._skipped, self._in_a_row = int(engine.skipped_steps), 0
+
+    def after_step(self, state: TrainState) -> None:
+        """Count; no device is waited for: the engine knows on the host what it skipped."""
+        skipped = int(self.engine.skipped_steps)
+        self._in_a_row = self._in_a_row + 1 if skipped > self._skipped else 0
+        self._skipped = skipped
+        if self._in_a_row >= self.limit:
+            raise FloatingPointError(
+                f"gradients overflowed in {self._in_a_row} steps in a row up to step {state.step}: lower "
+                "optimizer.lr, or use ds_configs/bf16.json where the GPU has bf16"
+            )
+
+
+class Evaluating:
+    """Held-out scores before the first step, every `every_steps` steps, and after the last."""
+
+    def __init__(
+        self,
+        score: Callable[[], dict[str, float]],
+        events: Events,
+        clock: Clock,
+        *,
+        every_steps: int,
+        total_steps: int,
+    ) -> None:
+        self.score, self.events, self.clock = score, events, clock
+        self.every_steps, self.total_steps = every_steps, total_steps
+
+    def before_first_step(self, state: TrainState) -> None:
+        """Score the untrained student, and its teacher once."""
+        if state.step == 0:
+            self._score(state, first=True)
+
+    def after_step(self, state: TrainState) -> None:
+        """Score, if this is an evaluation step."""
+        if state.step % self.every_steps == 0 or state.step == self.total_steps:
+            self._score(state, first=False)
+
+    def _score(self, state: TrainState, first: bool) -> None:
+        with self.clock.host_section("evaluation"):
+            row = self.score()
+        # The teacher does not change: its own scores stand in the first row alone.
+        self.events.row(state.step, row if first else {k: v for k, v in row.items() if "teacher" not in k})
+
+
+class Checkpointing:
+    """Saves every `every_steps` steps, after the last step, and when a signal asks for a stop."""
+
+    def __init__(
+        self,
+        engine: Any,
+        folder: Path,
+        events: Events,
+        clock: Clock,
+        world: World,
+        stop: StopRequest,
+        *,
+        every_steps: int,
+        keep_last: int,
+        total_steps: int,
+    ) -> None:
+        self.engine, self.folder, self.events, self.clock = engine, folder, events, clock
+        self.world, self.stop = world, stop
+        self.every_steps, self.keep_last, self.total_steps = every_steps, keep_last, total_steps
+        # Ranks agree through gloo, on the host: with NCCL every step would wait for the device.
+        self._group = dist.new_group(backend="gloo") if world.world_size > 1 else None
+
+    def after_step(self, state: TrainState) -> None:
+        """Save if it is time or a stop was asked for on any rank.
+
+        Raises:
+            StoppedAfterSavingError: a stop was asked for; the state is saved.
+        """
+        stop = self.stop.requested
+        if self._group is not None:
+            stop = agree_to_stop(stop, self._group)
+        due = state.step % self.every_steps == 0 or state.step == self.total_steps
+        if due or stop:
+            with self.clock.host_section("checkpoint"):
+                seconds = save_checkpoint(
+                    self.engine, self.folder, state, self.world.world_size, self.keep_last
+                )
+            self.events.row(state.step, {"time_checkpoint": seconds})
+        if stop and state.step < self.total_steps:
+            raise StoppedAfterSavingError(
+                f"stopped after step {state.step}, which is saved; run again to continue"
+            )
+
+
+def _memory_gib(device: str) -> float:
+    """Peak memory of this rank: allocated on its GPU, or resident on the host."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
