@@ -15,26 +15,26 @@ one rank, so at most K - 1 shards an epoch; at most W - 1 of them are read by tw
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Iterator
 from dataclasses import dataclass
-from queue import Empty, Full, Queue, SimpleQueue
 
 import numpy as np
 import torch
 
 from data_prep.shard_format import Manifest
-from train.order import FRAME_TOKENS, DataOrder, check_fit, windows_per_shard
+from train.order import FRAME_TOKENS, DataOrder, Run, check_fit, windows_per_shard
 from train.packing import cut_windows, document_bounds, frame_windows, permute_documents
-from train.shard_reader import ShardCache, check_shards, read_shard, shard_tokens
+from train.prefetch import ReadAhead, in_background
+from train.shard_checks import check_shards
+from train.shard_reader import ShardCache, read_shard, shard_tokens
 
 __all__ = ["BatchLoader", "MicroBatch", "check_shards", "heldout_windows"]
 
 PREFETCH_TOKENS = 1 << 20
-_READERS = 2
-_LOOKAHEAD_STEPS = 4
+READER_THREADS = 2
+LOOKAHEAD_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class BatchLoader:
         verify: str = "size",
         cache_dir: str | None = None,
     ) -> None:
-        self._accumulation = check_fit(global_batch_size, lanes, world_size, micro_batch_size)
+        check_fit(global_batch_size, lanes, world_size, micro_batch_size)
         infos = manifest.splits[split]
         windows = windows_per_shard([shard.tokens for shard in infos], sequence_length)
         self.order = DataOrder(windows, global_batch_size, seed, lanes)
@@ -94,64 +94,53 @@ class BatchLoader:
         self._cache = ShardCache(cache_dir) if cache_dir is not None else None
         self._sequence_length = sequence_length
         self._micro_batch_size = micro_batch_size
-        share = self.order.num_lanes // world_size
-        self._lanes = range(rank * share, (rank + 1) * share)
+        assert 0 <= rank < world_size
+        self._rank, self._world_size = rank, world_size
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[MicroBatch]:
         """The micro batches of steps start_step to stop_step - 1, read ahead in the background.
 
-        Threads end when the iterator does, also when it is closed or dropped early. What fails in them is
-        raised here. Each call opens its shards anew: call it once for a run, not once for a step.
+        The threads end when the iterator does, also when it is closed or dropped early. What fails in them
+        is raised here. Each call opens its shards anew: call it once for a run, not once for a step.
         """
         self.order.position(start_step)  # refuses a negative step before a thread starts
-        window_bytes = self._micro_batch_size * self._sequence_length
-        return _in_background(
-            lambda stop: self._produce(start_step, stop_step, stop), max(2, PREFETCH_TOKENS // window_bytes)
-        )
+        depth = max(2, PREFETCH_TOKENS // (self._micro_batch_size * self._sequence_length))
+        return in_background(lambda left: self._produce(start_step, stop_step, left), depth)
 
-    def _produce(self, start_step: int, stop_step: int, stop: threading.Event) -> Iterator[MicroBatch]:
-        with _OpenShards(self._prepare) as opened:
-            for step in range(start_step, stop_step):
-                if step == start_step:
-                    for ahead in range(step, min(step + _LOOKAHEAD_STEPS, stop_step)):
-                        self._request(opened, ahead)
-                if step + _LOOKAHEAD_STEPS < stop_step:
-                    self._request(opened, step + _LOOKAHEAD_STEPS)
-                yield from self._step(step, opened, stop)
-                opened.forget(step)
+    def _produce(self, start_step: int, stop_step: int, left: threading.Event) -> Iterator[MicroBatch]:
+        with ReadAhead(self._prepare, READER_THREADS) as shards:
+            for ahead in range(start_step, stop_step + LOOKAHEAD_STEPS):
+                if ahead < stop_step:
+                    epoch, _ = self.order.position(ahead)
+                    for run in itertools.chain(*self._micro_batches(ahead)):
+                        shards.request((epoch, run.shard), ahead)
+                step = ahead - LOOKAHEAD_STEPS
+                if step >= start_step:
+                    for micro_step, runs in enumerate(self._micro_batches(step)):
+                        yield self._micro_batch(step, micro_step, runs, shards, left)
+                    shards.forget(step)
 
-    def _request(self, opened: _OpenShards, step: int) -> None:
+    def _micro_batches(self, step: int) -> list[list[Run]]:
+        return self.order.micro_batches(step, self._rank, self._world_size, self._micro_batch_size)
+
+    def _micro_batch(
+        self, step: int, micro_step: int, runs: list[Run], shards: _Shards, left: threading.Event
+    ) -> MicroBatch:
         epoch, _ = self.order.position(step)
-        for lane in self._lanes:
-            for run in self.order.runs(step, lane):
-                opened.request(epoch, run.shard, step)
+        tokens = np.empty((self._micro_batch_size, self._sequence_length), dtype=np.int32)
+        ids = np.empty(self._micro_batch_size, dtype=np.int64)
+        row = 0
+        for run in runs:
+            shard = shards.get((epoch, run.shard), left)
+            chosen = shard.order[run.first : run.first + run.length]
+            rows = slice(row, row + run.length)
+            frame_windows(shard.windows[chosen], tokens[rows], self._tokenizer.cls_id, self._tokenizer.sep_id)
+            ids[rows] = chosen + self.order.first_window_id(run.shard)
+            row += run.length
+        return MicroBatch(step, epoch, micro_step, torch.from_numpy(tokens), torch.from_numpy(ids))
 
-    def _step(self, step: int, opened: _OpenShards, stop: threading.Event) -> Iterator[MicroBatch]:
-        epoch, _ = self.order.position(step)
-        pieces = (
-            (run, opened.get(epoch, run.shard, stop))
-            for lane in self._lanes
-            for run in self.order.runs(step, lane)
-        )
-        rows, length = self._micro_batch_size, self._sequence_length
-        tokens, ids, filled, micro_step = _empty(rows, length), _ids(rows), 0, 0
-        for run, shard in pieces:
-            done = 0
-            while done < run.length:
-                count = min(run.length - done, rows - filled)
-                chosen = shard.order[run.first + done : run.first + done + count]
-                out = slice(filled, filled + count)
-                frame_windows(
-                    shard.windows[chosen], tokens[out], self._tokenizer.cls_id, self._tokenizer.sep_id
-                )
-                ids[out] = chosen + self.order.first_window_id(run.shard)
-                done += count
-                filled += count
-                if filled == rows:
-                    yield MicroBatch(step, epoch, micro_step, torch.from_numpy(tokens), torch.from_numpy(ids))
-                    tokens, ids, filled, micro_step = _empty(rows, length), _ids(rows), 0, micro_step + 1
-
-    def _prepare(self, epoch: int, shard: int) -> _EpochShard:
+    def _prepare(self, key: tuple[int, int]) -> _EpochShard:
+        epoch, shard = key
         info = self._infos[shard]
         data = read_shard(self._shards, info, verify=self._verify, cache=self._cache)
         tokens = shard_tokens(data, info, self._tokenizer)
@@ -183,7 +172,7 @@ def heldout_windows(
         )
     count = min(max_windows, total)
     ids = np.arange(count, dtype=np.int64) * total // count
-    tokens = _empty(count, sequence_length)
+    tokens = np.empty((count, sequence_length), dtype=np.int32)
     cache = ShardCache(cache_dir) if cache_dir is not None else None
     first = 0
     for info, number in zip(infos, windows, strict=True):
@@ -191,7 +180,7 @@ def heldout_windows(
         if inside.any():
             content = shard_tokens(read_shard(shards, info, cache=cache), info, manifest.tokenizer)
             chosen = cut_windows(content, sequence_length - FRAME_TOKENS)[ids[inside] - first]
-            framed = _empty(len(chosen), sequence_length)
+            framed = np.empty((len(chosen), sequence_length), dtype=np.int32)
             frame_windows(chosen, framed, manifest.tokenizer.cls_id, manifest.tokenizer.sep_id)
             tokens[inside] = framed
         first += number
@@ -206,107 +195,4 @@ class _EpochShard:
     """(windows,) int64: window index by place."""
 
 
-class _OpenShards:
-    """The prepared shards that the coming steps use: read by daemon threads, freed after their last use."""
-
-    def __init__(self, prepare: Callable[[int, int], _EpochShard]) -> None:
-        self._prepare = prepare
-        self._jobs: SimpleQueue[tuple[Future[_EpochShard], int, int] | None] = SimpleQueue()
-        self._open: dict[tuple[int, int], Future[_EpochShard]] = {}
-        self._last_use: dict[tuple[int, int], int] = {}
-        self._threads = [threading.Thread(target=self._read, daemon=True) for _ in range(_READERS)]
-
-    def __enter__(self) -> _OpenShards:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for future in self._open.values():
-            future.cancel()
-        for _ in self._threads:
-            self._jobs.put(None)
-
-    def request(self, epoch: int, shard: int, step: int) -> None:
-        key = (epoch, shard)
-        self._last_use[key] = step
-        if key not in self._open:
-            self._open[key] = Future()
-            self._jobs.put((self._open[key], epoch, shard))
-
-    def get(self, epoch: int, shard: int, stop: threading.Event) -> _EpochShard:
-        future = self._open[epoch, shard]
-        while not stop.is_set():
-            if wait([future], timeout=0.1).done:
-                return future.result()
-        raise _Stopped
-
-    def forget(self, step: int) -> None:
-        """Free the shards whose last requested use was in `step` or before."""
-        for key in [key for key, last in self._last_use.items() if last <= step]:
-            del self._last_use[key], self._open[key]
-
-    def _read(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            future, epoch, shard = job
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(self._prepare(epoch, shard))
-            except BaseException as error:
-                future.set_exception(error)
-
-
-class _Stopped(Exception):
-    """The consumer left; ends the producer."""
-
-
-def _in_background(
-    produce: Callable[[threading.Event], Iterator[MicroBatch]], depth: int
-) -> Iterator[MicroBatch]:
-    """What `produce` yields, made by a thread up to `depth` items ahead; its errors are raised here."""
-    stop = threading.Event()
-    queue: Queue[MicroBatch | BaseException | None] = Queue(depth)
-
-    def put(item: MicroBatch | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return queue.put(item, timeout=0.1)
-            except Full:
-                continue
-        raise _Stopped
-
-    def run() -> None:
-        try:
-            for item in produce(stop):
-                put(item)
-            put(None)
-        except _Stopped:
-            pass
-        except BaseException as error:
-            with contextlib.suppress(_Stopped):
-                put(error)
-
-    thread = threading.Thread(target=run, name="batches", daemon=True)
-    thread.start()
-    try:
-        while (item := queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        while True:  # what is queued is large: free it now
-            try:
-                queue.get_nowait()
-            except Empty:
-                break
-        thread.join(timeout=5)
-
-
-def _empty(rows: int, length: int) -> np.ndarray:
-    return np.empty((rows, length), dtype=np.int32)
-
-
-def _ids(rows: int) -> np.ndarray:
-    return np.empty(rows, dtype=np.int64)
+_Shards = ReadAhead[tuple[int, int], _EpochShard]

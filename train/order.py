@@ -153,6 +153,26 @@ class DataOrder:
             index += 1
         return runs
 
+    def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[list[Run]]:
+        """A rank's windows of a step, in order, as one list of runs per accumulation step.
+
+        The lengths of each list add up to micro_batch_size; all lists of all ranks in turn are the lanes'
+        runs in lane order. `world_size` and `micro_batch_size` must have passed check_fit.
+        """
+        share = self.num_lanes // world_size
+        batches: list[list[Run]] = [[]]
+        room = micro_batch_size
+        for lane in range(rank * share, (rank + 1) * share):
+            for shard, first, length in self.runs(step, lane):
+                while length:
+                    if room == 0:
+                        batches.append([])
+                        room = micro_batch_size
+                    taken = min(length, room)
+                    batches[-1].append(Run(shard, first, taken))
+                    first, length, room = first + taken, length - taken, room - taken
+        return batches
+
     def document_permutation(self, epoch: int, shard: int, num_documents: int) -> np.ndarray:
         """(num_documents,) int64: the order in which a shard's documents are concatenated in an epoch."""
         return permutation(num_documents, self.seed, _DOCUMENTS, epoch, shard)
