@@ -17,12 +17,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from train.chunk_terms import Workspace
 from train.families import EncoderOutput, Family, family_of
-from train.fused_loss import TeacherRows, VocabularyTerms, hidden_cosine, vocabulary_loss
+from train.fused_loss import VocabularyTerms, vocabulary_loss
+from train.heldout import HeldoutSums, heldout_statistics
+from train.hidden_loss import hidden_cosine
+from train.rows import keep_weights, select_rows
 
 if TYPE_CHECKING:
     from train.masking import MaskedBatch
     from train.teacher import TeacherOutput
+
+__all__ = ["DistillationLoss", "HeldoutSums", "LossTerms", "heldout_statistics"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ class DistillationLoss(nn.Module):
         self.layer_cosine_weight = layer_cosine_weight
         self.layer_pairs = tuple((int(student), int(teacher)) for student, teacher in layer_pairs)
         self.chunk_tokens = chunk_tokens
+        self._workspace = Workspace()
         self._check()
         self.projection = nn.Linear(*projection_widths, bias=False) if projection_widths else None
 
@@ -182,7 +189,7 @@ class DistillationLoss(nn.Module):
         loss = torch.zeros((), device=masked.input_ids.device) if terms is None else terms.loss
         cosine = layer_cosine = None
         if self.cosine_weight > 0 or self.layer_cosine_weight > 0:
-            keep = _keep_weights(masked.input_ids, attention_mask, num_tokens)
+            keep = keep_weights(masked.input_ids, attention_mask, num_tokens)
             assert teacher is not None
             if self.cosine_weight > 0:
                 cosine = self._cosine(encoded, teacher, keep, None)
@@ -235,6 +242,7 @@ class DistillationLoss(nn.Module):
             mlm_weight=self.mlm_weight,
             mse_weight=self.mse_weight,
             chunk_tokens=self.chunk_tokens,
+            workspace=self._workspace,
         )
 
     def _cosine(
@@ -258,109 +266,3 @@ class DistillationLoss(nn.Module):
             hidden = member.last_hidden if pair is None else member.hidden_state(pair[1])
             total = total + member.share * hidden_cosine(student_hidden, hidden.flatten(0, 1), keep)
         return total
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which tokens' logits are needed, those with a target first."""
-
-    order: torch.Tensor
-    """(N,) int64 indices into the flattened (B * L) tokens."""
-    row_weights: torch.Tensor
-    """(N,) fp32 weight of each row in the KD and MSE mean; 0 drops it."""
-    targets: torch.Tensor
-    """(M,) int64, M <= N: original tokens of the first M rows (any entry where the weight is 0)."""
-    target_weights: torch.Tensor
-    """(M,) fp32 weight of each of them in the MLM mean; 0 drops it."""
-
-
-def select_rows(
-    masked: MaskedBatch,
-    attention_mask: torch.Tensor | None,
-    *,
-    all_positions: bool,
-    num_tokens: float | torch.Tensor | None = None,
-    num_masked_tokens: float | torch.Tensor | None = None,
-) -> Rows:
-    """Order the tokens whose logits are needed so that masked ones come first, with fixed shapes.
-
-    With static shapes nothing waits for the device, and the MLM part of a chunk is a plain slice.
-    """
-    batch, length = masked.input_ids.shape
-    device = masked.input_ids.device
-    offsets = torch.arange(batch, device=device)[:, None] * length
-    flat = (masked.positions + offsets).flatten()
-    valid = masked.valid.flatten()
-    masked_mean = _mean_weights(valid, num_masked_tokens)
-    if not all_positions:
-        return Rows(flat, masked_mean, masked.targets.flatten(), masked_mean)
-    # Invalid entries go to a spare slot at the end, so that they cannot overwrite a real one.
-    spare = torch.where(valid, flat, batch * length)
-    targets = torch.zeros(batch * length + 1, dtype=torch.int64, device=device)
-    weights = torch.zeros(batch * length + 1, dtype=torch.float64, device=device)
-    targets[spare] = masked.targets.flatten()
-    weights[spare] = masked_mean
-    is_masked = torch.zeros(batch * length + 1, dtype=torch.bool, device=device)
-    is_masked[spare] = True
-    order = torch.argsort(is_masked[:-1].to(torch.uint8), descending=True, stable=True)
-    first = order[: flat.numel()]
-    keep = _keep_weights(masked.input_ids, attention_mask, num_tokens)
-    return Rows(order, keep[order], targets[first], weights[first])
-
-
-def _keep_weights(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, num_tokens: float | torch.Tensor | None
-) -> torch.Tensor:
-    """(B * L,) fp32 weights of the mean over non-padding positions."""
-    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-    return _mean_weights(keep.flatten(), num_tokens)
-
-
-def _mean_weights(keep: torch.Tensor, count: float | torch.Tensor | None) -> torch.Tensor:
-    """keep / count in fp64 (fp32 weights would spoil an fp64 pass); zero where nothing is kept, never 0/0."""
-    if count is None:
-        count = keep.sum()
-    return keep / torch.as_tensor(count, dtype=torch.float64, device=keep.device).clamp_min(1e-12)
-
-
-@dataclass(frozen=True)
-class HeldoutSums:
-    """Sums over the valid masked positions of one batch; add batches and ranks, then divide by `count`."""
-
-    count: torch.Tensor
-    student_loss: torch.Tensor
-    """Cross entropy of the student, nats."""
-    student_correct: torch.Tensor
-    teacher_loss: torch.Tensor | None = None
-    teacher_correct: torch.Tensor | None = None
-    kl: torch.Tensor | None = None
-    """KL(teacher || student) at T = 1, nats."""
-    agreement: torch.Tensor | None = None
-    """Positions at which both prefer the same token."""
-
-
-@torch.no_grad()
-def heldout_statistics(
-    student: PreTrainedModel,
-    masked: MaskedBatch,
-    teacher: TeacherOutput | None = None,
-    *,
-    attention_mask: torch.Tensor | None = None,
-    chunk_tokens: int | None = None,
-) -> HeldoutSums:
-    """Score a student (and a teacher, if given) at the masked positions, chunk by chunk, without gradients.
-
-    Call it with the student in eval mode. Returns fp64 scalars on the device (fp32 rounding would show when
-    many batches are added).
-    """
-    from train.fused_loss import heldout_sums
-
-    family = family_of(student)
-    rows = select_rows(masked, attention_mask, all_positions=False, num_masked_tokens=1.0)
-    hidden = family.encode(student, masked.input_ids, attention_mask).last_hidden
-    weight, bias = family.decoder(student)
-    student_rows = TeacherRows(family.transform(student, hidden.flatten(0, 1)[rows.order]), weight, bias, 1.0)
-    teacher_rows = teacher.rows(rows.order) if teacher is not None else ()
-    keep = rows.target_weights > 0
-    sums = heldout_sums(student_rows, teacher_rows, rows.targets, keep, chunk_tokens)
-    return HeldoutSums(**sums)

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
 from data_prep.shard_format import TokenizerInfo, tokenizer_fingerprint
+from train.chunk_terms import DecoderRows
 from train.families import Family, family_of, family_of_type
-from train.fused_loss import TeacherRows
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +97,11 @@ class TeacherMember:
         return self.hidden_states[index]
 
     @torch.inference_mode()
-    def rows(self, order: torch.Tensor) -> TeacherRows:
+    def rows(self, order: torch.Tensor) -> DecoderRows:
         """Decoder inputs for the tokens `order` (N,) of the flattened (B * L) tokens."""
         features = self.family.transform(self.model, self.last_hidden.flatten(0, 1)[order])
         weight, bias = self.family.decoder(self.model)
-        return TeacherRows(features, weight, bias, self.share)
+        return DecoderRows(features, weight, bias, self.share)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class TeacherOutput:
 
     members: tuple[TeacherMember, ...]
 
-    def rows(self, order: torch.Tensor) -> tuple[TeacherRows, ...]:
+    def rows(self, order: torch.Tensor) -> tuple[DecoderRows, ...]:
         return tuple(member.rows(order) for member in self.members)
 
 
