@@ -1,0 +1,86 @@
+"""A bar over bytes, with documents/s and tokens/s, that sums up all processes of a job."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PUBLISH_S = 0.5
+
+
+class Progress:
+    """Counts of this process; on rank 0 also the bar over everybody's.
+
+    The others leave their counts in small files beside the job's claims, which works alike for processes and
+    for MPI ranks on other machines.
+    """
+
+    def __init__(self, folder: Path, rank: int, name: str, total: int, unit: str) -> None:
+        self._folder = folder
+        self._name = name
+        self._rank = rank
+        self._counts = {"done": 0, "documents": 0, "tokens": 0}
+        self._published = 0.0
+        self._started = time.monotonic()
+        self._bar: Any = None
+        if rank == 0:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total or None,
+                desc=name,
+                unit=unit,
+                unit_scale=True,
+                dynamic_ncols=True,
+                mininterval=0.2 if sys.stderr.isatty() else 5.0,
+            )
+
+    def already_done(self, amount: int) -> None:
+        """What an earlier run has left: it moves the bar, but is not counted in its rates."""
+        if self._bar is not None and amount:
+            self._bar.initial += amount
+            self._bar.n += amount
+            self._bar.refresh()
+
+    def add(self, done: int = 0, documents: int = 0, tokens: int = 0) -> None:
+        self._counts["done"] += done
+        self._counts["documents"] += documents
+        self._counts["tokens"] += tokens
+        self.show()
+
+    def show(self) -> None:
+        """Publish or display, twice a second at most; cheap otherwise."""
+        now = time.monotonic()
+        if now - self._published >= PUBLISH_S:
+            self._published = now
+            self._publish()
+
+    def _publish(self) -> None:
+        if self._bar is None:
+            path = self._folder / f"{self._name}-{self._rank}.count"
+            with contextlib.suppress(OSError):  # of a disk that is full, the work itself will tell
+                part = path.with_suffix(".part")
+                part.write_text(json.dumps(self._counts))
+                os.replace(part, path)
+            return
+        counts = dict(self._counts)
+        for path in self._folder.glob(f"{self._name}-*.count"):
+            with contextlib.suppress(OSError, ValueError):
+                for name, value in json.loads(path.read_text()).items():
+                    counts[name] += value
+        elapsed = max(time.monotonic() - self._started, 1e-9)
+        rates = (
+            f"{counts['documents'] / elapsed:,.0f} documents/s, {counts['tokens'] / elapsed:,.0f} tokens/s"
+        )
+        self._bar.set_postfix_str(rates, refresh=False)
+        self._bar.update(max(0, self._bar.initial + counts["done"] - self._bar.n))
+
+    def close(self) -> None:
+        self._publish()
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,161 @@
+"""Train a WordPiece vocabulary on a corpus of one's own, and save it as a Hugging Face tokenizer folder.
+
+The result is a BERT tokenizer: it loads with AutoTokenizer, puts [CLS] before and [SEP] after a text, and
+lower-cases unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_prep.records import FORMATS, Reading, ReadOptions
+from data_prep.sources import HELP as SOURCES_HELP
+from data_prep.sources import TXT_DOCUMENTS, Unit, make_units, resolve_sources
+from data_prep.texts import BadRecord, pieces_of, utf8
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+EXAMPLES = """
+examples:
+  python data_prep/train_tokenizer.py installed-docs --vocab-size 8000 --out runs/tokenizer
+  python data_prep/train_tokenizer.py reports.jsonl.gz 'notes/**/*.txt' --vocab-size 30000 --cased --out T
+
+then: python data_prep/write_shards.py SOURCE... --tokenizer runs/tokenizer --out shards
+"""
+
+
+def train_wordpiece(texts: Iterator[str], vocab_size: int, lowercase: bool = True) -> Any:
+    """A transformers BertTokenizer with at most `vocab_size` entries, the special tokens first.
+
+    The same texts give the same vocabulary, in any order.
+
+    Raises:
+        ValueError: the texts are too few for any vocabulary, or `vocab_size` too small for their letters.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizer
+
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        limit_alphabet=min(1000, vocab_size // 4),
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    vocabulary = backend.get_vocab()
+    if len(vocabulary) <= len(SPECIAL_TOKENS):
+        raise ValueError("the sources hold no text to train a vocabulary on")
+    if len(vocabulary) > vocab_size:
+        raise ValueError(
+            f"--vocab-size {vocab_size}: too small, the letters of the sources alone take {len(vocabulary)}"
+        )
+    ordered = dict(sorted(vocabulary.items(), key=lambda entry: entry[1]))
+    return BertTokenizer(vocab=ordered, do_lower_case=lowercase, model_max_length=512)
+
+
+def corpus(units: list[Unit], options: ReadOptions, num_processes: int) -> Iterator[str]:
+    """Every document's pieces, in the order of the sources, with a bar; bad records are left out.
+
+    Documentation is parsed on `num_processes` processes; other formats read faster than the trainer counts.
+    """
+    from tqdm import tqdm
+
+    total = sum(unit.bytes for unit in units)
+    started = time.monotonic()
+    bar = tqdm(total=total or None, desc="reading", unit="B", unit_scale=True, dynamic_ncols=True)
+    bar.mininterval = 0.2 if sys.stderr.isatty() else 5.0
+    documents = 0
+    with multiprocessing.get_context("spawn").Pool(num_processes, initializer=gc.disable) as pool, bar:
+        # Syntax trees are many objects and no cycles: collecting garbage would double the time.
+        docs = pool.imap(_parsed_unit, [(unit, options) for unit in units if _is_parsed(unit)])
+        for unit in units:
+            for text in next(docs) if _is_parsed(unit) else _texts(unit, options):
+                documents += 1
+                yield text
+            rate = documents / max(time.monotonic() - started, 1e-9)
+            bar.set_postfix_str(f"{rate:,.0f} documents/s", refresh=False)
+            bar.update(unit.bytes)
+
+
+def _is_parsed(unit: Unit) -> bool:
+    return unit.files[0].format == "installed-docs"
+
+
+def _parsed_unit(work: tuple[Unit, ReadOptions]) -> list[str]:
+    return list(_texts(*work))
+
+
+def _texts(unit: Unit, options: ReadOptions) -> Iterator[str]:
+    for file in unit.files:
+        read, parse = FORMATS[file.format]
+        for record in read(file, options, Reading()):
+            try:
+                for piece in pieces_of(parse(record, options)):
+                    utf8(piece)
+                    yield piece
+            except BadRecord as error:
+                where = f"{file.path}, {record.place}" if record.place else file.path
+                print(f"train_tokenizer: left out {where}: {error}", file=sys.stderr)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=SOURCES_HELP + "\n" + EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="where the text is, see below")
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="entries, e.g. 8000 or 30000"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--cased", action="store_true", help="keep capital letters and accents")
+    parser.add_argument(
+        "--txt-documents", choices=TXT_DOCUMENTS, default="line", help="how .txt files are read"
+    )
+    parser.add_argument("--text-field", default="text", metavar="NAMES", help="as for write_shards.py")
+    parser.add_argument("--processes", type=int, metavar="N", help="default: one per core")
+    return parser.parse_args(arguments)
+
+
+def run(parsed: argparse.Namespace) -> str:
+    """Train, save and tell; raises ValueError or OSError with one plain message."""
+    if not 64 <= parsed.vocab_size <= 1 << 20:
+        raise ValueError(f"--vocab-size {parsed.vocab_size}: must be between 64 and {1 << 20}")
+    if parsed.processes is not None and parsed.processes < 1:
+        raise ValueError(f"--processes {parsed.processes}: must be at least 1")
+    fields = tuple(name.strip() for name in parsed.text_field.split(",") if name.strip())
+    units = make_units(resolve_sources(parsed.sources, parsed.txt_documents))
+    num_processes = parsed.processes or len(os.sched_getaffinity(0))
+    texts = corpus(units, ReadOptions(fields), num_processes)
+    tokenizer = train_wordpiece(texts, parsed.vocab_size, lowercase=not parsed.cased)
+    os.makedirs(parsed.out, exist_ok=True)
+    tokenizer.save_pretrained(parsed.out)
+    example = " ".join(tokenizer.tokenize("The tokenizer reads an unhappily long word."))
+    return f"{parsed.out}: {len(tokenizer):,} entries; e.g. {example}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        print(run(parse_arguments(arguments)))
+    except (ValueError, OSError) as error:
+        print(f"train_tokenizer: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Check a folder of shards: every size, digest and count, the histogram, the tokenizer; show some passages.
+
+Exit code 0: the shards are what their manifest says. 2: they are not, and the message says where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_prep.shard_format import (
+    SPLITS,
+    TOKENIZER_FOLDER,
+    Manifest,
+    ShardInfo,
+    read_blocks,
+    token_dtype,
+    tokenizer_fingerprint,
+)
+
+REMEDY = "remove the folder and run write_shards.py again"
+
+
+def check_shard(path: Path, info: ShardInfo, manifest: Manifest) -> np.ndarray:
+    """Compare one shard with its record.
+
+    Returns:
+        int64 (vocab_size,), how often each token stands in it.
+    Raises:
+        FileNotFoundError, ValueError: what is wrong, naming the file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; {REMEDY}")
+    size = path.stat().st_size
+    if size != info.bytes:
+        raise ValueError(f"{path} has {size:,} bytes, the manifest says {info.bytes:,}; {REMEDY}")
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while data := file.read(1 << 20):
+            digest.update(data)
+        if digest.hexdigest() != info.sha256:
+            raise ValueError(f"{path} is altered: its sha256 is not the manifest's; {REMEDY}")
+        file.seek(0)
+        try:
+            return _check_blocks(read_blocks(file), path, info, manifest)
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise ValueError(f"{path} is no shard: {error}; {REMEDY}") from None
+
+
+def _check_blocks(
+    blocks: Iterator[np.ndarray], path: Path, info: ShardInfo, manifest: Manifest
+) -> np.ndarray:
+    tokenizer = manifest.tokenizer
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for block in blocks:
+        if block.ndim != 1 or block.dtype != token_dtype(tokenizer.vocab_size) or not len(block):
+            raise ValueError(
+                f"{path}: a block is {block.dtype} {block.shape}, not a 1-D array of tokens; {REMEDY}"
+            )
+        if int(block.max()) >= tokenizer.vocab_size:
+            raise ValueError(f"{path}: token {int(block.max())} is beyond the vocabulary; {REMEDY}")
+        if block[-1] != tokenizer.sep_id:
+            raise ValueError(f"{path}: a block does not end with a whole document; {REMEDY}")
+        counts += np.bincount(block, minlength=len(counts))
+    found = {"documents": int(counts[tokenizer.sep_id]), "tokens": int(counts.sum())}
+    for name, value in found.items():
+        if value != getattr(info, name):
+            raise ValueError(
+                f"{path} has {value:,} {name}, the manifest says {getattr(info, name):,}; {REMEDY}"
+            )
+    for index in set(tokenizer.special_ids) - {tokenizer.sep_id, tokenizer.unk_id}:
+        if counts[index]:
+            raise ValueError(f"{path}: special token {index} stands inside a document; {REMEDY}")
+    return counts
+
+
+def check_folder(folder: Path) -> tuple[Manifest, Any]:
+    """Check everything in a folder of shards.
+
+    Returns:
+        The manifest and the loaded tokenizer.
+    Raises:
+        FileNotFoundError, ValueError: the first thing that is wrong.
+    """
+    from tqdm import tqdm
+    from transformers import AutoTokenizer
+
+    manifest = Manifest.load(folder)
+    shards = [(split, shard) for split in SPLITS for shard in manifest.splits[split]]
+    named = {shard.name for _, shard in shards}
+    strangers = sorted(path.name for path in folder.glob("*.tar") if path.name not in named)
+    if strangers:
+        raise ValueError(f"{folder} holds {strangers[0]}, which the manifest does not name; {REMEDY}")
+    histogram = np.zeros(manifest.tokenizer.vocab_size, dtype=np.int64)
+    total = sum(shard.bytes for _, shard in shards)
+    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        for split, shard in shards:
+            counts = check_shard(folder / shard.name, shard, manifest)
+            histogram += counts if split == "train" else 0
+            bar.update(shard.bytes)
+    path = folder / manifest.token_histogram
+    if not path.exists() or not np.array_equal(np.load(path, allow_pickle=False), histogram):
+        raise ValueError(f"{path} is missing or does not count the tokens of the train split; {REMEDY}")
+    if not (folder / TOKENIZER_FOLDER).is_dir():
+        raise FileNotFoundError(f"{folder / TOKENIZER_FOLDER} is missing; {REMEDY}")
+    tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
+    if tokenizer_fingerprint(tokenizer) != manifest.tokenizer.fingerprint:
+        raise ValueError(f"{folder / TOKENIZER_FOLDER} is not the tokenizer of the manifest; {REMEDY}")
+    return manifest, tokenizer
+
+
+def passages(folder: Path, manifest: Manifest, tokenizer: Any, count: int) -> Iterator[str]:
+    """The beginnings of `count` documents from shards spread over the folder, decoded."""
+    shards = [shard for split in SPLITS for shard in manifest.splits[split]]
+    for index in range(min(count, len(shards))):
+        shard = shards[index * len(shards) // count]
+        with open(folder / shard.name, "rb") as file:
+            block = next(read_blocks(file))
+        end = int(np.argmax(block == manifest.tokenizer.sep_id))
+        yield f"[{shard.name}] {tokenizer.decode(block[: min(end, 60)].tolist())}"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example:\n  python data_prep/verify_shards.py shards --passages 5",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a folder that write_shards.py made")
+    parser.add_argument("--passages", type=int, default=3, metavar="N", help="how many to show (default 3)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if parsed.passages < 0:
+            raise ValueError(f"--passages {parsed.passages}: must be at least 0")
+        manifest, tokenizer = check_folder(parsed.folder)
+        for passage in passages(parsed.folder, manifest, tokenizer, parsed.passages):
+            print(passage)
+    except (ValueError, OSError) as error:
+        print(f"verify_shards: {error}", file=sys.stderr)
+        return 2
+    for split in SPLITS:
+        shards = manifest.splits[split]
+        documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+        print(f"{split}: {len(shards):,} shards, {documents:,} documents, {tokens:,} tokens: all as recorded")
+    print(f"manifest digest {manifest.digest()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
