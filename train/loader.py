@@ -6,11 +6,15 @@ that are inside it; one thread copies the windows into micro batches and puts th
 the trainer takes from. Nothing here is random and there is nothing to save: a loader is made anew with a
 start step, and its first batch costs one shard per lane whatever the step.
 
-Memory of a rank, with K lanes over W ranks: at most 2 * K / W shards' token arrays (2 bytes a token; twice,
-because the next epoch's shards are read while the last ones of this epoch are in use), one shard's file and
-its index per reader thread, and PREFETCH_TOKENS of queued micro batches (4 bytes a token). Read more than
-once: a shard that a lane boundary cuts is read by both its lanes, unless they are in it at the same time on
-one rank, so at most K - 1 shards an epoch; at most W - 1 of them are read by two ranks.
+Memory of a rank that serves K/W lanes: at most two shards of tokens per lane (2 bytes a token; two, because
+the next shard is read while the last windows of one are in use), and beside them what its lanes take in
+LOOKAHEAD_STEPS steps, one shard's file and tokens per reader thread, and PREFETCH_TOKENS of queued micro
+batches (4 bytes a token). With 64 lanes and shards of 4M tokens that is about 0.5 GB on a single rank most of
+the time, 1 GB where epochs meet, and an eighth of it on 8 ranks.
+
+Read more than once in an epoch: a shard that a lane boundary cuts is read by both its lanes, unless they are
+in it at the same time on one rank: at most K - 1 readings beyond one per shard, of which at most W - 1 are by
+a second rank. No rank reads a shard that it takes no window from.
 """
 
 from __future__ import annotations
@@ -61,6 +65,7 @@ class BatchLoader:
     Args:
         shards: folder or URL of the shards, see shard_reader.shard_url.
         verify: "size" compares file sizes at the start, "full" sha256 at the start and at each reading.
+        pin_memory: page-locked micro batches, for copies to the current CUDA device that do not wait.
         cache_dir: folder for shards that are not local (webdataset's cache); None reads them anew each time.
     Raises:
         ValueError: a shard is missing, truncated or altered; fewer windows than a global batch; a world size
@@ -82,6 +87,7 @@ class BatchLoader:
         world_size: int = 1,
         verify: str = "size",
         cache_dir: str | None = None,
+        pin_memory: bool = False,
     ) -> None:
         check_fit(global_batch_size, lanes, world_size, micro_batch_size)
         infos = manifest.splits[split]
@@ -90,7 +96,7 @@ class BatchLoader:
         self.steps_per_epoch = self.order.steps_per_epoch
         check_shards(shards, manifest, verify, splits=(split,))
         self._shards, self._infos, self._tokenizer = shards, infos, manifest.tokenizer
-        self._verify = verify
+        self._verify, self._pin_memory = verify, pin_memory
         self._cache = ShardCache(cache_dir) if cache_dir is not None else None
         self._sequence_length = sequence_length
         self._micro_batch_size = micro_batch_size
@@ -105,9 +111,15 @@ class BatchLoader:
         """
         self.order.position(start_step)  # refuses a negative step before a thread starts
         depth = max(2, PREFETCH_TOKENS // (self._micro_batch_size * self._sequence_length))
-        return in_background(lambda left: self._produce(start_step, stop_step, left), depth)
+        # A thread starts on device 0; page-locking there would make a context on it for every rank.
+        device = torch.cuda.current_device() if self._pin_memory else None
+        return in_background(lambda left: self._produce(start_step, stop_step, device, left), depth)
 
-    def _produce(self, start_step: int, stop_step: int, left: threading.Event) -> Iterator[MicroBatch]:
+    def _produce(
+        self, start_step: int, stop_step: int, device: int | None, left: threading.Event
+    ) -> Iterator[MicroBatch]:
+        if device is not None:
+            torch.cuda.set_device(device)
         with ReadAhead(self._prepare, READER_THREADS) as shards:
             for ahead in range(start_step, stop_step + LOOKAHEAD_STEPS):
                 if ahead < stop_step:
@@ -127,17 +139,18 @@ class BatchLoader:
         self, step: int, micro_step: int, runs: list[Run], shards: _Shards, left: threading.Event
     ) -> MicroBatch:
         epoch, _ = self.order.position(step)
-        tokens = np.empty((self._micro_batch_size, self._sequence_length), dtype=np.int32)
-        ids = np.empty(self._micro_batch_size, dtype=np.int64)
-        row = 0
+        rows, length, pin = self._micro_batch_size, self._sequence_length, self._pin_memory
+        input_ids = torch.empty((rows, length), dtype=torch.int32, pin_memory=pin)
+        window_ids = torch.empty(rows, dtype=torch.int64, pin_memory=pin)
+        tokens, ids, row = input_ids.numpy(), window_ids.numpy(), 0
         for run in runs:
             shard = shards.get((epoch, run.shard), left)
             chosen = shard.order[run.first : run.first + run.length]
-            rows = slice(row, row + run.length)
-            frame_windows(shard.windows[chosen], tokens[rows], self._tokenizer.cls_id, self._tokenizer.sep_id)
-            ids[rows] = chosen + self.order.first_window_id(run.shard)
+            out = slice(row, row + run.length)
+            frame_windows(shard.windows[chosen], tokens[out], self._tokenizer.cls_id, self._tokenizer.sep_id)
+            ids[out] = chosen + self.order.first_window_id(run.shard)
             row += run.length
-        return MicroBatch(step, epoch, micro_step, torch.from_numpy(tokens), torch.from_numpy(ids))
+        return MicroBatch(step, epoch, micro_step, input_ids, window_ids)
 
     def _prepare(self, key: tuple[int, int]) -> _EpochShard:
         epoch, shard = key

@@ -91,7 +91,10 @@ def permutation(length: int, seed: int, purpose: int, epoch: int, shard: int = 0
 
     numpy keeps Philox's raw bits stable across versions but not `Generator.permutation`, hence the argsort.
     """
-    bits = np.random.Philox(key=[seed, purpose], counter=[0, epoch, shard, 0]).random_raw(length)
+    # Arrays, because numpy takes a list with an entry above 2**63 for doubles.
+    key = np.array([seed, purpose], dtype=np.uint64)
+    counter = np.array([0, epoch, shard, 0], dtype=np.uint64)
+    bits = np.random.Philox(key=key, counter=counter).random_raw(length)
     return np.argsort(bits, kind="stable").astype(np.int64, copy=False)
 
 

@@ -1,4 +1,4 @@
-"""What must hold between the shards, the model and the ranks before anything is trained.
+"""What must hold of the shards, on every rank, before anything is trained.
 
 Every refusal is a ValueError that names the thing and the remedy.
 """
@@ -42,42 +42,6 @@ def check_shards(
     with ThreadPoolExecutor(_THREADS) as pool:
         for _ in pool.map(check, chosen):
             pass
-
-
-def check_model(
-    manifest: Manifest,
-    sequence_length: int,
-    *,
-    tokenizer_fingerprint: str | None,
-    vocab_size: int,
-    max_positions: int,
-    name: str = "the teacher",
-) -> None:
-    """Refuse a model that does not read the shards' tokens or windows of `sequence_length`.
-
-    Args:
-        tokenizer_fingerprint: of the tokenizer that came with the model; None where it has none, and then
-            only the vocabulary's size is compared.
-        vocab_size: rows of the model's embedding table; rows beyond the tokenizer's are padding.
-        max_positions: positions the model can use (RoBERTa's table has two rows more than that).
-    """
-    tokenizer = manifest.tokenizer
-    if tokenizer_fingerprint is not None and tokenizer_fingerprint != tokenizer.fingerprint:
-        raise ValueError(
-            f"the shards' tokenizer (fingerprint {tokenizer.fingerprint[:12]}) is not that of {name} "
-            f"({tokenizer_fingerprint[:12]}): write the shards with --tokenizer and the folder of {name}"
-        )
-    unknown = tokenizer_fingerprint is None and vocab_size != tokenizer.vocab_size
-    if unknown or vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"the shards' vocabulary has {tokenizer.vocab_size} entries, that of {name} {vocab_size}: "
-            f"write the shards with the tokenizer of {name}"
-        )
-    if sequence_length > max_positions:
-        raise ValueError(
-            f"data.sequence_length is {sequence_length}, but {name} has {max_positions} positions: "
-            f"use at most {max_positions}"
-        )
 
 
 def check_same_manifest(manifest: Manifest) -> None:

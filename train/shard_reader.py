@@ -1,77 +1,84 @@
 """One shard's bytes, from wherever webdataset can open it, and the tokens in them.
 
 A shard is input from outside: its tar may be hostile. Nothing is unpacked to a file, followed as a link or
-unpickled; a member is a plain file with a NumPy header of one unsigned integer dimension, or an error.
+unpickled; a member is a plain file whose NumPy header announces one row of unsigned integers, or an error.
 Every message names the shard and what to do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import re
-import shlex
 import tarfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
-import webdataset
 from webdataset.cache import FileCache
+from webdataset.gopen import Pipe, gopen, gopen_schemes
 
-from data_prep.shard_format import TOKENS_KEY, ShardInfo, TokenizerInfo, token_dtype
+from data_prep.shard_format import TOKENS_KEY, ShardInfo, TokenizerInfo, shard_url, token_dtype
 
 _REMEDY = "fetch or write the shards again; data_prep/verify_shards.py checks them all"
-# A member holds a document at least and costs a tar header, a pax header, an .npy header and padding.
+# A member holds a document at least, and costs a tar header, a pax header, an .npy header and padding.
 _OVERHEAD_PER_DOCUMENT = 4096
 _TAR_TRAILER = 64 * 1024
+_READ_BYTES = 1 << 24
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([^']{1,16})', 'fortran_order': False, 'shape': \(([0-9, ]{0,64})\), \} *\n",
+    re.DOTALL,
+)
 
 
-def is_url(location: str) -> bool:
-    """True for what webdataset must open (http://..., gs://..., pipe:...), False for a local path."""
-    return re.match(r"^(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)", location) is not None
+def _open_s3(url: str, mode: str = "rb", bufsize: int = 8192) -> Pipe:
+    return Pipe(["aws", "s3", "cp", "--only-show-errors", url, "-"], mode=mode, bufsize=bufsize)
 
 
-def shard_url(shards: str, name: str) -> str:
-    """Where file `name` of the shards at `shards` lies, as webdataset's gopen takes it.
+# webdataset 1.0.2 opens gs:// with gsutil but has no handler for s3://; USE_AIS_FOR may have set one.
+gopen_schemes.setdefault("s3", _open_s3)
 
-    `shards` is a folder, a URL of one (http, https, gs, s3, ...), or a URL or `pipe:` command with {} where
-    the file's name goes: "pipe:ssh host cat /corpus/{}". s3:// becomes `aws s3 cp`, which gopen lacks.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-        # The name comes from a manifest and may end up in a shell command.
+
+def is_remote(url: str) -> bool:
+    """True for what only webdataset can open (http://..., gs://..., pipe:...), False for a file."""
+    return url.startswith("pipe:") or ("://" in url and not url.startswith("file://"))
+
+
+def url_of(shards: str, shard: ShardInfo) -> str:
+    """Where a shard lies. Its name comes from a manifest and may end up in a shell command."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", shard.name):
         raise ValueError(
-            f"the manifest names a file {name!r}: a shard's name is letters, digits, '.', '_', '-'"
+            f"the manifest names a shard {shard.name!r}: only letters, digits and _ . + = - may stand in it; {_REMEDY}"
         )
-    if not is_url(shards):
-        return str(Path(shards, name))
-    if shards.startswith("file://"):
-        return str(Path(shards.removeprefix("file://"), name))
-    if "{}" in shards:
-        return shards.replace("{}", name)
-    if shards.startswith("pipe:"):
-        raise ValueError(f"data.shards is {shards!r}: a pipe needs {{}} where the file's name goes")
-    url = f"{shards.rstrip('/')}/{name}"
-    return f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url
+    return shard_url(shards, shard.name)
 
 
 def read_shard(
     shards: str, shard: ShardInfo, *, verify: str = "size", cache: ShardCache | None = None
 ) -> bytearray:
-    """The whole file of a shard, its size (and with verify="full" its sha256) as the manifest says."""
-    url = shard_url(shards, shard.name)
-    if cache is not None and is_url(url):
+    """The whole file of a shard.
+
+    Raises:
+        ValueError: it is missing, cannot be read, or its size (with verify="full" its sha256) is not the
+            manifest's.
+    """
+    url = url_of(shards, shard)
+    if cache is not None and is_remote(url):
         url = cache.local_path(url, shard)
+    data = bytearray()
     try:
-        with webdataset.gopen.gopen(url) if is_url(url) else open(url, "rb") as stream:
-            data = _read_at_most(stream, shard.bytes + 1)
-    except FileNotFoundError:
-        raise ValueError(f"shard {shard.name} is missing at {url}: {_REMEDY}") from None
+        with gopen(url) if is_remote(url) else open(url.removeprefix("file://"), "rb") as stream:
+            while len(data) <= shard.bytes and (piece := stream.read(_READ_BYTES)):
+                data += piece
     except OSError as error:
-        raise ValueError(f"shard {shard.name} cannot be read at {url} ({error}): {_REMEDY}") from None
+        # A pipe that is closed early fails, too: a file that is too long is told as such below.
+        if len(data) <= shard.bytes:
+            raise _unreadable(shard, url, error) from None
     _check_size(shard, len(data), url)
     if verify == "full" and hashlib.sha256(data).hexdigest() != shard.sha256:
         raise ValueError(
@@ -90,7 +97,7 @@ def shard_tokens(data: bytearray, shard: ShardInfo, tokenizer: TokenizerInfo) ->
         )
     try:
         blocks = _tar_blocks(data, dtype)
-    except (tarfile.TarError, ValueError, OSError, EOFError, OverflowError, KeyError, UnicodeError) as error:
+    except (tarfile.TarError, ValueError, OSError, EOFError, OverflowError, KeyError, TypeError) as error:
         raise ValueError(f"shard {shard.name} is not a shard of tokens ({error}): {_REMEDY}") from None
     tokens = np.concatenate(blocks) if blocks else np.zeros(0, dtype)
     if len(tokens) != shard.tokens:
@@ -111,10 +118,25 @@ def shard_tokens(data: bytearray, shard: ShardInfo, tokenizer: TokenizerInfo) ->
 
 
 def check_shard_size(shards: str, shard: ShardInfo) -> None:
-    """Refuse a missing, truncated or grown shard without reading it; what lies behind a pipe is not checked."""
-    url = shard_url(shards, shard.name)
-    size = _size_without_reading(url, shard)
-    if size is not None:
+    """Refuse a missing, truncated or grown shard without reading it.
+
+    Works on files and on http(s); a shard behind another URL or a pipe is checked when it is read.
+    """
+    url = url_of(shards, shard)
+    size = None
+    try:
+        if not is_remote(url):
+            size = os.path.getsize(url.removeprefix("file://"))
+        elif url.startswith(("http://", "https://")):
+            with urlopen(Request(url, method="HEAD"), timeout=30) as answer:
+                size = int(answer.headers.get("Content-Length", -1))
+    except HTTPError as error:
+        if error.code in (404, 410):
+            raise _unreadable(shard, url, error) from None
+        return  # a server may refuse HEAD and yet serve the file
+    except OSError as error:
+        raise _unreadable(shard, url, error) from None
+    if size is not None and size >= 0:
         _check_size(shard, size, url)
 
 
@@ -131,36 +153,28 @@ class ShardCache:
         self._guard = threading.Lock()
 
     def local_path(self, url: str, shard: ShardInfo) -> str:
+        """Path of the shard's file in the cache, fetched from `url` where it is not there yet."""
         name = f"{shard.sha256[:16]}-{shard.name}"
         with self._guard:
             lock = self._locks.setdefault(name, threading.Lock())
-        with lock:  # webdataset downloads to one temporary name per process
-            cache = FileCache(self.folder, url_to_name=lambda _: name, validator=_accept)
+        with lock:  # webdataset's temporary file has one name per process
             try:
-                path = cache.get_file(url)
+                path = FileCache(self.folder, url_to_name=lambda _: name, validator=None).get_file(url)
             except OSError as error:
-                raise ValueError(
-                    f"shard {shard.name} cannot be fetched from {url} ({error}): {_REMEDY}"
-                ) from None
-            if os.path.getsize(path) != shard.bytes:
-                size = os.path.getsize(path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(Path(self.folder, f"{name}.temp{os.getpid()}"))
+                raise _unreadable(shard, url, error) from None
+            size = os.path.getsize(path)
+            if size != shard.bytes:
                 os.remove(path)
                 _check_size(shard, size, url)
             return path
 
 
-def _accept(path: str) -> bool:
-    return True
-
-
-def _read_at_most(stream: io.BufferedIOBase, limit: int) -> bytearray:
-    data = bytearray()
-    while len(data) < limit:
-        piece = stream.read(min(limit - len(data), 1 << 24))
-        if not piece:
-            break
-        data += piece
-    return data
+def _unreadable(shard: ShardInfo, url: str, error: OSError) -> ValueError:
+    missing = isinstance(error, FileNotFoundError) and not is_remote(url)
+    what = "is missing" if missing else f"cannot be read ({error})"
+    return ValueError(f"shard {shard.name} at {url} {what}: {_REMEDY}")
 
 
 def _check_size(shard: ShardInfo, size: int, url: str) -> None:
@@ -174,23 +188,7 @@ def _check_size(shard: ShardInfo, size: int, url: str) -> None:
         )
 
 
-def _size_without_reading(url: str, shard: ShardInfo) -> int | None:
-    if not is_url(url):
-        try:
-            return os.path.getsize(url)
-        except OSError:
-            raise ValueError(f"shard {shard.name} is missing at {url}: {_REMEDY}") from None
-    if not url.startswith(("http://", "https://")):
-        return None
-    try:
-        with urlopen(Request(url, method="HEAD"), timeout=30) as answer:
-            length = answer.headers.get("Content-Length")
-    except OSError as error:
-        raise ValueError(f"shard {shard.name} is missing at {url} ({error}): {_REMEDY}") from None
-    return int(length) if length is not None else None
-
-
-def _tar_blocks(data: bytearray, dtype: np.dtype) -> list[np.ndarray]:
+def _tar_blocks(data: bytearray, dtype: np.dtype[Any]) -> list[np.ndarray]:
     """The arrays of a tar's members, as views of `data`."""
     blocks = []
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
@@ -206,25 +204,21 @@ def _tar_blocks(data: bytearray, dtype: np.dtype) -> list[np.ndarray]:
     return blocks
 
 
-def _npy_array(data: memoryview, name: str, dtype: np.dtype) -> np.ndarray:
-    """(n,) view of an .npy file's numbers; the header is parsed as a literal and nothing is unpickled."""
-    start = io.BytesIO(data[:16384])
-    try:
-        version = np.lib.format.read_magic(start)
-        readers: dict[tuple[int, int], Callable] = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        shape, _, found = readers[version](start)
-    except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"member {name!r} is not an .npy file of this format ({error})") from None
-    if found != dtype or len(shape) != 1:
+def _npy_array(data: memoryview, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+    """(n,) view of an .npy file's numbers.
+
+    The header is matched against what np.save writes: numpy's own reader evaluates it as Python, which is
+    slower than all else here, raises what a hostile header likes and allocates before it looks.
+    """
+    header = _NPY_HEADER.match(data)
+    if header is None or header.end() != 10 + int.from_bytes(data[8:10], "little"):
+        raise ValueError(f"member {name!r} is not an .npy file of one array")
+    found, shape = header[1].decode(), header[2].decode()
+    if found != dtype.str or not re.fullmatch(r"\d{1,18},", shape):
         raise ValueError(
-            f"member {name!r} is an array of {found} and {len(shape)} dimensions, not of {dtype} and 1"
+            f"member {name!r} is an array of {found}, shape ({shape}), not of {dtype.str} in one row"
         )
-    content = data[start.tell() :]
-    if shape[0] * dtype.itemsize != len(content):
-        raise ValueError(
-            f"member {name!r} has {len(content)} bytes of numbers, its header says {shape[0]} numbers"
-        )
+    content = data[header.end() :]
+    if int(shape[:-1]) * dtype.itemsize != len(content):
+        raise ValueError(f"member {name!r} has {len(content)} bytes of numbers for a shape of ({shape})")
     return np.frombuffer(content, dtype=dtype)

@@ -1,0 +1,93 @@
+"""Small shards for the tests of what reads them: random tokens, nothing from the tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import http.server
+import io
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.shard_format import Manifest, ShardInfo, TokenizerInfo, token_dtype, write_shard
+
+SEP = 3
+TOKENIZER = TokenizerInfo(
+    "tiny", 64, pad_id=0, unk_id=1, cls_id=2, sep_id=SEP, mask_id=4, special_ids=(0, 1, 2, 3, 4)
+)
+
+
+def random_documents(seed: int, count: int, longest: int = 60, vocab_size: int = 64) -> list[np.ndarray]:
+    """Documents of 1 to `longest` ordinary tokens, each followed by the separator."""
+    uniform = random.Random(seed).random  # the same for ever, which numpy's generators do not promise
+
+    def below(limit: int) -> int:
+        return int(uniform() * limit)
+
+    return [
+        np.array(
+            [*(5 + below(vocab_size - 5) for _ in range(1 + below(longest))), SEP], token_dtype(vocab_size)
+        )
+        for _ in range(count)
+    ]
+
+
+def shard_of(folder: Path, name: str, documents: list[np.ndarray]) -> ShardInfo:
+    """Write one shard into `folder`; what the manifest says of it."""
+    file = io.BytesIO()
+    num_documents, num_tokens = write_shard(file, name.removesuffix(".tar"), documents)
+    return put_file(folder, name, file.getvalue(), num_documents, num_tokens)
+
+
+def put_file(folder: Path, name: str, content: bytes, documents: int, tokens: int) -> ShardInfo:
+    (folder / name).write_bytes(content)
+    return ShardInfo(name, len(content), hashlib.sha256(content).hexdigest(), documents, tokens)
+
+
+def write_tiny_shards(
+    folder: Path, shards: int = 4, heldout: int = 1, documents: int = 120, seed: int = 0
+) -> Manifest:
+    """A folder of uneven shards with its manifest; the same bytes for the same arguments."""
+    folder.mkdir(parents=True, exist_ok=True)
+    uniform = random.Random(seed).random
+    splits = {
+        split: tuple(
+            shard_of(
+                folder,
+                f"{split}-{index:06d}.tar",
+                random_documents(
+                    1000 * seed + index + 500 * (split == "heldout"), int(documents * (1 + uniform()) / 2)
+                ),
+            )
+            for index in range(count)
+        )
+        for split, count in (("train", shards), ("heldout", heldout))
+    }
+    manifest = Manifest(TOKENIZER, splits, "histogram.npy")
+    np.save(folder / manifest.token_histogram, np.arange(TOKENIZER.vocab_size, dtype=np.int64) ** 2)
+    manifest.save(folder)
+    return manifest
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """`folder` over http: its URL, and the growing list of requests ("GET /name HTTP/1.1", ...)."""
+    requests: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_request(self, code: object = "-", size: object = "-") -> None:
+            requests.append(self.requestline)
+
+        def log_error(self, *arguments: object) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", requests
+        server.shutdown()
