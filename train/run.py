@@ -22,7 +22,7 @@ from train.observers import (
     Overflows,
     StoppedAfterSavingError,
 )
-from train.run_folder import provenance, read_summary, refuse_changed_config, write_configs, write_json
+from train.run_folder import hold, provenance, read_summary, refuse_changed_config, write_configs, write_json
 from train.signals import STOPPED_AFTER_SAVING, StopRequest
 from train.trainer import Observer
 from train.world import World, join_world
@@ -39,6 +39,8 @@ def run(config: Config) -> int:
         refuse_changed_config(run_dir, config)
     world = join_world(config.deepspeed.log_level)
     with StopRequest() as stop, ExitStack() as opened:
+        if world.is_first:
+            opened.enter_context(hold(run_dir))
         parts = assemble(config, world)
         state = _resume(parts, run_dir, world)
         total_steps = parts.trainer.schedule["total_steps"]

@@ -83,8 +83,7 @@ def import_deepspeed(log_level: str = "error") -> Any:
     # DeepSpeed sets its logger's level when it is imported, and speaks while it is: only a filter is in time.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= threshold)
     if threshold > logging.WARNING:
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        quiet_libraries()
         warnings.filterwarnings("ignore", module=r"deepspeed|torch\.jit|torch\.distributed|transformers")
     import deepspeed
     import deepspeed.ops
@@ -92,6 +91,12 @@ def import_deepspeed(log_level: str = "error") -> Any:
     # On a CPU this op would be compiled for about a minute at the first start; gloo does without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def quiet_libraries() -> None:
+    """Hold back transformers' bars and remarks; errors still come."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def agree_to_stop(stop: bool, group: Any) -> bool:

@@ -1,0 +1,251 @@
+"""From nothing to a distilled student on two CPU cores: corpus, vocabulary, shards, teacher, student, control,
+export, report. No download but pip's; about ten minutes.
+
+    make quickstart                         installs what is needed, then runs this
+    python launch/quickstart.py             once installed
+    python launch/quickstart.py --scale 0.1 a tenth of the training steps: the whole path in two minutes
+
+Everything lands in runs/quickstart/. A second call skips finished stages; an interrupted one goes on where it
+stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from launch.cli import run_main
+from train.run_folder import hold, write_json
+
+VOCABULARY = 8000
+RANKS = 2
+STEPS = {"teacher": 900, "student": 300, "control": 300}
+MASKED_SENTENCE = "Returns a new [MASK] with the same shape as the input."
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of the quickstart: what it is called, what it does."""
+
+    name: str
+    title: str
+    work: Callable[[], None]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the stages that are not finished yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything")
+    parser.add_argument(
+        "--source",
+        default="installed-docs",
+        help="text to use instead: a file, folder or glob as for data_prep/write_shards.py",
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps (default 1)")
+    options = parser.parse_args(arguments)
+    if not 0 < options.scale <= 1:
+        raise ValueError(f"--scale {options.scale}: give a share above 0, at most 1")
+    start = time.monotonic()
+    with hold(options.out):
+        _refuse_other_options(options.out, {"scale": options.scale, "source": options.source})
+        todo = stages(options.out, options.scale, options.source)
+        for number, stage in enumerate(todo, start=1):
+            did_work = _run_stage(f"[{number}/{len(todo)}]", stage, options.out / "stages")
+    if not did_work:  # else it stands just above
+        print((options.out / "report.txt").read_text().rstrip())
+    print(f"fill-mask:   {(options.out / 'fill_mask.txt').read_text().rstrip()}")
+    print(f"student:     {options.out / 'exported'}/, an ordinary Hugging Face folder")
+    print(
+        f"This call took {(time.monotonic() - start) / 60:.1f} minutes; a further call skips what is finished."
+    )
+    return 0
+
+
+def stages(out: Path, scale: float) -> list[Stage]:
+    """The stages in their order."""
+    python, corpus, tokenizer, shards = (
+        sys.executable,
+        out / "corpus.jsonl",
+        out / "tokenizer",
+        out / "shards",
+    )
+
+    def pretrain(name: str) -> Callable[[], None]:
+        steps = max(20, round(STEPS[name] * scale))
+        words = [f"--run.dir={out / name}", f"--data.shards={shards}", f"--training.max_steps={steps}"]
+        if name != "teacher":
+            words.append(f"--model.teacher={out / 'teacher' / 'student'}")
+        recipe = ROOT / "launch" / "recipes" / f"quickstart-{name}.yaml"
+        return lambda: _deepspeed("launch/pretrain.py", "--config", recipe, *words)
+
+    def command(*words: object) -> Callable[[], None]:
+        return lambda: _run(python, *words)
+
+    runs = [out / "student", out / "control"]
+    return [
+        *first,
+        Stage(
+            "tokenizer",
+            f"a WordPiece vocabulary of {VOCABULARY:,} entries",
+            command("data_prep/train_tokenizer.py", corpus, "--vocab-size", VOCABULARY, "--out", tokenizer),
+        ),
+        Stage(
+            "shards",
+            "tokenised WebDataset shards, train and held-out",
+            command(
+                "data_prep/write_shards.py",
+                corpus,
+                "--tokenizer",
+                tokenizer,
+                "--out",
+                shards,
+                "--shard-tokens",
+                1_000_000,
+            ),
+        ),
+        Stage("teacher", "a 4-layer BERT, masked-language modelling", pretrain("teacher")),
+        Stage("student", "half its layers, triple loss, LAMB, ZeRO-2 on two ranks", pretrain("student")),
+        Stage("control", "the student's shape from random weights, no teacher", pretrain("control")),
+        Stage("export", "a Hugging Face folder, loaded back by transformers", lambda: export(out)),
+        Stage(
+            "report",
+            "the models side by side",
+            command("launch/report.py", *runs, "--out", out, "--curves", out / "teacher"),
+        ),
+    ]
+
+
+def write_corpus(path: Path) -> None:
+    """The documents of the source `installed-docs` as JSON lines, in a fixed order; appears whole or not."""
+    from tqdm import tqdm
+
+    from data_prep.installed_docs import installed_doc_files
+
+    files = installed_doc_files()
+    partial = path.with_suffix(".partial")
+    documents = characters = 0
+    with partial.open("w") as out, multiprocessing.Pool(os.cpu_count()) as pool:
+        bar = tqdm(
+            total=sum(file.bytes for file in files),
+            unit="B",
+            unit_scale=True,
+            desc="reading",
+            mininterval=0.2 if sys.stderr.isatty() else 5.0,
+        )
+        for file, texts in zip(files, pool.imap(_documents_of, files, chunksize=16), strict=True):
+            for text in texts:
+                out.write(json.dumps({"text": text}) + "\n")
+                documents, characters = documents + 1, characters + len(text)
+            bar.update(file.bytes)
+        bar.close()
+    partial.rename(path)
+    print(f"{documents:,} documents, {characters / 1e6:.1f} MB -> {path}")
+
+
+def _documents_of(file: object) -> list[str]:
+    from data_prep.installed_docs import read_docstrings
+    from data_prep.records import Reading, ReadOptions, SourceFile
+
+    assert isinstance(file, SourceFile)
+    return [record.payload for record in read_docstrings(file, ReadOptions(), Reading())]
+
+
+def export(out: Path) -> None:
+    """Export the student's newest checkpoint, load it with stock transformers, fill a mask."""
+    folder = out / "exported"
+    if not folder.exists():
+        _run(sys.executable, "launch/export.py", out / "student", folder)
+    (out / "fill_mask.txt").write_text(fill_mask(folder, MASKED_SENTENCE) + "\n")
+    print((out / "fill_mask.txt").read_text().rstrip())
+
+
+def fill_mask(folder: Path, sentence: str) -> str:
+    """What a masked language model puts in place of [MASK], as one line."""
+    from transformers import pipeline
+
+    from train.world import quiet_libraries
+
+    quiet_libraries()
+    guesses = pipeline("fill-mask", model=str(folder), device="cpu")(sentence, top_k=3)
+    return f"{sentence}  ->  " + ", ".join(
+        f"{guess['token_str']} ({guess['score']:.0%})" for guess in guesses
+    )
+
+
+def _run_stage(number: str, stage: Stage, done: Path) -> bool:
+    """Whether there was anything left to do."""
+    marker = done / f"{stage.name}.json"
+    heading = f"{number} {stage.name}: {stage.title}"
+    if marker.exists():
+        seconds = json.loads(marker.read_text())["seconds"]
+        print(f"{heading} - done before, in {seconds:.0f} s", flush=True)
+        return False
+    print(heading, flush=True)
+    start = time.monotonic()
+    stage.work()
+    seconds = time.monotonic() - start
+    done.mkdir(exist_ok=True)
+    write_json(marker, {"seconds": round(seconds, 1)})
+    print(f"      {seconds:.0f} s\n", flush=True)
+    return True
+
+
+def _refuse_other_options(out: Path, options: dict[str, object]) -> None:
+    """Stages made with other options must not be mixed."""
+    path = out / "options.json"
+    if path.exists() and (before := json.loads(path.read_text())) != options:
+        raise ValueError(
+            f"{out} was started with {before}: use that again, remove the folder, or give another --out"
+        )
+    write_json(path, options)
+
+
+def _deepspeed(*words: object) -> None:
+    """The real launcher, two ranks on this machine's CPU."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    _run(sys.executable, launcher, "--quiet", "--num_gpus", RANKS, "--master_port", port, *words)
+
+
+def _run(*words: object) -> None:
+    """Run a command from the repository root, its output shown; its end ends this program if it failed."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    command = [str(word.resolve() if isinstance(word, Path) else word) for word in words]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=_end_with_parent) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            code = process.wait()
+    if code:
+        print("\nstopped: run the same command again to go on where it stopped", file=sys.stderr)
+        sys.exit(75 if code in (75, -signal.SIGINT, 128 + signal.SIGINT) else code)
+
+
+def _end_with_parent() -> None:
+    """Have Linux send this child SIGTERM when the quickstart dies, also by kill -9, so that no stage goes on
+    unseen beside the next call's."""
+    pr_set_pdeathsig = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    run_main(main)
