@@ -11,8 +11,10 @@ import gc
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,11 @@ then: python data_prep/write_shards.py SOURCE... --tokenizer runs/tokenizer --ou
 """
 
 
-def train_wordpiece(texts: Iterator[str], vocab_size: int, lowercase: bool = True) -> Any:
+def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> Any:
     """A transformers BertTokenizer with at most `vocab_size` entries, the special tokens first.
 
-    The same texts give the same vocabulary, in any order.
+    The same texts give the same vocabulary, in any order. `texts` is gone through once; a copy waits in a
+    temporary file for the trainer, which must know the letters before it begins.
 
     Raises:
         ValueError: the texts are too few for any vocabulary, or `vocab_size` too small for their letters.
@@ -47,23 +50,50 @@ def train_wordpiece(texts: Iterator[str], vocab_size: int, lowercase: bool = Tru
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        limit_alphabet=min(1000, vocab_size // 4),
-        continuing_subword_prefix="##",
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    vocabulary = backend.get_vocab()
-    if len(vocabulary) <= len(SPECIAL_TOKENS):
-        raise ValueError("the sources hold no text to train a vocabulary on")
-    if len(vocabulary) > vocab_size:
-        raise ValueError(
-            f"--vocab-size {vocab_size}: too small, the letters of the sources alone take {len(vocabulary)}"
+    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n") as copy:
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(text)
+            copy.write(text + "\n")
+        letters = _letters(counts, backend.normalizer, limit=min(1000, vocab_size // 4))
+        if not letters:
+            raise ValueError("the sources hold no text to train a vocabulary on")
+        # The trainer numbers the "##" letters in the order of a hash table that differs from run to run, and
+        # breaks ties between merges by these numbers. As "special" tokens they get theirs beforehand.
+        inner = [letter for letter in letters if _goes_on(letter, backend)]
+        fixed = [*SPECIAL_TOKENS, *(f"##{letter}" for letter in inner)]
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=fixed,
+            initial_alphabet=letters,
+            limit_alphabet=len(letters),
+            continuing_subword_prefix="##",
+            show_progress=False,
         )
-    ordered = dict(sorted(vocabulary.items(), key=lambda entry: entry[1]))
-    return BertTokenizer(vocab=ordered, do_lower_case=lowercase, model_max_length=512)
+        copy.seek(0)
+        backend.train_from_iterator(copy, trainer)
+    vocabulary = backend.get_vocab()
+    ordered = sorted(vocabulary, key=lambda entry: vocabulary[entry])
+    return BertTokenizer(
+        vocab={entry: index for index, entry in enumerate(ordered)},
+        do_lower_case=lowercase,
+        model_max_length=512,
+    )
+
+
+def _letters(counts: Counter[str], normalizer: Any, limit: int) -> list[str]:
+    """The most frequent characters after normalisation, at most `limit`."""
+    normal: Counter[str] = Counter()
+    for character, count in counts.items():
+        for letter in normalizer.normalize_str(character):
+            if not letter.isspace():
+                normal[letter] += count
+    return sorted(sorted(normal, key=lambda letter: (-normal[letter], letter))[:limit])
+
+
+def _goes_on(letter: str, backend: Any) -> bool:
+    """Whether a word may go on with this character; punctuation and Chinese characters stand alone."""
+    return len(backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(f"a{letter}"))) == 1
 
 
 def corpus(units: list[Unit], options: ReadOptions, num_processes: int) -> Iterator[str]:
