@@ -77,14 +77,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def stages(out: Path, scale: float) -> list[Stage]:
+def stages(out: Path, scale: float, source: str) -> list[Stage]:
     """The stages in their order."""
-    python, corpus, tokenizer, shards = (
-        sys.executable,
-        out / "corpus.jsonl",
-        out / "tokenizer",
-        out / "shards",
-    )
+    python, tokenizer, shards = sys.executable, out / "tokenizer", out / "shards"
+    first: list[Stage] = []
+    corpus: str | Path = Path(source) if Path(source).exists() else source
+    if source == "installed-docs":
+        corpus = out / "corpus.jsonl"
+        title = "English documentation inside the installed packages"
+        first = [Stage("corpus", title, lambda: write_corpus(out / "corpus.jsonl"))]
 
     def pretrain(name: str) -> Callable[[], None]:
         steps = max(20, round(STEPS[name] * scale))
