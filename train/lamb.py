@@ -22,14 +22,10 @@ import torch
 import torch.distributed as dist
 
 from train.lamb_binding import Binding, bind_engine
+from train.lamb_eager import EagerPasses
 from train.lamb_geometry import Piece, optimized_parameters, tensor_rules
-from train.lamb_math import (
-    StepCoefficients,
-    step_coefficients,
-    trust_ratios,
-    update_direction,
-    update_moments,
-)
+from train.lamb_math import Part, step_coefficients, trust_ratios
+from train.lamb_passes import Passes, choose_passes
 
 
 class Lamb(torch.optim.Optimizer):
@@ -49,6 +45,8 @@ class Lamb(torch.optim.Optimizer):
         bias_correction: correct both moments for their start at zero.
         mode: "decoupled", or "deepspeed" for the formula of DeepSpeed's own FusedLamb: all tensors decayed
             and adapted, ratio clamped to [0.01, 10] unless `clamp` says otherwise, bias correction outside it.
+        fused: one kernel per pass where there is one (Triton on CUDA; C loops on a CPU, built on first use
+            when there is a compiler), plain torch operations elsewhere. True insists, False declines.
     Raises:
         ValueError: an argument out of range, or a combination of which one part would have no effect.
     """
@@ -66,6 +64,7 @@ class Lamb(torch.optim.Optimizer):
         prenormalize: bool = False,
         bias_correction: bool = True,
         mode: str = "decoupled",
+        fused: bool | None = None,
     ) -> None:
         _check_arguments(lr, betas, eps, weight_decay, clamp, mode, prenormalize)
         named = optimized_parameters(named_parameters)
@@ -74,6 +73,8 @@ class Lamb(torch.optim.Optimizer):
         self._parameters = [parameter for _, parameter in named]
         self._clamp = (0.01, 10.0) if like_deepspeed and clamp is None else clamp
         self._prenormalize, self._bias_correction, self._mode = prenormalize, bias_correction, mode
+        self._fused = fused
+        self._passes: Passes | None = None
         self._binding: Binding | None = None
         self.tensor_names: tuple[str, ...] = tuple(rule.name for rule in self._rules)
         device = self._parameters[0].device
@@ -103,7 +104,7 @@ class Lamb(torch.optim.Optimizer):
             self._state_of(parameter)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update. Collective over the data-parallel group when bound to a partitioned engine.
 
         Raises:
@@ -113,26 +114,20 @@ class Lamb(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        slices = self._slices()
-        if self._prenormalize:
-            slices = self._normalized(slices)
-        sums = torch.zeros(len(self._rules), 2, dtype=torch.float64, device=self._device())
-        for part in slices:
-            update_moments(part.m, part.v, part.g, part.c)
-            rule = self._rules[part.tensor]
-            if rule.adapt:
-                u = update_direction(part.p, part.m, part.v, part.c, rule.decay, torch.empty_like(part.p))
-                sums[part.tensor, 0] += part.p.double().square().sum()
-                sums[part.tensor, 1] += u.double().square().sum()
-        if self._binding is not None and self._binding.group is not None:
-            dist.all_reduce(sums, group=self._binding.group)
+        parts = self._parts()
+        if not parts:
+            return loss
+        if self._passes is None:
+            self._passes = choose_passes(self._fused, parts[0].p.device.type, parts[0].p.dtype)
+        grad_norm = self._grad_norm(parts) if self._prenormalize else None
+        sums = torch.zeros(len(self._rules), 2, dtype=torch.float64, device=parts[0].p.device)
+        self._passes.first(parts, self._rules, sums, grad_norm)
+        self._add_over_ranks(sums)
         if self.adapted.device != sums.device:
             self.adapted = self.adapted.to(sums.device)
         self.trust_ratios = trust_ratios(sums, self.adapted, self._clamp)
-        for part in slices:
-            decay = self._rules[part.tensor].decay
-            u = update_direction(part.p, part.m, part.v, part.c, decay, torch.empty_like(part.p))
-            part.p.sub_(u.mul_(self.trust_ratios[part.tensor] * part.c.step_size))
+        self._passes.second(parts, self._rules, self.trust_ratios)
+        self._write_back(parts)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -140,9 +135,6 @@ class Lamb(torch.optim.Optimizer):
         if self.param_groups:
             raise ValueError("Lamb has one parameter group: give it all named parameters when you build it")
         super().add_param_group(param_group)
-
-    def _device(self) -> torch.device:
-        return self.param_groups[0]["params"][0].device
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = self.state[parameter]
@@ -152,29 +144,44 @@ class Lamb(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         return state
 
-    def _slices(self) -> list[_Slice]:
-        """What this rank updates, as 1-D views; advances every step counter."""
+    def _parts(self) -> list[Part]:
+        """What this rank updates, as 1-D views; advances the step counters."""
         parameters = self.param_groups[0]["params"]
-        tensors: Iterable[int] = range(len(self._parameters))
-        if self._binding is not None:
+        if self._binding is None:
+            self._require_own(parameters)
+            tensors: Iterable[int] = range(len(parameters))
+        elif self._binding.pieces is not None:
+            return [self._part(parameters[0], self._binding.pieces)]
+        else:
             tensors = self._binding.tensors
-        elif any(a is not b for a, b in zip(parameters, self._parameters, strict=False)) or len(
-            parameters
-        ) != len(self._parameters):
-            raise ValueError(
-                "Lamb's parameters were replaced, most likely by a DeepSpeed engine, and it cannot know where "
-                "each tensor lies: call optimizer.bind(engine) after deepspeed.initialize"
-            )
-        if self._binding is not None and self._binding.pieces is not None:
-            (flat,) = parameters
-            return self._views(flat, self._binding.pieces)
-        slices = []
-        for tensor, parameter in zip(tensors, parameters, strict=True):
-            if parameter.grad is not None:
-                slices += self._views(parameter, (Piece(tensor, 0, parameter.numel()),))
-        return slices
+        return [
+            self._part(parameter, (Piece(tensor, 0, parameter.numel()),))
+            for tensor, parameter in zip(tensors, parameters, strict=True)
+            if parameter.grad is not None
+        ]
 
-    def _views(self, parameter: torch.Tensor, pieces: tuple[Piece, ...]) -> list[_Slice]:
+    def _require_own(self, parameters: list[torch.Tensor]) -> None:
+        own = len(parameters) == len(self._parameters) and all(
+            a is b for a, b in zip(parameters, self._parameters, strict=True)
+        )
+        if not own:
+            raise ValueError(
+                "Lamb's parameters were replaced, most likely by a DeepSpeed engine's flat partition, and it "
+                "cannot know where each tensor lies: call optimizer.bind(engine) after deepspeed.initialize"
+            )
+
+    def _part(self, parameter: torch.Tensor, pieces: tuple[Piece, ...]) -> Part:
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.is_sparse:
+            raise ValueError(
+                "Lamb needs dense gradients and got a sparse one: set sparse=False in the embedding"
+            )
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"Lamb was given {parameter.dtype} parameters to update, which would lose most updates to "
+                "rounding: keep fp32 master weights (a DeepSpeed bf16 or fp16 engine, or torch.autocast)"
+            )
         state = self._state_of(parameter)
         state["step"] += 1
         group = self.param_groups[0]
@@ -187,38 +194,25 @@ class Lamb(torch.optim.Optimizer):
             bias_correction=self._bias_correction,
             mode=self._mode,
         )
-        assert parameter.grad is not None
-        p, g = parameter.detach().view(-1), parameter.grad.reshape(-1)
-        m, v = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-        return [
-            _Slice(piece.tensor, *(x[piece.start : piece.stop] for x in (p, g, m, v)), c) for piece in pieces
-        ]
+        # reshape copies a tensor that is not contiguous; the parameter's copy is written back after the step.
+        p, g = parameter.detach().reshape(-1), gradient.reshape(-1)
+        return Part(p, g, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), pieces, c)
 
-    def _normalized(self, slices: list[_Slice]) -> list[_Slice]:
-        total = torch.zeros((), dtype=torch.float64, device=self._device())
-        for part in slices:
-            total += part.g.double().square().sum()
+    def _write_back(self, parts: list[Part]) -> None:
+        parameters = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        for parameter, part in zip(parameters, parts, strict=True):
+            if not parameter.is_contiguous():
+                parameter.copy_(part.p.view(parameter.shape))
+
+    def _grad_norm(self, parts: list[Part]) -> torch.Tensor:
+        total = EagerPasses().sum_squares(parts, self._rules)
+        self._add_over_ranks(total)
+        norm = total.sqrt().to(parts[0].p.dtype)
+        return torch.where(norm > 0, norm, 1.0)
+
+    def _add_over_ranks(self, sums: torch.Tensor) -> None:
         if self._binding is not None and self._binding.group is not None:
-            dist.all_reduce(total, group=self._binding.group)
-        scale = torch.where(total > 0, total.rsqrt(), 1.0).float()
-        return [_Slice(s.tensor, s.p, s.g * scale, s.m, s.v, s.c) for s in slices]
-
-
-class _Slice:
-    """Views of one tensor's elements on this rank: parameter, gradient, moments; and its coefficients."""
-
-    __slots__ = ("c", "g", "m", "p", "tensor", "v")
-
-    def __init__(
-        self,
-        tensor: int,
-        p: torch.Tensor,
-        g: torch.Tensor,
-        m: torch.Tensor,
-        v: torch.Tensor,
-        c: StepCoefficients,
-    ) -> None:
-        self.tensor, self.p, self.g, self.m, self.v, self.c = tensor, p, g, m, v, c
+            dist.all_reduce(sums, group=self._binding.group)
 
 
 def _check_arguments(

@@ -1,4 +1,4 @@
-"""LAMB's arithmetic on flat fp32 slices: two passes with the trust ratios between them.
+"""LAMB's scalars and what the passes over the parameters share.
 
 You et al. 2020, arXiv:1904.00962, algorithm 2, with decoupled decay:
 
@@ -6,17 +6,24 @@ You et al. 2020, arXiv:1904.00962, algorithm 2, with decoupled decay:
     u = (m / c1) / (sqrt(v / c2) + eps) + decay p
     p = p - lr (||p|| / ||u||) u
 
-with c1 = 1 - b1^t, c2 = 1 - b2^t (both 1 without bias correction). The first pass updates m and v and sums
-the squares of p and u; the second recomputes u, so that no update is ever stored and gradients are left
-alone: 24 + 16 bytes of memory traffic per parameter. `lamb_reference.py` is the formula as written.
+with c1 = 1 - b1^t, c2 = 1 - b2^t (both 1 without bias correction). A first pass updates m and v and sums the
+squares of p and u; a second one recomputes u and applies it, so that no update is ever stored and gradients
+are left alone: 24 + 16 bytes of memory traffic per fp32 parameter. Both corrections are folded into scalars,
+
+    u = m / (stretch sqrt(v) + shift) + decay p          stretch = c1 / sqrt(c2),   shift = eps c1
+
+which saves two divisions, and their rounding, per element. `lamb_reference.py` is the formula as written.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from train.lamb_geometry import Piece, TensorRule
 
 
 @dataclass(frozen=True)
@@ -25,14 +32,12 @@ class StepCoefficients:
 
     beta1: float
     beta2: float
-    eps: float
+    stretch: float
+    """m is divided by stretch x sqrt(v) + shift."""
+    shift: float
     weight_decay: float
-    correction1: float
-    """m is divided by it in the update."""
-    correction2: float
-    """v is divided by it in the update."""
     step_size: float
-    """What multiplies trust ratio x update: the learning rate, with the bias corrections in deepspeed mode."""
+    """Multiplies trust ratio x u: the learning rate; in deepspeed mode with the bias corrections."""
 
 
 def step_coefficients(
@@ -47,18 +52,17 @@ def step_coefficients(
 ) -> StepCoefficients:
     """The scalars of step number `step` (from 1).
 
-    mode "decoupled" corrects the moments inside the update, as the paper does; "deepspeed" leaves the
-    moments as they are and folds both corrections into the step size, outside the trust ratio
-    (DeepSpeed 0.19 csrc/lamb/fused_lamb_cuda_kernel.cu).
+    mode "decoupled" corrects the moments inside the update, as the paper does; "deepspeed" leaves them as
+    they are and folds both corrections into the step size, outside the trust ratio (DeepSpeed 0.19,
+    csrc/lamb/fused_lamb_cuda_kernel.cu).
     """
-    correction1 = correction2 = 1.0
-    step_size = lr
-    if bias_correction:
-        correction1, correction2 = 1 - betas[0] ** step, 1 - betas[1] ** step
-    if bias_correction and mode == "deepspeed":
-        step_size = lr * math.sqrt(correction2) / correction1
-        correction1 = correction2 = 1.0
-    return StepCoefficients(*betas, eps, weight_decay, correction1, correction2, step_size)
+    beta1, beta2 = betas
+    correction1 = 1 - beta1**step if bias_correction else 1.0
+    correction2 = 1 - beta2**step if bias_correction else 1.0
+    root = math.sqrt(correction2)
+    if mode == "deepspeed":
+        return StepCoefficients(beta1, beta2, 1.0, eps, weight_decay, lr * root / correction1)
+    return StepCoefficients(beta1, beta2, correction1 / root, eps * correction1, weight_decay, lr)
 
 
 def trust_ratios(sums: torch.Tensor, adapt: torch.Tensor, clamp: tuple[float, float] | None) -> torch.Tensor:
@@ -69,31 +73,37 @@ def trust_ratios(sums: torch.Tensor, adapt: torch.Tensor, clamp: tuple[float, fl
         adapt: (T,) bool.
         clamp: (low, high) limits of the ratio, as in DeepSpeed's FusedLamb; the 1s are not clamped.
     Returns:
-        (T,) fp32. Division and root are fp64, so that the order of summation (another world size) shows
-        only where an fp64 rounding error straddles an fp32 boundary: about 1e-8 of cases.
+        (T,) fp32. Division and root are fp64: another order of summation (another world size) shows only
+        where an error of 1e-16 straddles the boundary between two fp32 numbers, once in about 1e8 cases.
     """
-    squares = sums[:, 0] / sums[:, 1]
-    ratios = squares.sqrt()
+    ratios = (sums[:, 0] / sums[:, 1]).sqrt()
     if clamp is not None:
         ratios = ratios.clamp(*clamp)
     usable = adapt & (sums[:, 0] > 0) & (sums[:, 1] > 0)
     return torch.where(usable, ratios, 1.0).to(torch.float32)
 
 
-def update_moments(m: torch.Tensor, v: torch.Tensor, g: torch.Tensor, c: StepCoefficients) -> None:
-    """First and second moment, in place; all slices 1-D of one length and dtype."""
-    m.mul_(c.beta1).add_(g, alpha=1 - c.beta1)
-    v.mul_(c.beta2).addcmul_(g, g, value=1 - c.beta2)
+@dataclass(frozen=True)
+class Part:
+    """One parameter the optimizer holds, with its gradient and moments, and the tensors that lie in it.
+
+    A flat ZeRO partition holds many tensors; otherwise there is one part, with one piece, per tensor.
+    p, g, m and v are 1-D, contiguous, of one length, dtype and device.
+    """
+
+    p: torch.Tensor
+    g: torch.Tensor
+    m: torch.Tensor
+    v: torch.Tensor
+    pieces: tuple[Piece, ...]
+    c: StepCoefficients
 
 
-def update_direction(
-    p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, c: StepCoefficients, decay: bool, out: torch.Tensor
-) -> torch.Tensor:
-    """u = (m / c1) / (sqrt(v / c2) + eps) + decay p, written to `out`."""
-    torch.sqrt(v, out=out)
-    # sqrt(v / c2) = sqrt(v) / sqrt(c2); both corrections then meet in one division of m.
-    out.mul_(c.correction1 / math.sqrt(c.correction2)).add_(c.eps * c.correction1)
-    torch.div(m, out, out=out)
-    if decay and c.weight_decay:
-        out.add_(p, alpha=c.weight_decay)
-    return out
+def pieces_of(
+    parts: Sequence[Part], rules: Sequence[TensorRule]
+) -> Iterator[tuple[Part, Piece, TensorRule, float]]:
+    """Every piece with its part, its rule and its weight decay (0 where the rule has none)."""
+    for part in parts:
+        for piece in part.pieces:
+            rule = rules[piece.tensor]
+            yield part, piece, rule, part.c.weight_decay if rule.decay else 0.0

@@ -1,0 +1,62 @@
+/* The two passes of LAMB over spans of memory; see lamb_native.py, which builds this file, and lamb_math.py for
+ * the formula. Every element is computed by the same IEEE operations wherever it lies (no contraction but the
+ * written fmaf), so that the result does not depend on how the parameters are cut. */
+
+#include <math.h>
+#include <stdint.h>
+
+typedef struct {
+    float *p, *g, *m, *v;
+    int64_t numel;
+    double sum_p, sum_u;                          /* out: sums of squares, first pass */
+    float beta1_weight, beta2, beta2_weight;      /* 1 - beta1, beta2, 1 - beta2 */
+    float grad_norm, stretch, shift, decay;
+    float factor;                                 /* step size x trust ratio, second pass */
+} Span;
+
+/* Independent accumulators, for one vector register of floats. */
+#define LANES 16
+
+static inline float direction(const Span *s, float p, float m, float v) {
+    return fmaf(s->decay, p, m / fmaf(s->stretch, sqrtf(v), s->shift));
+}
+
+static inline void first_element(const Span *s, float *restrict p, float *restrict g, float *restrict m,
+                                 float *restrict v, double *sum_p, double *sum_u) {
+    const float gi = *g / s->grad_norm;
+    const float mi = fmaf(s->beta1_weight, gi - *m, *m);
+    const float vi = fmaf(s->beta2_weight * gi, gi, *v * s->beta2);
+    const float u = direction(s, *p, mi, vi);
+    *m = mi;
+    *v = vi;
+    *sum_p += (double)*p * (double)*p;
+    *sum_u += (double)u * (double)u;
+}
+
+void lamb_first_pass(Span *spans, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) {
+        const Span s = spans[k];
+        float *restrict p = s.p, *restrict g = s.g, *restrict m = s.m, *restrict v = s.v;
+        double sum_p[LANES] = {0}, sum_u[LANES] = {0};
+        int64_t i = 0;
+        for (; i + LANES <= s.numel; i += LANES)
+            for (int j = 0; j < LANES; ++j)
+                first_element(&s, p + i + j, g + i + j, m + i + j, v + i + j, sum_p + j, sum_u + j);
+        for (int j = 0; i < s.numel; ++i, ++j)
+            first_element(&s, p + i, g + i, m + i, v + i, sum_p + j, sum_u + j);
+        for (int j = 0; j < LANES; ++j) {
+            spans[k].sum_p += sum_p[j];
+            spans[k].sum_u += sum_u[j];
+        }
+    }
+}
+
+void lamb_second_pass(const Span *spans, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) {
+        const Span s = spans[k];
+        float *restrict p = s.p;
+        const float *restrict m = s.m, *restrict v = s.v;
+        for (int64_t i = 0; i < s.numel; ++i)
+            p[i] = fmaf(-s.factor, direction(&s, p[i], m[i], v[i]), p[i]);
+    }
+}
