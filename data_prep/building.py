@@ -98,7 +98,6 @@ class Builder:
             elif (part := self._team.claim(shard.name)) is not None:
                 built = self._build(shard, part)
                 self.progress.add(built.tokens, built.documents, built.tokens)
-        self.progress.close()
 
     def _build(self, shard: ShardPlan, part: Path) -> ShardInfo:
         documents = self._gather(shard)

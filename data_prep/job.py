@@ -128,9 +128,15 @@ class Team:
             if self.claims is not None:
                 with contextlib.suppress(OSError):  # a full disk; the others will notice at the gathering
                     (self.claims / "stop").touch()
-        show = progress.show if progress is not None else lambda: None
-        outcomes = self.world.gather((result, failure), show)
-        failures = [message for _, message in outcomes if message is not None]
+        failures = ["lost"]
+        try:
+            if progress is not None:
+                progress.publish()
+            outcomes = self.world.gather((result, failure), progress.show if progress else lambda: None)
+            failures = [message for _, message in outcomes if message is not None]
+        finally:
+            if progress is not None:
+                progress.close(complete=not failures)
         if failures:
             raise JobFailed(next((message for message in failures if message), "stopped"))
         return [value for value, _ in outcomes]

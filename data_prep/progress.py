@@ -80,7 +80,14 @@ class Progress:
         self._bar.set_postfix_str(rates, refresh=False)
         self._bar.update(max(0, self._bar.initial + counts["done"] - self._bar.n))
 
-    def close(self) -> None:
+    def publish(self) -> None:
+        """The last word of this process."""
+        self._publish()
+
+    def close(self, complete: bool) -> None:
+        """End the bar, full where the work is `complete`: what holds no documents is passed over unseen."""
         self._publish()
         if self._bar is not None:
+            if complete and self._bar.total:
+                self._bar.update(self._bar.total - self._bar.n)
             self._bar.close()

@@ -43,7 +43,6 @@ class Spiller:
             self._work_on_all(waiting)
         finally:
             gc.enable()
-        self.progress.close()
 
     def _work_on_all(self, waiting: list[Unit]) -> None:
         for unit in waiting:
