@@ -202,28 +202,36 @@ def test_it_reads_ahead_and_no_further_than_it_says(
     batches.close()  # type: ignore[attr-defined]
 
 
-def test_memory_stays_within_what_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_and_readings_stay_within_what_is_stated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = write_tiny_shards(tmp_path, shards=40, heldout=0, documents=40)
     largest = max(shard.tokens for shard in manifest.splits["train"])
     resident: list[int] = []
-    original = BatchLoader._micro_batch
+    read: list[tuple[int, int]] = []
+    micro_batch, prepare = BatchLoader._micro_batch, BatchLoader._prepare
 
     def watched(*arguments: object) -> MicroBatch:
         shards = arguments[4]
         finished = [f.result() for f in shards._items.values() if f.done()]  # type: ignore[attr-defined]
         resident.append(sum(shard.windows.size for shard in finished))
-        return original(*arguments)  # type: ignore[arg-type]
+        return micro_batch(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(BatchLoader, "_micro_batch", watched)
+    monkeypatch.setattr(BatchLoader, "_prepare", lambda self, key: read.append(key) or prepare(self, key))
     for world_size in (1, 4):
         resident.clear()
-        loader = make(tmp_path, manifest, world_size=world_size)
-        for _ in loader.batches(0, 2 * loader.steps_per_epoch + 10):
-            pass
-        lanes = LANES // world_size
+        read.clear()
+        for rank in range(world_size):
+            loader = make(tmp_path, manifest, rank=rank, world_size=world_size)
+            for _ in loader.batches(0, 2 * loader.steps_per_epoch):
+                pass
         ahead = (loader_module.LOOKAHEAD_STEPS + 1) * BATCH // world_size * LENGTH
-        assert max(resident) <= lanes * 2 * largest + ahead
+        assert max(resident) <= LANES // world_size * 2 * largest + ahead
         assert max(resident) < sum(shard.tokens for shard in manifest.splits["train"])
+        for epoch in (0, 1):
+            shards = [shard for e, shard in read if e == epoch]
+            assert len(shards) <= len(set(shards)) + LANES - 1
 
 
 def test_heldout_windows_are_fixed_and_spread(folder: Path, manifest: Manifest) -> None:
