@@ -18,7 +18,7 @@ def test_it_measures_and_writes_what_it_prints(tmp_path: Path, capsys: pytest.Ca
     parser = argparse.ArgumentParser()
     benchmark.add_arguments(parser)
     arguments = ["--shards", str(tmp_path / "shards"), "--json", str(tmp_path / "figures.json")]
-    arguments += "--sequence-length 16 --global-batch-size 32 --micro-batch-size 2".split()
+    arguments += ["--sequence-length", "16", "--global-batch-size", "32", "--micro-batch-size", "2"]
     threads = torch.get_num_threads()
     try:
         assert benchmark.main(parser.parse_args([*arguments, "--rounds", "1", "--seconds", "0.05"])) == 0
