@@ -111,7 +111,8 @@ def chunk_terms(chunk: Chunk, values: torch.Tensor) -> torch.Tensor:
             )
     of_mlm = _mlm_gradient(chunk, logits, values) if chunk.targets.shape[0] > 0 else None
     if divergence is not None:
-        assert numerators is not None and normalisers is not None
+        assert numerators is not None
+        assert normalisers is not None
         coefficient = chunk.kd_weight * chunk.temperature * chunk.row_weights
         exponentials = logits.exp_()
         sums = exponentials.sum(-1)

@@ -36,16 +36,12 @@ class Family:
     """Path of the encoder without pooler or head."""
     layers: str
     """Path of the ModuleList of layers."""
-    head: str
-    """Path of the module whose parameters, decoder aside, belong to the MLM head; for messages."""
-    embeddings: str
-    """Path of the embedding module, which a student takes whole."""
+    head: tuple[str, ...]
+    """Prefixes of the MLM head's parameter names, tied ones aside."""
     num_layers_field: str = "num_hidden_layers"
     """Name of the layer count in the config."""
     transform_function: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = field(kw_only=True)
     """The MLM head before its decoder."""
-    transform_modules: tuple[str, ...] = field(kw_only=True)
-    """Paths of the modules that `transform_function` runs, in the order linear, norm."""
     first_position: Callable[[Any], int] = field(default=lambda config: 0, kw_only=True)
     """Positions of `max_position_embeddings` that no token can take (RoBERTa's padding offset)."""
     config_for_depth: Callable[[Any, tuple[int, ...]], dict[str, Any]] = field(
@@ -117,49 +113,39 @@ BERT = Family(
     model_type="bert",
     encoder="bert",
     layers="bert.encoder.layer",
-    embeddings="bert.embeddings",
-    head="cls.predictions",
+    head=("cls.predictions.",),
     transform_function=_bert_transform,
-    transform_modules=("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
 )
 DISTILBERT = Family(
     model_type="distilbert",
     encoder="distilbert",
     layers="distilbert.transformer.layer",
-    embeddings="distilbert.embeddings",
-    head="vocab_",
+    head=("vocab_",),
     num_layers_field="n_layers",
     transform_function=_distilbert_transform,
-    transform_modules=("vocab_transform", "vocab_layer_norm"),
 )
 ROBERTA = Family(
     model_type="roberta",
     encoder="roberta",
     layers="roberta.encoder.layer",
-    embeddings="roberta.embeddings",
-    head="lm_head",
+    head=("lm_head.",),
     transform_function=_roberta_transform,
-    transform_modules=("lm_head.dense", "lm_head.layer_norm"),
     first_position=lambda config: config.pad_token_id + 1,
 )
 XLM_ROBERTA = Family(
     model_type="xlm-roberta",
     encoder="roberta",
     layers="roberta.encoder.layer",
-    embeddings="roberta.embeddings",
-    head="lm_head",
+    head=("lm_head.",),
     transform_function=_roberta_transform,
-    transform_modules=("lm_head.dense", "lm_head.layer_norm"),
     first_position=lambda config: config.pad_token_id + 1,
 )
 MODERNBERT = Family(
     model_type="modernbert",
     encoder="model",
     layers="model.layers",
-    embeddings="model.embeddings",
-    head="head",
+    head=("head.", "decoder."),
     transform_function=_modernbert_transform,
-    transform_modules=("head.dense", "head.norm"),
     config_for_depth=lambda config, layers: {"layer_types": [config.layer_types[layer] for layer in layers]},
 )
 

@@ -151,8 +151,10 @@ class _Pass:
         row_weights, target_weights, unit = self._unit_weights(dtype, half=weight.dtype != dtype)
         values = torch.zeros(4, dtype=dtype, device=features.device)
         grad_features = torch.empty_like(features, dtype=dtype) if needs_gradient[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_gradient[1] else None
+        grad_weight = torch.empty_like(weight, dtype=dtype) if needs_gradient[1] else None
         grad_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if needs_gradient[2] else None
+        if grad_weight is not None and features.shape[0] == 0:
+            grad_weight.zero_()
         for start in range(0, features.shape[0], self.chunk_rows):
             rows = slice(start, start + self.chunk_rows)
             chunk = Chunk(

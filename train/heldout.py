@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -110,7 +111,7 @@ def _log_probabilities(
         log_part = torch.log_softmax(tempered_logits(part, 1.0, buffer), -1)
         if len(models) == 1:
             return log_part
-        log_part += torch.log(torch.tensor(model.share))
+        log_part += math.log(model.share)
         total = log_part if total is None else torch.logaddexp(total, log_part)
     assert total is not None
     return total

@@ -26,9 +26,9 @@ from train.rows import keep_weights, select_rows
 
 if TYPE_CHECKING:
     from train.masking import MaskedBatch
-    from train.teacher import TeacherOutput
+    from train.teacher import Teacher, TeacherOutput
 
-__all__ = ["DistillationLoss", "HeldoutSums", "LossTerms", "heldout_statistics"]
+__all__ = ["DistillationLoss", "HeldoutSums", "LossTerms", "heldout_statistics", "projection_widths"]
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class DistillationLoss(nn.Module):
         layer_cosine_weight: of the cosine term on `layer_pairs`.
         layer_pairs: (student, teacher) indices into `hidden_states`: 0 is the embeddings' output, i the
             output of layer i counted from 1.
-        projection_widths: (student width, teacher width): a learned linear map is applied to the student's
-            hidden states before each cosine. None: widths must agree.
-        chunk_tokens: rows of logits that exist at once; None chooses about 16 MiB of them on a CPU and
-            256 MiB on a GPU.
+        projection_widths: (student width, teacher width) of each teacher, see `projection_widths`: learned
+            linear maps bring the student's hidden states to the teachers' widths before each cosine. None:
+            widths must agree.
+        chunk_tokens: rows of logits that exist at once; None for what fills 32 MiB (GPU: 256 MiB) a buffer.
     Raises:
         ValueError: a negative weight, T <= 0, an unknown kd_positions, all weights zero.
     """
@@ -97,7 +97,7 @@ class DistillationLoss(nn.Module):
         kd_positions: str = "all",
         layer_cosine_weight: float = 0.0,
         layer_pairs: Sequence[tuple[int, int]] = (),
-        projection_widths: tuple[int, int] | None = None,
+        projection_widths: Sequence[tuple[int, int]] | None = None,
         chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
@@ -112,7 +112,8 @@ class DistillationLoss(nn.Module):
         self.chunk_tokens = chunk_tokens
         self._workspace = Workspace()
         self._check()
-        self.projection = nn.Linear(*projection_widths, bias=False) if projection_widths else None
+        self._projection_widths = list(projection_widths or ())
+        self.projections = nn.ModuleList(nn.Linear(*pair, bias=False) for pair in self._projection_widths)
 
     def _check(self) -> None:
         weights = ("kd_weight", "mlm_weight", "cosine_weight", "mse_weight", "layer_cosine_weight")
@@ -135,10 +136,64 @@ class DistillationLoss(nn.Module):
                 f"objective.chunk_tokens is {self.chunk_tokens}; give a number >= 1 or leave it out"
             )
 
+    def check_models(self, student: PreTrainedModel, teacher: Teacher | None) -> None:
+        """Refuse a student and a teacher that this objective cannot compare; call it once, before training.
+
+        Raises:
+            ValueError: no teacher where a term needs one, vocabularies or widths that differ, pairs of layers
+                that do not exist, a projection that would do nothing.
+        """
+        if not self.needs_teacher:
+            return
+        if teacher is None:
+            raise ValueError(
+                "the objective needs a teacher (model.teacher), unless objective.kd_weight and "
+                "objective.cosine_weight are 0"
+            )
+        family = family_of(student)
+        vocabulary = family.decoder(student)[0].shape[0]
+        if self.needs_teacher_logits and vocabulary != teacher.vocab_size:
+            raise ValueError(
+                f"the student has a vocabulary of {vocabulary} tokens, the teacher {teacher.names[0]} one of "
+                f"{teacher.vocab_size}; soft targets need the same"
+            )
+        self._check_widths(student, teacher)
+        depth, teacher_depth = family.num_layers(student), min(teacher.num_layers)
+        for own, theirs in self.layer_pairs:
+            if not (0 <= own <= depth and 0 <= theirs <= teacher_depth):
+                raise ValueError(
+                    f"objective.layer_pairs names ({own}, {theirs}); the student has layers 0 to {depth}, the "
+                    f"teacher 0 to {teacher_depth} (0: embeddings)"
+                )
+        if self.needs_hidden_states and not teacher.output_hidden_states:
+            raise ValueError("objective.layer_pairs needs a teacher loaded with output_hidden_states=True")
+
+    def _check_widths(self, student: PreTrainedModel, teacher: Teacher) -> None:
+        width = family_of(student).width(student)
+        if not self.needs_hidden:
+            if self.projections:
+                raise ValueError("objective.projection has no effect without a cosine term; turn it off")
+            return
+        if self.projections:
+            assert self._projection_widths == projection_widths(student, teacher)
+            return
+        for name, teacher_width in zip(teacher.names, teacher.widths, strict=True):
+            if teacher_width != width:
+                raise ValueError(
+                    f"the student's hidden states are {width} wide, those of teacher {name} {teacher_width}: "
+                    "their cosine needs a learned projection (objective.projection=true), or set "
+                    "objective.cosine_weight=0"
+                )
+
     @property
     def needs_teacher(self) -> bool:
         """Whether any term that is on reads the teacher; if not, load none and pass None."""
-        return self.needs_teacher_logits or self.cosine_weight > 0 or self.layer_cosine_weight > 0
+        return self.needs_teacher_logits or self.needs_hidden
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether hidden states are compared."""
+        return self.cosine_weight > 0 or self.layer_cosine_weight > 0
 
     @property
     def needs_teacher_logits(self) -> bool:
@@ -230,7 +285,7 @@ class DistillationLoss(nn.Module):
         )
         weight, bias = family.decoder(student)
         return vocabulary_loss(
-            family.transform(student, hidden.flatten(0, 1)[rows.order]),
+            family.transform(student, hidden.flatten(0, 1).index_select(0, rows.order)),
             weight,
             bias,
             rows.targets if self.mlm_weight > 0 else None,
@@ -259,10 +314,17 @@ class DistillationLoss(nn.Module):
             assert encoded.hidden_states is not None
             student_hidden = encoded.hidden_states[pair[0]]
         student_hidden = student_hidden.flatten(0, 1)
-        if self.projection is not None:
-            student_hidden = self.projection(student_hidden)
         total = torch.zeros((), device=keep.device)
-        for member in teacher.members:
-            hidden = member.last_hidden if pair is None else member.hidden_state(pair[1])
-            total = total + member.share * hidden_cosine(student_hidden, hidden.flatten(0, 1), keep)
+        for index, member in enumerate(teacher.members):
+            hidden = member.last_hidden
+            if pair is not None:
+                assert member.hidden_states is not None
+                hidden = member.hidden_states[pair[1]]
+            mapped = self.projections[index](student_hidden) if self.projections else student_hidden
+            total = total + member.share * hidden_cosine(mapped, hidden.flatten(0, 1), keep)
         return total
+
+
+def projection_widths(student: PreTrainedModel, teacher: Teacher) -> list[tuple[int, int]]:
+    """What `DistillationLoss(projection_widths=...)` needs for these models."""
+    return [(family_of(student).width(student), width) for width in teacher.widths]

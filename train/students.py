@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 import torch
-from transformers import BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM, PreTrainedModel
+from transformers import (
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from train.families import BERT, DISTILBERT, Family, family_of
 
@@ -92,10 +98,14 @@ def resolve_layer_map(
     return layers
 
 
+def _evenly_spaced(teacher_layers: int, depth: int) -> tuple[int, ...]:
+    return tuple(index * teacher_layers // depth for index in range(depth))
+
+
 def _named_layer_map(name: str, teacher_layers: int, num_layers: int | None) -> tuple[int, ...]:
     if name == "every_other":
         depth = num_layers if num_layers is not None else max(1, teacher_layers // 2)
-        return tuple(index * teacher_layers // depth for index in range(depth))
+        return _evenly_spaced(teacher_layers, depth)
     if name == "distilbert":
         if teacher_layers != 12 or num_layers not in (None, len(ORIGINAL_LAYERS)):
             raise ValueError(
@@ -116,7 +126,7 @@ def _distilbert_config(teacher_model: PreTrainedModel, num_layers: int) -> Disti
             "difference",
             config.layer_norm_eps,
         )
-    return DistilBertConfig(
+    student_config = DistilBertConfig(
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         n_layers=num_layers,
@@ -129,8 +139,21 @@ def _distilbert_config(teacher_model: PreTrainedModel, num_layers: int) -> Disti
         initializer_range=config.initializer_range,
         pad_token_id=config.pad_token_id,
         tie_word_embeddings=config.tie_word_embeddings,
-        attn_implementation="sdpa",
     )
+    student_config._attn_implementation = "sdpa"
+    return student_config
+
+
+def _same_class_config(
+    family: Family, teacher_model: PreTrainedModel, layers: tuple[int, ...]
+) -> PretrainedConfig:
+    config = copy.deepcopy(teacher_model.config)
+    setattr(config, family.num_layers_field, len(layers))
+    for name, value in family.config_for_depth(teacher_model.config, layers).items():
+        setattr(config, name, value)
+    config._attn_implementation = "sdpa"
+    config.dtype = torch.float32
+    return config
 
 
 def _distilbert_from_bert(teacher_model: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedModel:
@@ -173,13 +196,7 @@ def _distilbert_from_bert(teacher_model: PreTrainedModel, layers: tuple[int, ...
 
 def _same_class(family: Family, teacher_model: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedModel:
     _check_first_layer(family, teacher_model, layers)
-    config = copy.deepcopy(teacher_model.config)
-    setattr(config, family.num_layers_field, len(layers))
-    for name, value in family.config_for_depth(teacher_model.config, layers).items():
-        setattr(config, name, value)
-    config._attn_implementation = "sdpa"
-    config.dtype = torch.float32
-    student = type(teacher_model)(config)
+    student = type(teacher_model)(_same_class_config(family, teacher_model, layers))
     teacher = teacher_model.state_dict()
     prefix = f"{family.layers}."
     state = {name: value for name, value in teacher.items() if not name.startswith(prefix)}
@@ -210,40 +227,34 @@ def _random_student(
     teacher_model: PreTrainedModel, num_layers: int, width: int | None, seed: int
 ) -> PreTrainedModel:
     family = family_of(teacher_model)
+    config: PretrainedConfig
     if family is BERT:
-        config, kind = _distilbert_config(teacher_model, num_layers), DistilBertForMaskedLM
-        names = {"width": "dim", "inner": "hidden_dim", "heads": "n_heads"}
+        kind: type[PreTrainedModel] = DistilBertForMaskedLM
+        config = _distilbert_config(teacher_model, num_layers)
     else:
-        config, kind = copy.deepcopy(teacher_model.config), type(teacher_model)
-        setattr(config, family.num_layers_field, num_layers)
-        depth = family.num_layers(teacher_model)
-        evenly = tuple(index * depth // num_layers for index in range(num_layers))
-        for name, value in family.config_for_depth(teacher_model.config, evenly).items():
-            setattr(config, name, value)
-        config._attn_implementation = "sdpa"
-        config.dtype = torch.float32
-        is_distilbert = family is DISTILBERT
-        names = {
-            "width": "dim" if is_distilbert else "hidden_size",
-            "inner": "hidden_dim" if is_distilbert else "intermediate_size",
-            "heads": "n_heads" if is_distilbert else "num_attention_heads",
-        }
+        kind = type(teacher_model)
+        config = _same_class_config(
+            family, teacher_model, _evenly_spaced(family.num_layers(teacher_model), num_layers)
+        )
     if width is not None:
-        _set_width(config, width, names)
+        _set_width(config, width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = kind(config)
     return student.train()
 
 
-def _set_width(config: object, width: int, names: dict[str, str]) -> None:
-    """Shrink heads (their size kept) and the inner width in proportion."""
-    old_width, heads = getattr(config, names["width"]), getattr(config, names["heads"])
+def _set_width(config: PretrainedConfig, width: int) -> None:
+    """Fewer heads of the same size, and an inner width in proportion."""
+    distilbert = config.model_type == DISTILBERT.model_type
+    # DistilBERT's config answers to the usual names, but to its own for the inner width.
+    inner_name = "hidden_dim" if distilbert else "intermediate_size"
+    old_width, heads = config.hidden_size, config.num_attention_heads
     head_width = old_width // heads
     if width < 1 or width % head_width:
         raise ValueError(
             f"a student's width must be a multiple of its heads' width {head_width}; it is {width}"
         )
-    setattr(config, names["inner"], getattr(config, names["inner"]) * width // old_width)
-    setattr(config, names["heads"], width // head_width)
-    setattr(config, names["width"], width)
+    setattr(config, inner_name, getattr(config, inner_name) * width // old_width)
+    config.num_attention_heads = width // head_width
+    config.hidden_size = width

@@ -1,0 +1,302 @@
+"""Forward and backward steps of distillation, teacher included, beside the plain formulation.
+
+  plain original   full logits of both models at all positions, with the masked_select of the original code
+  plain            the same formula without those copies
+  fused all        ours, KD at all positions
+  fused masked     ours, KD at masked positions only
+
+The four alternate within one run; medians are printed. Sizes are BERT-base's and DistilBERT's with random
+weights. Peak memory is that of a fresh process each. The FLOP floor is the time that the matrix products of a
+step need at the rate measured, between the steps, for the product with the vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from train.chunk_terms import DecoderRows, Workspace
+from train.fused_loss import vocabulary_loss
+from train.masking import MaskedBatch
+from train.objective import DistillationLoss
+from train.objective_reference import original_distiller_loss, reference_cosine, reference_terms
+from train.students import make_student
+from train.teacher import Teacher
+
+FORMULATIONS = ("plain original", "plain", "fused all", "fused masked")
+PROBABILITY = 0.15
+WIDTH, VOCABULARY, INNER = 768, 30522, 3072
+TEACHER_LAYERS, STUDENT_LAYERS = 12, 6
+GIB = 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", default="8x128,32x128", help="batch x sequence, with commas")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each, at the first shape")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's threads")
+    parser.add_argument("--memory-shape", default="64x512", help="batch x sequence of the loss's memory")
+    parser.add_argument("--no-memory", action="store_true", help="leave the memory measurements out")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+
+
+def main(args: argparse.Namespace) -> int:
+    torch.set_num_threads(args.threads)
+    transformers_logging.set_verbosity_error()
+    if args.child:
+        kind, formulation, shape = args.child.split(":")
+        measure = _step_memory if kind == "step" else _loss_memory
+        print(json.dumps(measure(formulation, *_shape(shape))))
+        return 0
+    shapes = args.shapes.split(",")
+    figures: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "threads": args.threads}
+    figures["steps"] = [
+        row
+        for index, shape in enumerate(shapes)
+        for row in _time_steps(shape, max(2, args.rounds if index == 0 else args.rounds // 2))
+    ]
+    _print_steps(figures["steps"])
+    if not args.no_memory:
+        figures["step_memory"] = _memory_of_steps(shapes[0], args.threads)
+        figures["loss_memory"] = _memory_of_losses(args.memory_shape, args.threads)
+        _print_memory(figures, shapes[0], args.memory_shape)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def _shape(text: str) -> tuple[int, int]:
+    batch, length = text.split("x")
+    return int(batch), int(length)
+
+
+def _models() -> tuple[PreTrainedModel, PreTrainedModel]:
+    torch.manual_seed(0)
+    teacher = BertForMaskedLM(BertConfig())
+    student = make_student(teacher)
+    return teacher.eval().requires_grad_(False), student
+
+
+def _batch(batch: int, length: int) -> MaskedBatch:
+    generator = torch.Generator().manual_seed(1)
+    count = round(PROBABILITY * length)
+    order = torch.rand(batch, length - 2, generator=generator).argsort(-1)[:, :count]
+    return MaskedBatch(
+        input_ids=torch.randint(1000, VOCABULARY, (batch, length), generator=generator),
+        positions=order.sort(-1).values + 1,
+        targets=torch.randint(1000, VOCABULARY, (batch, count), generator=generator),
+        valid=torch.ones(batch, count, dtype=torch.bool),
+    )
+
+
+def _stepper(
+    formulation: str, teacher: PreTrainedModel, student: PreTrainedModel
+) -> Callable[[MaskedBatch], float]:
+    """A function that makes one forward and backward step and returns the loss."""
+    if formulation.startswith("fused"):
+        frozen = Teacher([teacher])
+        objective = DistillationLoss(kd_positions=formulation.removeprefix("fused "))
+
+        def fused_step(masked: MaskedBatch) -> float:
+            student.zero_grad(set_to_none=True)
+            terms = objective(student, masked, frozen(masked.input_ids))
+            terms.loss.backward()
+            return float(terms.loss)
+
+        return fused_step
+
+    def plain_step(masked: MaskedBatch) -> float:
+        student.zero_grad(set_to_none=True)
+        of_student = student(masked.input_ids, output_hidden_states=True)
+        with torch.no_grad():
+            of_teacher = teacher(masked.input_ids, output_hidden_states=True)
+        student_hidden, teacher_hidden = of_student.hidden_states[-1], of_teacher.hidden_states[-1]
+        if formulation == "plain original":
+            labels = torch.full_like(masked.input_ids, -100).scatter_(1, masked.positions, masked.targets)
+            kept = torch.ones_like(masked.input_ids, dtype=torch.bool)
+            loss = original_distiller_loss(
+                of_student.logits, of_teacher.logits, student_hidden, teacher_hidden, kept, labels
+            )
+        else:
+            terms = reference_terms(of_student.logits, [of_teacher.logits], [1.0], masked)
+            loss = 5 * terms.kd + 2 * terms.mlm + reference_cosine(student_hidden, teacher_hidden)
+        loss.backward()
+        return float(loss)
+
+    return plain_step
+
+
+def step_flops(formulation: str, batch: int, length: int) -> float:
+    """Floating-point operations of the matrix products of one step (attention's included)."""
+    tokens = batch * length
+    decoded = batch * round(PROBABILITY * length) if formulation == "fused masked" else tokens
+    per_layer = 2 * (4 * WIDTH**2 + 2 * WIDTH * INNER) + 4 * length * WIDTH
+    head = 2 * (WIDTH**2 + WIDTH * VOCABULARY)
+    teacher = TEACHER_LAYERS * per_layer * tokens + head * decoded
+    student = STUDENT_LAYERS * per_layer * tokens + head * decoded
+    return float(teacher + 3 * student)
+
+
+def _time_steps(shape: str, rounds: int) -> list[dict[str, Any]]:
+    batch, length = _shape(shape)
+    teacher, student = _models()
+    student.train()
+    masked = _batch(batch, length)
+    steps = {name: _stepper(name, teacher, student) for name in FORMULATIONS}
+    seconds: dict[str, list[float]] = {name: [] for name in FORMULATIONS}
+    rates = []
+    for round_number in range(rounds + 1):
+        rates.append(_matmul_rate())
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(masked)
+            if round_number > 0:  # the first round warms caches and allocator
+                seconds[name].append(time.perf_counter() - start)
+    rate = statistics.median(rates)
+    baseline = statistics.median(seconds["plain original"])
+    rows = []
+    for name in FORMULATIONS:
+        median = statistics.median(seconds[name])
+        floor = step_flops(name, batch, length) / rate
+        rows.append(
+            {
+                "shape": shape,
+                "formulation": name,
+                "tokens_per_s": batch * length / median,
+                "step_s": median,
+                "spread_s": max(seconds[name]) - min(seconds[name]),
+                "ratio": baseline / median,
+                "gflop": step_flops(name, batch, length) / 1e9,
+                "matmul_gflop_per_s": rate / 1e9,
+                "floor_s": floor,
+                "floor_share": floor / median,
+            }
+        )
+    return rows
+
+
+def _matmul_rate() -> float:
+    """FLOP/s of the product with the vocabulary at 512 rows, into memory already at hand."""
+    left, right = torch.randn(512, WIDTH), torch.randn(VOCABULARY, WIDTH)
+    out = torch.empty(512, VOCABULARY)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(left, right.t(), out=out)
+        times.append(time.perf_counter() - start)
+    return 2 * 512 * WIDTH * VOCABULARY / min(times)
+
+
+def _resident_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _step_memory(formulation: str, batch: int, length: int) -> int:
+    """Bytes by which one step raises a fresh process's peak, models and their loading not counted."""
+    teacher, student = _models()
+    student.train()
+    step, masked = _stepper(formulation, teacher, student), _batch(batch, length)
+    before = _resident_peak()
+    step(masked)
+    return _resident_peak() - before
+
+
+def _loss_memory(formulation: str, batch: int, length: int) -> int:
+    """The same for the vocabulary part alone, from features to their gradients."""
+    masked, tokens = _batch(batch, length), batch * length
+    features = torch.randn(tokens, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH).mul_(0.02).requires_grad_()
+    bias = torch.zeros(VOCABULARY, requires_grad=True)
+    frozen = torch.randn(tokens, WIDTH), torch.randn(VOCABULARY, WIDTH).mul_(0.02), torch.zeros(VOCABULARY)
+    before = _resident_peak()
+    if formulation == "fused all":
+        count = masked.targets.numel()
+        vocabulary_loss(
+            features,
+            weight,
+            bias,
+            masked.targets.flatten(),
+            torch.full((count,), 1 / count),
+            [DecoderRows(*frozen)],
+            torch.full((tokens,), 1 / tokens),
+            temperature=2.0,
+            kd_weight=5.0,
+            mlm_weight=2.0,
+            workspace=Workspace(),
+        ).loss.backward()
+    else:
+        logits = torch.nn.functional.linear(features, weight, bias).view(batch, length, -1)
+        with torch.no_grad():
+            teacher_logits = torch.nn.functional.linear(*frozen).view(batch, length, -1)
+        labels = torch.full_like(masked.input_ids, -100).scatter_(1, masked.positions, masked.targets)
+        kept = torch.ones_like(masked.input_ids, dtype=torch.bool)
+        hidden = features.view(batch, length, -1)
+        original_distiller_loss(
+            logits, teacher_logits, hidden, hidden, kept, labels, cosine_weight=0.0
+        ).backward()
+    return _resident_peak() - before
+
+
+def _child(kind: str, formulation: str, shape: str, threads: int) -> int:
+    script = Path(__file__).resolve().parents[1] / "benchmark.py"
+    command = [sys.executable, str(script), "objective", "--threads", str(threads)]
+    result = subprocess.run(
+        [*command, "--child", f"{kind}:{formulation}:{shape}"], capture_output=True, text=True, check=False
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"measuring {formulation} at {shape} failed: {result.stderr[-2000:]}")
+    return int(json.loads(result.stdout.splitlines()[-1]))
+
+
+def _memory_of_steps(shape: str, threads: int) -> dict[str, int]:
+    return {name: _child("step", name, shape, threads) for name in FORMULATIONS}
+
+
+def _memory_of_losses(shape: str, threads: int) -> dict[str, Any]:
+    """Ours measured at `shape`; the original's from two sizes that fit, along the line through them."""
+    batch, length = _shape(shape)
+    small = [max(1, batch // 32), max(2, batch // 16)]
+    points = [(b * length, _child("loss", "plain original", f"{b}x{length}", threads)) for b in small]
+    slope = (points[1][1] - points[0][1]) / (points[1][0] - points[0][0])
+    plain = points[1][1] + slope * (batch * length - points[1][0])
+    fused = _child("loss", "fused all", shape, threads)
+    return {"plain_points": points, "plain_extrapolated": plain, "fused": fused, "share": fused / plain}
+
+
+def _print_steps(rows: list[dict[str, Any]]) -> None:
+    print(
+        f"{'shape':>8} {'formulation':<15} {'tokens/s':>9} {'step s':>8} {'spread':>7} {'ratio':>6} "
+        f"{'GFLOP':>7} {'floor s':>8} {'share':>6}"
+    )
+    for row in rows:
+        print(
+            f"{row['shape']:>8} {row['formulation']:<15} {row['tokens_per_s']:>9.0f} {row['step_s']:>8.3f} "
+            f"{row['spread_s']:>7.3f} {row['ratio']:>6.2f} {row['gflop']:>7.0f} {row['floor_s']:>8.3f} "
+            f"{row['floor_share']:>6.0%}"
+        )
+    print(f"matrix products: {rows[0]['matmul_gflop_per_s']:.0f} GFLOP/s; ratio: to plain original")
+
+
+def _print_memory(figures: dict[str, Any], step_shape: str, loss_shape: str) -> None:
+    print(f"\npeak memory of one step at {step_shape}, beyond the models")
+    for name, size in figures["step_memory"].items():
+        print(f"  {name:<15} {size / GIB:>7.2f} GiB")
+    loss = figures["loss_memory"]
+    measured = ", ".join(f"{size / GIB:.2f} GiB at {tokens} tokens" for tokens, size in loss["plain_points"])
+    print(f"\nextra memory of the vocabulary loss at {loss_shape}")
+    print(f"  plain original  {loss['plain_extrapolated'] / GIB:>7.2f} GiB (linear from {measured})")
+    print(f"  fused all       {loss['fused'] / GIB:>7.2f} GiB, {loss['share']:.1%} of it")
