@@ -38,7 +38,7 @@ def parse_config(arguments: Sequence[str], description: str) -> Config:
     kept = [argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))]
     try:
         namespace = parser.parse_args(kept)
-        tree = vars(parser.instantiate_classes(namespace))
+        tree = vars(parser.instantiate(namespace))
         return Config(**{name: tree[name] for name in Config.__dataclass_fields__})
     except jsonargparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from None

@@ -9,12 +9,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-WORDS = (
-    "the a model layer token student teacher learns reads writes small large fast slow shard batch"
-).split()  # noqa: SIM905
+ROOT = Path(__file__).resolve().parents[1]
+
+WORDS = ["the", "a", "model", "layer", "token", "student", "teacher", "learns", "reads", "writes"]
+WORDS += ["small", "large", "fast", "slow", "shard", "batch"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -77,3 +81,18 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: s
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def shards_folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str, documents: list[str]
+) -> str:
+    """Shards of `documents`, made by the real command: several train shards and a held-out one."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = folder / "documents.txt"
+    text.write_text("\n".join(documents) + "\n")
+    command = [sys.executable, "data_prep/write_shards.py", str(text), "--txt-documents", "line"]
+    command += ["--tokenizer", tokenizer_folder, "--out", str(folder / "shards")]
+    command += ["--shard-tokens", "5000", "--heldout-fraction", "0.1"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return str(folder / "shards")

@@ -1,0 +1,248 @@
+"""launch/pretrain.py on real ranks: the run folder, kills, signals, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.distributed.harness import free_port
+from train.metrics import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def settings(shards_folder: str, teacher_folder: str) -> list[str]:
+    return [
+        f"--data.shards={shards_folder}",
+        f"--model.teacher={teacher_folder}",
+        "--model.layer_map=every_other",
+        "--data.sequence_length=32",
+        "--training.global_batch_size=32",
+        "--training.micro_batch_size=8",
+        f"--training.max_steps={STEPS}",
+        "--checkpoint.every_steps=4",
+        "--evaluation.every_steps=8",
+        "--run.log_every_steps=4",
+        "--optimizer.lr=0.01",
+    ]
+
+
+def start(settings: list[str], run_dir: Path, ranks: int, *more: str) -> subprocess.Popen[str]:
+    launcher = [DEEPSPEED, "--quiet", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    command = [*(launcher if ranks > 1 else [sys.executable]), "launch/pretrain.py", f"--run.dir={run_dir}"]
+    return subprocess.Popen(
+        [*command, *settings, *more],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = job.communicate(timeout=240)
+    return job.returncode, output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks from beginning to end."""
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    code, output = finish(start(settings, run_dir, 2))
+    assert code == 0, output
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "single"
+    code, output = finish(start(settings, run_dir, 1))
+    assert code == 0, output
+    return run_dir
+
+
+def weights(run_dir: Path) -> bytes:
+    return (run_dir / "student" / "model.safetensors").read_bytes()
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(run_dir) if "loss" in row]
+
+
+def test_run_folder(undisturbed: Path) -> None:
+    left = {path.name for path in undisturbed.iterdir()}
+    assert {"config.yaml", "ds_config.json", "metrics.jsonl", "tensorboard", "checkpoints", "student"} <= left
+    rows = read_rows(undisturbed)
+    logged = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in logged] == list(range(4, STEPS + 1, 4))
+    expected = {
+        "step",
+        "epoch",
+        "tokens",
+        "loss",
+        "loss_kd",
+        "loss_mlm",
+        "loss_cos",
+        "lr",
+        "grad_norm",
+        "loss_scale",
+    }
+    expected |= {
+        "skipped_steps",
+        "trust_ratio_min",
+        "trust_ratio_median",
+        "trust_ratio_max",
+        "tokens_per_s",
+        "mfu",
+    }
+    expected |= {"time_data", "time_teacher", "time_student", "time_optimizer", "memory_gib"}
+    assert expected <= set(logged[0])
+    assert logged[-1]["tokens"] == STEPS * 32 * 32
+    assert losses(undisturbed)[-1] < losses(undisturbed)[0]
+    heldout = [row for row in rows if "heldout_mlm_loss" in row]
+    assert [row["step"] for row in heldout] == [0, 8, 16, STEPS]
+    assert "teacher_heldout_mlm_loss" in heldout[0]
+    assert "teacher_heldout_mlm_loss" not in heldout[1]
+    assert heldout[-1]["heldout_mlm_loss"] < heldout[0]["heldout_mlm_loss"]
+    kept = sorted(path.name for path in (undisturbed / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000020", "step-00000024"]
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+    assert summary["heldout"]["heldout_mlm_loss"] == heldout[-1]["heldout_mlm_loss"]
+
+
+def test_total_loss_is_the_weighted_sum(undisturbed: Path) -> None:
+    for row in (row for row in read_rows(undisturbed) if "loss" in row):
+        total = 5 * row["loss_kd"] + 2 * row["loss_mlm"] + row["loss_cos"]
+        assert row["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_two_ranks_follow_the_curve_of_one(undisturbed: Path, on_one_rank: Path) -> None:
+    """Same batches, masks and dropout; only the order of fp32 sums differs."""
+    assert losses(undisturbed) == pytest.approx(losses(on_one_rank), rel=2e-5)
+
+
+def test_kill_of_a_rank_then_same_command_ends_bit_for_bit(
+    settings: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "killed"
+    job = start(settings, run_dir, 2)
+    wait_for(run_dir / "checkpoints" / "step-00000004" / "complete.json", job)
+    victim = random.choice(ranks_of(job))
+    victim.send_signal(signal.SIGKILL)
+    code, output = finish(job)
+    assert code != 0, output
+    assert not (run_dir / "student").exists()
+    code, output = finish(start(settings, run_dir, 2))
+    assert code == 0, output
+    assert f"continuing from {run_dir}/checkpoints/step-" in output
+    assert losses(run_dir) == losses(undisturbed)
+    assert weights(run_dir) == weights(undisturbed)
+
+
+def test_sigterm_saves_exits_75_and_the_next_call_continues(
+    settings: list[str], on_one_rank: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "stopped"
+    job = start(settings, run_dir, 1, "--checkpoint.every_steps=1000")
+    wait_for(run_dir / "metrics.jsonl", job, lambda: any("loss" in row for row in read_rows(run_dir)))
+    job.send_signal(signal.SIGTERM)
+    code, output = finish(job)
+    assert code == 75, output
+    assert "run again to continue" in output
+    (saved,) = (run_dir / "checkpoints").glob("step-*")
+    assert 4 <= json.loads((saved / "complete.json").read_text())["step"] < STEPS
+    code, output = finish(start(settings, run_dir, 1, "--checkpoint.every_steps=1000"))
+    assert code == 0, output
+    assert weights(run_dir) == weights(on_one_rank)
+
+
+def test_a_finished_run_is_left_alone(settings: list[str], on_one_rank: Path) -> None:
+    before = (on_one_rank / "metrics.jsonl").read_bytes()
+    code, output = finish(start(settings, on_one_rank, 1))
+    assert code == 0
+    assert "is finished: 24 steps" in output
+    assert (on_one_rank / "metrics.jsonl").read_bytes() == before
+
+
+def test_changed_settings_are_refused(settings: list[str], on_one_rank: Path) -> None:
+    code, output = finish(start(settings, on_one_rank, 1, "--optimizer.lr=0.5"))
+    assert code == 2
+    assert "optimizer.lr: 0.01 -> 0.5" in output
+    assert "Traceback" not in output
+
+
+def test_another_number_of_ranks_is_refused_by_name(
+    settings: list[str], on_one_rank: Path, tmp_path: Path
+) -> None:
+    os.symlink(on_one_rank / "checkpoints", tmp_path / "checkpoints")
+    code, output = finish(start(settings, tmp_path, 2))
+    assert code == 2
+    assert output.count("was written by 1 ranks and this job has 2") == 1
+
+
+def test_without_shards_one_message_says_how_to_make_them(tmp_path: Path) -> None:
+    code, output = finish(start([], tmp_path / "run", 2, f"--data.shards={tmp_path}/none"))
+    assert code == 2
+    assert output.count("error:") == 1, output
+    assert "write_shards.py" in output
+    assert "Traceback" not in output
+
+
+def test_control_needs_the_teachers_shape_alone(settings: list[str], tmp_path: Path) -> None:
+    control = ["--model.layer_map=random", "--objective.kd_weight=0", "--objective.cosine_weight=0"]
+    code, output = finish(start(settings, tmp_path, 1, *control, "--training.max_steps=4"))
+    assert code == 0, output
+    (row,) = (row for row in read_rows(tmp_path) if "loss" in row)
+    assert "loss_kd" not in row
+    assert row["time_teacher"] < 0.05 * row["time_student"]
+    heldout = [row for row in read_rows(tmp_path) if "heldout_mlm_loss" in row]
+    assert "heldout_kl" not in heldout[0]
+
+
+def test_export_of_a_checkpoint_gives_the_runs_student(undisturbed: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    command = [sys.executable, "launch/export.py", str(undisturbed), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights(undisturbed)
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.n_layers == 2
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token == "[MASK]"
+    assert "heldout_mlm_loss" in (tmp_path / "out" / "README.md").read_text()
+    again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert again.returncode == 2
+    assert "exists; give another folder" in again.stderr
+
+
+def wait_for(path: Path, job: subprocess.Popen[str], ready: Any = lambda: True) -> None:
+    deadline = time.monotonic() + 120
+    while not (path.exists() and ready()):
+        assert job.poll() is None, f"the job ended early:\n{job.communicate()[0]}"
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
+
+
+def ranks_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    def ranks() -> Iterator[psutil.Process]:
+        for process in psutil.Process(job.pid).children(recursive=True):
+            words = process.cmdline()
+            if "launch/pretrain.py" in words and "deepspeed.launcher.launch" not in words:
+                yield process
+
+    return list(ranks())

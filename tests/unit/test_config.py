@@ -1,0 +1,124 @@
+"""The configuration tree and its command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.cli import parse_config
+from train.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse(*words: str) -> Config:
+    return parse_config(words, "test")
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    config = parse()
+    assert config == Config()
+    assert (config.training.global_batch_size, config.data.sequence_length) == (4096, 512)
+    objective = config.objective
+    assert (objective.temperature, objective.kd_weight, objective.mlm_weight, objective.cosine_weight) == (
+        2,
+        5,
+        2,
+        1,
+    )
+    assert (config.training.epochs, config.masking.probability, config.masking.smoothing) == (3, 0.15, 0.7)
+    assert config.model.layer_map == "distilbert"
+
+
+def test_recipe_overrides_defaults_and_flags_override_recipes(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("optimizer:\n  lr: 0.5\ntraining:\n  max_steps: 7\n")
+    config = parse("--config", str(recipe), "--training.max_steps=9")
+    assert config.optimizer.lr == 0.5
+    assert config.training.max_steps == 9
+    assert config.optimizer.weight_decay == Config().optimizer.weight_decay
+
+
+def test_a_later_recipe_overrides_an_earlier_one(tmp_path: Path) -> None:
+    for name, rate in (("a", 0.1), ("b", 0.2)):
+        (tmp_path / name).write_text(f"optimizer: {{lr: {rate}}}\n")
+    config = parse("--config", str(tmp_path / "a"), "--config", str(tmp_path / "b"))
+    assert config.optimizer.lr == 0.2
+
+
+def test_launcher_adds_local_rank() -> None:
+    assert parse("--local_rank=1") == Config()
+
+
+def test_lists_and_nulls() -> None:
+    config = parse("--model.layer_map=[0,3]", '--model.teacher=["a","b"]', "--model.teacher_weights=[1,2]")
+    assert config.model.layer_map == [0, 3]
+    assert config.model.teacher == ["a", "b"]
+    assert parse("--optimizer.clamp=[0.1,10]").optimizer.clamp == (0.1, 10)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model.foo=3"], "--model.foo=3"),
+        (["--data.sequence_length=abc"], r"data.sequence_length.*abc"),
+        (["--optimizer.lr=-1"], r"optimizer.lr=-1.0: give a number above 0"),
+        (["--model.layer_map=foo"], r"model.layer_map.*every_other.*foo"),
+        (["--model.teacher=null"], r"model.scratch=None: with model.teacher=null say what to train"),
+        (["--model.scratch={model_type: bert}"], r"model.scratch=.*has no effect beside model.teacher"),
+        (["--model.teacher_weights=[1,1]"], r"model.teacher_weights=\[1.0, 1.0\]: give 1 weights above 0"),
+        (
+            ["--objective.kd_weight=0", "--objective.kd_positions=masked"],
+            r"objective.kd_positions='masked': has no effect",
+        ),
+        (
+            ["--objective.kd_weight=0", "--objective.mlm_weight=0", "--objective.cosine_weight=0"],
+            "all three weights are 0",
+        ),
+        (["--training.micro_batch_size=3"], r"training.micro_batch_size=3: must divide .*4096"),
+        (["--masking.probability=0"], r"masking.probability=0.0: give a share between 0 and 1"),
+        (["--optimizer.prenormalize=true"], r"training.gradient_clipping=1.0: .*give 0"),
+        (["--schedule.warmup_steps=9", "--training.max_steps=5"], r"schedule.warmup_steps=9: is more than"),
+        (["--objective.temperature=0"], r"objective.temperature=0.0: give a number above 0"),
+        (["--checkpoint.keep_last=0"], r"checkpoint.keep_last=0: give a number above 0"),
+        (["--optimizer.betas=[0.9,1.0]"], r"optimizer.betas=.*: give two numbers in \[0, 1\)"),
+        (["--config", "no-such.yaml"], r"no-such.yaml"),
+    ],
+)
+def test_refusals_name_field_value_and_remedy(words: list[str], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        parse(*words)
+
+
+def test_a_recipe_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("optimizer:\n  learning_rate: 0.5\n")
+    with pytest.raises(ValueError, match="learning_rate"):
+        parse("--config", str(recipe))
+
+
+def test_without_a_teacher_its_terms_are_refused() -> None:
+    scratch = ["--model.teacher=null", "--model.scratch={model_type: bert}"]
+    with pytest.raises(ValueError, match=r"objective.kd_weight=5.0: needs a model.teacher"):
+        parse(*scratch)
+    with pytest.raises(ValueError, match=r"model.student_layers=3: has no effect without model.teacher"):
+        parse(*scratch, "--objective.kd_weight=0", "--objective.cosine_weight=0", "--model.student_layers=3")
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_shipped_recipe_parses(recipe: Path) -> None:
+    config = parse("--config", str(recipe))
+    if recipe.stem == "distilbert-base":
+        assert config == Config()
+
+
+def test_help_tells_defaults_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Peak learning rate (You et al. 2020" in text
+    assert "default: 0.00177" in text

@@ -1,0 +1,68 @@
+"""DeepSpeed's JSON: what the recipe fills in, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
+
+ROOT = Path(__file__).resolve().parents[2]
+NUMBERS: dict[str, Any] = {
+    "global_batch_size": 4096,
+    "micro_batch_size": 32,
+    "gradient_accumulation_steps": 16,
+    "gradient_clipping": 1.0,
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_config_resolves(path: Path) -> None:
+    template = read_engine_config(path)
+    resolved = resolve_engine_config(template, **NUMBERS)
+    assert resolved["train_batch_size"] == 4096
+    assert resolved["train_micro_batch_size_per_gpu"] == 32
+    assert resolved["gradient_accumulation_steps"] == 16
+    assert resolved["gradient_clipping"] == 1.0
+    assert "optimizer" not in resolved
+    assert "auto" not in json.dumps(resolved)
+    assert resolved["zero_optimization"]["stage"] == 2
+    assert template["train_batch_size"] == "auto", "the template must not be changed"
+
+
+@pytest.mark.parametrize(
+    "key", ["train_batch_size", "gradient_clipping", "optimizer", "scheduler", "steps_per_print"]
+)
+def test_a_literal_where_the_recipe_decides_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key}=7 belongs to .*write \"auto\""):
+        resolve_engine_config({key: 7}, **NUMBERS)
+
+
+def test_a_leftover_auto_is_refused() -> None:
+    with pytest.raises(ValueError, match=r'fills in "auto" at zero_optimization\.stage'):
+        resolve_engine_config({"zero_optimization": {"stage": "auto"}}, **NUMBERS)
+
+
+def test_stage_3_is_refused() -> None:
+    with pytest.raises(ValueError, match="stage=3"):
+        resolve_engine_config({"zero_optimization": {"stage": 3}}, **NUMBERS)
+
+
+def test_a_missing_file_lists_those_that_are_shipped(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no such file.*ds_configs/cpu.json"):
+        read_engine_config(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_not_a_json_object(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match="JSON"):
+        read_engine_config(tmp_path / "x.json")
+
+
+def test_default_by_device() -> None:
+    assert default_engine_config("cuda").name == "fp16.json"
+    assert default_engine_config("cpu").name == "cpu.json"

@@ -1,0 +1,118 @@
+"""Checkpoints on disk, the metrics file, the folder's lock, changed configurations: without any training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.checkpoint import TrainState, _complete, newest_checkpoint
+from train.config import Config, OptimizerConfig, RunConfig
+from train.metrics import RunEvents, board_tag, read_rows
+from train.run_folder import hold, refuse_changed_config, write_configs
+
+
+def make_checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    (path / "weights.pt").write_bytes(b"x" * 100)
+    _complete(path, TrainState(step), world_size=2)
+    return path
+
+
+def test_newest_complete_checkpoint_wins(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert newest_checkpoint(tmp_path, said.append) is None
+    older, newer = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 10)
+    assert newest_checkpoint(tmp_path, said.append) == newer
+    assert said == []
+    (newer / "weights.pt").write_bytes(b"x" * 99)
+    assert newest_checkpoint(tmp_path, said.append) == older
+    assert len(said) == 1
+    assert "weights.pt has 99 bytes instead of 100" in said[0]
+
+
+def test_missing_file_or_list_is_passed_over(tmp_path: Path) -> None:
+    said: list[str] = []
+    (make_checkpoint(tmp_path, 1) / "weights.pt").unlink()
+    (make_checkpoint(tmp_path, 2) / "complete.json").unlink()
+    (make_checkpoint(tmp_path, 3) / "complete.json").write_text('{"files": ')
+    assert newest_checkpoint(tmp_path, said.append) is None
+    assert ["unreadable" in said[0], "unreadable" in said[1], "is missing" in said[2]] == [True] * 3
+
+
+def test_a_folder_still_being_written_is_not_seen(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / ".partial", 7)
+    assert newest_checkpoint(tmp_path, lambda _: None) is None
+
+
+def test_rows_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    events = RunEvents(tmp_path, "run", 0, 10)
+    for step in (2, 4, 6):
+        events.row(step, {"loss": float(step)}, {"trust_ratios": torch.ones(3)})
+    events.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # a kill in the middle of a write
+    events = RunEvents(tmp_path, "run", 4, 10)
+    events.row(6, {"loss": 60.0})
+    events.close()
+    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path)] == [(2, 2.0), (4, 4.0), (6, 60.0)]
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = RunEvents(tmp_path, "student", 0, 10)
+    events.row(10, {"loss": 3.25, "tokens_per_s": 12345.0})
+    events.close()
+    line = capsys.readouterr().err
+    assert "student: step 10/10" in line
+    assert "loss 3.25" in line
+    assert "left" in line
+
+
+def test_board_groups() -> None:
+    tags = [
+        board_tag(key) for key in ("loss_kd", "heldout_kl", "trust_ratio_min", "time_data", "mfu", "epoch")
+    ]
+    assert tags == [
+        "loss/loss_kd",
+        "heldout/heldout_kl",
+        "optimizer/trust_ratio_min",
+        "time/time_data",
+        "speed/mfu",
+        "progress/epoch",
+    ]
+
+
+def test_changed_config_is_shown_and_refused(tmp_path: Path) -> None:
+    refuse_changed_config(tmp_path, Config())  # a new folder
+    write_configs(tmp_path, Config(), {"train_batch_size": 1})
+    refuse_changed_config(tmp_path, Config())
+    refuse_changed_config(tmp_path, dataclasses.replace(Config(), run=RunConfig(log_every_steps=3)))
+    changed = dataclasses.replace(Config(), optimizer=OptimizerConfig(lr=0.5))
+    with pytest.raises(ValueError, match=r"optimizer.lr: 0.00177 -> 0.5\n.*allow_changed_config"):
+        refuse_changed_config(tmp_path, changed)
+    assert json.loads((tmp_path / "ds_config.json").read_text()) == {"train_batch_size": 1}
+    assert "# torch: " in (tmp_path / "config.yaml").read_text()
+
+
+def test_resolved_config_parses_back(tmp_path: Path) -> None:
+    from launch.cli import parse_config
+
+    config = dataclasses.replace(Config(), optimizer=OptimizerConfig(clamp=(0.5, 2.0)))
+    write_configs(tmp_path, config, {})
+    assert parse_config(["--config", str(tmp_path / "config.yaml")], "") == config
+
+
+def test_a_folder_is_held_by_one_job(tmp_path: Path) -> None:
+    code = f"from pathlib import Path; from train.run_folder import hold\nwith hold(Path({str(tmp_path)!r})): pass"
+    command = [sys.executable, "-c", code]
+    root = Path(__file__).resolve().parents[2]
+    with hold(tmp_path):
+        refused = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert "is in use by another job (process" in refused.stderr
+    assert subprocess.run(command, cwd=root).returncode == 0
