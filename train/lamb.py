@@ -66,7 +66,8 @@ class Lamb(torch.optim.Optimizer):
         mode: str = "decoupled",
         fused: bool | None = None,
     ) -> None:
-        _check_arguments(lr, betas, eps, weight_decay, clamp, mode, prenormalize)
+        _check_arguments(lr, betas, eps, weight_decay, clamp)
+        _check_mode(mode, prenormalize=prenormalize, adapt_all=adapt_all)
         named = optimized_parameters(named_parameters)
         like_deepspeed = mode == "deepspeed"
         self._rules = tensor_rules(named, adapt_all=adapt_all or like_deepspeed, decay_all=like_deepspeed)
@@ -221,11 +222,9 @@ def _check_arguments(
     eps: float,
     weight_decay: float,
     clamp: tuple[float, float] | None,
-    mode: str,
-    prenormalize: bool,
 ) -> None:
-    if not lr >= 0:
-        raise ValueError(f"lr is {lr}: it must be 0 or more")
+    if not 0 <= lr < float("inf"):
+        raise ValueError(f"lr is {lr}: it must be a finite number, 0 or more")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas are {betas}: both must be at least 0 and below 1")
     if not eps > 0:
@@ -234,9 +233,16 @@ def _check_arguments(
         raise ValueError(f"weight_decay is {weight_decay}: it must be 0 or more")
     if clamp is not None and not 0 <= clamp[0] <= clamp[1]:
         raise ValueError(f"clamp is {clamp}: give (low, high) with 0 <= low <= high")
+
+
+def _check_mode(mode: str, *, prenormalize: bool, adapt_all: bool) -> None:
     if mode not in ("decoupled", "deepspeed"):
         raise ValueError(f"mode is {mode!r}: choose 'decoupled' or 'deepspeed'")
     if mode == "deepspeed" and prenormalize:
         raise ValueError(
             "prenormalize has no place in mode 'deepspeed', whose formula has none: drop one of them"
+        )
+    if mode == "deepspeed" and adapt_all:
+        raise ValueError(
+            "adapt_all would change nothing in mode 'deepspeed', which adapts all tensors: drop it"
         )

@@ -24,7 +24,9 @@ static inline float direction(const Span *s, float p, float m, float v) {
 static inline void first_element(const Span *s, float *restrict p, float *restrict g, float *restrict m,
                                  float *restrict v, double *sum_p, double *sum_u) {
     const float gi = *g / s->grad_norm;
-    const float mi = fmaf(s->beta1_weight, gi - *m, *m);
+    /* torch's lerp, whose accurate form depends on which end is nearer. */
+    const float w = s->beta1_weight;
+    const float mi = w < 0.5f ? fmaf(w, gi - *m, *m) : fmaf(w - 1.0f, gi - *m, gi);
     const float vi = fmaf(s->beta2_weight * gi, gi, *v * s->beta2);
     const float u = direction(s, *p, mi, vi);
     *m = mi;

@@ -1,0 +1,117 @@
+"""Lamb under DeepSpeed's ZeRO on real gloo ranks: exact at every world size, through checkpoints and overflow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_ranks
+
+WORLD_SIZES = (1, 2, 3, 4)
+WORKERS = "tests.distributed.workers_lamb"
+# The engine's own gradient norm is an fp32 sum over ranks, so that clipped gradients differ between world sizes.
+DEPENDS_ON_WORLD_SIZE = ("clipping", "control")
+
+
+@pytest.fixture(scope="module")
+def parity() -> dict[int, list[dict[str, Any]]]:
+    return {world_size: run_ranks(f"{WORKERS}:parity", world_size) for world_size in WORLD_SIZES}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("lamb")
+    return folder, run_ranks(f"{WORKERS}:everything_else", 2, str(folder))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_every_parameter_is_within_4_ulp_of_one_process(parity: Any, world_size: int) -> None:
+    for ranks in parity[world_size]:
+        worst = {name: r["worst_ulp"] for name, r in ranks.items() if name != "control"}
+        assert max(worst.values()) <= 4, worst
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_an_ordinary_lamb_fails_the_same_test(parity: Any, world_size: int) -> None:
+    assert parity[world_size][0]["control"]["worst_ulp"] > 1000
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+def test_ratios_and_parameters_are_bit_identical_at_every_world_size(parity: Any, world_size: int) -> None:
+    for name, alone in parity[1][0].items():
+        if name.split()[-1] in DEPENDS_ON_WORLD_SIZE:
+            continue
+        for rank in parity[world_size]:
+            assert rank[name]["ratios"] == alone["ratios"], name
+            for tensor, parameter in alone["parameters"].items():
+                assert torch.equal(rank[name]["parameters"][tensor], parameter), (name, tensor)
+
+
+def test_the_layouts_are_the_hard_ones(parity: Any) -> None:
+    """A tensor on three ranks; ranks of padding alone; more than one ratio that is not 1."""
+    holders = [set(rank["fp32 plain"]["held"]) for rank in parity[4]]
+    assert any(sum(tensor in held for held in holders) >= 3 for tensor in holders[1])
+    assert [len(rank["fp32 tiny"]["held"]) for rank in parity[3]] == [1, 1, 0]
+    assert [len(rank["fp32 tiny"]["held"]) for rank in parity[4]] == [1, 1, 0, 0]
+    assert len(set(parity[1][0]["fp32 plain"]["ratios"][-1])) >= 5
+
+
+def test_resume_at_the_same_world_size_is_bit_for_bit(two_ranks: Any) -> None:
+    for rank in two_ranks[1]:
+        run = rank["resume"]
+        for name, parameter in run["straight"].items():
+            assert torch.equal(run["resumed"][name], parameter), name
+
+
+def test_zero_to_fp32_finds_the_weights(two_ranks: Any) -> None:
+    run = two_ranks[1][0]["resume"]
+    for name, parameter in run["at_three"].items():
+        assert torch.equal(run["consolidated"][name], parameter), name
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_universal_checkpoint_resumes_at_other_world_sizes(two_ranks: Any, world_size: int) -> None:
+    folder, ranks = two_ranks
+    straight = ranks[0]["resume"]["straight"]
+    for resumed in run_ranks(f"{WORKERS}:resume_universal", world_size, str(folder)):
+        for name, parameter in straight.items():
+            assert torch.equal(resumed[name], parameter), name
+
+
+def test_fp16_overflow_on_one_rank_skips_the_step_on_all(two_ranks: Any) -> None:
+    for rank in two_ranks[1]:
+        first, overflowed, after = rank["overflow"]["history"]
+        assert (first["same"], overflowed["same"], after["same"]) == (False, True, False)
+        assert [h["step"] for h in rank["overflow"]["history"]] == [1, 1, 2]
+        assert overflowed["skipped"] == after["skipped"] == 1
+        assert overflowed["scale"] < first["scale"]
+        assert after["finite"]
+    one, other = (rank["overflow"]["parameters"] for rank in two_ranks[1])
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_stage_zero_needs_no_partition(two_ranks: Any) -> None:
+    for rank in two_ranks[1]:
+        assert max(rank["stage_zero"].values()) <= 4, rank["stage_zero"]
+
+
+@pytest.mark.parametrize(
+    ("case", "fragments"),
+    [
+        ("round_robin", ("round_robin_gradients", "set zero_optimization.round_robin_gradients to false")),
+        ("stage 3", ("zero_optimization.stage 3", "to 1 or 2")),
+        ("offload", ("cpu_offload", "remove zero_optimization.offload_optimizer")),
+        ("elastic", ("elastic_checkpoint",)),
+        ("prenormalize", ("gradient_clipping 1.0 would have no effect", "set gradient_clipping to 0")),
+        ("bf16 stage 1", ("BF16_Optimizer", "zero_optimization.stage 2")),
+        ("unbound", ("call optimizer.bind(engine) after deepspeed.initialize",)),
+        ("stranger", ("does not wrap this Lamb",)),
+    ],
+)
+def test_refuses_by_name(two_ranks: Any, case: str, fragments: tuple[str, ...]) -> None:
+    for rank in two_ranks[1]:
+        for fragment in fragments:
+            assert fragment in rank["refusals"][case]

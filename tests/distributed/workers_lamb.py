@@ -1,0 +1,323 @@
+"""What each gloo rank runs for test_lamb_zero.py: many small engines in one launch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+
+from launch.benchmarks.lamb_alternatives import LoopLamb
+from tests.lamb_checks import make_gradients, make_parameters, worst_ulp
+from train.lamb import Lamb
+from train.lamb_reference import ReferenceLamb
+
+LR = 0.01
+STEPS = 4
+# Significant bits of the injected gradients: few enough that means over three ranks, and bf16, are exact.
+BITS = {"fp32": 18, "bf16": 5}
+
+
+class Bag(torch.nn.Module):
+    """Parameters under the names of lamb_checks.SHAPES; the loss below gives them the wanted gradients."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        super().__init__()
+        for name, parameter in parameters.items():
+            owner, _, leaf = name.rpartition(".")
+            if not hasattr(self, owner):
+                setattr(self, owner, torch.nn.Module())
+            getattr(self, owner).register_parameter(leaf, parameter)
+
+    def forward(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum((p.float() * gradients[name]).sum() for name, p in self.named_parameters())  # type: ignore
+
+
+def tiny_parameters() -> dict[str, torch.nn.Parameter]:
+    """Three elements: from three ranks on, the last ones hold nothing but padding."""
+    return {"w.weight": torch.nn.Parameter(torch.tensor([[1.0, -2.0, 0.5]]))}
+
+
+def config(
+    dtype: str, accumulation: int = 1, zero: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": 2, **(zero or {})},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0
+    }
+    if dtype == "bf16":
+        base["bf16"] = {"enabled": True}
+        base["data_types"] = {"grad_accum_dtype": "fp32"}
+    return {**base, **more}
+
+
+def make_engine(
+    parameters: dict[str, torch.nn.Parameter], settings: dict[str, Any], lamb: Any = Lamb, **options: Any
+) -> tuple[Any, Any]:
+    model = Bag(parameters)
+    named = model.named_parameters() if lamb is Lamb else model.parameters()
+    optimizer = lamb(named, lr=LR, **options)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if lamb is Lamb:
+        optimizer.bind(engine)
+    return engine, optimizer
+
+
+def inject(engine: Any, gradients: dict[str, torch.Tensor], scale: float = 1.0) -> None:
+    """Give the engine mean gradients of exactly `gradients` over all ranks and accumulation steps.
+
+    Element i comes from rank i mod W alone, in one micro step alone, times W and the number of micro steps.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    accumulation = engine.gradient_accumulation_steps()
+    for micro_step in range(accumulation):
+        mine = {}
+        for name, gradient in gradients.items():
+            index = torch.arange(gradient.numel()).view(gradient.shape)
+            chosen = (index % world_size == rank) & (index // world_size % accumulation == micro_step)
+            mine[name] = gradient * chosen * (world_size * accumulation * scale)
+        engine.backward(engine(mine))
+        engine.step()
+
+
+def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
+    return {name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()}
+
+
+def clipped(gradients: dict[str, torch.Tensor], engine: Any) -> dict[str, torch.Tensor]:
+    """As DeepSpeed clips (stage_1_and_2.py, unscale_and_clip_grads), from the norm that it reports."""
+    limit = engine.gradient_clipping()
+    if not limit:
+        return gradients
+    norm = torch.as_tensor(engine.get_global_grad_norm())
+    true_norm = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
+    assert abs(float(norm) / true_norm - 1) < 1e-6
+    clip = torch.clamp((norm + 1e-6) / limit, min=1.0)
+    assert clip > 1, "the scenario must clip"
+    return {name: g * (1.0 / clip) for name, g in gradients.items()}
+
+
+def run_parity(
+    dtype: str,
+    settings: dict[str, Any],
+    tiny: bool = False,
+    lamb: Any = Lamb,
+    fused: bool | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Some steps beside the reference: the worst ulp, and what must agree between world sizes."""
+    parameters = tiny_parameters() if tiny else make_parameters()
+    kernel = {"fused": fused} if lamb is Lamb else {}
+    engine, optimizer = make_engine(parameters, settings, lamb, **options, **kernel)
+    old = full_parameters(engine)
+    reference = ReferenceLamb(old, LR, **options)
+    ratios, worst = [], 0.0
+    for step in range(STEPS):
+        gradients = make_gradients(step, BITS[dtype])
+        if tiny:
+            gradients = {"w.weight": gradients["embed.weight"][:1, :3]}
+        inject(engine, gradients)
+        new = full_parameters(engine)
+        reference.step(clipped(gradients, engine))
+        worst = max(worst, worst_ulp(new, reference, old))
+        ratios.append(getattr(optimizer, "trust_ratios", torch.ones(1)).tolist())
+        for name, parameter in new.items():
+            reference.parameters[name].copy_(parameter)
+        old = new
+    pieces = optimizer._binding.pieces if lamb is Lamb else ()
+    result = {
+        "worst_ulp": worst,
+        "ratios": ratios,
+        "parameters": old,
+        "held": [p.tensor for p in pieces or ()],
+    }
+    engine.destroy()
+    return result
+
+
+def parity() -> dict[str, dict[str, Any]]:
+    results = {}
+    for dtype in ("fp32", "bf16"):
+        results[f"{dtype} plain"] = run_parity(dtype, config(dtype))
+        results[f"{dtype} clipping"] = run_parity(dtype, config(dtype, gradient_clipping=0.01))
+        results[f"{dtype} accumulation"] = run_parity(dtype, config(dtype, accumulation=2))
+        results[f"{dtype} alignment"] = run_parity(dtype, config(dtype, zero={"parameter_alignment": True}))
+        results[f"{dtype} tiny"] = run_parity(dtype, config(dtype), tiny=True)
+        results[f"{dtype} eager"] = run_parity(dtype, config(dtype), fused=False)
+    results["fp32 stage 1"] = run_parity("fp32", config("fp32", zero={"stage": 1}))
+    results["fp32 small buckets"] = run_parity(
+        "fp32", config("fp32", zero={"reduce_bucket_size": 500, "allgather_bucket_size": 500})
+    )
+    results["fp32 prenormalize"] = run_parity("fp32", config("fp32"), prenormalize=True)
+    results["fp32 deepspeed"] = run_parity("fp32", config("fp32"), mode="deepspeed")
+    results["fp32 adapt_all clamp"] = run_parity("fp32", config("fp32"), adapt_all=True, clamp=(0.2, 3.0))
+    results["control"] = run_parity("fp32", config("fp32"), lamb=LoopLamb)
+    return results
+
+
+def train(engine: Any, steps: range) -> None:
+    for step in steps:
+        inject(engine, make_gradients(step, BITS["fp32"]))
+
+
+def save_and_resume(folder: str) -> dict[str, Any]:
+    """Six steps, a checkpoint after three; resumed at this world size; converted for the others."""
+    engine, _ = make_engine(make_parameters(), config("fp32"))
+    train(engine, range(3))
+    engine.save_checkpoint(folder, tag="three")
+    at_three = full_parameters(engine)
+    train(engine, range(3, 6))
+    straight = full_parameters(engine)
+
+    engine, optimizer = make_engine(make_parameters(), config("fp32"))
+    optimizer.param_groups[0]["lr"] = 123.0
+    engine.load_checkpoint(folder, tag="three")
+    train(engine, range(3, 6))
+    resumed = full_parameters(engine)
+
+    engine, optimizer = make_engine(make_parameters(), config("fp32"))
+    engine.save_checkpoint(folder, tag="zero")  # before the first step: the state must be there already
+    dist.barrier()
+    if dist.get_rank() == 0:
+        with contextlib.redirect_stdout(io.StringIO()):
+            convert_to_universal(folder, "three")
+    dist.barrier()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    consolidated = dict(get_fp32_state_dict_from_zero_checkpoint(folder, tag="three"))
+    return {"at_three": at_three, "straight": straight, "resumed": resumed, "consolidated": consolidated}
+
+
+def convert_to_universal(folder: str, tag: str) -> None:
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    main(
+        argparse.Namespace(
+            input_folder=str(Path(folder, tag)),
+            output_folder=str(Path(folder, f"{tag}_universal")),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
+
+
+def resume_universal(folder: str) -> dict[str, torch.Tensor]:
+    settings = config("fp32", checkpoint={"load_universal": True})
+    engine, optimizer = make_engine(make_parameters(), settings)
+    engine.load_checkpoint(folder, tag="three_universal")
+    assert optimizer.state[optimizer.param_groups[0]["params"][0]]["step"] == 3
+    train(engine, range(3, 6))
+    return full_parameters(engine)
+
+
+def overflow() -> dict[str, Any]:
+    """fp16 with loss scaling; at step 1 the gradient overflows in elements that rank 0 alone holds."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    settings = config("fp32", fp16={"enabled": True, "initial_scale_power": 4, "hysteresis": 1})
+    engine, optimizer = make_engine(make_parameters(), settings)
+    (flat,) = optimizer.param_groups[0]["params"]
+    history = []
+    for step in range(3):
+        before = full_parameters(engine), optimizer.state[flat]["exp_avg"].clone()
+        gradients = make_gradients(step, BITS["bf16"])
+        if step == 1:
+            gradients["embed.weight"][0, 0] = float("inf") if dist.get_rank() == 0 else 0.0
+        inject(engine, gradients)
+        after = full_parameters(engine), optimizer.state[flat]["exp_avg"]
+        history.append(
+            {
+                "same": all(torch.equal(before[0][n], after[0][n]) for n in before[0])
+                and torch.equal(before[1], after[1]),
+                "finite": all(bool(torch.isfinite(p).all()) for p in after[0].values()),
+                "skipped": engine.skipped_steps,
+                "step": optimizer.state[flat]["step"],
+                "scale": engine.optimizer.loss_scale,
+            }
+        )
+    return {"history": history, "parameters": after[0]}
+
+
+def refusals() -> dict[str, str]:
+    """The message for each setting that is refused; "" where it is not."""
+    messages = {}
+
+    def attempt(name: str, settings: dict[str, Any], **options: Any) -> None:
+        try:
+            make_engine(make_parameters(), settings, **options)
+            messages[name] = ""
+        except ValueError as error:
+            messages[name] = str(error)
+
+    attempt("round_robin", config("fp32", zero={"round_robin_gradients": True}))
+    attempt("stage 3", config("fp32", zero={"stage": 3}))
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    attempt("offload", config("fp32", zero=offload, zero_force_ds_cpu_optimizer=False))
+    attempt("elastic", config("fp32", zero={"elastic_checkpoint": True}))
+    attempt("prenormalize", config("fp32", gradient_clipping=1.0), prenormalize=True)
+    bf16_stage_1 = config("bf16", zero={"stage": 1})
+    attempt("bf16 stage 1", bf16_stage_1)
+
+    model = Bag(make_parameters())
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=Lamb(model.named_parameters(), lr=LR), config=config("fp32")
+    )
+    try:
+        inject(engine, make_gradients(0, 18))
+        messages["unbound"] = ""
+    except ValueError as error:
+        messages["unbound"] = str(error)
+    stranger = Lamb(make_parameters().items(), lr=LR)
+    try:
+        stranger.bind(engine)
+    except ValueError as error:
+        messages["stranger"] = str(error)
+    return messages
+
+
+def stage_zero() -> dict[str, float]:
+    """Without partitions: fp32 unbound and bound, bf16 with fp32 masters bound."""
+    worst: dict[str, float] = {}
+    for name, settings, bind in (
+        ("unbound", config("fp32", zero={"stage": 0}), False),
+        ("bound", config("fp32", zero={"stage": 0}), True),
+    ):
+        model = Bag(make_parameters())
+        optimizer = Lamb(model.named_parameters(), lr=LR)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        if bind:
+            optimizer.bind(engine)
+        worst[name] = 0.0
+        reference = ReferenceLamb(dict(model.named_parameters()), LR)
+        for step in range(2):
+            old = {n: p.detach().clone() for n, p in model.named_parameters()}
+            for n, p in old.items():
+                reference.parameters[n].copy_(p)
+            gradients = make_gradients(step, 18)
+            inject(engine, gradients)
+            reference.step(gradients)
+            new = {n: p.detach() for n, p in model.named_parameters()}
+            worst[name] = max(worst[name], worst_ulp(new, reference, old))
+    return worst
+
+
+def everything_else(folder: str) -> dict[str, Any]:
+    return {
+        "resume": save_and_resume(folder),
+        "overflow": overflow(),
+        "stage_zero": stage_zero(),
+        "refusals": refusals(),
+    }
