@@ -22,6 +22,7 @@ from data_prep.shard_format import (
     TOKENIZER_FOLDER,
     Manifest,
     ShardInfo,
+    blocks_of,
     replace_file,
     write_shard,
 )
@@ -113,8 +114,8 @@ class Builder:
         info = ShardInfo(shard.name, hashed.size, hashed.sha256.hexdigest(), num_documents, num_tokens)
         if shard.split == "train":
             counts = np.zeros(self._job.tokenizer.vocab_size, dtype=np.int64)
-            for document in documents:
-                counts += np.bincount(document, minlength=len(counts))
+            for block in blocks_of(documents):  # one by one, each would cost a pass over the vocabulary
+                counts += np.bincount(np.concatenate(block), minlength=len(counts))
             np.save(self._job.records / f"{shard.name}.npy", counts.astype(np.uint32))
         replace_file(self._job.records / f"{shard.name}.json", json.dumps(asdict(info)).encode())
         os.replace(part, Path(self._job.options.out, shard.name))

@@ -29,6 +29,7 @@ from data_prep.world import JobFailed, World
 
 Result = TypeVar("Result")
 WORK_FOLDER = ".work"
+JOURNAL = "job.json"
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class FolderLock:
     """Holds DIR/.work/lock for this process: two runs into one folder would undo each other's claims."""
 
     def __init__(self, work: Path) -> None:
+        self._work = work
         work.mkdir(parents=True, exist_ok=True)
         self._file = open(work / "lock", "w")  # noqa: SIM115 - held for the run
         try:
@@ -173,6 +175,11 @@ class FolderLock:
             raise ValueError(f"another run is writing into {work.parent}; wait for it, or stop it") from None
 
     def release(self) -> None:
+        """Let go; where the job has not even begun, leave nothing behind."""
+        if not (self._work / JOURNAL).exists():
+            shutil.rmtree(self._work, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: it was not ours
+                self._work.parent.rmdir()
         self._file.close()
 
 
@@ -200,12 +207,19 @@ def prepare_folder(
             "sources": [{k: v for k, v in s.items() if k != "documents"} for s in manifest.sources],
         }
         _refuse_difference(out, made, identity)
+        shutil.rmtree(out / WORK_FOLDER)  # of a run that was killed at its very end, or ours
         return "", manifest
-    identity["files"] = _files_digest(sources)
-    journal = out / WORK_FOLDER / "job.json"
-    if journal.exists():
-        _refuse_difference(out, json.loads(journal.read_text()), identity)
-    else:
+    identity = json.loads(json.dumps({**identity, "files": _files_digest(sources)}))
+    journal = out / WORK_FOLDER / JOURNAL
+    begun = json.loads(journal.read_text()) if journal.exists() else None
+    if begun is not None and begun != identity:
+        if _said(begun) != _said(identity):
+            _refuse_difference(out, begun, identity)
+        # The unfinished run may have stopped at a fault in its inputs that is mended now.
+        print(f"{out}: the inputs have changed since the run that is unfinished here: starting over")
+        _forget(out)
+        begun = None
+    if begun is None:
         foreign = sorted(path.name for path in out.iterdir() if path.name != WORK_FOLDER)
         if foreign:
             raise ValueError(
@@ -218,6 +232,23 @@ def prepare_folder(
     for name in ("spills", "shards", run):
         (out / WORK_FOLDER / name).mkdir(exist_ok=True)
     return run, None
+
+
+def _said(identity: dict[str, Any]) -> list[Any]:
+    """What the user has said, without what lay in the inputs at the time."""
+    return [
+        identity["options"],
+        identity["tokenizer"],
+        [source["source"] for source in identity["sources"]],
+    ]
+
+
+def _forget(out: Path) -> None:
+    """Remove what an unfinished run has made."""
+    for record in (out / WORK_FOLDER / "shards").glob("*.json"):
+        (out / record.stem).unlink(missing_ok=True)
+    for name in ("spills", "shards"):
+        shutil.rmtree(out / WORK_FOLDER / name)
 
 
 def describe_sources(sources: Sequence[Source]) -> list[dict[str, Any]]:

@@ -143,11 +143,11 @@ def parse_json(record: Record, options: ReadOptions) -> Text:
         from data_prep.long_json import long_json_text
 
         return long_json_text(line, options.text_fields)
-    text = decode(line)
+    text = decode(line).rstrip()
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadRecord(f"not valid JSON ({error.msg} at column {error.colno})") from None
+        raise BadRecord(f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})") from None
     except RecursionError:
         raise BadRecord("not valid JSON (nested too deeply)") from None
     if not isinstance(content, dict):

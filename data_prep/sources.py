@@ -101,7 +101,7 @@ def _resolve_path(name: str, path: str, txt_documents: str) -> Source:
         if files:
             return Source(name, "files", _source_files(files, txt_documents))
         raise FileNotFoundError(f"{path}: no readable file matches")
-    raise FileNotFoundError(f"{path} does not exist")
+    raise FileNotFoundError(f"source {path!r} does not exist")
 
 
 def _walk(folder: str) -> Iterable[str]:

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from data_prep.encoding import Encoder
 from data_prep.job import Job, Team
 from data_prep.progress import Progress
 from data_prep.records import FORMATS, Reading, Record, SourceFile
-from data_prep.shard_format import replace_file
 from data_prep.sources import Unit, chunk_bytes, make_units
 from data_prep.spill import document_keys, read_head, write_spill
 from data_prep.texts import BadRecord, Text
@@ -35,9 +35,10 @@ class Spiller:
 
     def run(self) -> None:
         """Work until there is nothing left to claim."""
-        heads = [read_head(path) for path in self._job.spills.glob("*.spill")]
-        self.progress.already_done(sum(head["stored_bytes"] for head in heads))
-        waiting = sorted((unit for unit in self._units if not self._end(unit).exists()), key=_largest_first)
+        if self._team.world.rank == 0:
+            self.progress.already_done(sum(head["stored_bytes"] for head in spill_counts(self._job)))
+        # Before anybody begins: an end mark alone does not say that the chunks before it are done.
+        waiting = sorted((unit for unit in self._units if not self._is_done(unit)), key=_largest_first)
         gc.disable()  # parsing makes many objects, none of them in cycles
         try:
             self._work_on_all(waiting)
@@ -52,8 +53,19 @@ class Spiller:
             if unit.shared and not self._end(unit).exists():
                 self._work_on(unit)
 
-    def _end(self, unit: Unit) -> Any:
+    def _end(self, unit: Unit) -> Path:
+        """Holds the unit's number of chunks; whoever has read the unit to its end writes it."""
         return self._job.spills / f"{unit.number:06d}.end"
+
+    def _spill_path(self, unit: Unit, chunk: int) -> Path:
+        return self._job.spills / f"{unit.number:06d}-{chunk:06d}.spill"
+
+    def _is_done(self, unit: Unit) -> bool:
+        try:
+            num_chunks = int(self._end(unit).read_text())
+        except (FileNotFoundError, ValueError):
+            return False
+        return all(self._spill_path(unit, chunk).exists() for chunk in range(num_chunks))
 
     def _work_on(self, unit: Unit) -> None:
         """Read a unit to its end; do those of its chunks that nobody has done or claimed."""
@@ -61,10 +73,9 @@ class Spiller:
         chunk = begun = 0
         while (first := reader.next_record()) is not None:
             self._team.check()
-            name = f"{unit.number:06d}-{chunk:06d}.spill"
+            target = self._spill_path(unit, chunk)
             records = reader.chunk(first, self._chunk_bytes)
-            target = self._job.spills / name
-            claimed = None if target.exists() else self._team.claim(name)
+            claimed = None if target.exists() else self._team.claim(target.name)
             if claimed is None:
                 for _ in records:
                     pass
@@ -75,7 +86,7 @@ class Spiller:
             begun = reader.position()
             chunk += 1
         if not self._end(unit).exists():
-            replace_file(self._end(unit), str(chunk).encode())
+            self._end(unit).write_text(str(chunk))
 
     def _spill(
         self, unit: Unit, reader: _UnitReader, records: Iterator[Record], path: str, head: dict[str, Any]

@@ -96,14 +96,22 @@ def hub_parts(name: str) -> list[SourceFile]:
     return [SourceFile(name, "hub", 0, (index, dataset.num_shards)) for index in range(dataset.num_shards)]
 
 
+def quiet_hub() -> None:
+    """Without a network the hub's client warns a dozen times before it gives up; its last word is enough."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+
+
 def _stream(name: str) -> Any:
     import datasets
 
     parts = name.split(":")[1:]
     if not 1 <= len(parts) <= 3 or not all(parts):
-        raise ValueError(f"{name}: write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
+        raise ValueError(f"{name!r}: write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
     config = parts[1] if len(parts) > 1 else None
     split = parts[2] if len(parts) > 2 else "train"
+    quiet_hub()
     try:
         return datasets.load_dataset(parts[0], config, split=split, streaming=True)
     except Exception as error:

@@ -17,11 +17,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.building import SKIPPED_NAME, Builder, finish, make_plan
-from data_prep.job import FolderLock, Job, JobOptions, Team, explain, prepare_folder
+from data_prep.job import WORK_FOLDER, FolderLock, Job, JobOptions, Team, explain, prepare_folder
 from data_prep.shard_format import Manifest, TokenizerInfo, tokenizer_info
 from data_prep.sources import HELP as SOURCES_HELP
 from data_prep.sources import TXT_DOCUMENTS, resolve_sources
 from data_prep.spilling import Spiller
+from data_prep.tables import quiet_hub
 from data_prep.world import JobFailed, MpiWorld, ProcessLost, World, mpi_size, run_processes
 
 EXAMPLES = """
@@ -125,6 +126,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    quiet_hub()
     logging.set_verbosity_error()  # it warns of texts longer than the model; shards hold whole documents
     if not os.path.isdir(name) and (os.path.exists(name) or name.startswith((".", "/", "~"))):
         raise ValueError(f"--tokenizer {name}: not a folder with a Hugging Face tokenizer")
@@ -171,12 +173,9 @@ class _Root:
         sources = resolve_sources(options.sources, options.txt_documents)
         self._tokenizer = load_tokenizer(options.tokenizer)
         info: TokenizerInfo = tokenizer_info(self._tokenizer)
-        work = Path(options.out, ".work")
-        made = not Path(options.out).exists()
-        if not made and not Path(options.out).is_dir():
+        if Path(options.out).exists() and not Path(options.out).is_dir():
             raise ValueError(f"--out {options.out}: is not a folder")
-        if not Path(options.out, "manifest.json").exists():
-            self._lock = FolderLock(work)
+        self._lock = FolderLock(Path(options.out, WORK_FOLDER))
         run, manifest = prepare_folder(options, sources, info)
         if manifest is not None:
             return None, manifest
@@ -191,7 +190,7 @@ class _Root:
             self._lock.release()
 
 
-def summary(manifest: Manifest, out: str, elapsed_s: float) -> str:
+def summary(manifest: Manifest, out: str, elapsed_s: float | None) -> str:
     """What a user wants to know at the end."""
     lines = []
     for split, shards in manifest.splits.items():
@@ -204,9 +203,8 @@ def summary(manifest: Manifest, out: str, elapsed_s: float) -> str:
     skipped = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest.skipped.items())
     lines.append(f"left out {skipped}")
     read = sum(source["bytes"] for source in manifest.sources)
-    lines.append(
-        f"{out}: {read / 1e6:,.1f} MB of input in {elapsed_s:,.1f} s; manifest {manifest.digest()[:16]}"
-    )
+    took = "complete already" if elapsed_s is None else f"{read / 1e6:,.1f} MB of input in {elapsed_s:,.1f} s"
+    lines.append(f"{out}: {took}; manifest digest {manifest.digest()}")
     if manifest.skipped["bad_records"]:
         lines.append(f"the bad records are named in {Path(out, SKIPPED_NAME)}")
     if not manifest.splits["heldout"]:
@@ -241,9 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nwrite_shards: stopped; run the same command again to go on", file=sys.stderr)
         return 130
     if world.rank == 0 and manifest is not None:
-        if existed:
-            print(f"{options.out} is complete already, made with these options from these inputs")
-        print(summary(manifest, options.out, time.monotonic() - started))
+        print(summary(manifest, options.out, None if existed else time.monotonic() - started))
     return 0
 
 
