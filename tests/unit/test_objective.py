@@ -579,3 +579,43 @@ def test_chunks_have_equal_sizes():
     assert chunk_rows(152, weight) == 152
     assert chunk_rows(0, weight) == 1
     assert chunk_rows(10, weight, 4) == 4
+
+
+@pytest.mark.parametrize("tokens", [40, 4000])
+def test_half_precision_products_neither_underflow_nor_overflow(tokens, monkeypatch):
+    """A GPU's path on the CPU: operands in fp16, sums in fp32; many tokens make each one's weight tiny."""
+    multiply = torch.mm
+
+    def summed_in_fp32(left, right, out_dtype=None, out=None):
+        if out_dtype is None:
+            return multiply(left, right, out=out)
+        assert torch.isfinite(left).all()
+        return multiply(left.to(out_dtype), right.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", summed_in_fp32)
+    monkeypatch.setattr(DecoderRows, "in_dtype", lambda self, dtype: self)
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = (random_decoder((tokens, 300, 8), generator, True) for _ in range(2))
+    count = tokens // 7
+
+    def run(dtype, scale):
+        leaves = [t.to(dtype).requires_grad_() for t in (student.features, student.weight, student.bias)]
+        terms = vocabulary_loss(
+            *leaves,
+            torch.arange(count) % 300,
+            torch.full((count,), 1 / count, dtype=torch.float64),
+            [DecoderRows(*(t.to(dtype) for t in (teacher.features, teacher.weight, teacher.bias)))],
+            torch.full((tokens,), 1 / tokens, dtype=torch.float64),
+            temperature=2.0,
+            kd_weight=5.0,
+            mlm_weight=2.0,
+            chunk_tokens=500,
+        )
+        (terms.loss * scale).backward()
+        return terms.loss.item(), [leaf.grad.double() / scale for leaf in leaves]
+
+    loss, found = run(torch.float16, 2.0**10)
+    expected, wanted = run(torch.float64, 1.0)
+    assert loss == pytest.approx(expected, rel=2e-3)
+    for own, other in zip(found, wanted, strict=True):
+        assert (own - other).norm() < 5e-3 * other.norm()
