@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -120,20 +121,21 @@ class BatchLoader:
     ) -> Iterator[MicroBatch]:
         if device is not None:
             torch.cuda.set_device(device)
+        planned: deque[list[list[Run]]] = deque()
         with ReadAhead(self._prepare, READER_THREADS) as shards:
             for ahead in range(start_step, stop_step + LOOKAHEAD_STEPS):
                 if ahead < stop_step:
+                    planned.append(
+                        self.order.micro_batches(ahead, self._rank, self._world_size, self._micro_batch_size)
+                    )
                     epoch, _ = self.order.position(ahead)
-                    for run in itertools.chain(*self._micro_batches(ahead)):
+                    for run in itertools.chain(*planned[-1]):
                         shards.request((epoch, run.shard), ahead)
                 step = ahead - LOOKAHEAD_STEPS
                 if step >= start_step:
-                    for micro_step, runs in enumerate(self._micro_batches(step)):
+                    for micro_step, runs in enumerate(planned.popleft()):
                         yield self._micro_batch(step, micro_step, runs, shards, left)
                     shards.forget(step)
-
-    def _micro_batches(self, step: int) -> list[list[Run]]:
-        return self.order.micro_batches(step, self._rank, self._world_size, self._micro_batch_size)
 
     def _micro_batch(
         self, step: int, micro_step: int, runs: list[Run], shards: _Shards, left: threading.Event

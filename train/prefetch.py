@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from queue import Empty, Full, Queue, SimpleQueue
+from queue import Full, Queue, SimpleQueue
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -15,6 +17,20 @@ Key = TypeVar("Key")
 
 # How often a waiting thread looks whether its consumer is still there.
 _POLL_S = 0.1
+# How long the end of an iterator, or of the process, waits for a thread: a download may hang for ever.
+_JOIN_S = 5.0
+
+_producers: dict[threading.Thread, threading.Event] = {}
+
+
+@atexit.register
+def _stop_producers() -> None:
+    """A daemon thread that is still in torch or numpy when the interpreter goes aborts the process."""
+    producers = dict(_producers)
+    for left in producers.values():
+        left.set()
+    for thread in producers:
+        thread.join(_JOIN_S)
 
 
 class ConsumerLeft(Exception):
@@ -47,9 +63,11 @@ def in_background(produce: Callable[[threading.Event], Iterator[Item]], depth: i
                 raise
             except BaseException as error:
                 put(error)
+        _producers.pop(thread)
 
     # A daemon, as are the readers: a hanging download must not keep a finished run from exiting.
     thread = threading.Thread(target=run, name="batches", daemon=True)
+    _producers[thread] = left
     thread.start()
     try:
         while (item := queue.get()) is not None:
@@ -58,10 +76,7 @@ def in_background(produce: Callable[[threading.Event], Iterator[Item]], depth: i
             yield item
     finally:
         left.set()
-        with contextlib.suppress(Empty):
-            while True:  # frees what nobody will take
-                queue.get_nowait()
-        thread.join(timeout=5)
+        thread.join(_JOIN_S)
 
 
 class ReadAhead(Generic[Key, Item]):
@@ -76,7 +91,10 @@ class ReadAhead(Generic[Key, Item]):
         self._jobs: SimpleQueue[tuple[Key, Future[Item]] | None] = SimpleQueue()
         self._items: dict[Key, Future[Item]] = {}
         self._last_step: dict[Key, int] = {}
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(num_threads)]
+        self._threads = [
+            threading.Thread(target=self._work, name="batches: reader", daemon=True)
+            for _ in range(num_threads)
+        ]
 
     def __enter__(self) -> ReadAhead[Key, Item]:
         for thread in self._threads:
@@ -91,6 +109,9 @@ class ReadAhead(Generic[Key, Item]):
         self._items.clear()
         for _ in self._threads:
             self._jobs.put(None)
+        deadline = time.monotonic() + 0.8 * _JOIN_S  # done before those who wait for this thread give up
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def __len__(self) -> int:
         return len(self._items)
@@ -105,7 +126,7 @@ class ReadAhead(Generic[Key, Item]):
         """A requested item, waited for; its error is raised here, and ConsumerLeft once `left` is set."""
         future = self._items[key]
         while not left.is_set():
-            if wait([future], timeout=_POLL_S).done:
+            if future.done() or wait([future], timeout=_POLL_S).done:
                 return future.result()
         raise ConsumerLeft
 

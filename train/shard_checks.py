@@ -5,6 +5,7 @@ Every refusal is a ValueError that names the thing and the remedy.
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import torch.distributed as dist
@@ -39,6 +40,9 @@ def check_shards(
             check_shard_size(shards, shard)
 
     chosen = [shard for split in splits or tuple(manifest.splits) for shard in manifest.splits[split]]
+    twice = [name for name, count in Counter(shard.name for shard in chosen).items() if count > 1]
+    if twice:
+        raise ValueError(f"the manifest lists shard {twice[0]} twice: write the shards again")
     with ThreadPoolExecutor(_THREADS) as pool:
         for _ in pool.map(check, chosen):
             pass
