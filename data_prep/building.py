@@ -89,16 +89,17 @@ class Builder:
         self._team = team
         self._plan = plan
         self._paths = sorted(job.spills.glob("*.spill"))
-        self.progress = Progress(job.claims, team.world.rank, "writing", plan.tokens, " tokens")
+        self._progress = Progress(job.claims, team.world.rank, "writing", plan.tokens, " tokens")
+        team.progress = self._progress
 
     def run(self) -> None:
         for shard in self._plan.shards:
             self._team.check()
             if (info := finished(self._job, shard)) is not None:
-                self.progress.already_done(info.tokens)
+                self._progress.already_done(info.tokens)
             elif (part := self._team.claim(shard.name)) is not None:
                 built = self._build(shard, part)
-                self.progress.add(built.tokens, built.documents, built.tokens)
+                self._progress.add(built.tokens, built.documents, built.tokens)
 
     def _build(self, shard: ShardPlan, part: Path) -> ShardInfo:
         documents = self._gather(shard)

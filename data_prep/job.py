@@ -93,6 +93,7 @@ class Team:
     def __init__(self, world: World, claims: Path | None = None) -> None:
         self.world = world
         self.claims = claims
+        self.progress: Progress | None = None
 
     def check(self) -> None:
         """Called between pieces of work: stop where another process has failed.
@@ -114,8 +115,10 @@ class Team:
             return None
         return path
 
-    def together(self, work: Callable[[], Result], progress: Progress | None = None) -> list[Result]:
+    def together(self, work: Callable[[], Result]) -> list[Result]:
         """Do `work` on every process and wait for all; their results, by rank.
+
+        A bar that `work` puts into `self.progress` goes on until the last process is done.
 
         Raises:
             JobFailed: on every process, where it failed on any.
@@ -130,6 +133,7 @@ class Team:
                 with contextlib.suppress(OSError):  # a full disk; the others will notice at the gathering
                     (self.claims / "stop").touch()
         failures = ["lost"]
+        progress, self.progress = self.progress, None
         try:
             if progress is not None:
                 progress.publish()

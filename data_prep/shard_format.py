@@ -262,7 +262,7 @@ def read_url(url: str) -> bytes:
     Raises:
         FileNotFoundError: it is not there.
     """
-    if "://" not in url and not url.startswith("pipe:"):
+    if "://" not in url and not url.startswith(("pipe:", "file:")):
         try:
             return Path(url).read_bytes()
         except (FileNotFoundError, NotADirectoryError):

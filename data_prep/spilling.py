@@ -31,12 +31,12 @@ class Spiller:
         self._chunk_bytes = chunk_bytes(job.sources)
         self._encoder = Encoder(job.backend, job.tokenizer)
         total = sum(unit.bytes for unit in self._units)
-        self.progress = Progress(job.claims, team.world.rank, "reading", total, "B")
+        self._progress = team.progress = Progress(job.claims, team.world.rank, "reading", total, "B")
 
     def run(self) -> None:
         """Work until there is nothing left to claim."""
         if self._team.world.rank == 0:
-            self.progress.already_done(sum(head["stored_bytes"] for head in spill_counts(self._job)))
+            self._progress.already_done(sum(head["stored_bytes"] for head in spill_counts(self._job)))
         # Before anybody begins: an end mark alone does not say that the chunks before it are done.
         waiting = sorted((unit for unit in self._units if not self._is_done(unit)), key=_largest_first)
         gc.disable()  # parsing makes many objects, none of them in cycles
@@ -112,7 +112,7 @@ class Spiller:
             if num_read % 256 == 0:
                 self._team.check()
                 now = reader.position()
-                self.progress.add(now - position)
+                self._progress.add(now - position)
                 position = now
         digest_table = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
         options = self._job.options
@@ -121,7 +121,7 @@ class Spiller:
         head = {"source": head["source"], "stored_bytes": end - head["begun"]}
         head |= {"read": num_read, "too_short": num_short, "bad": bad}
         write_spill(path, head, keys, digest_table, documents)
-        self.progress.add(end - position, num_read, sum(map(len, documents)))
+        self._progress.add(end - position, num_read, sum(map(len, documents)))
 
     def _texts(
         self,

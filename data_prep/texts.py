@@ -24,7 +24,7 @@ BOM = b"\xef\xbb\xbf"
 _WORD_END = re.compile(rb"[A-Za-z0-9,.;](?= [A-Za-z0-9])")
 _CHARACTER_START = re.compile(rb"(?s).(?=[\x00-\x7f\xc2-\xf4])")
 # In the inside of a JSON string an escape (or a pair of surrogate escapes) must stay whole.
-_JSON_START = re.compile(rb"[\x80-\xbf](?=[\x80-\xff])|[^\\](?=\\u(?![dD][c-fC-F]))")
+_JSON_START = re.compile(rb"[\x80-\xbf](?=[\xc2-\xf4])|[^\\](?=\\u(?![dD][c-fC-F]))")
 
 
 class BadRecord(ValueError):
@@ -51,7 +51,7 @@ class LongText:
         pending = ""
         begun = False
         for piece in self._raw_pieces():
-            piece = pending + piece.replace("\r\n", "\n")
+            piece = (pending + piece).replace("\r\n", "\n")
             if not begun:
                 piece = piece.lstrip(LEADING)
                 begun = bool(piece)
@@ -80,7 +80,7 @@ class LongText:
     def _cut(self, start: int) -> int:
         size = PIECE
         while start + size < self._end:
-            window_start = start + size - 4096
+            window_start = max(start, start + size - 4096)
             window = bytes(self._buffer[window_start : start + size])
             for pattern in (_WORD_END, _JSON_START if self._json else _CHARACTER_START):
                 ends = [match.end() for match in pattern.finditer(window)]

@@ -8,6 +8,8 @@ the same command. Duplicates are dropped; a fixed part of the documents is held 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import time
@@ -18,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.building import SKIPPED_NAME, Builder, finish, make_plan
 from data_prep.job import WORK_FOLDER, FolderLock, Job, JobOptions, Team, explain, prepare_folder
-from data_prep.shard_format import Manifest, TokenizerInfo, tokenizer_info
+from data_prep.shard_format import MANIFEST_NAME, Manifest, TokenizerInfo, tokenizer_info
 from data_prep.sources import HELP as SOURCES_HELP
 from data_prep.sources import TXT_DOCUMENTS, resolve_sources
 from data_prep.spilling import Spiller
@@ -147,12 +149,10 @@ def run_job(world: World, options: JobOptions | None) -> Manifest | None:
         if job is None:
             return done
         team.claims = job.claims
-        spiller = Spiller(job, team)
-        team.together(spiller.run, spiller.progress)
+        team.together(lambda: Spiller(job, team).run())
         plan = team.together(lambda: make_plan(job) if root else None)[0]
         assert plan is not None
-        builder = Builder(job, team, plan)
-        team.together(builder.run, builder.progress)
+        team.together(lambda: Builder(job, team, plan).run())
         return team.together(lambda: root.finish(job, plan) if root else None)[0]
     finally:
         if root:
@@ -214,18 +214,20 @@ def summary(manifest: Manifest, out: str, elapsed_s: float | None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parse_arguments(arguments)
     started = time.monotonic()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores better than its threads do
-    num_ranks = mpi_size()
-    world = MpiWorld() if num_ranks > 1 else World()
+    world = MpiWorld() if mpi_size() > 1 else World()
+    silent = io.StringIO()
+    out, errors = (sys.stdout, sys.stderr) if world.rank == 0 else (silent, silent)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        parsed = parse_arguments(arguments)
     try:
         options = options_of(parsed)
-        existed = Path(options.out, "manifest.json").exists()
-        if num_ranks > 1:
+        existed = Path(options.out, MANIFEST_NAME).exists()
+        if world.size > 1:
             if parsed.processes is not None:
                 raise ValueError(
-                    "--processes has no effect under mpirun, whose ranks do the work; leave it out"
+                    "--processes has no effect under mpirun: its ranks do the work; leave it out"
                 )
             manifest = run_job(world, options)
         else:
@@ -233,7 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
             manifest = run_processes(num_processes, run_job, options)
     except (JobFailed, ProcessLost, ValueError, OSError) as error:
         if world.rank == 0:
-            print(f"write_shards: {explain_failure(error)}", file=sys.stderr)
+            message = str(error) if isinstance(error, (JobFailed, ProcessLost)) else explain(error)
+            print(f"write_shards: {message}", file=sys.stderr, flush=True)
+        world.gather(None)  # mpirun stops all ranks when one fails: not before the message is out
         return 2
     except KeyboardInterrupt:
         print("\nwrite_shards: stopped; run the same command again to go on", file=sys.stderr)
@@ -241,10 +245,6 @@ def main(arguments: list[str] | None = None) -> int:
     if world.rank == 0 and manifest is not None:
         print(summary(manifest, options.out, None if existed else time.monotonic() - started))
     return 0
-
-
-def explain_failure(error: Exception) -> str:
-    return str(error) if isinstance(error, (JobFailed, ProcessLost)) else explain(error)
 
 
 if __name__ == "__main__":
