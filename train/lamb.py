@@ -131,6 +131,11 @@ class Lamb(torch.optim.Optimizer):
         self._write_back(parts)
         return loss
 
+    @property
+    def kernel(self) -> str:
+        """Which passes run: "native", "triton" or "eager"; "" before the first step."""
+        return self._passes.name if self._passes else ""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: one group is what keeps a step at one collective."""
         if self.param_groups:

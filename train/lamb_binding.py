@@ -36,6 +36,11 @@ def bind_engine(engine: Any, optimizer: torch.optim.Optimizer, parameters: Seque
         ValueError: the engine does not hold this optimizer, or is configured in a way that no LAMB can be
             exact under; the message names the setting and what to do.
     """
+    if getattr(engine, "mp_world_size", 1) > 1:
+        raise ValueError(
+            f"tensor parallelism over {engine.mp_world_size} ranks splits the tensors themselves, and their "
+            "norms with them: use data parallelism alone"
+        )
     number = {id(parameter): index for index, parameter in enumerate(parameters)}
     wrapper = engine.optimizer
     if wrapper is optimizer:
@@ -94,6 +99,11 @@ def _refuse(zero: Any) -> None:
         ),
         ("has_moe_layers", "splits experts over other process groups (MoE)", "train without MoE layers"),
         ("cpu_offload", "keeps the state on the CPU", "remove zero_optimization.offload_optimizer"),
+        (
+            "torch_autocast_gradscaler",
+            "may skip a step on one rank alone",
+            "use the fp16 section instead of torch_autocast with float16",
+        ),
         ("zenflow", "updates parts of a tensor at different steps", "remove zero_optimization.zenflow"),
         (
             "elastic_checkpoint",
@@ -108,9 +118,4 @@ def _refuse(zero: Any) -> None:
         raise ValueError(
             f"the engine made {len(zero.bit16_groups)} parameter groups where Lamb has one: do not regroup "
             "its parameters (Lamb keeps per-tensor rules itself)"
-        )
-    if getattr(zero, "model_parallel_world_size", 1) != 1:
-        raise ValueError(
-            f"tensor parallelism over {zero.model_parallel_world_size} ranks splits the tensors themselves, and "
-            "their norms with them: use data parallelism alone"
         )

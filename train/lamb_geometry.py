@@ -13,7 +13,7 @@ import torch
 
 # A module or parameter whose name ends so is a normalisation layer: LayerNorm, layer_norm, sa_layer_norm,
 # input_layernorm, attn_norm, final_norm, RMSNorm, norm1, ln_f. "normalizer" or "norm_scale_proj" is not.
-_NORM = re.compile(r"(norm|layernorm)_?\d*$|^ln(_?\w+)?$", re.IGNORECASE)
+_NORM = re.compile(r"norm_?\d*$|^ln(\d*|_\w+)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

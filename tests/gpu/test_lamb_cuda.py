@@ -1,0 +1,74 @@
+"""The Triton kernels against the eager passes and the reference, on a GPU.
+
+Without one, the same tests run on a CPU in Triton's interpreter, where Triton is installed:
+`TRITON_INTERPRET=1 python -m pytest tests/gpu/test_lamb_cuda.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from tests.lamb_checks import make_gradients, make_parameters, ulp
+from train.lamb import Lamb
+from train.lamb_reference import ReferenceLamb
+
+pytest.importorskip("triton")
+
+pytestmark = pytest.mark.gpu
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if not torch.cuda.is_available() and not INTERPRETED:
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+
+
+def make_lamb(parameters: dict[str, torch.nn.Parameter], fused: bool, **options: Any) -> Lamb:
+    from train.lamb_triton import TritonPasses
+
+    optimizer = Lamb(parameters.items(), lr=0.01, fused=False, **options)
+    if fused:
+        optimizer._passes = TritonPasses()
+    return optimizer
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["triton", "eager"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"adapt_all": True}, {"prenormalize": True}, {"mode": "deepspeed"}, {"betas": (0.5, 0.9)}],
+    ids=str,
+)
+def test_agrees_with_the_reference(options: dict[str, Any], fused: bool) -> None:
+    made = {**make_parameters(), "long.weight": torch.nn.Parameter(torch.full((3, 3001), 0.02))}
+    parameters = {name: torch.nn.Parameter(p.detach().to(DEVICE)) for name, p in made.items()}
+    optimizer = make_lamb(parameters, fused, **options)
+    reference = ReferenceLamb(made, 0.01, **options)
+    for step in range(3):
+        gradients = {**make_gradients(step), "long.weight": torch.linspace(-1, 1, 9003).view(3, 3001)}
+        old = {name: p.detach().cpu().clone() for name, p in parameters.items()}
+        for name, p in parameters.items():
+            p.grad = gradients[name].to(DEVICE)
+            reference.parameters[name].copy_(old[name])
+        optimizer.step()
+        reference.step(gradients)
+        for name, p in parameters.items():
+            difference = (p.detach().cpu() - reference.parameters[name]).abs()
+            unit = ulp(torch.maximum(old[name].abs(), reference.updates[name].abs().float()))
+            assert float((difference / unit).max()) <= 4, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_host_synchronisation() -> None:
+    parameters = {name: torch.nn.Parameter(p.detach().to(DEVICE)) for name, p in make_parameters().items()}
+    optimizer = make_lamb(parameters, fused=True)
+    for name, gradient in make_gradients(3).items():
+        parameters[name].grad = gradient.to(DEVICE)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
