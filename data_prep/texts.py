@@ -24,7 +24,7 @@ BOM = b"\xef\xbb\xbf"
 _WORD_END = re.compile(rb"[A-Za-z0-9,.;](?= [A-Za-z0-9])")
 _CHARACTER_START = re.compile(rb"(?s).(?=[\x00-\x7f\xc2-\xf4])")
 # In the inside of a JSON string an escape (or a pair of surrogate escapes) must stay whole.
-_JSON_START = re.compile(rb"[\x80-\xbf](?=[\xc2-\xf4])|[^\\](?=\\u(?![dD][c-fC-F]))")
+_JSON_START = re.compile(rb"[\x80-\xbf](?=[\xc2-\xf4])|[^\\](?=\\u(?![dD][c-fC-F])[0-9a-fA-F]{4})")
 
 
 class BadRecord(ValueError):
