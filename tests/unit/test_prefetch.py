@@ -107,3 +107,17 @@ def test_a_process_may_end_with_an_open_iterator() -> None:
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (75, "")
+
+
+def test_no_thread_outlives_the_iterator() -> None:
+    def produce(left: threading.Event) -> Iterator[int]:
+        with ReadAhead(lambda key: time.sleep(0.3) or key, num_threads=2) as items:
+            for key in range(9):
+                items.request(key, key)
+            yield items.get(0, left)
+            yield items.get(8, left)
+
+    items = in_background(produce, depth=1)
+    assert next(items) == 0
+    items.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
