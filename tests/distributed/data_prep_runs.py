@@ -1,0 +1,67 @@
+"""What the tests of several processes and of MPI ranks share: a corpus, a command, a comparison."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "data_prep" / "write_shards.py")
+
+
+def write_corpus(folder: Path, words: list[str]) -> Path:
+    """Three MB of JSON lines in one file and some in small ones: chunks to share, and units to deal out."""
+    folder.mkdir()
+    rng = random.Random(7)
+    texts = [" ".join(rng.choices(words, k=rng.randint(10, 500))) for _ in range(2200)]
+    texts += texts[:50]
+    (folder / "large.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for number in range(5):
+        (folder / f"small-{number}.txt").write_text(" ".join(rng.choices(words, k=200)))
+    return folder
+
+
+def command(corpus: Path, tokenizer: str, out: Path, *options: str) -> list[str]:
+    shape = ["--heldout-fraction", "0.05", "--shard-tokens", "100000"]
+    return [
+        sys.executable,
+        SCRIPT,
+        str(corpus),
+        "--tokenizer",
+        tokenizer,
+        "--out",
+        str(out),
+        *shape,
+        *options,
+    ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def kill_when(arguments: list[str], ready: Callable[[], bool], timeout_s: float = 90) -> None:
+    """Start the command in a process group of its own, and kill -9 all of it as soon as `ready()`."""
+    with subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.killpg(process.pid, 9)
+
+
+def count(folder: Path, pattern: str) -> int:
+    return len(list(folder.glob(pattern)))
