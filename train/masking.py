@@ -67,7 +67,7 @@ class Masker:
         sequence_length: L; n = round(probability * L) positions are chosen in every window.
         seed: 0 <= seed < 2**64.
         probability: share of the sequence, [CLS] and [SEP] counted in.
-        whole_word: (V,) bool, see continuation_table (False for special tokens): whole words are chosen, in random order, until n
+        whole_word: (V,) bool, see continuation_table: whole words are chosen, in random order, until n
             positions are; the last word may be masked in its first pieces only.
         histogram: (V,) int64 counts of the tokens in the corpus: positions are drawn without replacement
             with weights count**-smoothing, as in the original code. With `whole_word` a word has the
