@@ -5,10 +5,11 @@
     optimizer.bind(engine)
 
 The DeepSpeed config needs `"zero_allow_untested_optimizer": true` (DeepSpeed keeps a list of the classes it
-knows) and `"round_robin_gradients": false` (its default); `"data_types": {"grad_accum_dtype": "fp32"}` is
-advised when bf16 or fp16 gradients are accumulated. Learning rates are set in `param_groups[0]["lr"]`, through
-the engine's wrapper or here. State lives in flat `exp_avg`, `exp_avg_sq` and an integer `step`, which the
-engine's checkpoints, its universal checkpoints and zero_to_fp32 carry.
+knows) and `"round_robin_gradients": false` (its default); its `gradient_clipping` is 1.0 unless set;
+`"data_types": {"grad_accum_dtype": "fp32"}` is advised where bf16 or fp16 gradients are accumulated. Learning
+rates are set in `param_groups[0]["lr"]`, through the engine's wrapper or here. State lives in flat `exp_avg`,
+`exp_avg_sq` and an integer `step`, which the engine's checkpoints, its universal checkpoints and zero_to_fp32
+carry.
 
 Without DeepSpeed, and at stage 0 in fp32, `bind` is not needed. At stage 0 in fp16 or bf16 it is.
 """
@@ -26,6 +27,10 @@ from train.lamb_eager import EagerPasses
 from train.lamb_geometry import Piece, optimized_parameters, tensor_rules
 from train.lamb_math import Part, step_coefficients, trust_ratios
 from train.lamb_passes import Passes, choose_passes
+
+# Attributes beside torch's own that a copied or pickled Lamb keeps.
+_OWN = ("_rules", "_parameters", "_clamp", "_prenormalize", "_bias_correction", "_mode", "_fused")
+_OWN_PUBLIC = ("tensor_names", "adapted", "trust_ratios")
 
 
 class Lamb(torch.optim.Optimizer):
@@ -95,7 +100,7 @@ class Lamb(torch.optim.Optimizer):
             ValueError: the engine is set up in a way that no LAMB is exact under (the message names it).
         """
         binding = bind_engine(engine, self, self._parameters)
-        if binding.pieces is not None and self._prenormalize and engine.gradient_clipping() > 0:
+        if self._prenormalize and engine.gradient_clipping() > 0:
             raise ValueError(
                 f"prenormalize divides the gradient by its norm, so gradient_clipping "
                 f"{engine.gradient_clipping()} would have no effect: set gradient_clipping to 0"
@@ -141,6 +146,11 @@ class Lamb(torch.optim.Optimizer):
         if self.param_groups:
             raise ValueError("Lamb has one parameter group: give it all named parameters when you build it")
         super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What torch keeps and ours, but for what belongs to this process: kernel, engine, process group.
+        own = {name: getattr(self, name) for name in (*_OWN, *_OWN_PUBLIC)}
+        return {**super().__getstate__(), **own, "_passes": None, "_binding": None}
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = self.state[parameter]
@@ -189,10 +199,10 @@ class Lamb(torch.optim.Optimizer):
                 "rounding: keep fp32 master weights (a DeepSpeed bf16 or fp16 engine, or torch.autocast)"
             )
         state = self._state_of(parameter)
-        state["step"] += 1
+        state["step"] = int(state["step"]) + 1  # another optimizer's checkpoint may hold a tensor
         group = self.param_groups[0]
         c = step_coefficients(
-            lr=group["lr"],
+            lr=float(group["lr"]),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],

@@ -36,6 +36,10 @@ def bind_engine(engine: Any, optimizer: torch.optim.Optimizer, parameters: Seque
         ValueError: the engine does not hold this optimizer, or is configured in a way that no LAMB can be
             exact under; the message names the setting and what to do.
     """
+    if not hasattr(engine, "optimizer"):
+        raise ValueError(
+            f"bind got {type(engine).__name__}: it takes the engine, the first of what deepspeed.initialize returns"
+        )
     if getattr(engine, "mp_world_size", 1) > 1:
         raise ValueError(
             f"tensor parallelism over {engine.mp_world_size} ranks splits the tensors themselves, and their "

@@ -60,10 +60,17 @@ def build() -> ctypes.CDLL | None:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
         return None
+    try:
+        return _compile(compiler.split())
+    except OSError:  # no temporary folder
+        return None
+
+
+def _compile(compiler: list[str]) -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "lamb_native.so")
         for tuning in TUNING:
-            command = [*compiler.split(), *FLAGS, *tuning, "-o", str(library), str(SOURCE), "-lm"]
+            command = [*compiler, *FLAGS, *tuning, "-o", str(library), str(SOURCE), "-lm"]
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 loaded = ctypes.CDLL(str(library))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -232,6 +233,36 @@ def test_state_dict_round_trip_continues_bit_for_bit() -> None:
         assert torch.equal(straight[name].detach(), second[name].detach()), name
     assert set(saved["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
     assert set(saved["param_groups"][0]) >= {"lr", "betas", "eps", "weight_decay", "params"}
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
+)
+def test_copies_step_alike(copied: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = Lamb([("weight", weight)], lr=0.1)
+    weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    twin = copied(optimizer)
+    (twin_weight,) = twin.param_groups[0]["params"]
+    weight.grad, twin_weight.grad = torch.ones(2, 3), torch.ones(2, 3)
+    optimizer.step()
+    twin.step()
+    assert torch.equal(weight, twin_weight)
+    assert twin_weight is not weight
+
+
+def test_takes_over_the_moments_of_adam() -> None:
+    """torch's AdamW keeps the same state under the same names, its step as a tensor."""
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    adamw = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.ones(2, 3)
+    adamw.step()
+    optimizer = Lamb([("weight", weight)], lr=torch.tensor(0.1))
+    optimizer.load_state_dict(adamw.state_dict())
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 2
+    assert torch.isfinite(weight).all()
 
 
 def test_closure_and_learning_rate() -> None:

@@ -126,6 +126,8 @@ def test_refuses_parameters_it_was_not_given_and_unknown_wrappers() -> None:
     weight = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = Lamb([("weight", weight)], lr=0.1)
     other = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="bind got Linear: it takes the engine"):
+        optimizer.bind(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="tensor parallelism over 2 ranks"):
         bind_engine(SimpleNamespace(optimizer=optimizer, mp_world_size=2), optimizer, [weight])
     engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
