@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 import jsonargparse
 
 from train.config import Config
+from train.errors import RunError
 
 BAD_USAGE = 2
+BAD_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 SECONDS_FOR_RANK_0 = 4.0
 
 # Attribute docstrings under each field become the help text of its flag.
@@ -48,7 +50,7 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
     """Call `main` with the command line and exit with its code; turn users' errors into one plain message."""
     try:
         code = main(sys.argv[1:])
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, RunError) as error:
         if os.environ.get("HALFLING_TRACEBACK"):
             raise
         # The launcher ends the other ranks within a second of rank 0's end, before they repeat the message;
@@ -56,6 +58,6 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(SECONDS_FOR_RANK_0)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 1 if isinstance(error, FloatingPointError) else BAD_USAGE
+        code = BAD_USAGE if isinstance(error, (ValueError, *BAD_PATHS)) else 1
     sys.stdout.flush()
     sys.exit(code)

@@ -47,9 +47,11 @@ class Parts:
     matrix_rate: float
 
 
-def assemble(config: Config, world: World) -> Parts:
+def assemble(config: Config, world: World, load_universal: bool = False) -> Parts:
     """Build everything, cheap checks first.
 
+    Args:
+        load_universal: the engine is to read a universal checkpoint (train/resume.py).
     Raises:
         ValueError, FileNotFoundError: what is wrong with the configuration, the shards or the teacher.
     """
@@ -77,7 +79,10 @@ def assemble(config: Config, world: World) -> Parts:
     student = build_student(config, manifest)
     check_sequence_length(student, config.data.sequence_length)
     flops = training_flops_per_token(config, student, teacher)
-    engine = start_engine(config, DistillationModule(student, objective), engine_config)
+    start_config = (
+        {**engine_config, "checkpoint": {"load_universal": True}} if load_universal else engine_config
+    )
+    engine = start_engine(config, DistillationModule(student, objective), start_config)
     trainer = Trainer(
         engine,
         teacher,

@@ -12,14 +12,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from train.errors import CheckpointNotWrittenError
 from train.run_folder import write_json
+
+COMPLETE = "complete.json"
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,59 @@ class TrainState:
     step: int = 0
     """Optimizer steps done."""
 
-    non_finite_in_a_row: int = 0
-    """Steps with a non-finite gradient since the last good one."""
+
+@dataclass(frozen=True)
+class Retention:
+    """Which complete checkpoints stay."""
+
+    keep_last: int
+    """The newest ones."""
+
+    milestone_every_steps: int | None = None
+    """Those at multiples of this step stay for good."""
+
+    def superfluous(self, checkpoints: Sequence[Path]) -> list[Path]:
+        """Those to remove: neither among the last, nor a milestone, nor the best by held-out loss.
+
+        Args:
+            checkpoints: complete ones, newest first.
+        """
+        facts = {path: json.loads((path / COMPLETE).read_text()) for path in checkpoints}
+        scored = {
+            path: fact["heldout_mlm_loss"] for path, fact in facts.items() if fact.get("heldout_mlm_loss")
+        }
+        kept = {*checkpoints[: self.keep_last], *sorted(scored, key=lambda path: scored[path])[:1]}
+        if every := self.milestone_every_steps:
+            kept |= {path for path, fact in facts.items() if fact["step"] % every == 0}
+        return [path for path in checkpoints if path not in kept]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What writing a checkpoint took."""
+
+    seconds: float
+    bytes: int
 
 
 def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_checkpoint(engine: Any, folder: Path, state: TrainState, world_size: int, keep_last: int) -> float:
-    """Write checkpoint `folder`/step-NNNNNNNN; every rank calls this.
+def save_checkpoint(
+    engine: Any,
+    folder: Path,
+    state: TrainState,
+    world_size: int,
+    retention: Retention,
+    heldout_mlm_loss: float | None = None,
+) -> Written:
+    """Write checkpoint `folder`/step-NNNNNNNN, then remove superfluous ones; every rank calls this.
 
-    Returns:
-        Seconds that it took.
+    Args:
+        heldout_mlm_loss: of this step, where it was evaluated: the best checkpoint is kept.
+    Raises:
+        CheckpointNotWrittenError: on every rank, where any rank could not write; nothing is left half-written.
     """
     start = time.perf_counter()
     partial, name = folder / ".partial", checkpoint_name(state.step)
@@ -50,19 +93,23 @@ def save_checkpoint(engine: Any, folder: Path, state: TrainState, world_size: in
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(
-        str(partial), tag=name, client_state={"halfling": asdict(state)}, save_latest=False
-    )
-    dist.barrier()
+    fault = _save_engine(engine, partial, name, state)
+    if _any_fault(fault) is None and dist.get_rank() == 0:
+        facts = {**asdict(state), "world_size": world_size, "heldout_mlm_loss": heldout_mlm_loss}
+        fault = _complete(partial / name, facts)
+    if (first := _any_fault(fault)) is not None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointNotWrittenError(f"checkpoint {folder / name} could not be written: {first}")
     if dist.get_rank() == 0:
-        _complete(partial / name, state, world_size)
         shutil.rmtree(folder / name, ignore_errors=True)
         (partial / name).rename(folder / name)
         _flush(folder)
-        for old in _step_folders(folder)[keep_last:]:
+        for old in retention.superfluous([path for path in _step_folders(folder) if _fault(path) is None]):
             shutil.rmtree(old)
     dist.barrier()
-    return time.perf_counter() - start
+    size = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
+    return Written(time.perf_counter() - start, size)
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -75,23 +122,34 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def load_checkpoint(engine: Any, checkpoint: Path, world_size: int) -> TrainState:
-    """Load engine and state from a complete checkpoint; every rank calls this.
+def _save_engine(engine: Any, partial: Path, name: str, state: TrainState) -> str | None:
+    """What went wrong on this rank, or None."""
+    try:
+        engine.save_checkpoint(
+            str(partial), tag=name, client_state={"halfling": asdict(state)}, save_latest=False
+        )
+    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+        dist.barrier()  # stands for the one at the end of engine.save_checkpoint, where the others wait
+        return f"rank {dist.get_rank()}: {_first_line(error)}"
+    return None
 
-    Raises:
-        ValueError: it was written by another number of ranks.
-    """
-    saved_by = json.loads((checkpoint / "complete.json").read_text())["world_size"]
-    if saved_by != world_size:
-        raise ValueError(
-            f"{checkpoint} was written by {saved_by} ranks and this job has {world_size}; start {saved_by} ranks"
-        )
-    path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if path is None:
-        raise ValueError(
-            f"{checkpoint}: DeepSpeed found nothing to load there; remove the folder and start again"
-        )
-    return TrainState(**client_state["halfling"])
+
+def _any_fault(fault: str | None) -> str | None:
+    """The first rank's fault, on every rank."""
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    reason = text[0] if text else type(error).__name__
+    # torch's zip writer reports a short write as a position that it did not expect.
+    return (
+        f"{reason} (is the disk full?)"
+        if "unexpected pos" in reason or "PytorchStreamWriter" in reason
+        else reason
+    )
 
 
 def _step_folders(folder: Path) -> list[Path]:
@@ -99,26 +157,25 @@ def _step_folders(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
 
 
-def _complete(path: Path, state: TrainState, world_size: int) -> None:
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    for file in files:
-        _flush(file)
-    write_json(
-        path / "complete.json",
-        {
-            **asdict(state),
-            "world_size": world_size,
-            "files": {str(file.relative_to(path)): file.stat().st_size for file in files},
-        },
-    )
-    _flush(path)
+def _complete(path: Path, facts: dict[str, Any]) -> str | None:
+    """Flush every file, then list them; what went wrong, or None."""
+    try:
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        for file in files:
+            _flush(file)
+        sizes = {str(file.relative_to(path)): file.stat().st_size for file in files}
+        write_json(path / COMPLETE, {**facts, "files": sizes})
+        _flush(path)
+    except OSError as error:
+        return f"rank 0: {error}"
+    return None
 
 
 def _fault(checkpoint: Path) -> str | None:
     try:
-        files = json.loads((checkpoint / "complete.json").read_text())["files"]
+        files = json.loads((checkpoint / COMPLETE).read_text())["files"]
     except (OSError, ValueError, KeyError):
-        return "complete.json is missing or unreadable"
+        return f"{COMPLETE} is missing or unreadable"
     for name, size in files.items():
         file = checkpoint / name
         if not file.is_file():

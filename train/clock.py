@@ -22,11 +22,16 @@ class Clock:
     def __init__(self, device: str) -> None:
         self._on_gpu = device.startswith("cuda")
         self._seconds: dict[str, float] = {}
+        self.entered = 0
+        """Sections entered so far."""
+        self.current = "start-up"
+        """Name of the section entered last."""
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
         """Count what runs inside towards `name`."""
+        self._enter(name)
         if self._on_gpu:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -40,6 +45,7 @@ class Clock:
     @contextmanager
     def host_section(self, name: str) -> Iterator[None]:
         """Count the host's wall clock while what is inside runs towards `name`."""
+        self._enter(name)
         start_s = time.perf_counter()
         try:
             yield
@@ -65,6 +71,14 @@ class Clock:
             self._add(name, start.elapsed_time(end) / 1000)
         seconds, self._seconds, self._events = self._seconds, {}, []
         return seconds
+
+    def where(self) -> str:
+        """Changes with every section: tells a watcher that the main thread moves on, and where it is."""
+        return f"{self.current} (section {self.entered})"
+
+    def _enter(self, name: str) -> None:
+        self.entered += 1
+        self.current = name
 
     def _add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds

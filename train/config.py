@@ -266,13 +266,28 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
 
     keep_last: int = 2
-    """Complete checkpoints that are kept; older ones are removed."""
+    """Newest checkpoints that are kept; of the older ones only milestones and the best by held-out loss stay."""
+
+    milestone_every_steps: int | None = None
+    """Checkpoints at multiples of this step are kept for good; null: none."""
+
+    stop_after_failures: int = 3
+    """Checkpoints in a row that could not be written (full disk), after which the run stops."""
 
     allow_changed_config: bool = False
     """Go on from a checkpoint although the configuration has changed since."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "checkpoint", "every_steps", "keep_last")
+        _require_positive(
+            self, "checkpoint", "every_steps", "keep_last", "milestone_every_steps", "stop_after_failures"
+        )
+        milestone = self.milestone_every_steps
+        _require(
+            milestone is None or milestone % self.every_steps == 0,
+            "checkpoint.milestone_every_steps",
+            milestone,
+            f"give a multiple of checkpoint.every_steps={self.every_steps}",
+        )
 
 
 @dataclass(frozen=True)
@@ -303,8 +318,15 @@ class RunConfig:
     stop_after_non_finite: int = 20
     """Steps in a row with a non-finite gradient after which the run stops."""
 
+    lost_rank_timeout_s: float = 60.0
+    """A rank that is not heard of for that long (killed, frozen, cut off) ends the job."""
+
+    hang_timeout_s: float = 1800.0
+    """Seconds without progress on any rank after which the job ends."""
+
     def __post_init__(self) -> None:
-        _require_positive(self, "run", "log_every_steps", "stop_after_non_finite")
+        names = ("log_every_steps", "stop_after_non_finite", "lost_rank_timeout_s", "hang_timeout_s")
+        _require_positive(self, "run", *names)
 
 
 @dataclass(frozen=True)

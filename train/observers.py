@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train.checkpoint import TrainState, save_checkpoint
+from train.checkpoint import Retention, TrainState, save_checkpoint
 from train.clock import Clock
+from train.errors import CheckpointNotWrittenError, NonFiniteError
 from train.metrics import Events
 from train.signals import StopRequest
 from train.trainer import Trainer
@@ -107,7 +108,7 @@ class Logging:
     def _check_finite(self, state: TrainState, loss: float) -> None:
         fp16 = getattr(self.trainer.engine, "fp16_enabled", lambda: False)()
         if not math.isfinite(loss) and not fp16:
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"the loss is {loss} at step {state.step}: lower optimizer.lr or lengthen schedule.warmup_steps, "
                 "then start again; checkpoints written before are intact"
             )
@@ -126,7 +127,7 @@ class Overflows:
         self._in_a_row = self._in_a_row + 1 if skipped > self._skipped else 0
         self._skipped = skipped
         if self._in_a_row >= self.limit:
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"gradients overflowed in {self._in_a_row} steps in a row up to step {state.step}: lower "
                 "optimizer.lr, or use ds_configs/bf16.json where the GPU has bf16"
             )
@@ -146,6 +147,11 @@ class Evaluating:
     ) -> None:
         self.score, self.events, self.clock = score, events, clock
         self.every_steps, self.total_steps = every_steps, total_steps
+        self._newest: tuple[int, float] | None = None
+
+    def loss_at(self, step: int) -> float | None:
+        """Held-out MLM loss of that step, where it is the one evaluated last."""
+        return self._newest[1] if self._newest is not None and self._newest[0] == step else None
 
     def before_first_step(self, state: TrainState) -> None:
         """Score the untrained student, and its teacher once."""
@@ -160,6 +166,7 @@ class Evaluating:
     def _score(self, state: TrainState, first: bool) -> None:
         with self.clock.host_section("evaluation"):
             row = self.score()
+        self._newest = (state.step, row["heldout_mlm_loss"])
         # The teacher does not change: its own scores stand in the first row alone.
         self.events.row(state.step, row if first else {k: v for k, v in row.items() if "teacher" not in k})
 
@@ -177,12 +184,16 @@ class Checkpointing:
         stop: StopRequest,
         *,
         every_steps: int,
-        keep_last: int,
+        retention: Retention,
+        stop_after_failures: int,
         total_steps: int,
+        heldout: Callable[[int], float | None],
     ) -> None:
         self.engine, self.folder, self.events, self.clock = engine, folder, events, clock
         self.world, self.stop = world, stop
-        self.every_steps, self.keep_last, self.total_steps = every_steps, keep_last, total_steps
+        self.every_steps, self.retention, self.total_steps = every_steps, retention, total_steps
+        self.stop_after_failures, self.heldout = stop_after_failures, heldout
+        self._failures = 0
         # Ranks agree through gloo, on the host: with NCCL every step would wait for the device.
         self._group = dist.new_group(backend="gloo") if world.world_size > 1 else None
 
@@ -195,17 +206,32 @@ class Checkpointing:
         stop = self.stop.requested
         if self._group is not None:
             stop = agree_to_stop(stop, self._group)
-        due = state.step % self.every_steps == 0 or state.step == self.total_steps
-        if due or stop:
-            with self.clock.host_section("checkpoint"):
-                seconds = save_checkpoint(
-                    self.engine, self.folder, state, self.world.world_size, self.keep_last
-                )
-            self.events.row(state.step, {"time_checkpoint": seconds})
+        due = state.step % self.every_steps == 0
+        last = state.step == self.total_steps
+        if due or stop or last:
+            self._save(state, must_succeed=stop or last)
         if stop and state.step < self.total_steps:
             raise StoppedAfterSavingError(
                 f"stopped after step {state.step}, which is saved; run again to continue"
             )
+
+    def _save(self, state: TrainState, must_succeed: bool) -> None:
+        heldout = self.heldout(state.step)
+        try:
+            with self.clock.host_section("checkpoint"):
+                written = save_checkpoint(
+                    self.engine, self.folder, state, self.world.world_size, self.retention, heldout
+                )
+        except CheckpointNotWrittenError as error:
+            self._failures += 1
+            if must_succeed or self._failures >= self.stop_after_failures:
+                raise
+            self.events.say(f"{error}; training goes on, the next attempt is {self.every_steps} steps away")
+            return
+        self._failures = 0
+        self.events.row(
+            state.step, {"time_checkpoint": written.seconds, "checkpoint_gib": written.bytes / 2**30}
+        )
 
 
 def _memory_gib(device: str) -> float:

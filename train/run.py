@@ -10,10 +10,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from train.agreement import refuse_differences, start_up_facts
 from train.assembly import Parts, assemble
-from train.checkpoint import TrainState, load_checkpoint, newest_checkpoint
+from train.checkpoint import Retention, TrainState, newest_checkpoint
 from train.config import Config
+from train.errors import LostRankError
 from train.export import export_checkpoint, save_student_description
+from train.heartbeat import Heartbeat
 from train.metrics import Events, NoEvents, RunEvents, read_rows
 from train.observers import (
     Checkpointing,
@@ -22,6 +25,7 @@ from train.observers import (
     Overflows,
     StoppedAfterSavingError,
 )
+from train.resume import agree_on_checkpoint, load_checkpoint, needs_conversion
 from train.run_folder import hold, provenance, read_summary, refuse_changed_config, write_configs, write_json
 from train.signals import STOPPED_AFTER_SAVING, StopRequest
 from train.trainer import Observer
@@ -41,13 +45,14 @@ def run(config: Config) -> int:
     with StopRequest() as stop, ExitStack() as opened:
         if world.is_first:
             opened.enter_context(hold(run_dir))
-        parts = assemble(config, world)
-        state = _resume(parts, run_dir, world)
+        say = print_on_first(world)
+        checkpoint = agree_on_checkpoint(run_dir / "checkpoints", say)
+        refuse_differences(start_up_facts(config), world)
+        parts = assemble(config, world, load_universal=needs_conversion(checkpoint, world.world_size))
+        state = load_checkpoint(parts.trainer.engine, checkpoint, world.world_size, say)
         total_steps = parts.trainer.schedule["total_steps"]
         if state.step >= total_steps and read_summary(run_dir) is not None:
-            _say_on_first(
-                world, f"{run_dir} is finished: {state.step} steps; give another run.dir to start anew"
-            )
+            say(f"{run_dir} is finished: {state.step} steps; give another run.dir to start anew")
             return 0
         events: Events = NoEvents()
         if world.is_first:
@@ -55,11 +60,26 @@ def run(config: Config) -> int:
             save_student_description(run_dir, parts.student, parts.tokenizer_source)
             events = RunEvents(run_dir, run_dir.name, state.step, total_steps)
         opened.callback(events.close)
+        opened.enter_context(
+            Heartbeat(
+                world,
+                parts.trainer.clock.where,
+                lost_after_s=config.run.lost_rank_timeout_s,
+                stuck_after_s=config.run.hang_timeout_s,
+            )
+        )
         try:
             _train(config, parts, state, events, world, stop)
         except StoppedAfterSavingError as stopped:
             events.say(str(stopped))
             return STOPPED_AFTER_SAVING
+        except RuntimeError as error:
+            if not _is_from_a_collective(error):
+                raise
+            raise LostRankError(
+                f"rank {world.rank} lost the connection to another rank, which ended or was cut off "
+                f"({str(error).splitlines()[0]}); run again to go on from the newest checkpoint"
+            ) from None
     if world.is_first:
         finish(config, parts, run_dir)
     dist.barrier()
@@ -85,6 +105,7 @@ def _train(
             first_step=state.step,
         ),
     ]
+    heldout_at: Callable[[int], float | None] = lambda step: None  # noqa: E731
     if parts.heldout is not None:
         heldout, student, teacher = parts.heldout, parts.student, parts.teacher
         evaluating = Evaluating(
@@ -96,6 +117,7 @@ def _train(
         )
         evaluating.before_first_step(state)
         observers.append(evaluating)
+        heldout_at = evaluating.loss_at
     observers.append(
         Checkpointing(
             trainer.engine,
@@ -105,23 +127,13 @@ def _train(
             world,
             stop,
             every_steps=config.checkpoint.every_steps,
-            keep_last=config.checkpoint.keep_last,
+            retention=Retention(config.checkpoint.keep_last, config.checkpoint.milestone_every_steps),
+            stop_after_failures=config.checkpoint.stop_after_failures,
             total_steps=total_steps,
+            heldout=heldout_at,
         )
     )
     return trainer.train(state, observers)
-
-
-def _resume(parts: Parts, run_dir: Path, world: World) -> TrainState:
-    """The state to start from; the engine is loaded from the newest complete checkpoint if there is one."""
-    say: Callable[[str], None] = lambda message: _say_on_first(world, message)  # noqa: E731
-    found = [newest_checkpoint(run_dir / "checkpoints", say) if world.is_first else None]
-    if world.world_size > 1:
-        dist.broadcast_object_list(found)  # ranks must not choose by what each of them sees
-    if found[0] is None:
-        return TrainState()
-    say(f"continuing from {found[0]}")
-    return load_checkpoint(parts.trainer.engine, found[0], world.world_size)
 
 
 def finish(config: Config, parts: Parts, run_dir: Path) -> None:
@@ -161,6 +173,12 @@ def count_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _say_on_first(world: World, message: str) -> None:
-    if world.is_first:
-        print(message, flush=True)
+def _is_from_a_collective(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(
+        word in str(error) for word in ("gloo", "NCCL", "Connection")
+    )
+
+
+def print_on_first(world: World) -> Callable[[str], None]:
+    """Print on rank 0; nothing elsewhere."""
+    return (lambda message: print(message, flush=True)) if world.is_first else (lambda message: None)

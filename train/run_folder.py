@@ -109,7 +109,7 @@ def refuse_changed_config(run_dir: Path, config: Config) -> None:
     path = run_dir / "config.yaml"
     if not path.exists():
         return
-    before, now = _flat(yaml.safe_load(path.read_text())), _flat(_plain(config))
+    before, now = flatten(yaml.safe_load(path.read_text())), flatten(_plain(config))
     changes = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in {**before, **now}
@@ -135,11 +135,12 @@ def _plain(config: Config) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of sections as {"section.key": value}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and f"{prefix}{key}" != "model.scratch":
-            flat.update(_flat(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
-# A rank that waits longer than this for the others gives up, so that a hung rank ends the job.
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# The last resort: train/heartbeat.py ends a job with a lost or stuck rank long before, and names the rank.
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)

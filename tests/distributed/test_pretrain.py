@@ -3,60 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
-from tests.distributed.harness import free_port
+from tests.distributed.pretraining import (
+    STEPS,
+    finish,
+    losses,
+    ranks_of,
+    small_settings,
+    start,
+    wait_for,
+    weights,
+)
 from train.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
-STEPS = 24
 
 
 @pytest.fixture(scope="module")
 def settings(shards_folder: str, teacher_folder: str) -> list[str]:
-    return [
-        f"--data.shards={shards_folder}",
-        f"--model.teacher={teacher_folder}",
-        "--model.layer_map=every_other",
-        "--data.sequence_length=32",
-        "--training.global_batch_size=32",
-        "--training.micro_batch_size=8",
-        f"--training.max_steps={STEPS}",
-        "--checkpoint.every_steps=4",
-        "--evaluation.every_steps=8",
-        "--run.log_every_steps=4",
-        "--optimizer.lr=0.01",
-    ]
-
-
-def start(settings: list[str], run_dir: Path, ranks: int, *more: str) -> subprocess.Popen[str]:
-    launcher = [DEEPSPEED, "--quiet", "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    command = [*(launcher if ranks > 1 else [sys.executable]), "launch/pretrain.py", f"--run.dir={run_dir}"]
-    return subprocess.Popen(
-        [*command, *settings, *more],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = job.communicate(timeout=240)
-    return job.returncode, output
+    return small_settings(shards_folder, teacher_folder)
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +46,6 @@ def on_one_rank(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -
     code, output = finish(start(settings, run_dir, 1))
     assert code == 0, output
     return run_dir
-
-
-def weights(run_dir: Path) -> bytes:
-    return (run_dir / "student" / "model.safetensors").read_bytes()
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(run_dir) if "loss" in row]
 
 
 def test_run_folder(undisturbed: Path) -> None:
@@ -187,15 +151,6 @@ def test_changed_settings_are_refused(settings: list[str], on_one_rank: Path) ->
     assert "Traceback" not in output
 
 
-def test_another_number_of_ranks_is_refused_by_name(
-    settings: list[str], on_one_rank: Path, tmp_path: Path
-) -> None:
-    os.symlink(on_one_rank / "checkpoints", tmp_path / "checkpoints")
-    code, output = finish(start(settings, tmp_path, 2))
-    assert code == 2
-    assert output.count("was written by 1 ranks and this job has 2") == 1
-
-
 def test_without_shards_one_message_says_how_to_make_them(tmp_path: Path) -> None:
     code, output = finish(start([], tmp_path / "run", 2, f"--data.shards={tmp_path}/none"))
     assert code == 2
@@ -228,21 +183,3 @@ def test_export_of_a_checkpoint_gives_the_runs_student(undisturbed: Path, tmp_pa
     again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert again.returncode == 2
     assert "exists; give another folder" in again.stderr
-
-
-def wait_for(path: Path, job: subprocess.Popen[str], ready: Any = lambda: True) -> None:
-    deadline = time.monotonic() + 120
-    while not (path.exists() and ready()):
-        assert job.poll() is None, f"the job ended early:\n{job.communicate()[0]}"
-        assert time.monotonic() < deadline, f"{path} did not come"
-        time.sleep(0.02)
-
-
-def ranks_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
-    def ranks() -> Iterator[psutil.Process]:
-        for process in psutil.Process(job.pid).children(recursive=True):
-            words = process.cmdline()
-            if "launch/pretrain.py" in words and "deepspeed.launcher.launch" not in words:
-                yield process
-
-    return list(ranks())

@@ -1,0 +1,107 @@
+"""Start launch/pretrain.py as users do, on small shards, and look at what it left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from tests.distributed.harness import free_port
+from train.metrics import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
+STEPS = 24
+
+
+def small_settings(shards_folder: str, teacher_folder: str) -> list[str]:
+    """A distillation of 24 steps of 32 sequences of 32 tokens."""
+    return [
+        f"--data.shards={shards_folder}",
+        f"--model.teacher={teacher_folder}",
+        "--model.layer_map=every_other",
+        "--data.sequence_length=32",
+        "--training.global_batch_size=32",
+        "--training.micro_batch_size=8",
+        f"--training.max_steps={STEPS}",
+        "--checkpoint.every_steps=4",
+        "--evaluation.every_steps=8",
+        "--run.log_every_steps=4",
+        "--optimizer.lr=0.01",
+    ]
+
+
+def start(
+    settings: list[str], run_dir: Path, ranks: int, *more: str, before: Callable[[], None] | None = None
+) -> subprocess.Popen[str]:
+    """Under the real launcher with several ranks, by plain python with one."""
+    launcher = [DEEPSPEED, "--quiet", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    command = [*(launcher if ranks > 1 else [sys.executable]), "launch/pretrain.py", f"--run.dir={run_dir}"]
+    return subprocess.Popen(
+        [*command, *settings, *more],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=before,
+    )
+
+
+def start_without_launcher(
+    settings: list[str], run_dir: Path, *own: list[str]
+) -> list[subprocess.Popen[str]]:
+    """One process per entry of `own`, each with its own further flags; nobody ends the others when one dies."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(len(own)), "LOCAL_SIZE": str(len(own))}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, "launch/pretrain.py", f"--run.dir={run_dir}", *settings, *flags],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, flags in enumerate(own)
+    ]
+
+
+def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and all output."""
+    output, _ = job.communicate(timeout=240)
+    return job.returncode, output
+
+
+def wait_for(path: Path, job: subprocess.Popen[str], ready: Callable[[], bool] = lambda: True) -> None:
+    """Until `path` exists and `ready()`; AssertionError with the job's output where the job ends first."""
+    deadline = time.monotonic() + 120
+    while not (path.exists() and ready()):
+        assert job.poll() is None, f"the job ended early:\n{job.communicate()[0]}"
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
+
+
+def ranks_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes, in rank order."""
+    found = {}
+    for process in psutil.Process(job.pid).children(recursive=True):
+        words = process.cmdline()
+        if "launch/pretrain.py" in words and "deepspeed.launcher.launch" not in words:
+            found[next(word for word in words if word.startswith("--local_rank"))] = process
+    return [found[name] for name in sorted(found)]
+
+
+def weights(run_dir: Path) -> bytes:
+    """The exported student's file."""
+    return (run_dir / "student" / "model.safetensors").read_bytes()
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Training losses, by logging step."""
+    return [row["loss"] for row in read_rows(run_dir) if "loss" in row]

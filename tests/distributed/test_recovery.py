@@ -1,0 +1,182 @@
+"""What a run must survive: other numbers of ranks, kills at any moment, frozen ranks, full disks, ranks that differ."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.pretraining import (
+    STEPS,
+    finish,
+    losses,
+    ranks_of,
+    small_settings,
+    start,
+    start_without_launcher,
+    wait_for,
+    weights,
+)
+from train.metrics import read_rows
+
+KILLS = int(os.environ.get("HALFLING_KILLS", "10"))
+
+
+@pytest.fixture(scope="module")
+def settings(shards_folder: str, teacher_folder: str) -> list[str]:
+    return small_settings(shards_folder, teacher_folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    code, output = finish(start(settings, run_dir, 2))
+    assert code == 0, output
+    return run_dir
+
+
+def test_from_2_to_1_to_2_ranks(settings: list[str], undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for ranks, until in ((2, 8), (1, 16), (2, STEPS)):
+        # The schedule's length is the run's, so a part of it is made by a stop, not by fewer steps.
+        job = start(settings, run_dir, ranks, "--checkpoint.every_steps=1000")
+        if until < STEPS:
+            wait_for(run_dir / "metrics.jsonl", job, lambda until=until: _logged(run_dir, until))
+            for rank in ranks_of(job) if ranks > 1 else [job]:
+                rank.send_signal(signal.SIGUSR1)
+        code, output = finish(job)
+        assert code == (0 if until == STEPS else 75), output
+    assert "converting it for 2" in output
+    assert not (run_dir / "checkpoints" / ".universal").exists()
+    assert losses(run_dir) == pytest.approx(losses(undisturbed), rel=2e-5)
+
+
+def _logged(run_dir: Path, step: int) -> bool:
+    return any(row["step"] >= step for row in read_rows(run_dir) if "loss" in row)
+
+
+def test_kills_at_random_moments_and_a_truncated_checkpoint(settings: list[str], tmp_path: Path) -> None:
+    """A checkpoint after every step: half of the time is spent writing, so that kills fall into it."""
+    settings = [
+        *settings,
+        "--training.max_steps=150",
+        "--checkpoint.every_steps=1",
+        "--run.log_every_steps=1",
+    ]
+    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
+    ends = [finish(job) for job in start_without_launcher(settings, undisturbed, [], [])]
+    assert [code for code, _ in ends] == [0, 0], ends
+    seed = time.time_ns()
+    rng, kills, during_write, truncated = random.Random(seed), 0, 0, False
+    while kills < KILLS:
+        jobs = start_without_launcher(settings, run_dir, [], [])
+        begun = len(losses(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+        wait_for(run_dir / "metrics.jsonl", jobs[0], lambda begun=begun: len(losses(run_dir)) != begun)
+        time.sleep(rng.random() * 0.5)
+        if jobs[0].poll() is not None:
+            break  # it finished before the kill
+        jobs[rng.randrange(2)].kill()
+        during_write += any((run_dir / "checkpoints" / ".partial").glob("step-*"))
+        ends = [finish(job) for job in jobs]
+        assert sorted(code for code, _ in ends) == [-signal.SIGKILL, 1], ends
+        assert sum("lost" in output for _, output in ends) == 1, ends
+        kills += 1
+        complete = sorted((run_dir / "checkpoints").glob("step-*"))
+        if not truncated and len(complete) > 1:
+            victim = next(complete[-1].glob("zero_pp_rank_1*"))
+            os.truncate(victim, victim.stat().st_size // 2)
+            truncated = True
+    ends = [finish(job) for job in start_without_launcher(settings, run_dir, [], [])]
+    assert [code for code, _ in ends] == [0, 0], ends
+    print(f"{kills} kills (seed {seed}), {during_write} of them while a checkpoint was being written")
+    assert kills > KILLS // 2
+    assert truncated
+    assert losses(run_dir) == losses(undisturbed)
+    assert weights(run_dir) == weights(undisturbed)
+
+
+def test_a_truncated_checkpoint_is_passed_over_aloud(
+    settings: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    for name in ("student", "summary.json"):
+        path = run_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    victim = run_dir / "checkpoints" / f"step-{STEPS:08d}" / "mp_rank_00_model_states.pt"
+    os.truncate(victim, 1000)
+    code, output = finish(start(settings, run_dir, 2))
+    assert code == 0, output
+    assert "mp_rank_00_model_states.pt has 1000 bytes instead of" in output
+    assert "continuing from" in output
+    assert weights(run_dir) == weights(undisturbed)
+
+
+def test_a_frozen_rank_ends_the_job_by_name(settings: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = start(settings, run_dir, 2, "--training.max_steps=100000", "--run.lost_rank_timeout_s=5")
+    wait_for(run_dir / "metrics.jsonl", job, lambda: _logged(run_dir, 4))
+    frozen = ranks_of(job)[1]
+    frozen.suspend()
+    assert job.stdout is not None
+    lines = []
+    for line in job.stdout:
+        lines.append(line)
+        if "error:" in line:
+            frozen.kill()  # the launcher would do so after half a minute
+            break
+    code, rest = finish(job)
+    assert code != 0, rest  # the launcher passes on one rank's end: ours, or that of the one killed
+    assert "rank 1 on" in lines[-1]
+    assert "has not been heard of for" in lines[-1]
+
+
+def test_a_full_disk_keeps_training_then_ends_with_one_message(settings: list[str], tmp_path: Path) -> None:
+    """Files end at 100 kB, as at a full disk: no checkpoint fits."""
+    run_dir = tmp_path / "run"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    code, output = finish(start(settings, run_dir, 2, before=limit))
+    assert code == 1, output
+    assert output.count("could not be written") == 3, output
+    assert output.count("training goes on") == 2
+    assert output.count("error:") == 1
+    assert not list((run_dir / "checkpoints").glob("*step-*"))
+    assert not (run_dir / "checkpoints" / ".partial").exists()
+    code, output = finish(start(settings, run_dir, 2))
+    assert code == 0, output
+    assert (run_dir / "student").is_dir()
+
+
+def test_ranks_that_differ_are_refused_at_start(settings: list[str], tmp_path: Path) -> None:
+    jobs = start_without_launcher(settings, tmp_path, ["--optimizer.lr=0.01"], ["--optimizer.lr=0.02"])
+    ends = [finish(job) for job in jobs]
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert "the ranks differ" in ends[0][1]
+    assert "optimizer.lr: rank 1" in ends[0][1]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_retention_keeps_last_milestones_and_best(tmp_path: Path) -> None:
+    from train.checkpoint import Retention
+
+    folders = []
+    for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5), (40, None), (50, 2.6)):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "complete.json").write_text(
+            json.dumps({"step": step, "heldout_mlm_loss": loss, "files": {}})
+        )
+        folders.insert(0, folder)
+    gone = Retention(keep_last=1, milestone_every_steps=30).superfluous(folders)
+    assert [int(path.name[5:]) for path in gone] == [40, 10]
+    assert Retention(keep_last=9).superfluous(folders) == []

@@ -1,0 +1,54 @@
+"""Before any training: do all ranks see the same configuration, shards, code and packages?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from typing import Any
+
+import torch.distributed as dist
+
+from data_prep.shard_format import Manifest
+from train.config import Config
+from train.run_folder import flatten, provenance
+from train.world import World
+
+
+def start_up_facts(config: Config) -> dict[str, str]:
+    """What must be the same on every rank, by name."""
+    try:
+        manifest = Manifest.load(config.data.shards).digest()
+    except (OSError, ValueError):
+        manifest = (
+            "unreadable"  # the same on all ranks: assembling says more; else the comparison names the rank
+        )
+    return {
+        **{key: json.dumps(value) for key, value in flatten(dataclasses.asdict(config)).items()},
+        f"manifest of {config.data.shards}": manifest,
+        **provenance(),
+    }
+
+
+def refuse_differences(facts: dict[str, str], world: World) -> None:
+    """ValueError on every rank where a fact differs from rank 0's; names facts, ranks and hosts."""
+    gathered: list[Any] = [None] * world.world_size
+    dist.all_gather_object(gathered, {"host": platform.node(), "facts": facts})
+    first = gathered[0]["facts"]
+    differences = [
+        f"{name}: rank {rank} on {other['host']} has {_short(other['facts'].get(name))}, "
+        f"rank 0 has {_short(first[name])}"
+        for rank, other in enumerate(gathered)
+        for name in first
+        if other["facts"].get(name) != first[name]
+    ]
+    if differences:
+        raise ValueError(
+            "the ranks differ, and would train something that nobody asked for; make them equal:\n  "
+            + "\n  ".join(differences[:10])
+        )
+
+
+def _short(value: str | None) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

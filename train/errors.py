@@ -1,0 +1,19 @@
+"""Errors that end a run with one plain message and exit code 1: not the user's input, but what happened."""
+
+from __future__ import annotations
+
+
+class RunError(Exception):
+    """Something that ended a run; its text says what, and what to do."""
+
+
+class NonFiniteError(RunError):
+    """The loss or the gradients stopped being numbers."""
+
+
+class CheckpointNotWrittenError(RunError):
+    """A rank could not write its part (a full disk, say). The checkpoints before are intact."""
+
+
+class LostRankError(RunError):
+    """A collective failed because another rank is gone."""

@@ -1,0 +1,128 @@
+"""A rank that dies or hangs takes the job down, with one message that names it.
+
+Every rank's heartbeat thread writes a counter and where its main thread is into the job's TCP store once a
+second. Rank 0 watches: a rank whose counter stands still is lost (killed, frozen, cut off); one whose main
+thread stays in the same place while its heart beats is stuck. Without this, the others would wait in a
+collective for its timeout, and then each name only the operation that failed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from train.world import World
+
+BEAT_S = 1.0
+
+
+class Heartbeat:
+    """A context manager around training.
+
+    Args:
+        where: a short text that changes whenever the main thread moves on; called from another thread.
+        lost_after_s: a rank whose heart does not beat for that long is lost.
+        stuck_after_s: ranks whose main threads all stay where they are for that long are stuck.
+    """
+
+    def __init__(
+        self, world: World, where: Callable[[], str], *, lost_after_s: float, stuck_after_s: float
+    ) -> None:
+        self._world, self._where = world, where
+        self._lost_after_s, self._stuck_after_s = lost_after_s, stuck_after_s
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._store: Any = None
+
+    def __enter__(self) -> Heartbeat:
+        if self._world.world_size > 1:
+            # A connection of its own: the main thread's may be held by a wait.
+            default: Any = dist.distributed_c10d._get_default_store()
+            while hasattr(default, "underlying_store"):
+                default = default.underlying_store
+            self._store = dist.PrefixStore("halfling-heartbeat", default.clone())
+            self._store.set_timeout(timedelta(seconds=self._lost_after_s))
+            self._store.set(f"{self._world.rank}", self._message(0))
+            dist.barrier()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2 * BEAT_S)
+
+    def _message(self, count: int) -> str:
+        return f"{count}\n{platform.node()}\n{self._where()}"
+
+    def _beat(self) -> None:
+        watch = _Watch(self._world.world_size)
+        count = 0
+        while not self._stopping.wait(BEAT_S):
+            count += 1
+            try:
+                self._store.set(f"{self._world.rank}", self._message(count))
+                fault = self._look(watch) if self._world.is_first else None
+            except Exception:  # whatever the store raises, it is that rank 0, which holds it, does not answer
+                if self._stopping.wait(2 * BEAT_S):
+                    return
+                fault = f"rank {self._world.rank} has lost rank 0, which ended or cannot be reached"
+            if fault is not None and not self._stopping.is_set():
+                _end(fault)
+
+    def _look(self, watch: _Watch) -> str | None:
+        keys = [str(rank) for rank in range(self._world.world_size)]
+        for rank, value in enumerate(self._store.multi_get(keys)):
+            watch.saw(rank, *value.decode().split("\n"))
+        return watch.fault(self._lost_after_s, self._stuck_after_s)
+
+
+class _Watch:
+    """What rank 0 knows of the others, on its own clock."""
+
+    def __init__(self, world_size: int) -> None:
+        now = time.monotonic()
+        self._beats = [("", now)] * world_size
+        self._places = [("", now)] * world_size
+        self._hosts = [""] * world_size
+
+    def saw(self, rank: int, count: str, host: str, place: str) -> None:
+        now = time.monotonic()
+        self._hosts[rank] = host
+        if self._beats[rank][0] != count:
+            self._beats[rank] = (count, now)
+        if self._places[rank][0] != place:
+            self._places[rank] = (place, now)
+
+    def fault(self, lost_after_s: float, stuck_after_s: float) -> str | None:
+        now = time.monotonic()
+        for rank, (_, seen) in enumerate(self._beats):
+            if now - seen > lost_after_s:
+                return (
+                    f"rank {rank} on {self._hosts[rank]} has not been heard of for {now - seen:.0f} s, last in "
+                    f"{self._places[rank][0]}: it was killed, is frozen or is cut off"
+                )
+        if all(now - moved > stuck_after_s for _, moved in self._places):
+            places = ", ".join(f"rank {rank} in {place}" for rank, (place, _) in enumerate(self._places))
+            return f"no rank has moved on for {stuck_after_s:.0f} s: {places}; the odd one out is the one to look at"
+        return None
+
+
+def _end(message: str) -> None:
+    """End this process at once: its main thread is waiting in a collective that will not return."""
+    print(
+        f"error: {message}. The job ends; run it again to go on from the newest checkpoint", file=sys.stderr
+    )
+    sys.stderr.flush()
+    os._exit(1)
