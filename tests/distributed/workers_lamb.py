@@ -159,7 +159,7 @@ def parity() -> dict[str, dict[str, Any]]:
     )
     results["fp32 prenormalize"] = run_parity("fp32", config("fp32"), prenormalize=True)
     results["fp32 deepspeed"] = run_parity("fp32", config("fp32"), mode="deepspeed")
-    results["fp32 adapt_all clamp"] = run_parity("fp32", config("fp32"), adapt_all=True, clamp=(0.2, 3.0))
+    results["fp32 adapt_all clamp"] = run_parity("fp32", config("fp32"), adapt_all=True, clamp=(0.05, 0.1))
     results["control"] = run_parity("fp32", config("fp32"), lamb=LoopLamb)
     return results
 

@@ -1,0 +1,68 @@
+"""The benchmark's and the comparison's own arithmetic, on small tensors and made-up runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.benchmarks import lamb, lamb_convergence
+
+
+def test_distilberts_tensors() -> None:
+    shapes = lamb.distilbert_shapes()
+    assert len(shapes) == 105
+    assert sum(shape.numel() for shape in shapes.values()) == 66_985_530
+
+
+def test_contenders_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = {"a.weight": torch.Size((64, 48)), "b.weight": torch.Size((7, 5))}
+    torch.manual_seed(0)
+    contenders = lamb.make_contenders(shapes, torch.device("cpu"))
+    times = lamb.measure({name: run for name, (run, _) in contenders.items()}, rounds=2, device="cpu")
+    assert all(len(values) == 2 for values in times.values())
+    rows = lamb.summarise({"ours": [0.002], "copy": [0.001]}, {"ours": 40, "copy": 8}, numel=10**6)
+    assert [row["gb_per_s"] for row in rows] == pytest.approx([20, 8])
+    assert [row["share_of_copy"] for row in rows] == pytest.approx([2.5, 1])
+    assert [row["times_of_lamb"] for row in rows] == pytest.approx([1, 0.5])
+    lamb.print_table(
+        {
+            "parameters": 1,
+            "tensors": 1,
+            "device": "cpu",
+            "threads": 1,
+            "torch": "x",
+            "rounds": 1,
+            "rows": rows,
+        }
+    )
+    assert "250%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("alternative", ["LoopLamb", "ForeachLamb"])
+def test_alternatives_compute_lamb(alternative: str) -> None:
+    from launch.benchmarks import lamb_alternatives
+    from train.lamb import Lamb
+
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 35).view(7, 5)) for _ in range(2)]
+    ours = Lamb([("weight", weights[0])], lr=0.1)
+    other = getattr(lamb_alternatives, alternative)([weights[1]], lr=0.1)
+    for step in range(3):
+        for weight, optimizer in zip(weights, (ours, other), strict=True):
+            weight.grad = torch.full((7, 5), 0.5 + step)
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1], rtol=2e-6, atol=1e-7)
+
+
+def test_comparison_reads_tabulates_and_draws(tmp_path: Path) -> None:
+    rows = [{"step": s, "loss": 9.0 - s} for s in range(1, 5)] + [{"step": 2, "heldout_mlm_loss": 5.0}]
+    rows += [{"step": 4, "heldout_mlm_loss": 4.0}, {"step": 4, "heldout_mlm_loss": 1.0, "model": "teacher"}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = lamb_convergence.read_run(tmp_path)
+    assert run["heldout"] == [(2, 5.0), (4, 4.0)]
+    runs = [{"kind": kind, "world_size": w, "lr": 0.01, **run} for kind in ("exact", "flat") for w in (1, 4)]
+    assert "| exact LAMB | 4 | 0.01 | 5.000 | 4.000 |" in lamb_convergence.table(runs)
+    lamb_convergence.draw(runs, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
