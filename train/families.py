@@ -44,6 +44,8 @@ class Family:
     """The MLM head before its decoder."""
     first_position: Callable[[Any], int] = field(default=lambda config: 0, kw_only=True)
     """Positions of `max_position_embeddings` that no token can take (RoBERTa's padding offset)."""
+    position_ids: Callable[[Any, torch.Tensor], torch.Tensor] | None = field(default=None, kw_only=True)
+    """Positions by token id, where the model would take others if it is given embeddings instead of ids."""
     config_for_depth: Callable[[Any, tuple[int, ...]], dict[str, Any]] = field(
         default=lambda config, layers: {}, kw_only=True
     )
@@ -55,15 +57,22 @@ class Family:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         output_hidden_states: bool = False,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> EncoderOutput:
         """Run the encoder alone.
 
         Args:
             input_ids: (batch, sequence) int64.
             attention_mask: (batch, sequence), 1 where the token counts; None for all.
+            inputs_embeds: (batch, sequence, width) word embeddings of `input_ids`, if looked up before.
         """
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        if inputs_embeds is not None:
+            inputs = {"inputs_embeds": inputs_embeds}
+            if self.position_ids is not None:
+                inputs["position_ids"] = self.position_ids(model, input_ids)
         output = attrgetter(self.encoder)(model)(
-            input_ids=input_ids,
+            **inputs,
             attention_mask=attention_mask,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -109,6 +118,11 @@ def _modernbert_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return model.head(hidden)
 
 
+def _roberta_positions(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    embeddings = model.roberta.embeddings
+    return embeddings.create_position_ids_from_input_ids(input_ids, embeddings.padding_idx)
+
+
 BERT = Family(
     model_type="bert",
     encoder="bert",
@@ -131,6 +145,7 @@ ROBERTA = Family(
     head=("lm_head.",),
     transform_function=_roberta_transform,
     first_position=lambda config: config.pad_token_id + 1,
+    position_ids=_roberta_positions,
 )
 XLM_ROBERTA = Family(
     model_type="xlm-roberta",
@@ -139,6 +154,7 @@ XLM_ROBERTA = Family(
     head=("lm_head.",),
     transform_function=_roberta_transform,
     first_position=lambda config: config.pad_token_id + 1,
+    position_ids=_roberta_positions,
 )
 MODERNBERT = Family(
     model_type="modernbert",

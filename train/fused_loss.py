@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from train.chunk_terms import Chunk, DecoderRows, Workspace, chunk_terms, product
+from train.tied_embedding import TiedGradient
 
 CPU_BUFFER_BYTES = 32 * 2**20
 GPU_BUFFER_BYTES = 256 * 2**20
@@ -50,6 +51,7 @@ def vocabulary_loss(
     mse_weight: float = 0.0,
     chunk_tokens: int | None = None,
     workspace: Workspace | None = None,
+    tied: TiedGradient | None = None,
 ) -> VocabularyTerms:
     """kd_weight T^2 KL + mlm_weight CE + mse_weight |z_s - z_t|^2 over N tokens, chunk by chunk.
 
@@ -65,6 +67,7 @@ def vocabulary_loss(
         row_weights: (N,) weight of each row in the KD and MSE mean.
         chunk_tokens: rows of logits that exist at once; None for what fills 32 MiB (GPU: 256 MiB) per buffer.
         workspace: buffers to use again; None makes them afresh.
+        tied: takes the gradient of `weight`, for the embedding's backward pass to return; None returns it.
     """
     if targets is None or target_weights is None or mlm_weight == 0:
         targets = torch.empty(0, dtype=torch.int64, device=features.device)
@@ -84,7 +87,7 @@ def vocabulary_loss(
         chunk_rows=chunk_rows(features.shape[0], weight, chunk_tokens),
         workspace=workspace if workspace is not None and keep_buffers else Workspace(),
     )
-    loss, values = _VocabularyLoss.apply(features, weight, bias, chunked)
+    loss, values = _VocabularyLoss.apply(features, weight, bias, chunked, tied)
     return VocabularyTerms(loss, *values.unbind())
 
 
@@ -100,11 +103,17 @@ def chunk_rows(num_rows: int, weight: torch.Tensor, chunk_tokens: int | None = N
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, chunked: _Pass
+        ctx: Any,
+        features: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        chunked: _Pass,
+        tied: TiedGradient | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(features.device.type, enabled=False):
             student = DecoderRows(features, weight, bias)
             values, ctx.gradients, ctx.unit = chunked.run(student, tuple(ctx.needs_input_grad[:3]))
+        ctx.tied = tied
         ctx.dtypes = (features.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(values)
         kd, mlm, mse, _ = values
@@ -118,11 +127,16 @@ class _VocabularyLoss(torch.autograd.Function):
         # In fp32 and in place: fp16 would underflow before the loss scale, and a second tensor of the
         # decoder's size would cost a pass over fresh memory.
         scale = grad_loss * ctx.unit
-        scaled = (
-            None if gradient is None else gradient.mul_(scale).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        of_features, of_weight, of_bias = (
+            None if gradient is None else gradient.mul_(scale) for gradient in gradients
         )
-        return (*scaled, None)
+        if ctx.tied is not None:
+            ctx.tied.gradient, of_weight = of_weight, None
+        scaled = (
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip((of_features, of_weight, of_bias), ctx.dtypes, strict=True)
+        )
+        return (*scaled, None, None)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from train.fused_loss import VocabularyTerms, vocabulary_loss
 from train.heldout import HeldoutSums, heldout_statistics
 from train.hidden_loss import hidden_cosine
 from train.rows import keep_weights, select_rows
+from train.tied_embedding import TiedGradient, tied_lookup
 
 if TYPE_CHECKING:
     from train.masking import MaskedBatch
@@ -230,7 +231,13 @@ class DistillationLoss(nn.Module):
         if self.needs_teacher and teacher is None:
             raise ValueError("this objective needs a teacher's output; pass it, or set its weights to 0")
         family = family_of(student)
-        encoded = family.encode(student, masked.input_ids, attention_mask, self.needs_hidden_states)
+        embedding, tied, embedded = student.get_input_embeddings(), None, None
+        if embedding.weight is family.decoder(student)[0]:
+            tied = TiedGradient()
+            embedded = tied_lookup(embedding, masked.input_ids, tied)
+        encoded = family.encode(
+            student, masked.input_ids, attention_mask, self.needs_hidden_states, inputs_embeds=embedded
+        )
         terms = self._vocabulary_terms(
             family,
             student,
@@ -240,6 +247,7 @@ class DistillationLoss(nn.Module):
             attention_mask,
             num_tokens,
             num_masked_tokens,
+            tied,
         )
         loss = torch.zeros((), device=masked.input_ids.device) if terms is None else terms.loss
         cosine = layer_cosine = None
@@ -273,6 +281,7 @@ class DistillationLoss(nn.Module):
         attention_mask: torch.Tensor | None,
         num_tokens: float | torch.Tensor | None,
         num_masked_tokens: float | torch.Tensor | None,
+        tied: TiedGradient | None,
     ) -> VocabularyTerms | None:
         if not self.needs_teacher_logits and self.mlm_weight == 0:
             return None
@@ -298,6 +307,7 @@ class DistillationLoss(nn.Module):
             mse_weight=self.mse_weight,
             chunk_tokens=self.chunk_tokens,
             workspace=self._workspace,
+            tied=tied,
         )
 
     def _cosine(

@@ -108,3 +108,15 @@ def test_an_unknown_architecture_is_refused():
     model = ElectraForMaskedLM(ElectraConfig(**SIZES, embedding_size=32))
     with pytest.raises(ValueError, match=r"'electra' is not supported; known are bert, distilbert, roberta"):
         family_of(model)
+
+
+@torch.no_grad()
+def test_word_embeddings_looked_up_before_change_nothing(model):
+    """Padding included: RoBERTa counts positions by token id."""
+    family = family_of(model)
+    input_ids = torch.randint(4, 64, (2, 20))
+    input_ids[1, 12:] = model.config.pad_token_id
+    mask = (input_ids != model.config.pad_token_id).long()
+    expected = family.encode(model, input_ids, mask).last_hidden
+    embedded = model.get_input_embeddings()(input_ids)
+    assert torch.equal(family.encode(model, input_ids, mask, inputs_embeds=embedded).last_hidden, expected)

@@ -619,3 +619,43 @@ def test_half_precision_products_neither_underflow_nor_overflow(tokens, monkeypa
     assert loss == pytest.approx(expected, rel=2e-3)
     for own, other in zip(found, wanted, strict=True):
         assert (own - other).norm() < 5e-3 * other.norm()
+
+
+@pytest.mark.parametrize("terms", ["all", "cosine only"])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_gradient_of_a_tied_weight_is_autograds(batch, terms, is_tied):
+    """Padding ids, repeated ids, and a loss that reads the embedding but not the decoder."""
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=30,
+        pad_token_id=1,
+        tie_word_embeddings=is_tied,
+        initializer_range=0.2,
+    )
+    teacher, student = (RobertaForMaskedLM(config).double().eval() for _ in range(2))
+    input_ids = batch.input_ids.clone()
+    input_ids[:, -3:] = 1
+    input_ids[:, :2] = 7
+    batch = dataclasses.replace(batch, input_ids=input_ids)
+    weights = {"kd_weight": 0.0, "mlm_weight": 0.0} if terms == "cosine only" else {}
+    student.zero_grad()
+    DistillationLoss(**weights)(student, batch, Teacher([teacher])(input_ids)).loss.backward()
+    own = gradients(student)
+    student.zero_grad()
+    outputs = [model(input_ids, output_hidden_states=True) for model in (student, teacher)]
+    expected = reference_cosine(outputs[0].hidden_states[-1], outputs[1].hidden_states[-1].detach())
+    if not weights:
+        reference = reference_terms(outputs[0].logits, [outputs[1].logits.detach()], [1.0], batch)
+        expected = expected + 5 * reference.kd + 2 * reference.mlm
+    expected.backward()
+    wanted = gradients(student)
+    assert own.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert (own[name] - gradient).abs().max() <= 1e-10 * max(1.0, gradient.abs().max()), name
