@@ -114,6 +114,8 @@ class Masker:
             tables["continues"] = torch.from_numpy(_table("whole_word", whole_word, size).astype(bool))
         if histogram is not None:
             counts = np.maximum(_table("histogram", histogram, size).astype(np.float64), 1.0)
+            if not np.isfinite(counts).all():
+                raise ValueError("the histogram table holds a count that is not a number: rebuild it")
             tables["rarity"] = torch.from_numpy(counts**smoothing)
         self._tables = {torch.device("cpu"): tables}
 

@@ -161,7 +161,7 @@ class ShardCache:
             try:
                 path = FileCache(self.folder, url_to_name=lambda _: name, validator=None).get_file(url)
             except OSError as error:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     os.remove(Path(self.folder, f"{name}.temp{os.getpid()}"))
                 raise _unreadable(shard, url, error) from None
             size = os.path.getsize(path)
@@ -173,7 +173,9 @@ class ShardCache:
 
 def _unreadable(shard: ShardInfo, url: str, error: OSError) -> ValueError:
     missing = isinstance(error, FileNotFoundError) and not is_remote(url)
-    what = "is missing" if missing else f"cannot be read ({error})"
+    ended = re.search(r": exit (-?\d+) \(read\)", str(error))  # webdataset shows its Popen arguments, too
+    reason = f"its command ended with exit code {ended[1]}" if ended else str(error)
+    what = "is missing" if missing else f"cannot be read ({reason})"
     return ValueError(f"shard {shard.name} at {url} {what}: {_REMEDY}")
 
 

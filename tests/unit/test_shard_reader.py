@@ -119,15 +119,22 @@ def test_missing_truncated_and_altered_shards_are_named(copy: tuple[Path, Manife
         check_shards(str(folder), manifest, "some")
 
 
-def test_a_remote_shard_that_is_bad_is_named(manifest: Manifest, server: tuple[str, list[str]]) -> None:
+def test_a_remote_shard_that_is_bad_is_named(
+    folder: Path, manifest: Manifest, server: tuple[str, list[str]]
+) -> None:
     url, _ = server
     absent = replace(manifest.splits["train"][0], name="absent.tar")
     with pytest.raises(
         ValueError, match=r"shard absent\.tar at http.*/absent\.tar cannot be read \(HTTP Error 404"
     ):
         check_shards(url, replace(manifest, splits={"train": (absent,), "heldout": ()}))
-    with pytest.raises(ValueError, match=r"shard absent\.tar at .*absent\.tar cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"absent\.tar cannot be read \(its command ended with exit code 22\): "
+    ):
         read_shard(url, absent)
+    blocked = ShardCache(str(folder / "manifest.json"))
+    with pytest.raises(ValueError, match=r"absent\.tar cannot be read \(\[Errno"):
+        read_shard(url, absent, cache=blocked)
     longer = replace(manifest.splits["train"][0], bytes=10)
     for location in (url, "pipe:yes #", "pipe:exec yes #"):
         with pytest.raises(ValueError, match="longer than 10 bytes"):
