@@ -1,4 +1,4 @@
-"""What must hold of the shards, on every rank, before anything is trained.
+"""What must hold of the shards before anything is trained.
 
 Every refusal is a ValueError that names the thing and the remedy.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-
-import torch.distributed as dist
 
 from data_prep.shard_format import Manifest, ShardInfo
 from train.shard_reader import check_shard_size, read_shard, shard_tokens
@@ -46,17 +44,3 @@ def check_shards(
     with ThreadPoolExecutor(_THREADS) as pool:
         for _ in pool.map(check, chosen):
             pass
-
-
-def check_same_manifest(manifest: Manifest) -> None:
-    """Refuse, on every rank, ranks that read different manifests. Collective; alone, it does nothing."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, manifest.digest())
-    different = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise ValueError(
-            f"ranks {', '.join(different)} see other shards than rank 0 (their manifest.json differs): "
-            "give every host the same data.shards"
-        )

@@ -30,11 +30,7 @@ def test_no_world_size_micro_batch_or_restart_changes_batches_or_masks(
 ) -> None:
     ranks = run_ranks("tests.distributed.workers_loader:serve", 8, folder, PLANS)
     for plan, (world_size, _) in enumerate(PLANS):
-        assert {step: b"".join(rows[plan][step] for rows, _ in ranks[:world_size]) for step in alone} == alone
-    assert {message for _, message in ranks} == {
-        "ranks 1, 5 see other shards than rank 0 (their manifest.json differs): "
-        "give every host the same data.shards"
-    }
+        assert {step: b"".join(rows[plan][step] for rows in ranks[:world_size]) for step in alone} == alone
 
 
 def test_the_restarts_cross_an_epoch_and_no_window_comes_twice_in_one(alone: dict[int, bytes]) -> None:
