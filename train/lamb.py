@@ -11,7 +11,8 @@ rates are set in `param_groups[0]["lr"]`, through the engine's wrapper or here. 
 `exp_avg_sq` and an integer `step`, which the engine's checkpoints, its universal checkpoints and zero_to_fp32
 carry.
 
-Without DeepSpeed, and at stage 0 in fp32, `bind` is not needed. At stage 0 in fp16 or bf16 it is.
+Without DeepSpeed, and at stage 0 in fp32, `bind` is not needed. Stage 0 in fp16 or bf16 is refused: DeepSpeed
+takes a step there, with zero gradients, while it builds its engine, and weight decay would move the model.
 """
 
 from __future__ import annotations
@@ -177,14 +178,19 @@ class Lamb(torch.optim.Optimizer):
         ]
 
     def _require_own(self, parameters: list[torch.Tensor]) -> None:
-        own = len(parameters) == len(self._parameters) and all(
-            a is b for a, b in zip(parameters, self._parameters, strict=True)
+        if len(parameters) == len(self._parameters):
+            pairs = list(zip(parameters, self._parameters, strict=True))
+            if all(a is b for a, b in pairs):
+                return
+            if len(pairs) > 1 and all(a.shape == b.shape for a, b in pairs):
+                raise ValueError(
+                    "Lamb was asked to step on copies of its parameters: DeepSpeed's stage 0 does so in fp16 and "
+                    "bf16 while it builds its engine; set zero_optimization.stage to 1 or 2"
+                )
+        raise ValueError(
+            "Lamb's parameters were replaced, most likely by a DeepSpeed engine's flat partition, and it "
+            "cannot know where each tensor lies: call optimizer.bind(engine) after deepspeed.initialize"
         )
-        if not own:
-            raise ValueError(
-                "Lamb's parameters were replaced, most likely by a DeepSpeed engine's flat partition, and it "
-                "cannot know where each tensor lies: call optimizer.bind(engine) after deepspeed.initialize"
-            )
 
     def _part(self, parameter: torch.Tensor, pieces: tuple[Piece, ...]) -> Part:
         gradient = parameter.grad

@@ -60,8 +60,6 @@ def bind_engine(engine: Any, optimizer: torch.optim.Optimizer, parameters: Seque
             f"the engine's {kind} does not wrap this Lamb: pass it as deepspeed.initialize(optimizer=...), "
             "and bind the same one"
         )
-    if kind == "FP16_UnfusedOptimizer":
-        return Binding(_numbers(number, wrapper.fp16_groups[0]), None, None)
     if not hasattr(wrapper, "round_robin_bit16_offsets"):
         raise ValueError(
             f"the engine wraps its optimizer in {kind}, whose layout Lamb does not know: use "

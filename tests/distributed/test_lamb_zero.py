@@ -108,7 +108,7 @@ def test_stage_zero_needs_no_partition(two_ranks: Any) -> None:
         ("prenormalize", ("gradient_clipping 1.0 would have no effect", "set gradient_clipping to 0")),
         ("bf16 stage 1", ("BF16_Optimizer", "zero_optimization.stage 2")),
         ("unbound", ("call optimizer.bind(engine) after deepspeed.initialize",)),
-        ("unbound masters", ("call optimizer.bind(engine) after deepspeed.initialize",)),
+        ("bf16 stage 0", ("DeepSpeed's stage 0", "set zero_optimization.stage to 1 or 2")),
         ("stranger", ("does not wrap this Lamb",)),
     ],
 )

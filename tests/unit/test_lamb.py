@@ -349,3 +349,7 @@ def test_refuses_replaced_parameters_while_unbound() -> None:
     optimizer.param_groups[0]["params"] = [flat]
     with pytest.raises(ValueError, match=r"call optimizer.bind\(engine\) after deepspeed.initialize"):
         optimizer.step()
+    optimizer = Lamb([("a", weight), ("b", torch.nn.Parameter(torch.ones(2)))], lr=0.1)
+    optimizer.param_groups[0]["params"] = [flat, torch.ones(2, requires_grad=True)]
+    with pytest.raises(ValueError, match="copies of its parameters: DeepSpeed's stage 0 does so"):
+        optimizer.step()
