@@ -69,6 +69,7 @@ def assemble(config: Config, world: World, load_universal: bool = False) -> Part
         world_size=world.world_size,
         verify=config.data.verify,
         cache_dir=config.data.cache_dir,
+        pin_memory=world.device.startswith("cuda"),
     )
     masker = build_masker(config, manifest)
     schedule = build_schedule(config, loader.steps_per_epoch)
@@ -233,7 +234,11 @@ def build_heldout(
     if not sum(windows_per_shard(tokens, config.data.sequence_length)):
         return None
     input_ids, window_ids = heldout_windows(
-        config.data.shards, manifest, config.data.sequence_length, config.evaluation.max_windows
+        config.data.shards,
+        manifest,
+        config.data.sequence_length,
+        config.evaluation.max_windows,
+        cache_dir=config.data.cache_dir,
     )
     return HeldoutEvaluation(
         input_ids,
