@@ -82,6 +82,7 @@ class Lamb(torch.optim.Optimizer):
         self._prenormalize, self._bias_correction, self._mode = prenormalize, bias_correction, mode
         self._fused = fused
         self._passes: Passes | None = None
+        self._passes_kinds: set[tuple[torch.device, torch.dtype]] = set()
         self._binding: Binding | None = None
         self.tensor_names: tuple[str, ...] = tuple(rule.name for rule in self._rules)
         device = self._parameters[0].device
@@ -124,16 +125,15 @@ class Lamb(torch.optim.Optimizer):
         parts = self._parts()
         if not parts:
             return loss
-        if self._passes is None:
-            self._passes = choose_passes(self._fused, parts[0].p.device.type, parts[0].p.dtype)
+        passes = self._passes_for(parts)
         grad_norm = self._grad_norm(parts) if self._prenormalize else None
         sums = torch.zeros(len(self._rules), 2, dtype=torch.float64, device=parts[0].p.device)
-        self._passes.first(parts, self._rules, sums, grad_norm)
+        passes.first(parts, self._rules, sums, grad_norm)
         self._add_over_ranks(sums)
         if self.adapted.device != sums.device:
             self.adapted = self.adapted.to(sums.device)
         self.trust_ratios = trust_ratios(sums, self.adapted, self._clamp)
-        self._passes.second(parts, self._rules, self.trust_ratios)
+        passes.second(parts, self._rules, self.trust_ratios)
         self._write_back(parts)
         return loss
 
@@ -151,7 +151,7 @@ class Lamb(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # What torch keeps and ours, but for what belongs to this process: kernel, engine, process group.
         own = {name: getattr(self, name) for name in (*_OWN, *_OWN_PUBLIC)}
-        return {**super().__getstate__(), **own, "_passes": None, "_binding": None}
+        return {**super().__getstate__(), **own, "_passes": None, "_passes_kinds": set(), "_binding": None}
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = self.state[parameter]
@@ -216,9 +216,21 @@ class Lamb(torch.optim.Optimizer):
             bias_correction=self._bias_correction,
             mode=self._mode,
         )
-        # reshape copies a tensor that is not contiguous; the parameter's copy is written back after the step.
-        p, g = parameter.detach().reshape(-1), gradient.reshape(-1)
+        # Copies, where a tensor is not contiguous; the parameter's is written back after the step.
+        p, g = (x.detach().contiguous().view(-1) for x in (parameter, gradient))
         return Part(p, g, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), pieces, c)
+
+    def _passes_for(self, parts: list[Part]) -> Passes:
+        kinds = {(part.p.device, part.p.dtype) for part in parts}
+        if len(kinds) > 1:
+            raise ValueError(
+                "Lamb needs its parameters on one device and of one dtype, and got "
+                + ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
+            )
+        if self._passes is None or kinds != self._passes_kinds:
+            ((device, dtype),) = kinds
+            self._passes, self._passes_kinds = choose_passes(self._fused, device.type, dtype), kinds
+        return self._passes
 
     def _write_back(self, parts: list[Part]) -> None:
         parameters = [p for p in self.param_groups[0]["params"] if p.grad is not None]

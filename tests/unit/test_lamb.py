@@ -204,6 +204,35 @@ def test_strided_parameters_and_gradients() -> None:
     assert torch.equal(straight.detach(), strided.detach())
 
 
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_strided_vectors(fused: bool | None) -> None:
+    """One-dimensional views with a stride, which flatten to themselves: every second element, one repeated."""
+    plain = torch.nn.Parameter(torch.arange(1.0, 40))
+    strided = torch.nn.Parameter(torch.arange(1.0, 40).repeat_interleave(2)[::2])
+    assert strided.stride() == (2,)
+    plain.grad, strided.grad = torch.full((39,), 0.5), torch.tensor(0.5).expand(39)
+    for parameter in (plain, strided):
+        Lamb([("weight", parameter)], lr=0.1, adapt_all=True, fused=fused).step()
+    assert torch.equal(plain.detach(), strided.detach())
+
+
+def test_follows_a_model_to_another_dtype_and_refuses_mixtures() -> None:
+    module = torch.nn.Linear(3, 2)
+    optimizer = Lamb(module.named_parameters(), lr=0.1)
+    for dtype in (torch.float32, torch.float64):
+        module.to(dtype)
+        optimizer.load_state_dict(optimizer.state_dict())  # moves the state to the parameters' dtype
+        module(torch.ones(1, 3, dtype=dtype)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    module.weight.data = module.weight.data.float()
+    optimizer.load_state_dict(optimizer.state_dict())
+    module.weight.grad, module.bias.grad = torch.ones(2, 3), torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"one dtype, and got torch\.float32 on cpu, torch\.float64 on cpu"):
+        optimizer.step()
+
+
 def test_fp64_parameters() -> None:
     weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
     weight.grad = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
