@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -43,11 +44,15 @@ def load_masked_lm(path_or_hub: str, dtype: torch.dtype = torch.float32) -> PreT
                 dtype=dtype,
                 attn_implementation="sdpa",
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
             )
-    except RuntimeError as error:  # shapes that differ from the config's
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path_or_hub}: its weights cannot be read: {_one_line(error)}") from None
+    for key, found, expected in sorted(info["mismatched_keys"]):
         raise ValueError(
-            f"{path_or_hub}: its weights do not fit its config.json: {_one_line(error)}"
-        ) from None
+            f"{path_or_hub}: {key} has shape {tuple(found)}, by its config.json {tuple(expected)}; give a folder "
+            "whose weights and config belong together"
+        )
     missing = sorted(info["missing_keys"])
     if any(name.startswith(family.head) for name in missing):
         kinds = ", ".join(config.architectures or ["no architecture"])

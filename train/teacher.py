@@ -122,6 +122,16 @@ class Teacher:
         for name, model, fingerprint in zip(self.names, self.models, self.fingerprints, strict=True):
             check_vocabulary(name, model.config, fingerprint, tokenizer)
 
+    def check_sequence_length(self, sequence_length: int) -> None:
+        """Refuse sequences that are longer than one of the teachers has positions for."""
+        for name, family, model in zip(self.names, self.families, self.models, strict=True):
+            longest = family.max_sequence_length(model)
+            if sequence_length > longest:
+                raise ValueError(
+                    f"data.sequence_length={sequence_length}: teacher {name} has positions for {longest} tokens; "
+                    "give that or less"
+                )
+
     @property
     def config(self) -> Any:
         """Config of the first teacher, from which the student is made."""

@@ -79,7 +79,14 @@ def test_other_broken_folders_are_refused(teacher_folder, tmp_path):
     folder = Path(shutil.copytree(teacher_folder, tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 65}))
-    with pytest.raises(ValueError, match=r"weights do not fit its config.json"):
+    with pytest.raises(
+        ValueError, match=r"layer.0.intermediate.dense.bias has shape \(64,\), by its config.json \(65,\)"
+    ):
+        load_masked_lm(str(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"its weights cannot be read: "):
         load_masked_lm(str(folder))
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "electra"}))
     with pytest.raises(ValueError, match="model type 'electra' is not supported"):
@@ -202,6 +209,13 @@ def test_vocabularies_that_differ_from_the_shards_are_refused(teacher_folder, to
     check_vocabulary("t", padded, fingerprint, info)
     with pytest.raises(ValueError, match="vocabulary of"):
         check_vocabulary("t", padded, None, info)
+
+
+def test_sequences_longer_than_a_teacher_are_refused(teacher_folder):
+    teacher = load_teacher(teacher_folder)
+    teacher.check_sequence_length(64)
+    with pytest.raises(ValueError, match=r"data.sequence_length=65: teacher .* has positions for 64 tokens"):
+        teacher.check_sequence_length(65)
 
 
 def test_no_tokenizer_no_fingerprint(tmp_path):
