@@ -29,12 +29,15 @@ def parquet_parts(path: str) -> list[SourceFile]:
 
 
 def read_parquet(file: SourceFile, options: ReadOptions, reading: Reading) -> Iterator[Record]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    # Arrow's own pools keep what is freed: after one very long document, a gigabyte.
+    pa.set_memory_pool(pa.system_memory_pool())
     reading.position = lambda: 0
     with _arrow_errors(file.path), tempfile.TemporaryFile() as unpacked:
         if file.part is not None:
-            table = pq.ParquetFile(file.path)
+            table = pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False)
             groups = list(range(*file.part))
         else:
             with open_stream(file.path) as opened:

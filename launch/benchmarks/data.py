@@ -4,7 +4,8 @@
   datasets.map        batched, one process per core, then shards of the same format: the usual way
   write_shards        everything: unpack, parse, digest, tokenise, shuffle, write, manifest
 
-Times leave out imports and loading the tokenizer, for all alike. Example:
+Times leave out imports and loading the tokenizer, for all alike; "cpu s" is what all processes used together
+(under mpirun: rank 0 alone), which says more than the clock on a machine with other work. Example:
 
     python launch/benchmark.py data --corpus corpus.jsonl.gz --tokenizer bert-base-uncased --rounds 3
 """
@@ -112,6 +113,7 @@ def _figures(results: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         seconds = statistics.median(run["seconds"] for run in runs)
         rows[name] = {
             "seconds": seconds,
+            "cpu_seconds": statistics.median(run["cpu_seconds"] for run in runs),
             "tokens_per_s": runs[0]["tokens"] / seconds,
             "documents_per_s": runs[0]["documents"] / seconds,
             "all_seconds": [run["seconds"] for run in runs],
@@ -128,10 +130,13 @@ def _figures(results: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 
 def _print_table(figures: dict[str, Any]) -> None:
-    print(f"{'':28} {'seconds':>9} {'tokens/s':>12} {'documents/s':>12}   ({figures['cores']} cores)")
+    print(
+        f"{'':28} {'seconds':>9} {'cpu s':>9} {'tokens/s':>12} {'documents/s':>12}   ({figures['cores']} cores)"
+    )
     for name, row in figures["runs"].items():
         print(
-            f"{name:28} {row['seconds']:>9.2f} {row['tokens_per_s']:>12,.0f} {row['documents_per_s']:>12,.0f}"
+            f"{name:28} {row['seconds']:>9.2f} {row['cpu_seconds']:>9.2f} "
+            f"{row['tokens_per_s']:>12,.0f} {row['documents_per_s']:>12,.0f}"
         )
     print()
     for label, ratio in figures["ratios"].items():

@@ -2,14 +2,16 @@
 
     python launch/benchmarks/data_runs.py encode_batch_fast|datasets_map|write_shards CORPUS TOKENIZER OUT [...]
 
-Prints one JSON object with seconds (imports and loading the tokenizer left out) and tokens. `write_shards`
-takes further options of data_prep/write_shards.py, and runs under mpirun too.
+Prints one JSON object with seconds, processor seconds of all its processes (both without imports and loading
+the tokenizer), tokens and documents. `write_shards` takes further options of data_prep/write_shards.py, and
+runs under mpirun too, where the processor seconds are rank 0's.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -18,6 +20,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 BATCH = 1000
+
+
+def _now() -> tuple[float, float]:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(use.ru_utime + use.ru_stime for use in used)
+
+
+def _since(started: tuple[float, float]) -> dict[str, float]:
+    return dict(
+        zip(("seconds", "cpu_seconds"), (b - a for a, b in zip(started, _now(), strict=True)), strict=True)
+    )
 
 
 def encode_batch_fast(corpus: str, tokenizer: str, out: str, cores: int) -> dict[str, float]:
@@ -32,12 +45,12 @@ def encode_batch_fast(corpus: str, tokenizer: str, out: str, cores: int) -> dict
     options = ReadOptions()
     records = read_lines(SourceFile(corpus, "jsonl", 0), options, Reading())
     texts: list[Any] = [parse_json(record, options) for record in records]
-    started = time.perf_counter()
+    started = _now()
     tokens = 0
     for start in range(0, len(texts), BATCH):
         batch = backend.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
         tokens += sum(map(len, batch))
-    return {"seconds": time.perf_counter() - started, "tokens": tokens, "documents": len(texts)}
+    return {**_since(started), "tokens": tokens, "documents": len(texts)}
 
 
 def datasets_map(corpus: str, tokenizer: str, out: str, cores: int) -> dict[str, float]:
@@ -55,7 +68,7 @@ def datasets_map(corpus: str, tokenizer: str, out: str, cores: int) -> dict[str,
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
         return {"input_ids": loaded(batch["text"], add_special_tokens=False)["input_ids"]}
 
-    started = time.perf_counter()
+    started = _now()
     dataset = datasets.load_dataset("json", data_files=corpus, split="train", cache_dir=out)
     dataset = dataset.map(tokenize, batched=True, num_proc=cores, remove_columns=dataset.column_names)
     dataset = dataset.shuffle(seed=0).with_format("numpy")
@@ -70,7 +83,7 @@ def datasets_map(corpus: str, tokenizer: str, out: str, cores: int) -> dict[str,
             with open(Path(out, f"train-{number:06d}.tar"), "wb") as file:
                 write_shard(file, f"train-{number:06d}", documents)
             tokens, number, documents = tokens + size, number + 1, []
-    return {"seconds": time.perf_counter() - started, "tokens": tokens, "documents": len(dataset)}
+    return {**_since(started), "tokens": tokens, "documents": len(dataset)}
 
 
 def write_shards(corpus: str, tokenizer: str, out: str, options: list[str]) -> dict[str, float]:
@@ -79,15 +92,15 @@ def write_shards(corpus: str, tokenizer: str, out: str, options: list[str]) -> d
     from data_prep.shard_format import Manifest
 
     command.load_tokenizer(tokenizer)  # imports transformers, which is start-up for the others too
-    started = time.perf_counter()
+    started = _now()
     code = command.main([corpus, "--tokenizer", tokenizer, "--out", out, *options])
-    seconds = time.perf_counter() - started
+    took = _since(started)
     if code:
         raise SystemExit(code)
     manifest = Manifest.load(out)
     shards = [shard for split in manifest.splits.values() for shard in split]
     return {
-        "seconds": seconds,
+        **took,
         "tokens": sum(shard.tokens for shard in shards),
         "documents": sum(shard.documents for shard in shards),
     }

@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data_prep import building, encoding, texts, verify_shards, write_shards
 from data_prep.encoding import Encoder
 from data_prep.shard_format import Manifest, read_blocks, tokenizer_info
+from data_prep.texts import normalised
 
 
 def make(*arguments: Any) -> int:
@@ -183,6 +186,33 @@ def test_long_documents_give_the_same_tokens_in_pieces(
     for first, second in zip(whole, cut, strict=True):
         assert (first.record, first.digest) == (second.record, second.digest)
         np.testing.assert_array_equal(first.tokens, second.tokens)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.lists(
+        st.text(max_size=12)
+        | st.sampled_from(["Model", "\n", "\x0b", "\x7f", "\r\n", "É", "e\u0301", "漢", "[SEP]", " "])
+    ).map("".join),
+    lowercase=st.booleans(),
+)
+def test_ascii_lines_are_tokenised_as_the_tokenizer_does(
+    tokenizer_folder: str, text: str, lowercase: bool
+) -> None:
+    """Against the tokenizer as it is: the short cut around its normaliser must not be seen."""
+    from tokenizers.normalizers import BertNormalizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.backend_tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), tokenizer_info(tokenizer))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return
+    (found,) = encoder.encode([(0, text)])
+    tokenizer.backend_tokenizer.encode_special_tokens = True
+    expected = tokenizer.backend_tokenizer.encode(normalised(text), add_special_tokens=False).ids
+    assert found.tokens[:-1].tolist() == expected
 
 
 # ------------------------------------------------------------------------------------------------ failures
