@@ -27,9 +27,9 @@ from train.tied_embedding import TiedGradient, tied_lookup
 
 if TYPE_CHECKING:
     from train.masking import MaskedBatch
-    from train.teacher import Teacher, TeacherOutput
+    from train.teacher import TeacherOutput
 
-__all__ = ["DistillationLoss", "HeldoutSums", "LossTerms", "heldout_statistics", "projection_widths"]
+__all__ = ["DistillationLoss", "HeldoutSums", "LossTerms", "heldout_statistics"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class DistillationLoss(nn.Module):
         layer_cosine_weight: of the cosine term on `layer_pairs`.
         layer_pairs: (student, teacher) indices into `hidden_states`: 0 is the embeddings' output, i the
             output of layer i counted from 1.
-        projection_widths: (student width, teacher width) of each teacher, see `projection_widths`: learned
+        projection_widths: (student width, teacher width) of each teacher, see train.model_checks: learned
             linear maps bring the student's hidden states to the teachers' widths before each cosine. None:
             widths must agree.
         chunk_tokens: rows of logits that exist at once; None for what fills 32 MiB (GPU: 256 MiB) a buffer.
@@ -113,8 +113,8 @@ class DistillationLoss(nn.Module):
         self.chunk_tokens = chunk_tokens
         self._workspace = Workspace()
         self._check()
-        self._projection_widths = list(projection_widths or ())
-        self.projections = nn.ModuleList(nn.Linear(*pair, bias=False) for pair in self._projection_widths)
+        self.projection_widths = list(projection_widths or ())
+        self.projections = nn.ModuleList(nn.Linear(*pair, bias=False) for pair in self.projection_widths)
 
     def _check(self) -> None:
         weights = ("kd_weight", "mlm_weight", "cosine_weight", "mse_weight", "layer_cosine_weight")
@@ -136,55 +136,6 @@ class DistillationLoss(nn.Module):
             raise ValueError(
                 f"objective.chunk_tokens is {self.chunk_tokens}; give a number >= 1 or leave it out"
             )
-
-    def check_models(self, student: PreTrainedModel, teacher: Teacher | None) -> None:
-        """Refuse a student and a teacher that this objective cannot compare; call it once, before training.
-
-        Raises:
-            ValueError: no teacher where a term needs one, vocabularies or widths that differ, pairs of layers
-                that do not exist, a projection that would do nothing.
-        """
-        if not self.needs_teacher:
-            return
-        if teacher is None:
-            raise ValueError(
-                "the objective needs a teacher (model.teacher), unless objective.kd_weight and "
-                "objective.cosine_weight are 0"
-            )
-        family = family_of(student)
-        vocabulary = family.decoder(student)[0].shape[0]
-        if self.needs_teacher_logits and vocabulary != teacher.vocab_size:
-            raise ValueError(
-                f"the student has a vocabulary of {vocabulary} tokens, the teacher {teacher.names[0]} one of "
-                f"{teacher.vocab_size}; soft targets need the same"
-            )
-        self._check_widths(student, teacher)
-        depth, teacher_depth = family.num_layers(student), min(teacher.num_layers)
-        for own, theirs in self.layer_pairs:
-            if not (0 <= own <= depth and 0 <= theirs <= teacher_depth):
-                raise ValueError(
-                    f"objective.layer_pairs names ({own}, {theirs}); the student has layers 0 to {depth}, the "
-                    f"teacher 0 to {teacher_depth} (0: embeddings)"
-                )
-        if self.needs_hidden_states and not teacher.output_hidden_states:
-            raise ValueError("objective.layer_pairs needs a teacher loaded with output_hidden_states=True")
-
-    def _check_widths(self, student: PreTrainedModel, teacher: Teacher) -> None:
-        width = family_of(student).width(student)
-        if not self.needs_hidden:
-            if self.projections:
-                raise ValueError("objective.projection has no effect without a cosine term; turn it off")
-            return
-        if self.projections:
-            assert self._projection_widths == projection_widths(student, teacher)
-            return
-        for name, teacher_width in zip(teacher.names, teacher.widths, strict=True):
-            if teacher_width != width:
-                raise ValueError(
-                    f"the student's hidden states are {width} wide, those of teacher {name} {teacher_width}: "
-                    "their cosine needs a learned projection (objective.projection=true), or set "
-                    "objective.cosine_weight=0"
-                )
 
     @property
     def needs_teacher(self) -> bool:
@@ -218,7 +169,7 @@ class DistillationLoss(nn.Module):
         """Run the student on a masked micro batch and compare.
 
         Args:
-            student: any model of train/families.py with an MLM head, of the teacher's vocabulary.
+            student: any model of train/families.py with an MLM head; see check_models.
             masked: input_ids (B, L) int64; positions, targets (B, n) int64; valid (B, n) bool.
             teacher: the teacher's output on masked.input_ids; None if `needs_teacher` is False.
             attention_mask: (B, L), non-zero where a token counts; None when nothing is padded.
@@ -251,16 +202,14 @@ class DistillationLoss(nn.Module):
         )
         loss = torch.zeros((), device=masked.input_ids.device) if terms is None else terms.loss
         cosine = layer_cosine = None
-        if self.cosine_weight > 0 or self.layer_cosine_weight > 0:
-            keep = keep_weights(masked.input_ids, attention_mask, num_tokens)
+        if self.needs_hidden:
             assert teacher is not None
-            if self.cosine_weight > 0:
-                cosine = self._cosine(encoded, teacher, keep, None)
-                loss = loss + self.cosine_weight * cosine
-            if self.layer_cosine_weight > 0:
-                pairs = [self._cosine(encoded, teacher, keep, pair) for pair in self.layer_pairs]
-                layer_cosine = torch.stack(pairs).mean()
-                loss = loss + self.layer_cosine_weight * layer_cosine
+            keep = keep_weights(masked.input_ids, attention_mask, num_tokens)
+            cosine, layer_cosine = self._hidden_terms(encoded, teacher, keep)
+        if cosine is not None:
+            loss = loss + self.cosine_weight * cosine
+        if layer_cosine is not None:
+            loss = loss + self.layer_cosine_weight * layer_cosine
         return LossTerms(
             loss=loss,
             kd=terms.kd if terms is not None and self.kd_weight > 0 else None,
@@ -310,6 +259,16 @@ class DistillationLoss(nn.Module):
             tied=tied,
         )
 
+    def _hidden_terms(
+        self, encoded: EncoderOutput, teacher: TeacherOutput, keep: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Cosine terms of the last hidden states and of the mapped layers; None for one that is off."""
+        last = self._cosine(encoded, teacher, keep, None) if self.cosine_weight > 0 else None
+        if self.layer_cosine_weight == 0:
+            return last, None
+        mapped = [self._cosine(encoded, teacher, keep, pair) for pair in self.layer_pairs]
+        return last, torch.stack(mapped).mean()
+
     def _cosine(
         self,
         encoded: EncoderOutput,
@@ -333,8 +292,3 @@ class DistillationLoss(nn.Module):
             mapped = self.projections[index](student_hidden) if self.projections else student_hidden
             total = total + member.share * hidden_cosine(mapped, hidden.flatten(0, 1), keep)
         return total
-
-
-def projection_widths(student: PreTrainedModel, teacher: Teacher) -> list[tuple[int, int]]:
-    """What `DistillationLoss(projection_widths=...)` needs for these models."""
-    return [(family_of(student).width(student), width) for width in teacher.widths]

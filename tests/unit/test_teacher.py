@@ -23,6 +23,7 @@ from data_prep.shard_format import tokenizer_info
 from tests.unit.test_families import MODELS, SIZES
 from train.families import family_of
 from train.loading import check_vocabulary, folder_fingerprint, load_masked_lm
+from train.model_checks import check_models
 from train.objective import DistillationLoss
 from train.precision_check import check_teacher_precision
 from train.students import make_student
@@ -150,7 +151,7 @@ def test_an_ensemble_of_two_teachers_trains_a_student(teacher_folder, batch, tmp
     before = [copy.deepcopy(model.state_dict()) for model in teacher.models]
     student = make_student(load_masked_lm(teacher_folder)).eval()
     objective = DistillationLoss(mlm_weight=0)
-    objective.check_models(student, teacher)
+    check_models(objective, student, teacher)
     optimizer = torch.optim.AdamW(student.parameters(), 2e-3)
     from train.masking import MaskedBatch
 
