@@ -81,13 +81,14 @@ def _compare(
         expected = _logits(reference_rows, chunk, workspace, "reference")
         # amax carries a NaN along; so does maximum.
         largest = torch.maximum(largest, logits.abs().amax())
-        log_running, log_expected = torch.log_softmax(logits, -1), torch.log_softmax(expected, -1)
+        # In fp64, because fp32's own rounding is as large as what a sound fp16 teacher shows.
+        log_running, log_expected = (torch.log_softmax(each.double(), -1) for each in (logits, expected))
         divergence = (log_expected.exp() * (log_expected - log_running)).sum(-1)
         same = logits.argmax(-1) == expected.argmax(-1)
-        columns = torch.stack([divergence.double(), same.double()], -1)
+        columns = torch.stack([divergence, same.double()], -1)
         sums += torch.where(kept[chunk, None], columns, 0).sum(0)
     kl, agreement = (sums / kept.sum().clamp_min(1)).tolist()
-    remedy = "let it run in bfloat16 or float32 (model.teacher_dtype)" if dtype != "float32" else "check it"
+    remedy = "set model.teacher_dtype to bf16 or fp32" if dtype != "float32" else "check it"
     if not torch.isfinite(largest) or not torch.isfinite(sums).all():
         raise ValueError(f"teacher {name} gives infinite or NaN logits in {dtype}: {remedy}")
     if kl > LARGEST_KL:

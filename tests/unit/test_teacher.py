@@ -244,7 +244,9 @@ def test_overflow_and_nan_are_refused(teacher_folder, batch, tmp_path):
     model.save_pretrained(tmp_path)
     check_teacher_precision(load_teacher(str(tmp_path)), batch)
     check_teacher_precision(load_teacher(str(tmp_path), dtype=torch.bfloat16), batch)
-    with pytest.raises(ValueError, match=r"infinite or NaN logits in float16: let it run in bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"infinite or NaN logits in float16: set model.teacher_dtype to bf16 or fp32"
+    ):
         check_teacher_precision(load_teacher(str(tmp_path), dtype=torch.float16), batch)
     model.cls.predictions.bias.data[3] = float("nan")
     with pytest.raises(ValueError, match=r"teacher x gives infinite or NaN logits in float32: check it"):
