@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from data_prep.records import Reading, ReadOptions, Record, SourceFile, no_such_field
 from data_prep.streams import DamagedFile, open_stream, plain_name
 
 ROWS = 256
+LONG_ROW_BYTES = 1 << 24
 
 
 def parquet_parts(path: str) -> list[SourceFile]:
@@ -30,26 +32,46 @@ def parquet_parts(path: str) -> list[SourceFile]:
 
 def read_parquet(file: SourceFile, options: ReadOptions, reading: Reading) -> Iterator[Record]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     # Arrow's own pools keep what is freed: after one very long document, a gigabyte.
     pa.set_memory_pool(pa.system_memory_pool())
     reading.position = lambda: 0
     with _arrow_errors(file.path), tempfile.TemporaryFile() as unpacked:
-        if file.part is not None:
-            table = pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False)
-            groups = list(range(*file.part))
-        else:
+        if file.part is None:
             with open_stream(file.path) as opened:
                 while data := opened.stream.read(1 << 20):
                     unpacked.write(data)
-            table = pq.ParquetFile(unpacked)
-            groups = list(range(table.num_row_groups))
+        skipped = 0
+        while True:
+            record: Record | None
+            long: Record | None = None
+            for record in _parquet_rows(file, unpacked, options, skipped):
+                skipped += 1
+                if record.size >= LONG_ROW_BYTES:
+                    long = record
+                    break
+                yield record
+            record = None
+            if long is None:
+                break
+            # The reader is gone by now: while it lives, its pages hold such a text two more times.
+            pa.default_memory_pool().release_unused()
+            yield long
+    reading.position = lambda: file.bytes
+
+
+def _parquet_rows(file: SourceFile, unpacked: Any, options: ReadOptions, skip: int) -> Iterator[Record]:
+    """The rows of the file's part but the first `skip`."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(
+        file.path if file.part is not None else unpacked, buffer_size=1 << 20, pre_buffer=False
+    ) as table:
+        groups = list(range(*file.part)) if file.part is not None else list(range(table.num_row_groups))
         column = _text_column(file.path, table.schema_arrow, options)
         first = sum(table.metadata.row_group(index).num_rows for index in range(groups[0] if groups else 0))
         batches = table.iter_batches(batch_size=ROWS, row_groups=groups, columns=[column], use_threads=False)
-        yield from _rows(batches, column, first)
-    reading.position = lambda: file.bytes
+        yield from islice(_rows(batches, column, first), skip, None)
 
 
 def is_dataset_folder(path: str) -> bool:
