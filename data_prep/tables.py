@@ -5,10 +5,10 @@ Texts leave here as UTF-8 buffers of Arrow memory, never as one Python string.
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 from data_prep.records import Reading, ReadOptions, Record, SourceFile, no_such_field
@@ -41,27 +41,27 @@ def read_parquet(file: SourceFile, options: ReadOptions, reading: Reading) -> It
             with open_stream(file.path) as opened:
                 while data := opened.stream.read(1 << 20):
                     unpacked.write(data)
-        skipped = 0
-        while True:
+        # While the reader lives, its pages hold a very long text two more times: such rows wait in a file.
+        with tempfile.TemporaryFile() as waiting:
+            long: list[tuple[str, int, int]] = []
             record: Record | None
-            long: Record | None = None
-            for record in _parquet_rows(file, unpacked, options, skipped):
-                skipped += 1
-                if record.size >= LONG_ROW_BYTES:
-                    long = record
-                    break
-                yield record
+            for record in _parquet_rows(file, unpacked, options):
+                if record.size < LONG_ROW_BYTES:
+                    yield record
+                else:
+                    long.append((record.place, waiting.tell(), record.size))
+                    waiting.write(record.payload)
             record = None
-            if long is None:
-                break
-            # The reader is gone by now: while it lives, its pages hold such a text two more times.
+            waiting.flush()
             pa.default_memory_pool().release_unused()
-            yield long
+            content = memoryview(mmap.mmap(waiting.fileno(), 0, access=mmap.ACCESS_READ)) if long else b""
+            for place, start, size in long:
+                yield Record(place, content[start : start + size], size)
     reading.position = lambda: file.bytes
 
 
-def _parquet_rows(file: SourceFile, unpacked: Any, options: ReadOptions, skip: int) -> Iterator[Record]:
-    """The rows of the file's part but the first `skip`."""
+def _parquet_rows(file: SourceFile, unpacked: Any, options: ReadOptions) -> Iterator[Record]:
+    """The rows of the file's part."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(
@@ -71,7 +71,7 @@ def _parquet_rows(file: SourceFile, unpacked: Any, options: ReadOptions, skip: i
         column = _text_column(file.path, table.schema_arrow, options)
         first = sum(table.metadata.row_group(index).num_rows for index in range(groups[0] if groups else 0))
         batches = table.iter_batches(batch_size=ROWS, row_groups=groups, columns=[column], use_threads=False)
-        yield from islice(_rows(batches, column, first), skip, None)
+        yield from _rows(batches, column, first)
 
 
 def is_dataset_folder(path: str) -> bool:
