@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from data_prep.shard_format import Manifest, TokenizerInfo, read_url, shard_url
 from train.clock import Clock
 from train.config import Config
 from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
 from train.evaluation import HeldoutEvaluation
-from train.families import family_of
 from train.flops import forward_flops_per_token, measured_matrix_rate, shape_of
 from train.lamb import Lamb
 from train.loader import BatchLoader, heldout_windows
 from train.masking import Masker, continuation_table
-from train.objective import DistillationLoss
+from train.models import (
+    build_objective,
+    build_student,
+    build_teacher,
+    check_sequence_length,
+    needs_teacher,
+    teacher_names,
+    tokenizer_source,
+)
 from train.order import check_fit, windows_per_shard
-from train.students import make_student
-from train.teacher import Teacher, check_vocabulary, folder_fingerprint, load_masked_lm, load_teacher
+from train.teacher import Teacher, check_vocabulary, folder_fingerprint
 from train.trainer import DistillationModule, Trainer
 from train.world import World, import_deepspeed
-
-TEACHER_DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -75,9 +77,9 @@ def assemble(config: Config, world: World, load_universal: bool = False) -> Part
     schedule = build_schedule(config, loader.steps_per_epoch)
     for name in teacher_names(config):
         check_vocabulary(name, AutoConfig.from_pretrained(name), folder_fingerprint(name), manifest.tokenizer)
-    objective = DistillationLoss(**asdict(config.objective))
-    teacher = build_teacher(config, world) if objective.needs_teacher else None
+    teacher = build_teacher(config, world) if needs_teacher(config) else None
     student = build_student(config, manifest)
+    objective = build_objective(config, student, teacher)
     check_sequence_length(student, config.data.sequence_length)
     flops = training_flops_per_token(config, student, teacher)
     start_config = (
@@ -168,64 +170,6 @@ def build_schedule(config: Config, steps_per_epoch: int) -> dict[str, Any]:
     }
 
 
-def build_teacher(config: Config, world: World) -> Teacher:
-    """The frozen teacher (or ensemble) on this rank's device."""
-    return load_teacher(
-        teacher_names(config),
-        device=world.device,
-        dtype=TEACHER_DTYPES[config.model.teacher_dtype],
-        compile=config.model.teacher_compile,
-        weights=config.model.teacher_weights,
-    )
-
-
-def teacher_names(config: Config) -> list[str]:
-    """Folders or hub names of the teachers; empty without one."""
-    teacher = config.model.teacher
-    return [teacher] if isinstance(teacher, str) else list(teacher or [])
-
-
-def build_student(config: Config, manifest: Manifest) -> PreTrainedModel:
-    """The model that is trained: made from the teacher's layers, or from `model.scratch`. fp32, on the CPU."""
-    model = config.model
-    if model.teacher is None:
-        return _from_scratch(model.scratch or {}, manifest.tokenizer, config.data.seed)
-    return make_student(
-        load_masked_lm(teacher_names(config)[0]), model.student_layers, model.layer_map, seed=config.data.seed
-    )
-
-
-def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int) -> PreTrainedModel:
-    own = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
-    model_type = settings["model_type"]
-    try:
-        known = AutoConfig.for_model(model_type).to_dict()
-    except ValueError:
-        raise ValueError(
-            f"model.scratch: unknown model_type {model_type!r}; for example bert or roberta"
-        ) from None
-    for key in settings:
-        if key in own:
-            raise ValueError(
-                f"model.scratch: {key} comes from the shards' tokenizer ({own[key]}); leave it out"
-            )
-        if key not in known:
-            raise ValueError(f"model.scratch: {model_type} has no {key!r}; it has {', '.join(sorted(known))}")
-    hf_config = AutoConfig.for_model(**{**settings, **own})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForMaskedLM.from_config(hf_config, attn_implementation="sdpa").float().train()
-
-
-def check_sequence_length(student: PreTrainedModel, sequence_length: int) -> None:
-    """ValueError where the model has no position for a token of the sequence."""
-    longest = family_of(student).max_sequence_length(student)
-    if sequence_length > longest:
-        raise ValueError(
-            f"data.sequence_length={sequence_length}: the model has positions for {longest} tokens; give that or less"
-        )
-
-
 def build_heldout(
     config: Config, manifest: Manifest, masker: Masker, world: World
 ) -> HeldoutEvaluation | None:
@@ -273,20 +217,14 @@ def start_engine(config: Config, module: DistillationModule, engine_config: dict
 def training_flops_per_token(config: Config, student: PreTrainedModel, teacher: Teacher | None) -> float:
     """Model FLOPs per token: the student forward and backward (three forward passes), the teachers forward."""
     length, objective = config.data.sequence_length, config.objective
-    uses_all = objective.kd_weight > 0 and objective.kd_positions == "all"
+    uses_logits = objective.kd_weight + objective.mse_weight > 0
+    uses_all = uses_logits and objective.kd_positions == "all"
     share = 1.0 if uses_all else config.masking.probability
     flops = 3 * forward_flops_per_token(shape_of(student), length, share)
     if teacher is not None:
-        share = share if objective.kd_weight > 0 else 0.0
+        share = share if uses_logits else 0.0
         flops += sum(forward_flops_per_token(shape_of(model), length, share) for model in teacher.models)
     return flops
-
-
-def tokenizer_source(config: Config) -> str:
-    """Where the tokenizer that goes with the student is: beside the shards, else with the teacher."""
-    beside_shards = Path(config.data.shards, "tokenizer")
-    names = teacher_names(config)
-    return str(beside_shards) if beside_shards.is_dir() or not names else names[0]
 
 
 def _continuations(config: Config, tokenizer: TokenizerInfo) -> np.ndarray:

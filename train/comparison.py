@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
-from train.assembly import build_heldout, build_masker, build_student, load_manifest, teacher_names
+from train.assembly import build_heldout, build_masker, load_manifest
 from train.config import Config
 from train.evaluation import HeldoutEvaluation
 from train.metrics import read_rows
+from train.models import build_student, teacher_names
 from train.run import count_parameters
 from train.teacher import Teacher, load_teacher
 from train.world import World

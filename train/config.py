@@ -47,12 +47,21 @@ class ModelConfig:
     """Which teacher layers the student starts from: every other one, the original code's 0,2,4,7,9,11, an
     explicit list of teacher layers, or random weights in the teacher's shapes."""
 
+    student_width: int | None = None
+    """Hidden width of a student of random weights; null: the teacher's."""
+
     scratch: dict[str, Any] | None = None
     """Configuration of a model trained without a teacher: {model_type: bert, hidden_size: 256, ...}, keys as
     in that model's Hugging Face config; vocabulary and special ids come from the shards."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "model", "student_layers")
+        _require_positive(self, "model", "student_layers", "student_width")
+        _require(
+            self.student_width is None or self.layer_map == "random",
+            "model.student_width",
+            self.student_width,
+            "copied layers keep the teacher's width; give model.layer_map=random as well",
+        )
         if self.teacher is None:
             _require(
                 self.scratch is not None and "model_type" in self.scratch,
@@ -136,6 +145,9 @@ class MaskingConfig:
         _require(0 <= self.smoothing <= 2, "masking.smoothing", self.smoothing, "give a number from 0 to 2")
 
 
+OBJECTIVE_WEIGHTS = ("kd_weight", "mlm_weight", "cosine_weight", "mse_weight", "layer_cosine_weight")
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """L = kd_weight T^2 KL(teacher || student at T) + mlm_weight CE + cosine_weight (1 - cos)."""
@@ -155,21 +167,47 @@ class ObjectiveConfig:
     kd_positions: Literal["all", "masked"] = "all"
     """Where the soft targets count: at every position (the original), or at masked ones (cheaper)."""
 
+    mse_weight: float = 0.0
+    """Weight of the squared difference of the logits, at the positions of the soft targets."""
+
+    layer_cosine_weight: float = 0.0
+    """Weight of the cosine distance between the hidden states of `layer_pairs`."""
+
+    layer_pairs: list[tuple[int, int]] = field(default_factory=list)
+    """(student layer, teacher layer) pairs for that; 0 is the embeddings' output, layers count from 1."""
+
+    projection: bool = False
+    """Pass the student's hidden states through a learned linear map before each cosine: needed where student
+    and teacher have different widths."""
+
     def __post_init__(self) -> None:
         _require_positive(self, "objective", "temperature")
-        for name in ("kd_weight", "mlm_weight", "cosine_weight"):
-            _require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "give 0 or more")
+        weights = {name: getattr(self, name) for name in OBJECTIVE_WEIGHTS}
+        for name, weight in weights.items():
+            _require(weight >= 0, f"objective.{name}", weight, "give 0 or more")
         _require(
-            self.kd_weight + self.mlm_weight + self.cosine_weight > 0,
+            any(weights.values()),
             "objective.kd_weight",
             self.kd_weight,
-            "all three weights are 0, so that there is nothing to learn; raise one",
+            "all weights are 0, so that there is nothing to learn; raise one",
         )
         _require(
-            self.kd_weight > 0 or self.kd_positions == "all",
+            self.kd_weight + self.mse_weight > 0 or self.kd_positions == "all",
             "objective.kd_positions",
             self.kd_positions,
             "has no effect with objective.kd_weight=0; remove it",
+        )
+        _require(
+            bool(self.layer_pairs) == (self.layer_cosine_weight > 0),
+            "objective.layer_pairs",
+            self.layer_pairs,
+            f"goes with objective.layer_cosine_weight={self.layer_cosine_weight}: give both or neither",
+        )
+        _require(
+            not self.projection or self.cosine_weight + self.layer_cosine_weight > 0,
+            "objective.projection",
+            self.projection,
+            "has no effect without a cosine term; remove it",
         )
 
 
@@ -365,7 +403,9 @@ class Config:
                 "with optimizer.prenormalize=true the gradient is already of norm 1: give 0",
             )
         if self.model.teacher is None:
-            for name in ("kd_weight", "cosine_weight"):
+            for name in OBJECTIVE_WEIGHTS:
+                if name == "mlm_weight":
+                    continue
                 value = getattr(self.objective, name)
                 _require(
                     value == 0,

@@ -120,7 +120,7 @@ class Trainer:
         accumulation = self.engine.gradient_accumulation_steps()
         micro_batches = self.engine.train_batch_size() // self.engine.train_micro_batch_size_per_gpu()
         place = self.rank * accumulation + batch.micro_step
-        torch.manual_seed((self.dropout_seed << 40) + batch.step * micro_batches + place)
+        torch.manual_seed(((self.dropout_seed << 40) + batch.step * micro_batches + place) % 2**63)
         device = self.engine.device
         input_ids = batch.input_ids.to(device, non_blocking=True)
         return self.masker(input_ids, batch.window_ids.to(device, non_blocking=True), batch.epoch)

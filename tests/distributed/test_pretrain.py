@@ -170,6 +170,28 @@ def test_control_needs_the_teachers_shape_alone(settings: list[str], tmp_path: P
     assert "heldout_kl" not in heldout[0]
 
 
+def test_narrow_student_with_a_projection_and_logit_mse(settings: list[str], tmp_path: Path) -> None:
+    words = ["--model.layer_map=random", "--model.student_width=16", "--objective.mse_weight=0.01"]
+    code, output = finish(start([*settings, *words], tmp_path / "refused", 1))
+    assert code == 2
+    assert "objective.projection=true" in output
+    words.append("--objective.projection=true")
+    code, output = finish(start([*settings, *words], tmp_path / "run", 1, "--training.max_steps=4"))
+    assert code == 0, output
+    (row,) = (row for row in read_rows(tmp_path / "run") if "loss" in row)
+    total = 5 * row["loss_kd"] + 2 * row["loss_mlm"] + row["loss_cos"] + 0.01 * row["loss_mse"]
+    assert row["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_ensemble_and_mapped_layers(settings: list[str], teacher_folder: str, tmp_path: Path) -> None:
+    words = [f'--model.teacher=["{teacher_folder}", "{teacher_folder}"]', "--model.teacher_weights=[1,2]"]
+    words += ["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[1,2],[2,4]]"]
+    code, output = finish(start([*settings, *words], tmp_path, 1, "--training.max_steps=8"))
+    assert code == 0, output
+    first, last = (row for row in read_rows(tmp_path) if "loss" in row)
+    assert last["loss_layer_cos"] < first["loss_layer_cos"]
+
+
 def test_export_of_a_checkpoint_gives_the_runs_student(undisturbed: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 

@@ -74,12 +74,25 @@ def test_lists_and_nulls() -> None:
         ),
         (
             ["--objective.kd_weight=0", "--objective.mlm_weight=0", "--objective.cosine_weight=0"],
-            "all three weights are 0",
+            "all weights are 0",
         ),
         (["--training.micro_batch_size=3"], r"training.micro_batch_size=3: must divide .*4096"),
         (["--masking.probability=0"], r"masking.probability=0.0: give a share between 0 and 1"),
         (["--optimizer.prenormalize=true"], r"training.gradient_clipping=1.0: .*give 0"),
         (["--schedule.warmup_steps=9", "--training.max_steps=5"], r"schedule.warmup_steps=9: is more than"),
+        (
+            ["--objective.layer_cosine_weight=1"],
+            r"objective.layer_pairs=\[\]: goes with .*give both or neither",
+        ),
+        (
+            ["--objective.projection=true", "--objective.cosine_weight=0"],
+            r"objective.projection=True: has no effect",
+        ),
+        (["--model.student_width=64"], r"model.student_width=64: .*layer_map=random"),
+        (
+            ["--checkpoint.milestone_every_steps=750"],
+            r"checkpoint.milestone_every_steps=750: give a multiple of",
+        ),
         (["--objective.temperature=0"], r"objective.temperature=0.0: give a number above 0"),
         (["--checkpoint.keep_last=0"], r"checkpoint.keep_last=0: give a number above 0"),
         (["--optimizer.betas=[0.9,1.0]"], r"optimizer.betas=.*: give two numbers in \[0, 1\)"),
