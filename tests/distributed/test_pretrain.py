@@ -186,6 +186,7 @@ def test_narrow_student_with_a_projection_and_logit_mse(settings: list[str], tmp
 def test_ensemble_and_mapped_layers(settings: list[str], teacher_folder: str, tmp_path: Path) -> None:
     words = [f'--model.teacher=["{teacher_folder}", "{teacher_folder}"]', "--model.teacher_weights=[1,2]"]
     words += ["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[1,2],[2,4]]"]
+    words += ["--objective.kd_weight=0", "--objective.mlm_weight=0", "--objective.cosine_weight=0"]
     code, output = finish(start([*settings, *words], tmp_path, 1, "--training.max_steps=8"))
     assert code == 0, output
     first, last = (row for row in read_rows(tmp_path) if "loss" in row)
