@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_prep.manifest_checks import check_content
+
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -94,7 +96,7 @@ class Manifest:
         text = read_url(url)
         try:
             return cls.from_dict(json.loads(text))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{url} is not a manifest of shards ({type(error).__name__}: {error}); "
                 "make the shards again with data_prep/write_shards.py"
@@ -107,12 +109,10 @@ class Manifest:
                 f"the shards' manifest has version {content['version']}, this code reads version "
                 f"{MANIFEST_VERSION}; make the shards again with data_prep/write_shards.py"
             )
+        check_content(content, SPLITS)
         tokenizer = dict(content["tokenizer"])
         tokenizer["special_ids"] = tuple(tokenizer["special_ids"])
         splits = {name: tuple(ShardInfo(**shard) for shard in content["splits"][name]) for name in SPLITS}
-        for shard in (shard for split in splits.values() for shard in split):
-            if shard.name != os.path.basename(shard.name) or shard.name.startswith("."):
-                raise ValueError(f"the shards' manifest names {shard.name!r}, which is not a plain file name")
         return cls(
             tokenizer=TokenizerInfo(**tokenizer),
             splits=splits,
