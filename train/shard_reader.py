@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import re
-import tarfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,14 @@ from webdataset.cache import FileCache
 from webdataset.gopen import Pipe, gopen, gopen_schemes
 
 from data_prep.shard_format import TOKENS_KEY, ShardInfo, TokenizerInfo, shard_url, token_dtype
+from train.tar_members import tar_members
 
 _REMEDY = "fetch or write the shards again; data_prep/verify_shards.py checks them all"
 # A member holds a document at least, and costs a tar header, a pax header, an .npy header and padding.
 _OVERHEAD_PER_DOCUMENT = 4096
 _TAR_TRAILER = 64 * 1024
 _READ_BYTES = 1 << 24
+_MEMBER_NAME = re.compile(rf"[^/.]+\.{re.escape(TOKENS_KEY)}")
 _NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '([^']{1,16})', 'fortran_order': False, 'shape': \(([0-9, ]{0,64})\), \} *\n",
     re.DOTALL,
@@ -97,7 +97,7 @@ def shard_tokens(data: bytearray, shard: ShardInfo, tokenizer: TokenizerInfo) ->
         )
     try:
         blocks = _tar_blocks(data, dtype)
-    except (tarfile.TarError, ValueError, OSError, EOFError, OverflowError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"shard {shard.name} is not a shard of tokens ({error}): {_REMEDY}") from None
     tokens = np.concatenate(blocks) if blocks else np.zeros(0, dtype)
     if len(tokens) != shard.tokens:
@@ -193,16 +193,10 @@ def _check_size(shard: ShardInfo, size: int, url: str) -> None:
 def _tar_blocks(data: bytearray, dtype: np.dtype[Any]) -> list[np.ndarray]:
     """The arrays of a tar's members, as views of `data`."""
     blocks = []
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for member in tar:
-            if not member.isreg() or member.issparse():
-                raise ValueError(f"member {member.name!r} is not a plain file")
-            if not re.fullmatch(rf"[^/.]+\.{re.escape(TOKENS_KEY)}", member.name):
-                raise ValueError(f"member {member.name!r} is not called KEY.{TOKENS_KEY}")
-            stop = member.offset_data + member.size
-            if stop > len(data):
-                raise ValueError(f"member {member.name!r} ends beyond the file")
-            blocks.append(_npy_array(memoryview(data)[member.offset_data : stop], member.name, dtype))
+    for name, start, stop in tar_members(data):
+        if not _MEMBER_NAME.fullmatch(name):
+            raise ValueError(f"member {name!r} is not called KEY.{TOKENS_KEY}")
+        blocks.append(_npy_array(memoryview(data)[start:stop], f"member {name!r}", dtype))
     return blocks
 
 
@@ -214,13 +208,11 @@ def _npy_array(data: memoryview, name: str, dtype: np.dtype[Any]) -> np.ndarray:
     """
     header = _NPY_HEADER.match(data)
     if header is None or header.end() != 10 + int.from_bytes(data[8:10], "little"):
-        raise ValueError(f"member {name!r} is not an .npy file of one array")
+        raise ValueError(f"{name} is not an .npy file of one array")
     found, shape = header[1].decode(), header[2].decode()
     if found != dtype.str or not re.fullmatch(r"\d{1,18},", shape):
-        raise ValueError(
-            f"member {name!r} is an array of {found}, shape ({shape}), not of {dtype.str} in one row"
-        )
+        raise ValueError(f"{name} is an array of {found}, shape ({shape}), not of {dtype.str} in one row")
     content = data[header.end() :]
     if int(shape[:-1]) * dtype.itemsize != len(content):
-        raise ValueError(f"member {name!r} has {len(content)} bytes of numbers for a shape of ({shape})")
+        raise ValueError(f"{name} has {len(content)} bytes of numbers for a shape of ({shape})")
     return np.frombuffer(content, dtype=dtype)

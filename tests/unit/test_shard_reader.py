@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -198,6 +199,15 @@ def shaped(shape: str) -> bytes:
     return headed(f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}, }}")
 
 
+def header_of(kind: bytes, size: int | bytes) -> bytes:
+    """A header block of a type and a size (or the bytes of that field), with the right checksum."""
+    field = size if isinstance(size, bytes) else b"%011o\0" % size
+    block = bytearray(named("x.tokens.npy").tobuf(tarfile.USTAR_FORMAT))
+    block[124:136], block[148:156], block[156:157] = field, b" " * 8, kind
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
 SPARSE = {"GNU.sparse.size": "999999999999", "GNU.sparse.map": "0,1", "GNU.sparse.numblocks": "1"}
 PLAIN = member(GOOD)
 HOSTILE = {
@@ -211,7 +221,25 @@ HOSTILE = {
     "folder": (member(b"", type=tarfile.DIRTYPE), "is not a plain file"),
     "sparse": (
         tar_of((named("x.tokens.npy", pax_headers=SPARSE), GOOD), form=tarfile.PAX_FORMAT),
-        "is not a plain file",
+        r"sets b'GNU\.sparse\.\w+': that is not a plain file",
+    ),
+    "other name in an extended header": (
+        tar_of((named("x.tokens.npy", pax_headers={"path": "y.tokens.npy"}), GOOD), form=tarfile.PAX_FORMAT),
+        "sets b'path': that is not a plain file",
+    ),
+    "long name": (
+        tar_of((named(f"{'x' * 200}.tokens.npy"), GOOD), form=tarfile.GNU_FORMAT),
+        "is not a plain file but of tar's type b'L'",
+    ),
+    "global header": (header_of(b"g", 0) + PLAIN, "is not a plain file but of tar's type b'g'"),
+    "two extended headers": (header_of(b"x", 0) * 2 + PLAIN, "two extended headers stand before one"),
+    "extended header of nothing": (header_of(b"x", 0) + b"\0" * 1024, "else than zeros stands behind"),
+    "no end mark": (PLAIN[:1024], "ends without a tar's end mark"),
+    "something behind the end": (PLAIN[:-1] + b"x", "else than zeros stands behind its end mark"),
+    "wrong checksum": (b"y" + PLAIN[1:], "the checksum of a tar header is wrong"),
+    "size in base 256": (
+        header_of(b"0", b"\x80" + b"\0" * 10 + b"\x10") + PLAIN[512:],
+        "where a number should be",
     ),
     "pickle": (member(npy(np.array([Bomb()], dtype=object), True)), r"array of \|O,"),
     "bare pickle": (member(b"\x80\x04cos\nsystem\n"), "is not an .npy file"),
@@ -254,6 +282,38 @@ def test_a_hostile_shard_is_an_error(
     assert [entry.name for entry in tmp_path.iterdir()] == [
         "train-000000.tar"
     ]  # nothing ran, nothing unpacked
+
+
+def padded(body: bytes) -> bytes:
+    return body + b"\0" * (-len(body) % 512)
+
+
+# Where 10,000 documents are claimed, 40 MB of headers are within the limits.
+CHAINS = {
+    "extended headers": (header_of(b"x", 0) * 30_000 + PLAIN, "two extended headers"),
+    "described ones": ((header_of(b"x", 12) + padded(b"12 mtime=1.5\n"[:12])) * 15_000, "is damaged"),
+    "long names": ((header_of(b"L", 9) + padded(b"y.txt\0")) * 500 + PLAIN, "of tar's type b'L'"),
+    "digits": (header_of(b"x", 1 << 20) + b"1" * (1 << 20) + PLAIN, "longer than 4096 bytes"),
+    "few digits each": (
+        (header_of(b"x", 4096) + b"1" * 4096 + header_of(b"0", 0)) * 4000,
+        "extended header .* is damaged",
+    ),
+    "small members": ((header_of(b"0", 0)) * 60_000 + b"\0" * 1024, "is not an .npy file"),
+    "empty arrays": (
+        (header_of(b"0", 128) + padded(npy(np.zeros(0, dtype=np.uint16)))) * 30_000 + b"\0" * 1024,
+        "holds 0 tokens, not the manifest's 5000000",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_a_hostile_shard_costs_no_more_than_its_size(kind: str) -> None:
+    content, message = CHAINS[kind]
+    shard = ShardInfo("train-000000.tar", len(content), "0" * 64, documents=10_000, tokens=5_000_000)
+    begun = time.process_time()
+    with pytest.raises(ValueError, match=r"shard train-000000\.tar .*" + message):
+        shard_tokens(bytearray(content), shard, TOKENIZER)
+    assert time.process_time() - begun < 5
 
 
 def test_pax_headers_and_a_full_sample_are_read(tmp_path: Path, manifest: Manifest) -> None:
