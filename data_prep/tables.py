@@ -14,6 +14,9 @@ from typing import Any
 from data_prep.records import Reading, ReadOptions, Record, SourceFile, no_such_field
 from data_prep.streams import DamagedFile, open_stream, plain_name
 
+# Arrow's own pools keep what is freed: after one very long document, a gigabyte. Read at pyarrow's import.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+
 ROWS = 256
 LONG_ROW_BYTES = 1 << 24
 
@@ -33,8 +36,6 @@ def parquet_parts(path: str) -> list[SourceFile]:
 def read_parquet(file: SourceFile, options: ReadOptions, reading: Reading) -> Iterator[Record]:
     import pyarrow as pa
 
-    # Arrow's own pools keep what is freed: after one very long document, a gigabyte.
-    pa.set_memory_pool(pa.system_memory_pool())
     reading.position = lambda: 0
     with _arrow_errors(file.path), tempfile.TemporaryFile() as unpacked:
         if file.part is None:
