@@ -17,10 +17,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from data_prep.manifest_checks import check_content
+from data_prep.manifest_checks import check_content, check_file_name
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -251,9 +252,30 @@ def read_blocks(file: BinaryIO) -> Iterator[np.ndarray]:
 # ------------------------------------------------------------------------------------------ files and URLs
 
 
+def is_remote(url: str) -> bool:
+    """True for what only webdataset can open (http://..., gs://..., pipe:...), False for a file."""
+    return url.startswith("pipe:") or ("://" in url and not url.startswith("file:"))
+
+
+def without_scheme(location: str | os.PathLike[str]) -> str:
+    """A location as everything here takes it: file:/abs, file:///abs and file://localhost/abs as paths."""
+    text = str(location)
+    if not text.startswith("file:"):
+        return text
+    parts = urlsplit(text)
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError(f"{text} names a file on {parts.netloc!r}: give file:///PATH, or the path alone")
+    return unquote(text.removeprefix("file:").removeprefix(f"//{parts.netloc}"))
+
+
 def shard_url(folder: str | os.PathLike[str], name: str) -> str:
-    """Where file `name` of a folder or URL of shards lies; a `pipe:` URL ends with the folder's path too."""
-    return f"{str(folder).rstrip('/')}/{name}"
+    """Where file `name` of a folder or URL of shards lies; a `pipe:` URL ends with the folder's path too.
+
+    Raises:
+        ValueError: the name, which comes from a manifest, may do harm in a URL or a command.
+    """
+    check_file_name(name)
+    return f"{without_scheme(folder).rstrip('/')}/{name}"
 
 
 def read_url(url: str) -> bytes:
@@ -262,7 +284,7 @@ def read_url(url: str) -> bytes:
     Raises:
         FileNotFoundError: it is not there.
     """
-    if "://" not in url and not url.startswith(("pipe:", "file:")):
+    if not is_remote(url):
         try:
             return Path(url).read_bytes()
         except (FileNotFoundError, NotADirectoryError):

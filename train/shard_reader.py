@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import threading
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -21,13 +22,22 @@ import numpy as np
 from webdataset.cache import FileCache
 from webdataset.gopen import Pipe, gopen, gopen_schemes
 
-from data_prep.shard_format import TOKENS_KEY, ShardInfo, TokenizerInfo, shard_url, token_dtype
+from data_prep.shard_format import (
+    TOKENS_KEY,
+    Manifest,
+    ShardInfo,
+    TokenizerInfo,
+    is_remote,
+    shard_url,
+    token_dtype,
+)
 from train.tar_members import tar_members
 
 _REMEDY = "fetch or write the shards again; data_prep/verify_shards.py checks them all"
 # A member holds a document at least, and costs a tar header, a pax header, an .npy header and padding.
 _OVERHEAD_PER_DOCUMENT = 4096
 _TAR_TRAILER = 64 * 1024
+_LONGEST_NPY_HEADER = 256
 _READ_BYTES = 1 << 24
 _MEMBER_NAME = re.compile(rf"[^/.]+\.{re.escape(TOKENS_KEY)}")
 _NPY_HEADER = re.compile(
@@ -44,17 +54,8 @@ def _open_s3(url: str, mode: str = "rb", bufsize: int = 8192) -> Pipe:
 gopen_schemes.setdefault("s3", _open_s3)
 
 
-def is_remote(url: str) -> bool:
-    """True for what only webdataset can open (http://..., gs://..., pipe:...), False for a file."""
-    return url.startswith("pipe:") or ("://" in url and not url.startswith("file://"))
-
-
 def url_of(shards: str, shard: ShardInfo) -> str:
-    """Where a shard lies. Its name comes from a manifest and may end up in a shell command."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", shard.name):
-        raise ValueError(
-            f"the manifest names a shard {shard.name!r}: only letters, digits and _ . + = - may stand in it; {_REMEDY}"
-        )
+    """Where a shard lies."""
     return shard_url(shards, shard.name)
 
 
@@ -70,21 +71,55 @@ def read_shard(
     url = url_of(shards, shard)
     if cache is not None and is_remote(url):
         url = cache.local_path(url, shard)
-    data = bytearray()
     try:
-        with gopen(url) if is_remote(url) else open(url.removeprefix("file://"), "rb") as stream:
-            while len(data) <= shard.bytes and (piece := stream.read(_READ_BYTES)):
-                data += piece
+        data = _read_up_to(url, shard.bytes)
     except OSError as error:
-        # A pipe that is closed early fails, too: a file that is too long is told as such below.
-        if len(data) <= shard.bytes:
-            raise _unreadable(shard, url, error) from None
+        raise _unreadable(f"shard {shard.name}", url, error) from None
     _check_size(shard, len(data), url)
     if verify == "full" and hashlib.sha256(data).hexdigest() != shard.sha256:
         raise ValueError(
             f"shard {shard.name} at {url} was altered, its sha256 is not the manifest's: {_REMEDY}"
         )
     return data
+
+
+def _read_up_to(url: str, size: int) -> bytearray:
+    """What lies at `url`, but not much more than `size` bytes: what is longer is cut somewhere behind them."""
+    data = bytearray()
+    try:
+        with gopen(url) if is_remote(url) else open(url, "rb") as stream:
+            while len(data) <= size and (piece := stream.read(_READ_BYTES)):
+                data += piece
+    except OSError:
+        # A pipe that is closed early fails, too.
+        if len(data) <= size:
+            raise
+    return data
+
+
+def read_histogram(shards: str, manifest: Manifest) -> np.ndarray:
+    """(V,) int64 >= 0: how often each token stands in the train split.
+
+    Raises:
+        ValueError: the file is missing, cannot be read, or holds something else.
+    """
+    url, size = shard_url(shards, manifest.token_histogram), manifest.tokenizer.vocab_size
+    what = f"token histogram {manifest.token_histogram}"
+    longest = 8 * size + _LONGEST_NPY_HEADER
+    try:
+        data = _read_up_to(url, longest)
+    except OSError as error:
+        raise _unreadable(what, url, error) from None
+    try:
+        counts = _npy_array(memoryview(data)[: longest + 1], "it", np.dtype("<i8"))
+    except ValueError as error:
+        raise ValueError(f"{what} at {url} is damaged ({error}): {_REMEDY}") from None
+    if len(counts) != size or counts.min(initial=0) < 0:
+        raise ValueError(
+            f"{what} at {url} has {len(counts)} counts, the lowest {counts.min(initial=0)}: "
+            f"it must have {size}, none below 0; {_REMEDY}"
+        )
+    return counts
 
 
 def shard_tokens(data: bytearray, shard: ShardInfo, tokenizer: TokenizerInfo) -> np.ndarray:
@@ -126,16 +161,18 @@ def check_shard_size(shards: str, shard: ShardInfo) -> None:
     size = None
     try:
         if not is_remote(url):
-            size = os.path.getsize(url.removeprefix("file://"))
+            size = os.path.getsize(url)
         elif url.startswith(("http://", "https://")):
             with urlopen(Request(url, method="HEAD"), timeout=30) as answer:
                 size = int(answer.headers.get("Content-Length", -1))
+    except (HTTPException, ValueError) as error:
+        raise _unreadable(f"shard {shard.name}", url, error) from None
     except HTTPError as error:
         if error.code in (404, 410):
-            raise _unreadable(shard, url, error) from None
+            raise _unreadable(f"shard {shard.name}", url, error) from None
         return  # a server may refuse HEAD and yet serve the file
     except OSError as error:
-        raise _unreadable(shard, url, error) from None
+        raise _unreadable(f"shard {shard.name}", url, error) from None
     if size is not None and size >= 0:
         _check_size(shard, size, url)
 
@@ -163,7 +200,7 @@ class ShardCache:
             except OSError as error:
                 with contextlib.suppress(OSError):
                     os.remove(Path(self.folder, f"{name}.temp{os.getpid()}"))
-                raise _unreadable(shard, url, error) from None
+                raise _unreadable(f"shard {shard.name}", url, error) from None
             size = os.path.getsize(path)
             if size != shard.bytes:
                 os.remove(path)
@@ -171,12 +208,13 @@ class ShardCache:
             return path
 
 
-def _unreadable(shard: ShardInfo, url: str, error: OSError) -> ValueError:
+def _unreadable(name: str, url: str, error: Exception) -> ValueError:
     missing = isinstance(error, FileNotFoundError) and not is_remote(url)
     ended = re.search(r": exit (-?\d+) \(read\)", str(error))  # webdataset shows its Popen arguments, too
-    reason = f"its command ended with exit code {ended[1]}" if ended else str(error)
+    words = " ".join(str(error).split()) or type(error).__name__  # a server's answer may hold line ends
+    reason = f"its command ended with exit code {ended[1]}" if ended else words
     what = "is missing" if missing else f"cannot be read ({reason})"
-    return ValueError(f"shard {shard.name} at {url} {what}: {_REMEDY}")
+    return ValueError(f"{name} at {url} {what}: {_REMEDY}")
 
 
 def _check_size(shard: ShardInfo, size: int, url: str) -> None:

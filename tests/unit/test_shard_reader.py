@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from data_prep.shard_format import Manifest, ShardInfo
 from tests.tiny_shards import SEP, TOKENIZER, put_file, random_documents, served, shard_of, write_tiny_shards
 from train.shard_checks import check_shards
-from train.shard_reader import ShardCache, read_shard, shard_tokens
+from train.shard_reader import ShardCache, check_shard_size, read_histogram, read_shard, shard_tokens
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,34 @@ def test_a_cached_file_is_told_by_its_content(
     with pytest.raises(ValueError, match="cannot be read"):
         cache.local_path(f"{url}/none.tar", replace(shard, sha256="1" * 64))
     assert {entry.name for entry in tmp_path.iterdir()} == {f"{'0' * 16}-{shard.name}", path.name}
+
+
+def test_every_way_to_write_a_folder_leads_to_its_files(
+    folder: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    spaced = tmp_path / "two words"
+    spaced.symlink_to(folder)
+    shard = manifest.splits["train"][0]
+    expected = (folder / shard.name).read_bytes()
+    for root in (
+        str(folder),
+        f"{folder}/",
+        f"file:{folder}",
+        f"file://{folder}",
+        f"file://localhost{folder}",
+        f"file://{tmp_path}/two%20words/",
+        f"file:{os.path.relpath(folder)}",
+    ):
+        assert Manifest.load(root) == manifest
+        check_shards(root, manifest)
+        cache = ShardCache(str(tmp_path / "cache"))
+        assert bytes(read_shard(root, shard, cache=cache)) == expected
+        assert read_histogram(root, manifest).tolist() == [i * i for i in range(64)]
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(
+        ValueError, match=r"file://elsewhere/\S+ names a file on 'elsewhere': give file:///PATH"
+    ):
+        Manifest.load(f"file://elsewhere{folder}")
 
 
 # ------------------------------------------------------------------------------------------ what is refused
@@ -142,6 +172,69 @@ def test_a_remote_shard_that_is_bad_is_named(
             read_shard(location, longer)
     with pytest.raises(ValueError, match="Connection refused"):
         check_shards("http://127.0.0.1:9", manifest)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n",
+        b"",
+    ],
+)
+def test_an_answer_that_is_no_http_is_told(manifest: Manifest, answer: bytes) -> None:
+    def reply() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=reply)
+        thread.start()
+        with pytest.raises(
+            ValueError, match=r"shard train-000000\.tar at http\S+ cannot be read \(.+\): fetch"
+        ):
+            check_shard_size(f"http://127.0.0.1:{listener.getsockname()[1]}", manifest.splits["train"][0])
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"is missing: fetch or write the shards again"),
+        (
+            lambda: npy(np.ones(64)),
+            r"is damaged \(it is an array of <f8, shape \(64,\), not of <i8 in one row\)",
+        ),
+        (lambda: npy(np.ones(63, dtype=np.int64)), "has 63 counts, the lowest 0: it must have 64"),
+        (lambda: npy(np.ones(65, dtype=np.int64)), "has 65 counts"),
+        (lambda: npy(np.ones((8, 8), dtype=np.int64)), r"shape \(8, 8\)"),
+        (lambda: npy(np.ones(100_000, dtype=np.int64)), "bytes of numbers for a shape of"),
+        (lambda: npy(np.array([5] * 63 + [-1])), "the lowest -1: it must have 64, none below 0"),
+        (lambda: npy(np.array([Bomb()], dtype=object), True), r"array of \|O"),
+        (lambda: headed("[" * 9000), "is not an .npy file of one array"),
+        (lambda: b"", "is not an .npy file of one array"),
+    ],
+)
+def test_a_bad_histogram_is_told(
+    tmp_path: Path, manifest: Manifest, content: Callable[[], bytes] | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / manifest.token_histogram).write_bytes(content())
+    with pytest.raises(ValueError, match=r"token histogram histogram\.npy at .*" + message):
+        read_histogram(str(tmp_path), manifest)
+
+
+def test_a_histogram_comes_through_a_pipe(folder: Path, manifest: Manifest) -> None:
+    counts = read_histogram(f"pipe:cat {folder}", manifest)
+    assert counts.dtype == np.int64
+    assert counts.tolist() == [i * i for i in range(64)]
+    with pytest.raises(ValueError, match="exit code 3"):
+        read_histogram("pipe:exit 3 #", manifest)
+    with pytest.raises(ValueError, match="is damaged"):
+        read_histogram("pipe:yes #", manifest)
 
 
 @pytest.mark.parametrize("name", ["a;touch pwned.tar", "$(id).tar", "a b.tar", "../x.tar", "-rf.tar", ""])
