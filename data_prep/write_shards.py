@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
             message = str(error) if isinstance(error, (JobFailed, ProcessLost)) else explain(error)
             print(f"write_shards: {message}", file=sys.stderr, flush=True)
         world.gather(None)  # mpirun stops all ranks when one fails: not before the message is out
-        return 2
+        return 1 if isinstance(error, ProcessLost) else 2
     except KeyboardInterrupt:
         print("\nwrite_shards: stopped; run the same command again to go on", file=sys.stderr)
         return 130
