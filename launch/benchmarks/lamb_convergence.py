@@ -6,7 +6,9 @@
 Trains the model of a recipe (the quickstart's teacher: BERT of four layers, masked-language modelling) with
 launch/pretrain.py's own loop under ZeRO-2, once with this project's Lamb and once with an ordinary LAMB, which
 takes one trust ratio per flat partition. Model, data, masks, batch, schedule and seed are those of the recipe in
-every run; world sizes share the machine's cores. Leaves curves.png, table.md and figures.json in --out.
+every run; world sizes share the machine's cores. An ordinary LAMB knows no tensors, and so can spare none adaptation
+or decay: both sides adapt every tensor (adapt_all) and decay none, and differ in the extent of a ratio alone.
+Leaves curves.png, table.md and figures.json in --out.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 RECIPE = ROOT / "launch" / "recipes" / "quickstart-teacher.yaml"
+# Both sides alike: what a LAMB on a flat partition does to all, it does to biases and norms too.
+SEMANTICS = ("--optimizer.adapt_all=true", "--optimizer.weight_decay=0")
+SEMANTICS_IN_WORDS = "every tensor adapted, no weight decay"
 KINDS = {"exact": "exact LAMB", "flat": "LAMB on flat partitions"}
 
 
@@ -65,17 +70,7 @@ def train(options: argparse.Namespace, folder: Path, kind: str, world_size: int,
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [
-        f"--config={options.config}",
-        f"--data.shards={options.shards}",
-        f"--run.dir={folder}",
-        f"--training.max_steps={options.steps}",
-        f"--optimizer.lr={lr}",
-        "--training.micro_batch_size=16",
-        "--run.log_every_steps=1",
-        f"--evaluation.every_steps={max(1, options.steps // 10)}",
-        f"--checkpoint.every_steps={options.steps}",
-    ]
+    words = recipe_words(options, folder, lr)
     ranks = []
     for rank in range(world_size):
         environment = {
@@ -96,6 +91,22 @@ def train(options: argparse.Namespace, folder: Path, kind: str, world_size: int,
     codes = [rank.wait() for rank in ranks]
     if any(codes):
         raise RuntimeError(f"{folder}: ranks ended with {codes}")
+
+
+def recipe_words(options: argparse.Namespace, folder: Path, lr: float) -> list[str]:
+    """Arguments of launch/pretrain.py, the same for either optimizer and every world size."""
+    return [
+        f"--config={options.config}",
+        f"--data.shards={options.shards}",
+        f"--run.dir={folder}",
+        f"--training.max_steps={options.steps}",
+        f"--optimizer.lr={lr}",
+        *SEMANTICS,
+        "--training.micro_batch_size=16",
+        "--run.log_every_steps=1",
+        f"--evaluation.every_steps={max(1, options.steps // 10)}",
+        f"--checkpoint.every_steps={options.steps}",
+    ]
 
 
 def train_rank(kind: str, arguments: Sequence[str]) -> int:
@@ -145,6 +156,8 @@ def read_run(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def table(runs: list[dict[str, Any]]) -> str:
     """Held-out loss of every run at half way and at the end, as Markdown."""
     lines = [
+        f"Both optimizers: {SEMANTICS_IN_WORDS}.",
+        "",
         "| optimizer | ranks | peak lr | held-out loss, half way | at the end |",
         "|---|---|---|---|---|",
     ]
@@ -181,6 +194,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("held-out MLM loss (nats per masked token)")
     axes[0][-1].legend(fontsize=8)
+    figure.suptitle(f"Both optimizers: {SEMANTICS_IN_WORDS}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

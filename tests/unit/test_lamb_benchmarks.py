@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from launch.benchmarks import lamb, lamb_convergence
+from launch.cli import parse_config
 
 
 def test_distilberts_tensors() -> None:
@@ -64,5 +66,15 @@ def test_comparison_reads_tabulates_and_draws(tmp_path: Path) -> None:
     assert run["heldout"] == [(2, 5.0), (4, 4.0)]
     runs = [{"kind": kind, "world_size": w, "lr": 0.01, **run} for kind in ("exact", "flat") for w in (1, 4)]
     assert "| exact LAMB | 4 | 0.01 | 5.000 | 4.000 |" in lamb_convergence.table(runs)
+    assert lamb_convergence.table(runs).startswith("Both optimizers: every tensor adapted, no weight decay.")
     lamb_convergence.draw(runs, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_both_sides_of_the_comparison_adapt_every_tensor_and_decay_none() -> None:
+    """A LAMB on a flat partition can spare no bias and no norm; the exact side must not either."""
+    options = argparse.Namespace(config=lamb_convergence.RECIPE, shards=Path("shards"), steps=10)
+    words = lamb_convergence.recipe_words(options, Path("run"), 0.01)
+    settings = parse_config(words, "").optimizer
+    assert settings.adapt_all
+    assert settings.weight_decay == 0
