@@ -65,7 +65,8 @@ class BatchLoader:
 
     Args:
         shards: folder or URL of the shards, see shard_reader.shard_url.
-        verify: "size" compares file sizes at the start, "full" sha256 at the start and at each reading.
+        verify: "size" compares file sizes at the start; "full" also sha256, at the start (of this rank's
+            share of the shards, see check_shards) and at each reading.
         pin_memory: page-locked micro batches, for copies to the current CUDA device that do not wait.
         cache_dir: folder for shards that are not local (webdataset's cache); None reads them anew each time.
     Raises:
@@ -95,14 +96,16 @@ class BatchLoader:
         windows = windows_per_shard([shard.tokens for shard in infos], sequence_length)
         self.order = DataOrder(windows, global_batch_size, seed, lanes)
         self.steps_per_epoch = self.order.steps_per_epoch
-        check_shards(shards, manifest, verify, splits=(split,))
-        self._shards, self._infos, self._tokenizer = shards, infos, manifest.tokenizer
-        self._verify, self._pin_memory = verify, pin_memory
-        self._cache = ShardCache(cache_dir) if cache_dir is not None else None
-        self._sequence_length = sequence_length
-        self._micro_batch_size = micro_batch_size
         assert 0 <= rank < world_size
         self._rank, self._world_size = rank, world_size
+        self._cache = ShardCache(cache_dir) if cache_dir is not None else None
+        check_shards(
+            shards, manifest, verify, splits=(split,), rank=rank, world_size=world_size, cache=self._cache
+        )
+        self._shards, self._infos, self._tokenizer = shards, infos, manifest.tokenizer
+        self._verify, self._pin_memory = verify, pin_memory
+        self._sequence_length = sequence_length
+        self._micro_batch_size = micro_batch_size
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[MicroBatch]:
         """The micro batches of steps start_step to stop_step - 1, read ahead in the background.
@@ -168,10 +171,19 @@ class BatchLoader:
 
 
 def heldout_windows(
-    shards: str, manifest: Manifest, sequence_length: int, max_windows: int, *, cache_dir: str | None = None
+    shards: str,
+    manifest: Manifest,
+    sequence_length: int,
+    max_windows: int,
+    *,
+    verify: str = "size",
+    cache_dir: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fixed windows for evaluation, spread evenly over the held-out split: documents in their stored order.
 
+    Args:
+        verify: "full" compares the sha256 of every shard that a window comes from.
+        cache_dir: as in BatchLoader.
     Returns:
         input_ids (N, sequence_length) int32, window_ids (N,) int64, N = min(max_windows, windows there are).
     Raises:
@@ -193,7 +205,9 @@ def heldout_windows(
     for info, number in zip(infos, windows, strict=True):
         inside = (ids >= first) & (ids < first + number)
         if inside.any():
-            content = shard_tokens(read_shard(shards, info, cache=cache), info, manifest.tokenizer)
+            content = shard_tokens(
+                read_shard(shards, info, verify=verify, cache=cache), info, manifest.tokenizer
+            )
             chosen = cut_windows(content, sequence_length - FRAME_TOKENS)[ids[inside] - first]
             framed = np.empty((len(chosen), sequence_length), dtype=np.int32)
             frame_windows(chosen, framed, manifest.tokenizer.cls_id, manifest.tokenizer.sep_id)

@@ -21,6 +21,7 @@ FRAME_TOKENS = 2  # [CLS] before and [SEP] after the content of a window
 
 # Purposes of the permutations, so that no two share random bits. Changing one changes every order.
 _SHARDS, _DOCUMENTS, _WINDOWS = 1, 2, 3
+_STEPS = 2**63
 
 
 class Run(NamedTuple):
@@ -78,10 +79,14 @@ def check_fit(global_batch_size: int, lanes: int, world_size: int, micro_batch_s
             if fitting
             else "no world size fits: choose a micro batch that divides the global batch"
         )
+        k = num_lanes(global_batch_size, lanes)
+        if world_size > 0 and k % world_size and global_batch_size % (world_size * micro_batch_size) == 0:
+            remedy += f", or data.lanes={world_size}, which changes the order of the data"
+        elif world_size > k:
+            remedy += f"; more ranks than {k} need a larger data.lanes that divides the global batch"
         raise ValueError(
             f"a world size of {world_size} does not fit training.global_batch_size {global_batch_size}, "
-            f"training.micro_batch_size {micro_batch_size} and {num_lanes(global_batch_size, lanes)} lanes: "
-            f"{remedy}"
+            f"training.micro_batch_size {micro_batch_size} and {k} lanes: {remedy}"
         )
     return global_batch_size // (world_size * micro_batch_size)
 
@@ -132,9 +137,13 @@ class DataOrder:
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def position(self, step: int) -> tuple[int, int]:
-        """(epoch, step within the epoch) of a global step, both from 0."""
-        if step < 0:
-            raise ValueError(f"step is {step}: steps count from 0")
+        """(epoch, step within the epoch) of a global step, both from 0.
+
+        Raises:
+            ValueError: the step is negative, or 2**63 and more.
+        """
+        if not 0 <= step < _STEPS:
+            raise ValueError(f"step is {step}: steps count from 0, and end below 2**63")
         return divmod(step, self.steps_per_epoch)
 
     def runs(self, step: int, lane: int) -> list[Run]:
@@ -190,9 +199,11 @@ class DataOrder:
 
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's shards in order, and where each one's windows end in the epoch's window order."""
-        if epoch not in self._epochs:
+        # Iterators of one loader may be here at once: the table is exchanged whole, never changed.
+        known = self._epochs
+        if epoch not in known:
             shards = permutation(len(self._windows), self.seed, _SHARDS, epoch)
             # Two epochs are in use at most: the current one and the one that is read ahead.
-            self._epochs = dict(list(self._epochs.items())[-1:])
-            self._epochs[epoch] = (shards, np.cumsum(self._windows[shards]))
-        return self._epochs[epoch]
+            known = dict([*list(known.items())[-1:], (epoch, (shards, np.cumsum(self._windows[shards])))])
+            self._epochs = known
+        return known[epoch]

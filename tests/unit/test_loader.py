@@ -14,7 +14,7 @@ import pytest
 import torch
 import webdataset
 
-from data_prep.shard_format import Manifest
+from data_prep.shard_format import Manifest, ShardInfo
 from tests.tiny_shards import SEP, TOKENIZER, random_documents, served, shard_of, write_tiny_shards
 from train import loader as loader_module
 from train.loader import BatchLoader, MicroBatch, heldout_windows
@@ -248,6 +248,31 @@ def test_heldout_windows_are_fixed_and_spread(folder: Path, manifest: Manifest) 
     assert every[:, 1:-1].flatten().tolist() == tokens[: total * (LENGTH - 2)].tolist()
     with pytest.raises(ValueError, match="held-out split has 0 windows"):
         heldout_windows(str(folder), manifest, 100_000, 7)
+
+
+def test_full_verification_covers_the_heldout_split(tmp_path: Path) -> None:
+    manifest = write_tiny_shards(tmp_path)
+    path = tmp_path / manifest.splits["heldout"][0].name
+    content = bytearray(path.read_bytes())
+    first = content.index(b" \n", 512) + 2
+    content[first] = 5 + (content[first] == 5)  # another ordinary token
+    path.write_bytes(content)
+    heldout_windows(str(tmp_path), manifest, LENGTH, 7)
+    with pytest.raises(ValueError, match=r"shard heldout-000000\.tar at .* was altered, its sha256"):
+        heldout_windows(str(tmp_path), manifest, LENGTH, 7, verify="full")
+
+
+def test_ranks_share_a_full_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, read = write_tiny_shards(tmp_path), []
+
+    def recorded(shards: str, shard: ShardInfo, **options: object) -> bytearray:
+        read.append(shard.name)
+        return read_shard(shards, shard)
+
+    monkeypatch.setattr("train.shard_checks.read_shard", recorded)
+    for rank in range(2):
+        make(tmp_path, manifest, rank=rank, world_size=2, verify="full")
+    assert sorted(read) == [shard.name for shard in manifest.splits["train"]]
 
 
 def test_what_does_not_fit_is_refused_at_once(folder: Path, manifest: Manifest) -> None:

@@ -177,6 +177,17 @@ def test_a_world_size_that_does_not_fit_is_told_which_do() -> None:
         ValueError, match="no world size fits: choose a micro batch that divides the global batch"
     ):
         check_fit(64, 16, world_size=1, micro_batch_size=3)
+    with pytest.raises(
+        ValueError, match=r"16, 32, 64, or data\.lanes=128, which changes the order of the data$"
+    ):
+        check_fit(4096, 64, world_size=128, micro_batch_size=32)
+    assert check_fit(4096, 128, world_size=128, micro_batch_size=32) == 1
+    with pytest.raises(
+        ValueError, match=r"32, 64; more ranks than 64 need a larger data\.lanes that divides"
+    ):
+        check_fit(4096, 64, world_size=96, micro_batch_size=32)
+    with pytest.raises(ValueError, match=r"use a world size of 1, 2, 4, 8, 16$"):
+        check_fit(64, 16, world_size=0, micro_batch_size=4)
     with pytest.raises(ValueError, match="micro_batch_size is 0"):
         check_fit(64, 16, world_size=1, micro_batch_size=0)
 
@@ -190,8 +201,37 @@ def test_what_cannot_be_ordered_is_refused() -> None:
         DataOrder([8], 8, seed=-1)
     with pytest.raises(ValueError, match="step is -1"):
         DataOrder([8], 8, seed=0).position(-1)
+    with pytest.raises(ValueError, match=r"step is 9223372036854775808: .* end below 2\*\*63"):
+        DataOrder([8], 8, seed=0).runs(2**63, 0)
+    assert DataOrder([8], 8, seed=0).runs(2**63 - 1, 0)
     with pytest.raises(ValueError, match=r"data\.sequence_length is 2"):
         windows_per_shard([100], 2)
     with pytest.raises(ValueError, match="must be at least 1"):
         num_lanes(0)
     assert windows_per_shard([100, 13, 0], 12) == (10, 1, 0)
+
+
+class Interrupted(DataOrder):
+    """Before every look at the table of epochs, as if a thread came between, others ask for two epochs."""
+
+    busy = True
+
+    @property  # type: ignore[override]
+    def _epochs(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        if not self.busy:
+            self.busy = True
+            for epoch in (100, 101):
+                self.runs(epoch * self.steps_per_epoch, 0)
+            self.busy = False
+        return self._table
+
+    @_epochs.setter
+    def _epochs(self, table: dict[int, tuple[np.ndarray, np.ndarray]]) -> None:
+        self._table = table
+
+
+def test_threads_may_share_an_order() -> None:
+    order = Interrupted([3, 5, 2, 9], 4, seed=0)
+    order.busy = False
+    for step in (0, 5, 1, 10, 404):
+        assert order.runs(step, 1) == DataOrder([3, 5, 2, 9], 4, seed=0).runs(step, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import socket
 import tarfile
 import threading
@@ -148,6 +149,34 @@ def test_missing_truncated_and_altered_shards_are_named(copy: tuple[Path, Manife
         check_shards(str(folder), replace(manifest, splits={"train": manifest.splits["heldout"] * 2}))
     with pytest.raises(ValueError, match=r"data\.verify is 'some': use size or full"):
         check_shards(str(folder), manifest, "some")
+
+
+def altered(path: Path) -> None:
+    """Change one token, and nothing that another check than sha256 would see."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b" \n", 512) + 2  # the first token of a document: an ordinary one
+    content[at] = 5 + (content[at] == 5)
+    path.write_bytes(content)
+
+
+def test_ranks_share_the_reading_of_all_shards(copy: tuple[Path, Manifest], tmp_path: Path) -> None:
+    folder, manifest = copy
+    cache = ShardCache(str(tmp_path / "cache"))
+    with served(folder) as (url, requests):
+        for rank in range(3):
+            check_shards(url, manifest, "full", rank=rank, world_size=3, cache=cache)
+    shards = [shard.name for split in manifest.splits.values() for shard in split]
+    for method, times in (("GET", 1), ("HEAD", 3)):
+        asked = [line.split()[1][1:] for line in requests if line.startswith(method)]
+        assert sorted(asked) == sorted(shards * times)
+    altered(folder / shards[1])
+    for rank in (0, 2):
+        check_shards(str(folder), manifest, "full", rank=rank, world_size=3)
+    with pytest.raises(ValueError, match=rf"shard {re.escape(shards[1])} at .* was altered, its sha256"):
+        check_shards(str(folder), manifest, "full", rank=1, world_size=3)
+    (folder / shards[0]).unlink()
+    with pytest.raises(ValueError, match=rf"shard {re.escape(shards[0])} at .* is missing"):  # by every rank
+        check_shards(str(folder), manifest, "full", rank=1, world_size=3)
 
 
 def test_a_remote_shard_that_is_bad_is_named(
