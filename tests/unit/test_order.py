@@ -212,15 +212,15 @@ def test_what_cannot_be_ordered_is_refused() -> None:
 
 
 class Interrupted(DataOrder):
-    """Before every look at the table of epochs, as if a thread came between, others ask for two epochs."""
+    """Before every look at the table of epochs, as if a thread came between, two other epochs are asked for."""
 
-    busy = True
+    busy, others = True, itertools.count(100)
 
     @property  # type: ignore[override]
     def _epochs(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         if not self.busy:
             self.busy = True
-            for epoch in (100, 101):
+            for epoch in itertools.islice(self.others, 2):
                 self.runs(epoch * self.steps_per_epoch, 0)
             self.busy = False
         return self._table
