@@ -80,7 +80,10 @@ class GlobalBatch:
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """The options of this command, and the recipe that they and --config make."""
+    """The options of this command, and the recipe that they and --config make.
+
+    options.micro_batch_size is None where nobody gave one.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -91,27 +94,39 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Confi
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"short for --{key}", metavar="VALUE")
     options, rest = parser.parse_known_args(arguments)
     short = {key: getattr(options, name) for name, key in SHORT.items() if getattr(options, name) is not None}
-    # A micro batch of 1 fits every batch; unless another is given, a rank's whole share is taken at once.
-    words = ["--training.micro_batch_size=1", *rest, *(f"--{key}={value}" for key, value in short.items())]
+    words = [*rest, *(f"--{key}={value}" for key, value in short.items())]
     for name, least in (("step", 0), ("world_size", 1), ("show", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name.replace('_', '-')}={getattr(options, name)}: give at least {least}")
-    return options, parse_config(words, __doc__ or "")
+    # A micro batch of 1 fits every batch. One of the whole batch does, too, and tells a 1 that was given,
+    # here or in a recipe, from the default.
+    config = parse_config(["--training.micro_batch_size=1", *words], __doc__ or "")
+    options.micro_batch_size = config.training.micro_batch_size
+    if options.micro_batch_size == 1:
+        whole = config.training.global_batch_size
+        again = parse_config([f"--training.micro_batch_size={whole}", *words], __doc__ or "")
+        if again.training.micro_batch_size == whole:
+            options.micro_batch_size = None
+    return options, config
 
 
-def rebuild(config: Config, step: int, world_size: int) -> GlobalBatch:
+def rebuild(config: Config, step: int, world_size: int, micro_batch_size: int | None = None) -> GlobalBatch:
     """Serve one step as every rank in turn.
 
+    Args:
+        micro_batch_size: None takes a rank's whole share at once.
     Raises:
         ValueError, FileNotFoundError: as in training.
     """
     from train.assembly import build_masker, load_manifest
     from train.loader import BatchLoader
     from train.masking import MaskedBatch
+    from train.order import check_fit
 
     manifest = load_manifest(config.data.shards)
     masker = build_masker(config, manifest)
-    batch_size, micro = config.training.global_batch_size, config.training.micro_batch_size
+    batch_size = config.training.global_batch_size
+    share = check_fit(batch_size, config.data.lanes, world_size, 1)
     rows = []
     for rank in range(world_size):
         loader = BatchLoader(
@@ -119,7 +134,7 @@ def rebuild(config: Config, step: int, world_size: int) -> GlobalBatch:
             manifest,
             sequence_length=config.data.sequence_length,
             global_batch_size=batch_size,
-            micro_batch_size=max(1, batch_size // world_size) if micro == 1 else micro,
+            micro_batch_size=share if micro_batch_size is None else micro_batch_size,
             seed=config.data.seed,
             lanes=config.data.lanes,
             rank=rank,
@@ -180,13 +195,19 @@ def _piece(tokenizer: Any, token: int) -> tuple[bool, str]:
     if tokenizer is None:
         return False, str(token)
     piece = tokenizer.convert_ids_to_tokens(token)
+    if piece is None:  # a hole in the vocabulary
+        return False, str(token)
     if piece.startswith("##") and len(piece) > 2:
-        return True, piece[2:]
+        return True, _printable(piece[2:])
     marks_starts = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None) != "##"
     text = tokenizer.convert_tokens_to_string([piece]).strip() or repr(piece)
-    # A vocabulary may hold terminal control sequences.
-    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
-    return marks_starts and not piece.startswith(("Ġ", "▁")) and token not in tokenizer.all_special_ids, text
+    glued = marks_starts and not piece.startswith(("Ġ", "▁")) and token not in tokenizer.all_special_ids
+    return glued, _printable(text)
+
+
+def _printable(text: str) -> str:
+    """A vocabulary may hold terminal control sequences."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -207,7 +228,7 @@ def main(arguments: Sequence[str]) -> int:
     from train.assembly import load_manifest
 
     mask_id = load_manifest(config.data.shards).tokenizer.mask_id
-    batch = rebuild(config, options.step, options.world_size)
+    batch = rebuild(config, options.step, options.world_size, options.micro_batch_size)
     print(
         f"step {options.step}: epoch {batch.epoch}, step {batch.step_in_epoch} of its {batch.steps_per_epoch}"
     )

@@ -35,24 +35,25 @@ class MaskedBatch:
     """(batch, n) bool; False only where a window has fewer than n maskable positions."""
 
 
-def continuation_table(pieces: Sequence[str], special_ids: Sequence[int]) -> np.ndarray:
+def continuation_table(pieces: Sequence[str | None], special_ids: Sequence[int]) -> np.ndarray:
     """(V,) bool: True where a piece continues the word of the piece before it.
 
     Args:
-        pieces: the vocabulary by id. WordPiece marks continuations (##ing); byte-level BPE and
-            SentencePiece mark the starts of words instead.
+        pieces: the vocabulary by id, None at ids without a piece. WordPiece marks continuations (##ing);
+            byte-level BPE and SentencePiece mark the starts of words instead.
     Raises:
         ValueError: the vocabulary marks neither.
     """
-    if any(piece.startswith("##") and len(piece) > 2 for piece in pieces):
-        table = np.array([piece.startswith("##") and len(piece) > 2 for piece in pieces])
+    present = [piece or "" for piece in pieces]
+    if any(piece.startswith("##") and len(piece) > 2 for piece in present):
+        table = np.array([piece.startswith("##") and len(piece) > 2 for piece in present])
     else:
-        start = next((mark for mark in ("Ġ", "▁") if any(piece.startswith(mark) for piece in pieces)), None)
+        start = next((mark for mark in ("Ġ", "▁") if any(piece.startswith(mark) for piece in present)), None)
         if start is None:
             raise ValueError(
                 "masking.whole_word is on, but the vocabulary marks no words (##, Ġ, ▁): turn it off"
             )
-        table = np.array([not piece.startswith(start) for piece in pieces])
+        table = np.array([piece != "" and not piece.startswith(start) for piece in present])
     table[list(special_ids)] = False
     return table
 

@@ -93,6 +93,32 @@ def test_it_shows_text_with_its_masks(shards: str, capsys: pytest.CaptureFixture
     assert all(len(re.findall(r"\[[a-z]+(?:->(?:MASK|[a-z]+))?\]", text)) == 2 for text in texts)
 
 
+def test_a_micro_batch_of_one_is_told_from_none(shards: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("training:\n  micro_batch_size: 1\n")
+    base = ["--shards", shards, "--step", "3", *SMALL]
+    for given, micro_steps in (
+        ([], {0}),
+        (["--micro-batch-size", "1"], set(range(16))),
+        (["--training.micro_batch_size=1"], set(range(16))),
+        (["--config", str(recipe)], set(range(16))),
+        (["--config", str(recipe), "--micro-batch-size", "8"], {0, 1}),
+    ):
+        options, config = inspect_batch.parse_arguments([*base, *given])
+        batch = inspect_batch.rebuild(config, 3, 2, options.micro_batch_size)
+        assert {row.micro_step for row in batch.rows} == micro_steps
+
+
+def test_odd_pieces_are_shown_harmless(tokenizer_folder: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.convert_ids_to_tokens = {7: "##\x1b[2J", 8: "\x1b[2J", 9: None}.get
+    assert inspect_batch._piece(tokenizer, 7) == (True, "\N{REPLACEMENT CHARACTER}[2J")
+    assert inspect_batch._piece(tokenizer, 8) == (False, "\N{REPLACEMENT CHARACTER}[2J")
+    assert inspect_batch._piece(tokenizer, 9) == (False, "9")
+
+
 def test_the_three_kinds_of_masks_read_as_the_legend_says(tokenizer_folder: str) -> None:
     from transformers import AutoTokenizer
 
@@ -124,7 +150,10 @@ def test_bad_usage_is_told(shards: str) -> None:
     for extra, message in (
         (["--shards", "nowhere"], "data.shards='nowhere' holds no manifest.json"),
         (["--step", "-1"], "--step=-1: give at least 0"),
+        (["--step", str(10**30)], f"step is {10**30}: steps count from 0, and end below 2**63"),
         (["--world-size", "0"], "--world-size=0: give at least 1"),
+        (["--world-size", "3"], "micro_batch_size 1 and 32 lanes: use a world size of 1, 2, 4, 8, 16, 32"),
+        (["--world-size", "8", "--micro-batch-size", "8"], "use a world size of 1, 2, 4"),
         (["--data.sequencelength=3"], "sequencelength"),
         (["--micro-batch-size", "5"], "training.micro_batch_size=5: must divide"),
     ):

@@ -224,6 +224,11 @@ def test_continuations_of_the_three_kinds_of_vocabulary() -> None:
         continuation_table(["a", "b"], [0])
 
 
+def test_ids_without_a_piece_continue_nothing() -> None:
+    assert continuation_table(["[CLS]", None, "##a", "b"], [0]).tolist() == [False, False, True, False]
+    assert continuation_table(["<s>", None, "a", "Ġb"], [0]).tolist() == [False, False, True, False]
+
+
 def test_what_cannot_be_masked_is_refused() -> None:
     for probability in (0.0, 0.01, 0.99):
         with pytest.raises(
