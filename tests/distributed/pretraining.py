@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -54,15 +54,18 @@ def start(
 
 
 def start_without_launcher(
-    settings: list[str], run_dir: Path, *own: list[str]
+    settings: list[str], run_dir: Path, *own: list[str], folders: Sequence[Path] | None = None
 ) -> list[subprocess.Popen[str]]:
-    """One process per entry of `own`, each with its own further flags; nobody ends the others when one dies."""
+    """One process per entry of `own`, each with its own further flags; nobody ends the others when one dies.
+
+    `folders` are the working directories, by rank.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(len(own)), "LOCAL_SIZE": str(len(own))}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
-            [sys.executable, "launch/pretrain.py", f"--run.dir={run_dir}", *settings, *flags],
-            cwd=ROOT,
+            [sys.executable, str(ROOT / "launch/pretrain.py"), f"--run.dir={run_dir}", *settings, *flags],
+            cwd=folders[rank] if folders else ROOT,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

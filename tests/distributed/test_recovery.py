@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data_prep.shard_format import Manifest
 from tests.distributed.pretraining import (
     STEPS,
     finish,
@@ -163,6 +166,25 @@ def test_ranks_that_differ_are_refused_at_start(settings: list[str], tmp_path: P
     assert [code for code, _ in ends] == [2, 2], ends
     assert "the ranks differ" in ends[0][1]
     assert "optimizer.lr: rank 1" in ends[0][1]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_ranks_that_see_other_shards_are_refused_at_start(
+    settings: list[str], shards_folder: str, tmp_path: Path
+) -> None:
+    """The same relative path on two machines: rank 1's shards were written with another option."""
+    folders = [tmp_path / "machine-0", tmp_path / "machine-1"]
+    for folder in folders:
+        shutil.copytree(shards_folder, folder / "shards")
+    manifest = Manifest.load(folders[1] / "shards")
+    replace(manifest, options={**manifest.options, "seed": "other"}).save(folders[1] / "shards")
+    jobs = start_without_launcher([*settings, "--data.shards=shards"], tmp_path, [], [], folders=folders)
+    ends = [finish(job) for job in jobs]
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert "the ranks differ" in ends[0][1]
+    assert re.search(r"manifest of shards: rank 1 on \S+ has [0-9a-f]{57}\.\.\., rank 0 has", ends[0][1]), (
+        ends
+    )
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
