@@ -17,7 +17,7 @@ takes a step there, with zero gradients, while it builds its engine, and weight 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,10 @@ from train.lamb_binding import Binding, bind_engine
 from train.lamb_eager import EagerPasses
 from train.lamb_geometry import Piece, optimized_parameters, tensor_rules
 from train.lamb_math import Part, step_coefficients, trust_ratios
+from train.lamb_parts import check_updatable, one_kind, ready_state
 from train.lamb_passes import Passes, choose_passes
+
+Entry = tuple[str, torch.Tensor, tuple[Piece, ...]]
 
 # Attributes beside torch's own that a copied or pickled Lamb keeps.
 _OWN = ("_rules", "_parameters", "_clamp", "_prenormalize", "_bias_correction", "_mode", "_fused")
@@ -82,7 +85,7 @@ class Lamb(torch.optim.Optimizer):
         self._prenormalize, self._bias_correction, self._mode = prenormalize, bias_correction, mode
         self._fused = fused
         self._passes: Passes | None = None
-        self._passes_kinds: set[tuple[torch.device, torch.dtype]] = set()
+        self._kind: tuple[torch.device, torch.dtype] | None = None
         self._binding: Binding | None = None
         self.tensor_names: tuple[str, ...] = tuple(rule.name for rule in self._rules)
         device = self._parameters[0].device
@@ -109,7 +112,7 @@ class Lamb(torch.optim.Optimizer):
             )
         self._binding = binding
         for parameter in self.param_groups[0]["params"]:
-            self._state_of(parameter)
+            ready_state("this engine's parameter", parameter, self.state[parameter])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -122,11 +125,17 @@ class Lamb(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parts = self._parts()
-        if not parts:
+        entries = self._entries()
+        if not entries:
             return loss
-        passes = self._passes_for(parts)
+        for name, parameter, _ in entries:
+            check_updatable(name, parameter)
+        passes = self._choose_passes([parameter for _, parameter, _ in entries])
+        parts = self._parts(entries)
         grad_norm = self._grad_norm(parts) if self._prenormalize else None
+        # Nothing has changed up to here: a step that was refused has not counted.
+        for _, parameter, _ in entries:
+            self.state[parameter]["step"] = int(self.state[parameter]["step"]) + 1
         sums = torch.zeros(len(self._rules), 2, dtype=torch.float64, device=parts[0].p.device)
         passes.first(parts, self._rules, sums, grad_norm)
         self._add_over_ranks(sums)
@@ -134,7 +143,9 @@ class Lamb(torch.optim.Optimizer):
             self.adapted = self.adapted.to(sums.device)
         self.trust_ratios = trust_ratios(sums, self.adapted, self._clamp)
         passes.second(parts, self._rules, self.trust_ratios)
-        self._write_back(parts)
+        for (_, parameter, _), part in zip(entries, parts, strict=True):
+            if not parameter.is_contiguous():
+                parameter.copy_(part.p.view(parameter.shape))
         return loss
 
     @property
@@ -151,28 +162,20 @@ class Lamb(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # What torch keeps and ours, but for what belongs to this process: kernel, engine, process group.
         own = {name: getattr(self, name) for name in (*_OWN, *_OWN_PUBLIC)}
-        return {**super().__getstate__(), **own, "_passes": None, "_passes_kinds": set(), "_binding": None}
+        return {**super().__getstate__(), **own, "_passes": None, "_kind": None, "_binding": None}
 
-    def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-        return state
-
-    def _parts(self) -> list[Part]:
-        """What this rank updates, as 1-D views; advances the step counters."""
+    def _entries(self) -> list[Entry]:
+        """What this rank updates: name, parameter with a gradient, and the tensors that lie in it."""
         parameters = self.param_groups[0]["params"]
         if self._binding is None:
             self._require_own(parameters)
             tensors: Iterable[int] = range(len(parameters))
         elif self._binding.pieces is not None:
-            return [self._part(parameters[0], self._binding.pieces)]
+            return [("this rank's partition", parameters[0], self._binding.pieces)]
         else:
             tensors = self._binding.tensors
         return [
-            self._part(parameter, (Piece(tensor, 0, parameter.numel()),))
+            (self.tensor_names[tensor], parameter, (Piece(tensor, 0, parameter.numel()),))
             for tensor, parameter in zip(tensors, parameters, strict=True)
             if parameter.grad is not None
         ]
@@ -192,51 +195,33 @@ class Lamb(torch.optim.Optimizer):
             "cannot know where each tensor lies: call optimizer.bind(engine) after deepspeed.initialize"
         )
 
-    def _part(self, parameter: torch.Tensor, pieces: tuple[Piece, ...]) -> Part:
-        gradient = parameter.grad
-        assert gradient is not None
-        if gradient.is_sparse:
-            raise ValueError(
-                "Lamb needs dense gradients and got a sparse one: set sparse=False in the embedding"
-            )
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"Lamb was given {parameter.dtype} parameters to update, which would lose most updates to "
-                "rounding: keep fp32 master weights (a DeepSpeed bf16 or fp16 engine, or torch.autocast)"
-            )
-        state = self._state_of(parameter)
-        state["step"] = int(state["step"]) + 1  # another optimizer's checkpoint may hold a tensor
+    def _parts(self, entries: Sequence[Entry]) -> list[Part]:
+        """The entries with gradient, moments and this step's scalars, as 1-D views, all of them checked."""
         group = self.param_groups[0]
-        c = step_coefficients(
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=state["step"],
-            bias_correction=self._bias_correction,
-            mode=self._mode,
-        )
-        # Copies, where a tensor is not contiguous; the parameter's is written back after the step.
-        p, g = (x.detach().contiguous().view(-1) for x in (parameter, gradient))
-        return Part(p, g, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), pieces, c)
-
-    def _passes_for(self, parts: list[Part]) -> Passes:
-        kinds = {(part.p.device, part.p.dtype) for part in parts}
-        if len(kinds) > 1:
-            raise ValueError(
-                "Lamb needs its parameters on one device and of one dtype, and got "
-                + ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
+        parts = []
+        for name, parameter, pieces in entries:
+            state = self.state[parameter]
+            ready_state(name, parameter, state)
+            c = step_coefficients(
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=int(state["step"]) + 1,  # another optimizer's checkpoint may hold a tensor
+                bias_correction=self._bias_correction,
+                mode=self._mode,
             )
-        if self._passes is None or kinds != self._passes_kinds:
-            ((device, dtype),) = kinds
-            self._passes, self._passes_kinds = choose_passes(self._fused, device.type, dtype), kinds
-        return self._passes
+            # Copies, where a tensor is not contiguous; the parameter's is written back after the step.
+            p, g = (x.detach().contiguous().view(-1) for x in (parameter, parameter.grad))
+            parts.append(Part(p, g, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), pieces, c))
+        return parts
 
-    def _write_back(self, parts: list[Part]) -> None:
-        parameters = [p for p in self.param_groups[0]["params"] if p.grad is not None]
-        for parameter, part in zip(parameters, parts, strict=True):
-            if not parameter.is_contiguous():
-                parameter.copy_(part.p.view(parameter.shape))
+    def _choose_passes(self, parameters: Sequence[torch.Tensor]) -> Passes:
+        kind = one_kind(parameters)
+        if self._passes is None or kind != self._kind:
+            device, dtype = kind
+            self._passes, self._kind = choose_passes(self._fused, device.type, dtype), kind
+        return self._passes
 
     def _grad_norm(self, parts: list[Part]) -> torch.Tensor:
         total = EagerPasses().sum_squares(parts, self._rules)

@@ -233,6 +233,87 @@ def test_follows_a_model_to_another_dtype_and_refuses_mixtures() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_moments_follow_a_model_whose_dtype_changed(fused: bool | None) -> None:
+    """The fp64 moments of a model that was then made fp32 count as if they had been loaded."""
+    outcomes = []
+    for reload in (True, False):
+        module = torch.nn.Linear(64, 32).double()
+        torch.nn.init.constant_(module.weight, 0.01)
+        torch.nn.init.constant_(module.bias, 0.01)
+        optimizer = Lamb(module.named_parameters(), lr=0.1, fused=fused)
+        for dtype in (torch.float64, torch.float32):
+            module.to(dtype)
+            if reload:
+                optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.zero_grad()
+            module(torch.ones(1, 64, dtype=dtype)).square().sum().backward()
+            optimizer.step()
+        assert optimizer.state[module.weight]["exp_avg"].dtype == torch.float32
+        outcomes.append(module.weight.detach())
+    assert torch.equal(*outcomes)
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_strided_moments_of_another_optimizer(fused: bool | None) -> None:
+    """AdamW's moments have the parameter's strides; they must meet the right elements."""
+    base = torch.randn(4, 3, 5, 2, generator=torch.Generator().manual_seed(0))
+    outcomes = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = torch.nn.Parameter(base.clone(memory_format=layout))
+        adamw = torch.optim.AdamW([weight], lr=0.1)
+        weight.grad = base.square()
+        adamw.step()
+        optimizer = Lamb([("weight", weight)], lr=0.1, fused=fused)
+        optimizer.load_state_dict(adamw.state_dict())
+        optimizer.step()
+        outcomes.append(weight.detach())
+    assert torch.equal(*outcomes)
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_refuses_a_state_or_gradient_that_does_not_fit_and_counts_no_step(fused: bool | None) -> None:
+    small, large = (torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 4), (40, 30)))
+    saved = Lamb([("small", small), ("large", large)], lr=0.1, fused=fused)
+    small.grad, large.grad = torch.ones_like(small), torch.ones_like(large)
+    saved.step()
+    before = small.detach().clone(), large.detach().clone()
+
+    swapped = Lamb([("large", large), ("small", small)], lr=0.1, fused=fused)
+    swapped.load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match=r"exp_avg of large has shape \(4, 4\) and the parameter \(40, 30\)"):
+        swapped.step()
+    assert [swapped.state[p]["step"] for p in (small, large)] == [1, 1]
+
+    moments = saved.state[large]["exp_avg_sq"]
+    saved.state[large]["exp_avg_sq"] = moments[:1]
+    with pytest.raises(ValueError, match=r"exp_avg_sq of large has shape \(1, 30\)"):
+        saved.step()
+    del saved.state[large]["exp_avg_sq"]
+    with pytest.raises(ValueError, match="the state of large has no exp_avg_sq"):
+        saved.step()
+    saved.state[large]["exp_avg_sq"] = moments
+
+    large.grad = None
+    large.grad_dtype = torch.bfloat16
+    large.grad = torch.ones(40, 30, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"gradient of large is torch.bfloat16 .* grad_dtype unset"):
+        saved.step()
+    assert [saved.state[p]["step"] for p in (small, large)] == [1, 1]
+    assert torch.equal(small.detach(), before[0])
+    assert torch.equal(large.detach(), before[1])
+
+
+def test_a_refused_kernel_counts_no_step() -> None:
+    """fused=True where there is no kernel for the dtype."""
+    weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+    weight.grad = torch.ones_like(weight)
+    optimizer = Lamb([("weight", weight)], lr=0.1, fused=True)
+    with pytest.raises(ValueError, match="no fused LAMB for torch.float64"):
+        optimizer.step()
+    assert optimizer.state[weight].get("step", 0) == 0
+
+
 def test_fp64_parameters() -> None:
     weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
     weight.grad = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
