@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.graph import increment_version
 
 from train.lamb_binding import Binding, bind_engine
 from train.lamb_eager import EagerPasses
@@ -143,6 +144,8 @@ class Lamb(torch.optim.Optimizer):
             self.adapted = self.adapted.to(sums.device)
         self.trust_ratios = trust_ratios(sums, self.adapted, self._clamp)
         passes.second(parts, self._rules, self.trust_ratios)
+        # The fused kernels write behind autograd's back.
+        increment_version([tensor for part in parts for tensor in (part.p, part.m, part.v)])
         for (_, parameter, _), part in zip(entries, parts, strict=True):
             if not parameter.is_contiguous():
                 parameter.copy_(part.p.view(parameter.shape))

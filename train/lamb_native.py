@@ -91,7 +91,7 @@ class NativePasses:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self._pool: ThreadPoolExecutor | None = None
-        self._threads = 0
+        self._threads = self._pid = 0
 
     def first(
         self,
@@ -149,8 +149,9 @@ class NativePasses:
         if len(calls) == 1:
             function(*calls[0])
             return
-        if self._pool is None or self._threads < len(calls):
-            self._threads = len(calls)
+        # Threads do not survive a fork: a child makes its own.
+        if self._pool is None or self._threads < len(calls) or self._pid != os.getpid():
+            self._threads, self._pid = len(calls), os.getpid()
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="lamb")
         # ctypes releases the interpreter's lock for the length of a call.
         list(self._pool.map(lambda call: function(*call), calls))

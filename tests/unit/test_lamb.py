@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
+import signal
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -309,9 +312,57 @@ def test_a_refused_kernel_counts_no_step() -> None:
     weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
     weight.grad = torch.ones_like(weight)
     optimizer = Lamb([("weight", weight)], lr=0.1, fused=True)
-    with pytest.raises(ValueError, match="no fused LAMB for torch.float64"):
+    with pytest.raises(ValueError, match=r"no fused LAMB for torch\.float64"):
         optimizer.step()
     assert optimizer.state[weight].get("step", 0) == 0
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_autograd_notices_the_update(fused: bool | None) -> None:
+    """A backward pass through the weights as they were must fail, not use those of after the step."""
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    x = torch.ones(3, 3, requires_grad=True)
+    optimizer = Lamb([("weight", weight)], lr=0.1, fused=fused)
+    weight.grad = torch.ones(3, 3)
+    optimizer.step()
+    moments = [optimizer.state[weight][key] for key in ("exp_avg", "exp_avg_sq")]
+    versions = [moment._version for moment in moments]
+    loss = (weight @ x).sum()
+    optimizer.step()
+    assert all(m._version > version for m, version in zip(moments, versions, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_can_step() -> None:
+    """Threads do not survive a fork; a child with its parent's thread pool would wait for ever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        weight = torch.nn.Parameter(torch.ones(500, 500))
+        weight.grad = torch.ones_like(weight)
+        optimizer = Lamb([("weight", weight)], lr=0.01)
+        optimizer.step()
+        if optimizer.kernel != "native":
+            pytest.skip("no C compiler")
+        child = os.fork()
+        if child == 0:
+            try:
+                optimizer.step()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        deadline = time.monotonic() + 10
+        while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if done[0] == 0:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert done[0] == child, "the child hangs"
+        assert os.waitstatus_to_exitcode(done[1]) == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_fp64_parameters() -> None:
