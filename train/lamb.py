@@ -29,7 +29,7 @@ from train.lamb_eager import EagerPasses
 from train.lamb_geometry import Piece, optimized_parameters, tensor_rules
 from train.lamb_math import Part, step_coefficients, trust_ratios
 from train.lamb_parts import check_updatable, one_kind, ready_state
-from train.lamb_passes import Passes, choose_passes
+from train.lamb_passes import Passes, all_ranks_have, choose_passes
 
 Entry = tuple[str, torch.Tensor, tuple[Piece, ...]]
 
@@ -57,6 +57,8 @@ class Lamb(torch.optim.Optimizer):
             and adapted, ratio clamped to [0.01, 10] unless `clamp` says otherwise, bias correction outside it.
         fused: one kernel per pass where there is one (Triton on CUDA; C loops on a CPU, built on first use
             when there is a compiler), plain torch operations elsewhere. True insists, False declines.
+            Ranks that are not bound choose each for itself: say False where some lack a compiler and replicas
+            must not differ by rounding.
     Raises:
         ValueError: an argument out of range, or a combination of which one part would have no effect.
     """
@@ -100,10 +102,12 @@ class Lamb(torch.optim.Optimizer):
     def bind(self, engine: Any) -> None:
         """Learn from a DeepSpeed engine where each tensor lies; call once, after deepspeed.initialize.
 
-        Makes the state at once, so that a checkpoint saved or loaded before the first step is whole.
+        Makes the state at once, so that a checkpoint saved or loaded before the first step is whole. Collective:
+        all ranks agree on a kernel that each of them has.
 
         Raises:
-            ValueError: the engine is set up in a way that no LAMB is exact under (the message names it).
+            ValueError: the engine is set up in a way that no LAMB is exact under (the message names it), or
+                fused=True and a rank has no kernel.
         """
         binding = bind_engine(engine, self, self._parameters)
         if self._prenormalize and engine.gradient_clipping() > 0:
@@ -111,8 +115,16 @@ class Lamb(torch.optim.Optimizer):
                 f"prenormalize divides the gradient by its norm, so gradient_clipping "
                 f"{engine.gradient_clipping()} would have no effect: set gradient_clipping to 0"
             )
+        parameters = self.param_groups[0]["params"]
+        device, dtype = one_kind(parameters)
+
+        def agree(have: bool) -> bool:
+            return all_ranks_have(have, device, binding.replicas)
+
+        # Replicas that round differently would drift apart; a rank that fails alone would leave the rest waiting.
+        self._passes, self._kind = choose_passes(self._fused, device, dtype, agree), (device, dtype)
         self._binding = binding
-        for parameter in self.param_groups[0]["params"]:
+        for parameter in parameters:
             ready_state("this engine's parameter", parameter, self.state[parameter])
 
     @torch.no_grad()
@@ -153,7 +165,7 @@ class Lamb(torch.optim.Optimizer):
 
     @property
     def kernel(self) -> str:
-        """Which passes run: "native", "triton" or "eager"; "" before the first step."""
+        """Which passes run: "native", "triton" or "eager"; "" before `bind` or the first step."""
         return self._passes.name if self._passes else ""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -222,8 +234,12 @@ class Lamb(torch.optim.Optimizer):
     def _choose_passes(self, parameters: Sequence[torch.Tensor]) -> Passes:
         kind = one_kind(parameters)
         if self._passes is None or kind != self._kind:
-            device, dtype = kind
-            self._passes, self._kind = choose_passes(self._fused, device.type, dtype), kind
+            if self._binding is not None:
+                raise ValueError(
+                    "the parameters have another device or dtype than when bind was called, "
+                    f"{kind[1]} on {kind[0]}: call bind(engine) again, on every rank"
+                )
+            self._passes, self._kind = choose_passes(self._fused, *kind), kind
         return self._passes
 
     def _grad_norm(self, parts: list[Part]) -> torch.Tensor:

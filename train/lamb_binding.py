@@ -27,6 +27,8 @@ class Binding:
     pieces: tuple[Piece, ...] | None
     group: Any
     """The process group over which the sums of squares are added; None where every rank holds all."""
+    replicas: Any
+    """The process group of all ranks that train the same model; None: all there are."""
 
 
 def bind_engine(engine: Any, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> Binding:
@@ -48,7 +50,7 @@ def bind_engine(engine: Any, optimizer: torch.optim.Optimizer, parameters: Seque
     number = {id(parameter): index for index, parameter in enumerate(parameters)}
     wrapper = engine.optimizer
     if wrapper is optimizer:
-        return Binding(_numbers(number, optimizer.param_groups[0]["params"]), None, None)
+        return Binding(_numbers(number, optimizer.param_groups[0]["params"]), None, None, _data_group(engine))
     kind = type(wrapper).__name__
     if kind == "DeepSpeedZeroOptimizer_Stage3" or hasattr(wrapper, "fp16_partitioned_groups"):
         raise ValueError(
@@ -78,7 +80,11 @@ def bind_engine(engine: Any, optimizer: torch.optim.Optimizer, parameters: Seque
             f"the engine's partition is {flat.dtype} of {flat.numel()} elements where fp32 of {size} is "
             "expected: keep fp32 master weights (no fp16/bf16_master_weights_and_grads)"
         )
-    return Binding(tensors, pieces, group if dist.get_world_size(group=group) > 1 else None)
+    return Binding(tensors, pieces, group if dist.get_world_size(group=group) > 1 else None, group)
+
+
+def _data_group(engine: Any) -> Any:
+    return getattr(engine, "seq_data_parallel_group", None) or getattr(engine, "data_parallel_group", None)
 
 
 def _numbers(number: dict[int, int], parameters: Sequence[torch.Tensor]) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from launch.benchmarks.lamb_alternatives import LoopLamb
 from tests.lamb_checks import make_gradients, make_parameters, worst_ulp
+from train import lamb_native
 from train.lamb import Lamb
 from train.lamb_reference import ReferenceLamb
 
@@ -90,7 +92,10 @@ def inject(engine: Any, gradients: dict[str, torch.Tensor], scale: float = 1.0) 
 
 
 def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
-    return {name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()}
+    named = engine.module.named_parameters()
+    if engine.zero_optimization_stage() == 0:
+        return {name: p.detach().clone() for name, p in named}
+    return {name: safe_get_full_fp32_param(p).clone() for name, p in named}
 
 
 def clipped(gradients: dict[str, torch.Tensor], engine: Any) -> dict[str, torch.Tensor]:
@@ -117,7 +122,9 @@ def run_parity(
     """Some steps beside the reference: the worst ulp, and what must agree between world sizes."""
     parameters = tiny_parameters() if tiny else make_parameters()
     kernel = {"fused": fused} if lamb is Lamb else {}
-    engine, optimizer = make_engine(parameters, settings, lamb, **options, **kernel)
+    of_lamb_alone = {} if lamb is Lamb else {"adapt_all"}  # what an ordinary LAMB does anyway
+    arguments = {name: value for name, value in options.items() if name not in of_lamb_alone}
+    engine, optimizer = make_engine(parameters, settings, lamb, **arguments, **kernel)
     old = full_parameters(engine)
     reference = ReferenceLamb(old, LR, **options)
     ratios, worst = [], 0.0
@@ -160,7 +167,10 @@ def parity() -> dict[str, dict[str, Any]]:
     results["fp32 prenormalize"] = run_parity("fp32", config("fp32"), prenormalize=True)
     results["fp32 deepspeed"] = run_parity("fp32", config("fp32"), mode="deepspeed")
     results["fp32 adapt_all clamp"] = run_parity("fp32", config("fp32"), adapt_all=True, clamp=(0.05, 0.1))
-    results["control"] = run_parity("fp32", config("fp32"), lamb=LoopLamb)
+    # The same LAMB, which adapts all and decays nothing, with whole tensors and with flat partitions.
+    ordinary: dict[str, Any] = {"lamb": LoopLamb, "adapt_all": True, "weight_decay": 0.0}
+    results["whole control"] = run_parity("fp32", config("fp32", zero={"stage": 0}), **ordinary)
+    results["control"] = run_parity("fp32", config("fp32"), **ordinary)
     return results
 
 
@@ -316,10 +326,78 @@ def stage_zero() -> dict[str, float]:
     return worst
 
 
+def without_a_compiler() -> dict[str, Any]:
+    """Rank 0 has no C compiler: what fused=True says, and which kernels run, on every rank."""
+    if dist.get_rank() == 0:
+        os.environ["CC"] = "/nonexistent/cc"
+    lamb_native.build.cache_clear()
+    found: dict[str, Any] = {}
+    for name, stage in (("partitioned", 2), ("replicas", 0)):
+        try:
+            make_engine(make_parameters(), config("fp32", zero={"stage": stage}), fused=True)
+            found[f"{name} insisting"] = ""
+        except ValueError as error:
+            found[f"{name} insisting"] = str(error)
+        engine, optimizer = make_engine(make_parameters(), config("fp32", zero={"stage": stage}))
+        found[f"{name} early"] = optimizer.kernel
+        train(engine, range(3))
+        found[f"{name} kernel"], found[name] = optimizer.kernel, full_parameters(engine)
+    os.environ.pop("CC", None)
+    lamb_native.build.cache_clear()
+    return found
+
+
+def collectives() -> dict[str, list[int]]:
+    """How many collectives each of two optimizer steps makes, the engine's own not counted."""
+    counts: dict[str, list[int]] = {}
+    names = (
+        "all_reduce",
+        "all_gather",
+        "all_gather_into_tensor",
+        "broadcast",
+        "reduce_scatter_tensor",
+        "barrier",
+    )
+    originals = {name: getattr(dist, name) for name in names}
+    calls: list[str] = []
+
+    def counted(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for case, stage, options in (
+        ("plain", 2, {}),
+        ("prenormalize", 2, {"prenormalize": True}),
+        ("whole", 0, {}),
+    ):
+        engine, optimizer = make_engine(make_parameters(), config("fp32", zero={"stage": stage}), **options)
+        step, counts[case] = optimizer.step, []
+
+        def counting_step(step: Any = step, case: str = case) -> None:
+            calls.clear()
+            for name in names:
+                setattr(dist, name, counted(name))
+            try:
+                step()
+            finally:
+                for name in names:
+                    setattr(dist, name, originals[name])
+            counts[case].append(len(calls))
+
+        optimizer.step = counting_step
+        train(engine, range(2))
+    return counts
+
+
 def everything_else(folder: str) -> dict[str, Any]:
     return {
         "resume": save_and_resume(folder),
         "overflow": overflow(),
         "stage_zero": stage_zero(),
         "refusals": refusals(),
+        "without_a_compiler": without_a_compiler(),
+        "collectives": collectives(),
     }

@@ -161,7 +161,7 @@ def test_elements_do_not_depend_on_where_they_lie(fused: bool | None) -> None:
     )
     outcomes = []
     for cuts in ([0, n], [0, 1, 2, 37, n], [0, 6_671, 13_339, n], [*range(0, n, 997), n]):
-        passes = choose_passes(fused, "cpu", torch.float32)
+        passes = choose_passes(fused, torch.device("cpu"), torch.float32)
         p, g, m, v = (x.clone() for x in start)
         sums = torch.zeros(1, 2, dtype=torch.float64)
         parts = [Part(p, g, m, v, tuple(Piece(0, a, b) for a, b in pairwise(cuts)), c)]
