@@ -73,7 +73,8 @@ def optimized_parameters(
     """The trainable, non-empty tensors, each once: a tied weight keeps the first of its names.
 
     Raises:
-        ValueError: bare tensors instead of (name, tensor) pairs, two tensors of one name, or none to train.
+        ValueError: bare tensors instead of (name, tensor) pairs, two tensors of one name, FSDP's flat
+            parameters, or none to train.
     """
     first_name: dict[int, str] = {}
     kept: dict[str, torch.Tensor] = {}
@@ -84,6 +85,11 @@ def optimized_parameters(
                 "model.named_parameters(), not model.parameters() (the names decide decay and adaptation)"
             )
         name, parameter = item
+        if name.split(".")[-1] == "_flat_param":
+            raise ValueError(
+                f"{name} is FSDP's flat shard of many tensors, in which Lamb cannot find them: train with "
+                "DeepSpeed's ZeRO stage 1 or 2"
+            )
         if not parameter.requires_grad or parameter.numel() == 0 or id(parameter) in first_name:
             continue
         if name in kept:

@@ -83,6 +83,13 @@ def test_frozen_parameters_are_left_out() -> None:
     assert Lamb(model.named_parameters(), lr=0.1).tensor_names == ("1.weight", "1.bias")
 
 
+def test_refuses_fsdps_flat_parameters() -> None:
+    """They hold shards of many tensors under one name: a trust ratio of such a thing means nothing."""
+    flat = torch.nn.Parameter(torch.ones(6))
+    with pytest.raises(ValueError, match=r"_flat_param is FSDP's.* DeepSpeed's ZeRO stage 1 or 2"):
+        Lamb([("_fsdp_wrapped_module._flat_param", flat)], lr=0.1)
+
+
 def test_partition_pieces() -> None:
     """Tensors of 5, 3 and 9 elements at 0, 8 (3 of padding before) and 11; partitions of 7."""
     geometry = ((4, 0, 2), (0, 8, 11), (5, 3, 9))
