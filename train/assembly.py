@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from transformers import AutoConfig, PreTrainedModel
 
-from data_prep.shard_format import Manifest, TokenizerInfo, read_url, shard_url
+from data_prep.shard_format import Manifest, TokenizerInfo
 from train.clock import Clock
 from train.config import Config
 from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
@@ -28,6 +27,7 @@ from train.models import (
     tokenizer_source,
 )
 from train.order import check_fit, windows_per_shard
+from train.shard_reader import read_histogram
 from train.teacher import Teacher, check_vocabulary, folder_fingerprint
 from train.trainer import DistillationModule, Trainer
 from train.world import World, import_deepspeed
@@ -141,8 +141,7 @@ def build_masker(config: Config, manifest: Manifest) -> Masker:
     """The masker of the recipe, with the corpus's token counts and word boundaries where it wants them."""
     rules, histogram, table = config.masking, None, None
     if rules.smoothing > 0:
-        url = shard_url(config.data.shards, manifest.token_histogram)
-        histogram = np.lib.format.read_array(io.BytesIO(read_url(url)), allow_pickle=False)
+        histogram = read_histogram(config.data.shards, manifest)
     if rules.whole_word:
         table = _continuations(config, manifest.tokenizer)
     return Masker(
@@ -183,6 +182,7 @@ def build_heldout(
         config.data.sequence_length,
         config.evaluation.max_windows,
         cache_dir=config.data.cache_dir,
+        verify=config.data.verify,
     )
     return HeldoutEvaluation(
         input_ids,

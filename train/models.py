@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
-from data_prep.shard_format import Manifest, TokenizerInfo
+from data_prep.shard_format import Manifest, TokenizerInfo, without_scheme
 from train.config import OBJECTIVE_WEIGHTS, Config
 from train.families import family_of
 from train.model_checks import check_models, projection_widths
@@ -110,6 +110,6 @@ def check_sequence_length(student: PreTrainedModel, sequence_length: int) -> Non
 
 def tokenizer_source(config: Config) -> str:
     """Where the tokenizer that goes with the student is: beside the shards, else with the teacher."""
-    beside_shards = Path(config.data.shards, "tokenizer")
+    beside_shards = Path(without_scheme(config.data.shards), "tokenizer")
     names = teacher_names(config)
     return str(beside_shards) if beside_shards.is_dir() or not names else names[0]

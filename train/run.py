@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def run(config: Config) -> int:
     if not config.checkpoint.allow_changed_config:
         refuse_changed_config(run_dir, config)
     world = join_world(config.deepspeed.log_level)
-    with StopRequest() as stop, ExitStack() as opened:
+    with StopRequest() as stop, ExitStack() as opened, _lost_ranks_told(world):
         if world.is_first:
             opened.enter_context(hold(run_dir))
         say = print_on_first(world)
@@ -73,18 +73,25 @@ def run(config: Config) -> int:
         except StoppedAfterSavingError as stopped:
             events.say(str(stopped))
             return STOPPED_AFTER_SAVING
-        except RuntimeError as error:
-            if not _is_from_a_collective(error):
-                raise
-            raise LostRankError(
-                f"rank {world.rank} lost the connection to another rank, which ended or was cut off "
-                f"({str(error).splitlines()[0]}); run again to go on from the newest checkpoint"
-            ) from None
     if world.is_first:
         finish(config, parts, run_dir)
     dist.barrier()
     dist.destroy_process_group()
     return 0
+
+
+@contextmanager
+def _lost_ranks_told(world: World) -> Iterator[None]:
+    """Turn the error of a collective whose other end is gone into one plain message."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_from_a_collective(error):
+            raise
+        raise LostRankError(
+            f"rank {world.rank} lost the connection to another rank, which ended or was cut off "
+            f"({str(error).splitlines()[0]}); run again to go on from the newest checkpoint"
+        ) from None
 
 
 def _train(
