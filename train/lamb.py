@@ -215,7 +215,8 @@ class Lamb(torch.optim.Optimizer):
         group = self.param_groups[0]
         parts = []
         for name, parameter, pieces in entries:
-            state = self.state[parameter]
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None
             ready_state(name, parameter, state)
             c = step_coefficients(
                 lr=float(group["lr"]),
@@ -227,7 +228,7 @@ class Lamb(torch.optim.Optimizer):
                 mode=self._mode,
             )
             # Copies, where a tensor is not contiguous; the parameter's is written back after the step.
-            p, g = (x.detach().contiguous().view(-1) for x in (parameter, parameter.grad))
+            p, g = (x.detach().contiguous().view(-1) for x in (parameter, gradient))
             parts.append(Part(p, g, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), pieces, c))
         return parts
 

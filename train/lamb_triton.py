@@ -13,6 +13,8 @@ small kernel adds those of a tensor in a fixed order. Nothing waits for the devi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -128,16 +130,18 @@ class TritonPasses:
         blocks = self._blocks.shape[0]
         partial = torch.empty(blocks, 2, dtype=torch.float64, device=sums.device)
         norm = self._scalars if grad_norm is None else grad_norm
-        _first_kernel[(blocks,)](
-            self._rows, self._scalars, self._blocks, partial, BLOCK, norm, grad_norm is not None, **LAUNCH
-        )
-        _sum_kernel[(len(self._sizes),)](partial, self._spans, self._rows, sums, SUM_BLOCK)
+        with _launching_on(sums.device):
+            _first_kernel[(blocks,)](
+                self._rows, self._scalars, self._blocks, partial, BLOCK, norm, grad_norm is not None, **LAUNCH
+            )
+            _sum_kernel[(len(self._sizes),)](partial, self._spans, self._rows, sums, SUM_BLOCK)
 
     def second(self, parts: Sequence[Part], rules: Sequence[TensorRule], ratios: torch.Tensor) -> None:
         """Uses the description that `first` made of the same parts."""
         if self._sizes:
             grid = (self._blocks.shape[0],)
-            _second_kernel[grid](self._rows, self._scalars, self._blocks, ratios, BLOCK, **LAUNCH)
+            with _launching_on(ratios.device):
+                _second_kernel[grid](self._rows, self._scalars, self._blocks, ratios, BLOCK, **LAUNCH)
 
     def _describe(self, parts: Sequence[Part], rules: Sequence[TensorRule]) -> None:
         """Put on the device: addresses and scalars of every piece, and, when sizes change, its blocks."""
@@ -159,6 +163,11 @@ class TritonPasses:
             place = torch.arange(int(spans[-1])) - spans[piece_of_block]
             self._spans = spans.to(torch.int32).to(device)
             self._blocks = torch.stack((piece_of_block, place), 1).to(torch.int32).contiguous().to(device)
+
+
+def _launching_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:

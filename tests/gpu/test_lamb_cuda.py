@@ -26,13 +26,14 @@ if not torch.cuda.is_available() and not INTERPRETED:
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
 
-def make_lamb(parameters: dict[str, torch.nn.Parameter], fused: bool, **options: Any) -> Lamb:
-    from train.lamb_triton import TritonPasses
+@pytest.fixture(autouse=True)
+def triton_where_it_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, fused=True means the C loops; here it shall mean Triton."""
+    if DEVICE == "cpu":
+        from train import lamb_passes
+        from train.lamb_triton import TritonPasses
 
-    optimizer = Lamb(parameters.items(), lr=0.01, fused=False, **options)
-    if fused:
-        optimizer._passes = TritonPasses()
-    return optimizer
+        monkeypatch.setattr(lamb_passes, "_fused_passes", lambda device, dtype: TritonPasses())
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["triton", "eager"])
@@ -44,7 +45,7 @@ def make_lamb(parameters: dict[str, torch.nn.Parameter], fused: bool, **options:
 def test_agrees_with_the_reference(options: dict[str, Any], fused: bool) -> None:
     made = {**make_parameters(), "long.weight": torch.nn.Parameter(torch.full((3, 3001), 0.02))}
     parameters = {name: torch.nn.Parameter(p.detach().to(DEVICE)) for name, p in made.items()}
-    optimizer = make_lamb(parameters, fused, **options)
+    optimizer = Lamb(parameters.items(), lr=0.01, fused=fused, **options)
     reference = ReferenceLamb(made, 0.01, **options)
     for step in range(3):
         gradients = {**make_gradients(step), "long.weight": torch.linspace(-1, 1, 9003).view(3, 3001)}
@@ -58,15 +59,30 @@ def test_agrees_with_the_reference(options: dict[str, Any], fused: bool) -> None
             difference = (p.detach().cpu() - reference.parameters[name]).abs()
             unit = ulp(torch.maximum(old[name].abs(), reference.updates[name].abs().float()))
             assert float((difference / unit).max()) <= 4, name
+    assert optimizer.kernel == ("triton" if fused else "eager")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_another_device_than_the_current_one() -> None:
+    outcomes = []
+    for device in ("cuda:0", "cuda:1"):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 9003, device=device).view(3, 3001))
+        weight.grad = torch.ones_like(weight)
+        optimizer = Lamb([("weight", weight)], lr=0.01, fused=True)
+        optimizer.step()
+        assert optimizer.kernel == "triton"
+        outcomes.append(weight.detach().cpu())
+    assert torch.equal(*outcomes)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_no_host_synchronisation() -> None:
     parameters = {name: torch.nn.Parameter(p.detach().to(DEVICE)) for name, p in make_parameters().items()}
-    optimizer = make_lamb(parameters, fused=True)
+    optimizer = Lamb(parameters.items(), lr=0.01, fused=True)
     for name, gradient in make_gradients(3).items():
         parameters[name].grad = gradient.to(DEVICE)
     optimizer.step()
+    assert optimizer.kernel == "triton"
     torch.cuda.set_sync_debug_mode("error")
     try:
         optimizer.step()
