@@ -99,6 +99,19 @@ def test_partition_pieces() -> None:
     assert partition_pieces(*geometry, 21, 7) == ()
 
 
+def test_a_bound_optimizer_chooses_no_kernel_of_its_own_later() -> None:
+    """Ranks that chose again, each for itself, could part ways."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = Lamb([("weight", weight)], lr=0.1)
+    optimizer.bind(SimpleNamespace(optimizer=optimizer))
+    assert optimizer.kernel in {"native", "eager"}
+    weight.data = weight.data.double()
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(ValueError, match=r"float64 on cpu: call bind\(engine\) again, on every rank"):
+        optimizer.step()
+    assert optimizer.state[weight]["step"] == 0
+
+
 def _zero(optimizer: Lamb, parameter: torch.Tensor, **settings: Any) -> Any:
     """What bind reads of DeepSpeed's ZeRO-1/2 wrapper."""
     wrapper = SimpleNamespace(
