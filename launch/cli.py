@@ -6,7 +6,9 @@ continue; 1 anything else. Under a launcher every rank meets the same error: ran
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +26,10 @@ SECONDS_FOR_RANK_0 = 4.0
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, each flag with its type and default."""
+
+
 def parse_config(arguments: Sequence[str], description: str) -> Config:
     """The configuration of a command line: defaults < `--config` files < `--section.key=value`.
 
@@ -32,7 +38,12 @@ def parse_config(arguments: Sequence[str], description: str) -> Config:
         SystemExit: after `--help`.
     """
     parser = jsonargparse.ArgumentParser(
-        description=description, exit_on_error=False, default_env=False, prog=os.path.basename(sys.argv[0])
+        description=description,
+        exit_on_error=False,
+        default_env=False,
+        prog=os.path.basename(sys.argv[0]),
+        formatter_class=_Help,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML recipe; later ones override earlier ones.")
     parser.add_class_arguments(Config, None)
@@ -59,5 +70,9 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
             time.sleep(SECONDS_FOR_RANK_0)
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = BAD_USAGE if isinstance(error, (ValueError, *BAD_PATHS)) else 1
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr, flush=True)
+        code = 128 + signal.SIGINT
     sys.stdout.flush()
     sys.exit(code)

@@ -16,6 +16,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,6 +34,8 @@ from train.run_folder import hold, write_json
 
 VOCABULARY = 8000
 RANKS = 2
+SEQUENCE_LENGTH = 64
+HELDOUT_FRACTION = 0.02
 STEPS = {"teacher": 900, "student": 300, "control": 300}
 MASKED_SENTENCE = "Returns a new [MASK] with the same shape as the input."
 
@@ -63,10 +66,12 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"--scale {options.scale}: give a share above 0, at most 1")
     start = time.monotonic()
     with hold(options.out):
-        _refuse_other_options(options.out, {"scale": options.scale, "source": options.source})
+        chosen = {"scale": options.scale, "source": options.source}
+        _refuse_other_options(options.out, chosen)
         todo = stages(options.out, options.scale, options.source)
         for number, stage in enumerate(todo, start=1):
             did_work = _run_stage(f"[{number}/{len(todo)}]", stage, options.out / "stages")
+            write_json(options.out / "options.json", chosen)
     if not did_work:  # else it stands just above
         print((options.out / "report.txt").read_text().rstrip())
     print(f"fill-mask:   {(options.out / 'fill_mask.txt').read_text().rstrip()}")
@@ -81,7 +86,7 @@ def stages(out: Path, scale: float, source: str) -> list[Stage]:
     """The stages in their order."""
     python, tokenizer, shards = sys.executable, out / "tokenizer", out / "shards"
     first: list[Stage] = []
-    corpus: str | Path = Path(source) if Path(source).exists() else source
+    corpus: str | Path = source if source.startswith("hub:") else Path.cwd() / source
     if source == "installed-docs":
         corpus = out / "corpus.jsonl"
         title = "English documentation inside the installed packages"
@@ -106,20 +111,7 @@ def stages(out: Path, scale: float, source: str) -> list[Stage]:
             f"a WordPiece vocabulary of {VOCABULARY:,} entries",
             command("data_prep/train_tokenizer.py", corpus, "--vocab-size", VOCABULARY, "--out", tokenizer),
         ),
-        Stage(
-            "shards",
-            "tokenised WebDataset shards, train and held-out",
-            command(
-                "data_prep/write_shards.py",
-                corpus,
-                "--tokenizer",
-                tokenizer,
-                "--out",
-                shards,
-                "--shard-tokens",
-                1_000_000,
-            ),
-        ),
+        Stage("shards", "tokenised WebDataset shards, train and held-out", lambda: make_shards(corpus, out)),
         Stage("teacher", "a 4-layer BERT, masked-language modelling", pretrain("teacher")),
         Stage("student", "half its layers, triple loss, LAMB, ZeRO-2 on two ranks", pretrain("student")),
         Stage("control", "the student's shape from random weights, no teacher", pretrain("control")),
@@ -130,6 +122,23 @@ def stages(out: Path, scale: float, source: str) -> list[Stage]:
             command("launch/report.py", *runs, "--out", out, "--curves", out / "teacher"),
         ),
     ]
+
+
+def make_shards(corpus: str | Path, out: Path) -> None:
+    """Shards of the corpus, with enough held out to score on."""
+    from data_prep.shard_format import Manifest
+
+    words = ["--tokenizer", out / "tokenizer", "--out", out / "shards", "--shard-tokens", 1_000_000]
+    # A text file is cut at its blank lines: as one document it would be all held out or not at all.
+    words += ["--txt-documents", "block", "--heldout-fraction", HELDOUT_FRACTION]
+    _run(sys.executable, "data_prep/write_shards.py", corpus, *words)
+    heldout = sum(shard.tokens for shard in Manifest.load(str(out / "shards")).splits["heldout"])
+    if heldout < SEQUENCE_LENGTH:
+        shutil.rmtree(out / "shards")
+        raise ValueError(
+            f"the source has too little text: {heldout} tokens were held out, and scoring needs {SEQUENCE_LENGTH}; "
+            "give more documents (in .txt files a blank line ends one)"
+        )
 
 
 def write_corpus(path: Path) -> None:
@@ -214,7 +223,6 @@ def _refuse_other_options(out: Path, options: dict[str, object]) -> None:
         raise ValueError(
             f"{out} was started with {before}: use that again, remove the folder, or give another --out"
         )
-    write_json(path, options)
 
 
 def _deepspeed(*words: object) -> None:
@@ -229,7 +237,9 @@ def _deepspeed(*words: object) -> None:
 def _run(*words: object) -> None:
     """Run a command from the repository root, its output shown; its end ends this program if it failed."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    command = [str(word.resolve() if isinstance(word, Path) else word) for word in words]
+    if any(str(word).startswith("hub:") for word in words):
+        del environment["HF_HUB_OFFLINE"]
+    command = [str(Path.cwd() / word if isinstance(word, Path) else word) for word in words]
     with subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=_end_with_parent) as process:
         try:
             code = process.wait()

@@ -35,6 +35,10 @@ def main(arguments: Sequence[str]) -> int:
     from train.world import quiet_libraries
 
     quiet_libraries()
+    options.runs, options.curves = (
+        [run.resolve() for run in runs] for runs in (options.runs, options.curves)
+    )
+    refuse_unclear_names([*options.runs, *options.curves])
     configs = [read_run_config(run, lambda words: parse_config(words, "")) for run in options.runs]
     compared = compare(options.runs, configs, say=lambda line: print(line, flush=True))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -50,6 +54,18 @@ def main(arguments: Sequence[str]) -> int:
     (options.out / "report.txt").write_text(text)
     print(text, end="")
     return 0
+
+
+def refuse_unclear_names(runs: Sequence[Path]) -> None:
+    """ValueError where a run is missing, or two rows or curves would have the same name."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if not (run / "metrics.jsonl").exists():
+            raise ValueError(f"{run} is not a run folder: it holds no metrics.jsonl")
+        if names.count(run.name) > 1:
+            raise ValueError(
+                f"two runs are named {run.name!r}; rename a folder, since rows and curves go by that name"
+            )
 
 
 def table_of(models: list[dict[str, object]]) -> str:

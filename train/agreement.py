@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -14,18 +15,22 @@ from train.config import Config
 from train.run_folder import flatten, provenance
 from train.world import World
 
+Result = TypeVar("Result")
+
+
+def manifest_digest(shards: str) -> str:
+    """Digest of the shards' manifest; "unreadable" where there is none, of which assembling says more."""
+    try:
+        return Manifest.load(shards).digest()
+    except (OSError, ValueError):
+        return "unreadable"
+
 
 def start_up_facts(config: Config) -> dict[str, str]:
     """What must be the same on every rank, by name."""
-    try:
-        manifest = Manifest.load(config.data.shards).digest()
-    except (OSError, ValueError):
-        manifest = (
-            "unreadable"  # the same on all ranks: assembling says more; else the comparison names the rank
-        )
     return {
         **{key: json.dumps(value) for key, value in flatten(dataclasses.asdict(config)).items()},
-        f"manifest of {config.data.shards}": manifest,
+        f"manifest of {config.data.shards}": manifest_digest(config.data.shards),
         **provenance(),
     }
 
@@ -47,6 +52,21 @@ def refuse_differences(facts: dict[str, str], world: World) -> None:
             "the ranks differ, and would train something that nobody asked for; make them equal:\n  "
             + "\n  ".join(differences[:10])
         )
+
+
+def on_first_rank(world: World, action: Callable[[], Result]) -> Result | None:
+    """Do something on rank 0 alone; a user's error there is raised on every rank, so that none is left waiting."""
+    result: Result | None = None
+    fault: list[str | None] = [None]
+    if world.is_first:
+        try:
+            result = action()
+        except (ValueError, OSError) as error:
+            fault = [str(error)]
+    dist.broadcast_object_list(fault)
+    if fault[0] is not None:
+        raise ValueError(fault[0])
+    return result
 
 
 def _short(value: str | None) -> str:

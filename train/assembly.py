@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, PreTrainedModel
+import pydantic
+from transformers import PreTrainedModel
 
 from data_prep.shard_format import Manifest, TokenizerInfo
 from train.clock import Clock
@@ -23,6 +24,7 @@ from train.models import (
     build_teacher,
     check_sequence_length,
     needs_teacher,
+    teacher_config,
     teacher_names,
     tokenizer_source,
 )
@@ -31,6 +33,9 @@ from train.shard_reader import read_histogram
 from train.teacher import Teacher, check_vocabulary, folder_fingerprint
 from train.trainer import DistillationModule, Trainer
 from train.world import World, import_deepspeed
+
+# Sanh et al. 2019; where the recipe gives neither training.epochs nor training.max_steps.
+PUBLISHED_EPOCHS = 3.0
 
 
 @dataclass
@@ -76,7 +81,7 @@ def assemble(config: Config, world: World, load_universal: bool = False) -> Part
     masker = build_masker(config, manifest)
     schedule = build_schedule(config, loader.steps_per_epoch)
     for name in teacher_names(config):
-        check_vocabulary(name, AutoConfig.from_pretrained(name), folder_fingerprint(name), manifest.tokenizer)
+        check_vocabulary(name, teacher_config(name), folder_fingerprint(name), manifest.tokenizer)
     teacher = build_teacher(config, world) if needs_teacher(config) else None
     student = build_student(config, manifest)
     objective = build_objective(config, student, teacher)
@@ -120,14 +125,16 @@ def load_manifest(shards: str) -> Manifest:
         ) from None
 
 
+def engine_template(config: Config, world: World) -> dict[str, Any]:
+    """DeepSpeed's JSON as the user gave it, or the shipped one for this device."""
+    return read_engine_config(config.deepspeed.config or default_engine_config(world.device.split(":")[0]))
+
+
 def engine_config_for(config: Config, world: World) -> dict[str, Any]:
     """DeepSpeed's JSON with the recipe's numbers filled in."""
     training = config.training
-    template = read_engine_config(
-        config.deepspeed.config or default_engine_config(world.device.split(":")[0])
-    )
     return resolve_engine_config(
-        template,
+        engine_template(config, world),
         global_batch_size=training.global_batch_size,
         micro_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=check_fit(
@@ -157,7 +164,8 @@ def build_masker(config: Config, manifest: Manifest) -> Masker:
 
 def build_schedule(config: Config, steps_per_epoch: int) -> dict[str, Any]:
     """peak, warmup_steps, total_steps and decay_power for train/schedule.py."""
-    total = config.training.max_steps or max(1, int(config.training.epochs * steps_per_epoch))
+    epochs = PUBLISHED_EPOCHS if config.training.epochs is None else config.training.epochs
+    total = config.training.max_steps or max(1, int(epochs * steps_per_epoch))
     warmup = config.schedule.warmup_steps
     if warmup is not None and warmup > total:
         raise ValueError(f"schedule.warmup_steps={warmup} is more than the run's {total} steps; give fewer")
@@ -209,7 +217,11 @@ def start_engine(config: Config, module: DistillationModule, engine_config: dict
         prenormalize=settings.prenormalize,
     )
     deepspeed = import_deepspeed(config.deepspeed.log_level)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config)
+    try:
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config)
+    except pydantic.ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"deepspeed.config: DeepSpeed refuses {faults}") from None
     optimizer.bind(engine)
     return engine
 

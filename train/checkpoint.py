@@ -79,22 +79,22 @@ def save_checkpoint(
     world_size: int,
     retention: Retention,
     heldout_mlm_loss: float | None = None,
+    description: Path | None = None,
 ) -> Written:
     """Write checkpoint `folder`/step-NNNNNNNN, then remove superfluous ones; every rank calls this.
 
     Args:
         heldout_mlm_loss: of this step, where it was evaluated: the best checkpoint is kept.
+        description: folder copied into the checkpoint, with which it can be exported wherever it is moved.
     Raises:
         CheckpointNotWrittenError: on every rank, where any rank could not write; nothing is left half-written.
     """
     start = time.perf_counter()
     partial, name = folder / ".partial", checkpoint_name(state.step)
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    fault = _save_engine(engine, partial, name, state)
-    if _any_fault(fault) is None and dist.get_rank() == 0:
+    fault = _any_fault(_make_folder(partial / name, description) if dist.get_rank() == 0 else None)
+    if fault is None:
+        fault = _any_fault(_save_engine(engine, partial, name, state))
+    if fault is None and dist.get_rank() == 0:
         facts = {**asdict(state), "world_size": world_size, "heldout_mlm_loss": heldout_mlm_loss}
         fault = _complete(partial / name, facts)
     if (first := _any_fault(fault)) is not None:
@@ -119,6 +119,18 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
         if fault is None:
             return candidate
         say(f"{candidate} is passed over: {fault}")
+    return None
+
+
+def _make_folder(folder: Path, description: Path | None) -> str | None:
+    """What went wrong, or None."""
+    try:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if description is not None:
+            shutil.copytree(description, folder / description.name)
+    except OSError as error:
+        return f"rank 0: {error}"
     return None
 
 

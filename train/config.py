@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from data_prep.shard_format import is_remote
+
 
 def _require(condition: bool, name: str, value: object, remedy: str) -> None:
     if not condition:
@@ -69,14 +71,21 @@ class ModelConfig:
                 self.scratch,
                 "with model.teacher=null say what to train, for example {model_type: bert, hidden_size: 256}",
             )
-            for name, unset in (
-                ("student_layers", None),
-                ("teacher_weights", None),
-                ("teacher_compile", False),
+            unset = ModelConfig.__dataclass_fields__
+            for name in (
+                "student_layers",
+                "student_width",
+                "teacher_weights",
+                "teacher_dtype",
+                "teacher_compile",
+                "layer_map",
             ):
                 value = getattr(self, name)
                 _require(
-                    value == unset, f"model.{name}", value, "has no effect without model.teacher; remove it"
+                    value == unset[name].default,
+                    f"model.{name}",
+                    value,
+                    "has no effect without model.teacher",
                 )
         else:
             _require(
@@ -121,6 +130,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "data", "lanes")
         _require(self.sequence_length >= 8, "data.sequence_length", self.sequence_length, "give at least 8")
+        _require(
+            self.cache_dir is None or is_remote(self.shards),
+            "data.cache_dir",
+            self.cache_dir,
+            f"has no effect with the local data.shards={self.shards!r}; remove it",
+        )
         _require(0 <= self.seed < 2**31, "data.seed", self.seed, "give a number from 0 to 2147483647")
 
 
@@ -198,6 +213,12 @@ class ObjectiveConfig:
             "has no effect with objective.kd_weight=0; remove it",
         )
         _require(
+            self.kd_weight > 0 or self.temperature == ObjectiveConfig.temperature,
+            "objective.temperature",
+            self.temperature,
+            "has no effect with objective.kd_weight=0; remove it",
+        )
+        _require(
             bool(self.layer_pairs) == (self.layer_cosine_weight > 0),
             "objective.layer_pairs",
             self.layer_pairs,
@@ -271,17 +292,23 @@ class TrainingConfig:
     micro_batch_size: int = 32
     """Sequences that one rank passes through the models at a time; the accumulation is derived."""
 
-    epochs: float = 3.0
-    """Passes over the corpus (the original code's 3); not used where max_steps is given."""
+    epochs: float | None = None
+    """Passes over the corpus; null: 3, as in the original code, unless max_steps is given."""
 
     max_steps: int | None = None
-    """Optimizer steps of the run; null: as many as `epochs` needs."""
+    """Optimizer steps of the run, in place of `epochs`."""
 
     gradient_clipping: float = 1.0
     """Largest global gradient norm (NVIDIA's LAMB recipe); 0: not clipped."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "training", "global_batch_size", "micro_batch_size", "epochs", "max_steps")
+        _require(
+            self.epochs is None or self.max_steps is None,
+            "training.epochs",
+            self.epochs,
+            f"has no effect beside training.max_steps={self.max_steps}; remove one",
+        )
         _require(
             self.gradient_clipping >= 0,
             "training.gradient_clipping",

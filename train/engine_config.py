@@ -90,10 +90,17 @@ def resolve_engine_config(
         raise ValueError(
             f'deepspeed.config: nothing fills in "auto" at {", ".join(left)}; give a value there'
         )
-    stage = resolved.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2):
+    zero = resolved.get("zero_optimization")
+    if not isinstance(zero, dict):
         raise ValueError(
-            f"deepspeed.config: zero_optimization.stage={stage!r}; LAMB is exact at stages 0, 1 and 2"
+            f'deepspeed.config: zero_optimization={zero!r}; give an object such as {{"stage": 2}}'
+        )
+    # DeepSpeed keeps a list of the optimizer classes it knows; LAMB's state is its own.
+    resolved["zero_allow_untested_optimizer"] = True
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2):
+        raise ValueError(
+            f"deepspeed.config: zero_optimization.stage={stage!r}; this trainer runs stages 1 and 2"
         )
     return resolved
 

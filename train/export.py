@@ -16,17 +16,21 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTra
 from train.checkpoint import newest_checkpoint
 from train.world import import_deepspeed
 
-# Beside the checkpoints: the student's config.json and its tokenizer, written when the run starts.
+# Inside each checkpoint: the student's config.json and its tokenizer.
 DESCRIPTION = "student-config"
 PREFIX = "student."
 
 
 def save_student_description(run_dir: Path, student: PreTrainedModel, tokenizer_source: str) -> None:
-    """Leave what an export needs beside the weights, so that a checkpoint can be exported without the teacher
-    or the shards."""
-    folder = run_dir / "checkpoints" / DESCRIPTION
+    """Leave what each checkpoint takes along, so that it can be exported without the teacher or the shards."""
+    folder = description_folder(run_dir)
     student.config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(folder)
+
+
+def description_folder(run_dir: Path) -> Path:
+    """Where a run keeps the student's config.json and tokenizer for its checkpoints."""
+    return run_dir / "checkpoints" / DESCRIPTION
 
 
 def find_checkpoint(run_or_checkpoint: Path) -> Path:
@@ -50,6 +54,10 @@ def load_student(checkpoint: Path) -> PreTrainedModel:
     The weights are the optimizer's fp32 master copy, gathered from the partitions of all ranks, not the
     engine's rounded fp16 or bf16 ones.
     """
+    if not (checkpoint / DESCRIPTION / "config.json").exists():
+        raise ValueError(
+            f"{checkpoint} lacks {DESCRIPTION}/config.json: it is not a whole checkpoint of this project"
+        )
     import_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -58,7 +66,7 @@ def load_student(checkpoint: Path) -> PreTrainedModel:
         contextlib.redirect_stderr(io.StringIO()),
     ):  # it is talkative
         state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    config = AutoConfig.from_pretrained(checkpoint.parent / DESCRIPTION)
+    config = AutoConfig.from_pretrained(checkpoint / DESCRIPTION)
     student = AutoModelForMaskedLM.from_config(config).float()
     weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     student.load_state_dict(weights)
@@ -81,7 +89,7 @@ def export_checkpoint(checkpoint: Path, out: Path, summary: Mapping[str, Any] | 
     shutil.rmtree(partial, ignore_errors=True)
     student = load_student(checkpoint)
     student.save_pretrained(partial, safe_serialization=True)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.parent / DESCRIPTION)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / DESCRIPTION)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(model_card(student, checkpoint, summary))
     difference = _largest_difference(student, AutoModelForMaskedLM.from_pretrained(partial).eval())

@@ -6,6 +6,7 @@ Rank 0 opens `RunEvents`; the other ranks hold a `NoEvents`, so that the trainer
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -62,7 +63,9 @@ class RunEvents:
         self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor] = {}
     ) -> None:
         """One row: scalars to all readers, histograms (any shape) to TensorBoard alone."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no NaN and no infinity: null stands for both.
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         for key, value in values.items():
             self._board.add_scalar(board_tag(key), value, step)
         for key, tensor in histograms.items():

@@ -52,6 +52,18 @@ def teacher_names(config: Config) -> list[str]:
     return [teacher] if isinstance(teacher, str) else list(teacher or [])
 
 
+def teacher_config(name: str) -> Any:
+    """The Hugging Face config of a teacher; ValueError naming model.teacher where there is none to be had."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.teacher={name!r}: no Hugging Face folder of that name here, and none from the hub ({reason}); give "
+            "the folder of a masked language model, or the name of one on the hub"
+        ) from None
+
+
 def build_objective(config: Config, student: PreTrainedModel, teacher: Teacher | None) -> DistillationLoss:
     """The objective of the recipe, checked against the models that it compares."""
     settings = asdict(config.objective)

@@ -20,6 +20,11 @@ from train.signals import StopRequest
 from train.trainer import Trainer
 from train.world import World, agree_to_stop
 
+NON_FINITE_REMEDY = (
+    "Lower optimizer.lr or lengthen schedule.warmup_steps, then start again (a changed rate needs "
+    "--checkpoint.allow_changed_config=true, or another run.dir)"
+)
+
 # Sections of the clock that are left out of a step's throughput.
 BESIDE_TRAINING = ("evaluation", "checkpoint")
 
@@ -109,8 +114,7 @@ class Logging:
         fp16 = getattr(self.trainer.engine, "fp16_enabled", lambda: False)()
         if not math.isfinite(loss) and not fp16:
             raise NonFiniteError(
-                f"the loss is {loss} at step {state.step}: lower optimizer.lr or lengthen schedule.warmup_steps, "
-                "then start again; checkpoints written before are intact"
+                f"the loss is {loss} at step {state.step} or shortly before. {NON_FINITE_REMEDY}"
             )
 
 
@@ -167,6 +171,10 @@ class Evaluating:
         with self.clock.host_section("evaluation"):
             row = self.score()
         self._newest = (state.step, row["heldout_mlm_loss"])
+        if not math.isfinite(row["heldout_mlm_loss"]):
+            raise NonFiniteError(
+                f"the held-out loss is {row['heldout_mlm_loss']} at step {state.step}. {NON_FINITE_REMEDY}"
+            )
         # The teacher does not change: its own scores stand in the first row alone.
         self.events.row(state.step, row if first else {k: v for k, v in row.items() if "teacher" not in k})
 
@@ -188,11 +196,12 @@ class Checkpointing:
         stop_after_failures: int,
         total_steps: int,
         heldout: Callable[[int], float | None],
+        description: Path,
     ) -> None:
         self.engine, self.folder, self.events, self.clock = engine, folder, events, clock
         self.world, self.stop = world, stop
         self.every_steps, self.retention, self.total_steps = every_steps, retention, total_steps
-        self.stop_after_failures, self.heldout = stop_after_failures, heldout
+        self.stop_after_failures, self.heldout, self.description = stop_after_failures, heldout, description
         self._failures = 0
         # Ranks agree through gloo, on the host: with NCCL every step would wait for the device.
         self._group = dist.new_group(backend="gloo") if world.world_size > 1 else None
@@ -217,10 +226,17 @@ class Checkpointing:
 
     def _save(self, state: TrainState, must_succeed: bool) -> None:
         heldout = self.heldout(state.step)
+        self._refuse_non_finite_weights(state)
         try:
             with self.clock.host_section("checkpoint"):
                 written = save_checkpoint(
-                    self.engine, self.folder, state, self.world.world_size, self.retention, heldout
+                    self.engine,
+                    self.folder,
+                    state,
+                    self.world.world_size,
+                    self.retention,
+                    heldout,
+                    self.description,
                 )
         except CheckpointNotWrittenError as error:
             self._failures += 1
@@ -232,6 +248,15 @@ class Checkpointing:
         self.events.row(
             state.step, {"time_checkpoint": written.seconds, "checkpoint_gib": written.bytes / 2**30}
         )
+
+    def _refuse_non_finite_weights(self, state: TrainState) -> None:
+        """A checkpoint of weights that are no numbers would push out the good ones."""
+        sums = [parameter.detach().double().sum() for parameter in self.engine.module.parameters()]
+        if not bool(torch.isfinite(torch.stack(sums)).all()):
+            raise NonFiniteError(
+                f"weights have become infinite or NaN by step {state.step}; nothing is saved over the checkpoints "
+                f"before. {NON_FINITE_REMEDY}"
+            )
 
 
 def _memory_gib(device: str) -> float:

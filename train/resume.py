@@ -56,7 +56,15 @@ def load_checkpoint(
         source = _convert(checkpoint)
     else:
         say(f"continuing from {checkpoint}")
-    path, client_state = engine.load_checkpoint(str(source.parent), tag=source.name)
+    try:
+        path, client_state = engine.load_checkpoint(str(source.parent), tag=source.name)
+    except RuntimeError as error:
+        if "state_dict" not in str(error) and "size" not in str(error):
+            raise
+        raise ValueError(
+            f"{checkpoint} holds another model than the configuration describes "
+            f"({' '.join(str(error).split())[:200]}); give the model.* keys it was trained with, or another run.dir"
+        ) from None
     if path is None:
         raise ValueError(
             f"{checkpoint}: DeepSpeed found nothing to load there; remove the folder and start again"
@@ -81,7 +89,7 @@ def _convert(checkpoint: Path) -> Path:
         command += ["--input_folder", str(checkpoint), "--output_folder", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            failure = [done.stderr.strip().splitlines()[-1]]
+            failure = [(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]]
     dist.broadcast_object_list(failure)
     if failure[0] is not None:
         raise ValueError(

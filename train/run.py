@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from train.agreement import refuse_differences, start_up_facts
-from train.assembly import Parts, assemble
+from train.agreement import manifest_digest, on_first_rank, refuse_differences, start_up_facts
+from train.assembly import Parts, assemble, engine_template
 from train.checkpoint import Retention, TrainState, newest_checkpoint
 from train.config import Config
 from train.errors import LostRankError
-from train.export import export_checkpoint, save_student_description
+from train.export import description_folder, export_checkpoint, save_student_description
 from train.heartbeat import Heartbeat
+from train.launcher_watch import LauncherWatch
 from train.metrics import Events, NoEvents, RunEvents, read_rows
 from train.observers import (
     Checkpointing,
@@ -26,7 +27,15 @@ from train.observers import (
     StoppedAfterSavingError,
 )
 from train.resume import agree_on_checkpoint, load_checkpoint, needs_conversion
-from train.run_folder import hold, provenance, read_summary, refuse_changed_config, write_configs, write_json
+from train.run_folder import (
+    hold,
+    provenance,
+    read_summary,
+    refuse_changed_config,
+    refuse_changed_inputs,
+    write_configs,
+    write_json,
+)
 from train.signals import STOPPED_AFTER_SAVING, StopRequest
 from train.trainer import Observer
 from train.world import World, join_world
@@ -42,9 +51,14 @@ def run(config: Config) -> int:
     if not config.checkpoint.allow_changed_config:
         refuse_changed_config(run_dir, config)
     world = join_world(config.deepspeed.log_level)
-    with StopRequest() as stop, ExitStack() as opened, _lost_ranks_told(world):
-        if world.is_first:
-            opened.enter_context(hold(run_dir))
+    inputs = {
+        "data.shards": manifest_digest(config.data.shards),
+        "deepspeed.config": engine_template(config, world),
+    }
+    if not config.checkpoint.allow_changed_config:
+        refuse_changed_inputs(run_dir, inputs)
+    with StopRequest() as stop, LauncherWatch(stop), ExitStack() as opened, _lost_ranks_told(world):
+        on_first_rank(world, lambda: opened.enter_context(hold(run_dir)))
         say = print_on_first(world)
         checkpoint = agree_on_checkpoint(run_dir / "checkpoints", say)
         refuse_differences(start_up_facts(config), world)
@@ -54,11 +68,7 @@ def run(config: Config) -> int:
         if state.step >= total_steps and read_summary(run_dir) is not None:
             say(f"{run_dir} is finished: {state.step} steps; give another run.dir to start anew")
             return 0
-        events: Events = NoEvents()
-        if world.is_first:
-            write_configs(run_dir, config, parts.engine_config)
-            save_student_description(run_dir, parts.student, parts.tokenizer_source)
-            events = RunEvents(run_dir, run_dir.name, state.step, total_steps)
+        events = on_first_rank(world, lambda: _open_run(config, parts, inputs, state)) or NoEvents()
         opened.callback(events.close)
         opened.enter_context(
             Heartbeat(
@@ -73,11 +83,17 @@ def run(config: Config) -> int:
         except StoppedAfterSavingError as stopped:
             events.say(str(stopped))
             return STOPPED_AFTER_SAVING
-    if world.is_first:
-        finish(config, parts, run_dir)
-    dist.barrier()
+        on_first_rank(world, lambda: finish(config, parts, run_dir))
     dist.destroy_process_group()
     return 0
+
+
+def _open_run(config: Config, parts: Parts, inputs: Mapping[str, Any], state: TrainState) -> Events:
+    """Write what describes the run, and open where its rows go."""
+    run_dir = Path(config.run.dir)
+    write_configs(run_dir, config, parts.engine_config, inputs)
+    save_student_description(run_dir, parts.student, parts.tokenizer_source)
+    return RunEvents(run_dir, run_dir.name, state.step, parts.trainer.schedule["total_steps"])
 
 
 @contextmanager
@@ -138,6 +154,7 @@ def _train(
             stop_after_failures=config.checkpoint.stop_after_failures,
             total_steps=total_steps,
             heldout=heldout_at,
+            description=description_folder(Path(config.run.dir)),
         )
     )
     return trainer.train(state, observers)

@@ -1,6 +1,7 @@
 """What a run leaves behind, and how a second start recognises it.
 
 RUN/config.yaml  RUN/ds_config.json   resolved configs, with the versions and the commit
+RUN/inputs.json                       digest of the shards' manifest, DeepSpeed's JSON as it was given
 RUN/metrics.jsonl  RUN/tensorboard/   train/metrics.py
 RUN/checkpoints/step-NNNNNNNN/        train/checkpoint.py
 RUN/student/                          train/export.py
@@ -17,9 +18,10 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -74,34 +76,69 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path, wait_s: float = 20.0) -> Iterator[None]:
     """Keep every other job out of a folder; a killed job's hold ends with it.
 
+    Args:
+        wait_s: how long to wait for a job that is just stopping and saving.
     Raises:
-        ValueError: another process holds the folder.
+        ValueError: another process holds the folder, or it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be used as a folder: {error.strerror}; choose another") from None
     with (folder / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            raise ValueError(
-                f"{folder} is in use by another job ({holder}): wait for its end, stop it, or choose another folder"
-            ) from None
+        deadline = time.monotonic() + wait_s
+        while not _locked(lock):
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                holder = lock.read().strip() or "unknown"
+                raise ValueError(
+                    f"{folder} is in use by another job ({holder}): wait for its end, stop it, or choose another folder"
+                )
+            time.sleep(0.2)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
         yield
 
 
-def write_configs(run_dir: Path, config: Config, engine_config: Mapping[str, Any]) -> None:
-    """Leave both resolved configs, with the versions and the commit, in the run folder."""
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def refuse_changed_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> None:
+    """ValueError where the shards' manifest or DeepSpeed's JSON is not what the run was started with.
+
+    Args:
+        inputs: name -> JSON value; kept in RUN/inputs.json by `write_configs`.
+    """
+    path = run_dir / "inputs.json"
+    if not path.exists():
+        return
+    before = json.loads(path.read_text())
+    changed = [name for name, value in inputs.items() if before.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"{run_dir} holds a run that was started with other contents of {' and '.join(changed)}: give another "
+            "run.dir, restore what was there, or --checkpoint.allow_changed_config=true to go on anyway"
+        )
+
+
+def write_configs(
+    run_dir: Path, config: Config, engine_config: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> None:
+    """Leave both resolved configs, with the versions and the commit, and what they name, in the run folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
     header = "".join(f"# {name}: {version}\n" for name, version in provenance().items())
     write_atomically(run_dir / "config.yaml", header + yaml.safe_dump(_plain(config), sort_keys=False))
     write_json(run_dir / "ds_config.json", dict(engine_config))
+    write_json(run_dir / "inputs.json", dict(inputs))
 
 
 def refuse_changed_config(run_dir: Path, config: Config) -> None:

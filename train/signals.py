@@ -24,6 +24,11 @@ class StopRequest:
     def requested(self) -> bool:
         return self._first is not None
 
+    def ask(self) -> None:
+        """Ask for a stop as a first signal does."""
+        if self._first is None:
+            self._first = time.monotonic()
+
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         return self

@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_prep.shard_format import Manifest
@@ -28,6 +29,7 @@ from tests.distributed.pretraining import (
     weights,
 )
 from train.metrics import read_rows
+from train.run_folder import hold
 
 KILLS = int(os.environ.get("HALFLING_KILLS", "10"))
 
@@ -139,6 +141,51 @@ def test_a_frozen_rank_ends_the_job_by_name(settings: list[str], tmp_path: Path)
     assert code != 0, rest  # the launcher passes on one rank's end: ours, or that of the one killed
     assert "rank 1 on" in lines[-1]
     assert "has not been heard of for" in lines[-1]
+
+
+def test_ranks_stop_after_saving_when_their_launcher_is_killed(settings: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = start(settings, run_dir, 2, "--training.max_steps=100000", "--checkpoint.every_steps=100000")
+    wait_for(run_dir / "metrics.jsonl", job, lambda: _logged(run_dir, 4))
+    ranks = ranks_of(job)
+    job.kill()  # the `deepspeed` command alone; what it started goes on without it
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
+    (saved,) = (run_dir / "checkpoints").glob("step-*")
+    assert (saved / "complete.json").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(settings: list[str], tmp_path: Path) -> None:
+    words = ["--optimizer.lr=1e30", "--optimizer.weight_decay=1e10", "--run.log_every_steps=20"]
+    code, output = finish(start([*settings, *words], tmp_path, 1, "--checkpoint.every_steps=2"))
+    assert code == 1, output
+    assert output.count("error:") == 1
+    assert "infinite or NaN by step 2" in output
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_shards_rewritten_under_a_run_are_refused(
+    settings: list[str], undisturbed: Path, shards_folder: str, tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(shards_folder, shards)
+    words = [word for word in settings if "data.shards" not in word] + [f"--data.shards={shards}"]
+    code, output = finish(start(words, tmp_path / "run", 1, "--training.max_steps=4"))
+    assert code == 0, output
+    manifest = json.loads((shards / "manifest.json").read_text())
+    manifest["options"]["seed"] = 7
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    code, output = finish(start(words, tmp_path / "run", 1, "--training.max_steps=4"))
+    assert code == 2
+    assert "other contents of data.shards" in output
+
+
+def test_two_jobs_in_one_folder_are_one_message(settings: list[str], tmp_path: Path) -> None:
+    with hold(tmp_path):
+        code, output = finish(start(settings, tmp_path, 2))
+    assert code == 2, output
+    assert output.count("is in use by another job") == 1
+    assert "Traceback" not in output
 
 
 def test_a_full_disk_keeps_training_then_ends_with_one_message(settings: list[str], tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def quickstart(text: Path, out: Path) -> subprocess.Popen[str]:
         "--out",
         str(out),
         "--scale",
-        "0.05",
+        "0.1",
     ]
     return subprocess.Popen(
         command,
@@ -76,7 +76,7 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     started = psutil.Process(job.pid).children(recursive=True)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    _, alive = psutil.wait_procs(started, timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive, "what the quickstart had started outlived it"
     job = quickstart(text, out)
     output, _ = job.communicate(timeout=400)
@@ -88,7 +88,9 @@ def test_goes_on_where_it_was_killed(finished: tuple[Path, str]) -> None:
     _, output = finished
     assert "[1/7] tokenizer: a WordPiece vocabulary of 8,000 entries - done before" in output
     assert "[2/7] shards: tokenised WebDataset shards, train and held-out - done before" in output
+    assert "continuing from" in output
     assert "teacher/checkpoints/step-000000" in output
+    assert "is finished" not in output, "an orphan went on training to the end"
 
 
 def test_losses_are_the_golden_ones(finished: tuple[Path, str]) -> None:

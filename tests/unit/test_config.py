@@ -27,7 +27,7 @@ def test_defaults_are_the_published_recipe() -> None:
         2,
         1,
     )
-    assert (config.training.epochs, config.masking.probability, config.masking.smoothing) == (3, 0.15, 0.7)
+    assert (config.masking.probability, config.masking.smoothing) == (0.15, 0.7)
     assert config.model.layer_map == "distilbert"
 
 
@@ -62,6 +62,13 @@ def test_lists_and_nulls() -> None:
     ("words", "expected"),
     [
         (["--model.foo=3"], "--model.foo=3"),
+        (["--training.max_step=3"], "--training.max_step=3"),
+        (["--training.epochs=2", "--training.max_steps=3"], r"training.epochs=2.0: has no effect beside"),
+        (
+            ["--objective.kd_weight=0", "--objective.temperature=7"],
+            r"objective.temperature=7.0: has no effect",
+        ),
+        (["--data.cache_dir=cache"], r"data.cache_dir='cache': has no effect with the local data.shards"),
         (["--data.sequence_length=abc"], r"data.sequence_length.*abc"),
         (["--optimizer.lr=-1"], r"optimizer.lr=-1.0: give a number above 0"),
         (["--model.layer_map=foo"], r"model.layer_map.*every_other.*foo"),

@@ -46,9 +46,21 @@ def test_a_leftover_auto_is_refused() -> None:
         resolve_engine_config({"zero_optimization": {"stage": "auto"}}, **NUMBERS)
 
 
-def test_stage_3_is_refused() -> None:
-    with pytest.raises(ValueError, match="stage=3"):
-        resolve_engine_config({"zero_optimization": {"stage": 3}}, **NUMBERS)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_other_stages_are_refused(stage: int) -> None:
+    with pytest.raises(ValueError, match=f"stage={stage}; this trainer runs stages 1 and 2"):
+        resolve_engine_config({"zero_optimization": {"stage": stage}}, **NUMBERS)
+
+
+def test_zero_must_be_an_object() -> None:
+    with pytest.raises(ValueError, match="zero_optimization=2; give an object"):
+        resolve_engine_config({"zero_optimization": 2}, **NUMBERS)
+
+
+def test_the_optimizer_is_allowed_whatever_the_file_says() -> None:
+    assert resolve_engine_config({"zero_optimization": {"stage": 2}}, **NUMBERS)[
+        "zero_allow_untested_optimizer"
+    ]
 
 
 def test_a_missing_file_lists_those_that_are_shipped(tmp_path: Path) -> None:

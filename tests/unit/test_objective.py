@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from train.chunk_terms import DecoderRows
@@ -149,8 +149,11 @@ def plain(problem, dtype=torch.float64):
 
 def assert_equal(problem, dtype, tolerance, grad_scale=1.0):
     """Within `tolerance` of the largest entry of each result."""
-    terms, gradients = fused(problem, dtype, grad_scale)
     expected, loss, expected_gradients = plain(problem, dtype)
+    largest = max(float(gradient.abs().max()) for gradient in expected_gradients if gradient is not None)
+    # A scaled gradient beyond the format's range becomes infinite, and the engine skips that step.
+    assume(largest * grad_scale < torch.finfo(dtype).max)
+    terms, gradients = fused(problem, dtype, grad_scale)
     pairs = [(terms.loss, loss)]
     if problem.kd_weight > 0:
         pairs += [(terms.kd, expected.kd)]

@@ -14,7 +14,7 @@ import torch
 from train.checkpoint import _complete, newest_checkpoint
 from train.config import Config, OptimizerConfig, RunConfig
 from train.metrics import RunEvents, board_tag, read_rows
-from train.run_folder import hold, refuse_changed_config, write_configs
+from train.run_folder import hold, refuse_changed_config, refuse_changed_inputs, write_configs
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:
@@ -90,7 +90,7 @@ def test_board_groups() -> None:
 
 def test_changed_config_is_shown_and_refused(tmp_path: Path) -> None:
     refuse_changed_config(tmp_path, Config())  # a new folder
-    write_configs(tmp_path, Config(), {"train_batch_size": 1})
+    write_configs(tmp_path, Config(), {"train_batch_size": 1}, {})
     refuse_changed_config(tmp_path, Config())
     refuse_changed_config(tmp_path, dataclasses.replace(Config(), run=RunConfig(log_every_steps=3)))
     changed = dataclasses.replace(Config(), optimizer=OptimizerConfig(lr=0.5))
@@ -100,16 +100,35 @@ def test_changed_config_is_shown_and_refused(tmp_path: Path) -> None:
     assert "# torch: " in (tmp_path / "config.yaml").read_text()
 
 
+def test_changed_inputs_are_refused(tmp_path: Path) -> None:
+    inputs = {"data.shards": "digest", "deepspeed.config": {"a": 1}}
+    refuse_changed_inputs(tmp_path, inputs)  # a new folder
+    write_configs(tmp_path, Config(), {}, inputs)
+    refuse_changed_inputs(tmp_path, inputs)
+    with pytest.raises(ValueError, match=r"other contents of data.shards: .*allow_changed_config"):
+        refuse_changed_inputs(tmp_path, {**inputs, "data.shards": "another"})
+    with pytest.raises(ValueError, match=r"other contents of deepspeed.config"):
+        refuse_changed_inputs(tmp_path, {**inputs, "deepspeed.config": {"a": 2}})
+
+
+def test_rows_that_are_no_numbers_stay_json(tmp_path: Path) -> None:
+    events = RunEvents(tmp_path, "run", 0, 10)
+    events.row(1, {"loss": float("nan"), "lr": float("inf")})
+    events.close()
+    assert read_rows(tmp_path) == [{"step": 1, "loss": None, "lr": None}]
+
+
 def test_resolved_config_parses_back(tmp_path: Path) -> None:
     from launch.cli import parse_config
 
     config = dataclasses.replace(Config(), optimizer=OptimizerConfig(clamp=(0.5, 2.0)))
-    write_configs(tmp_path, config, {})
+    write_configs(tmp_path, config, {}, {})
     assert parse_config(["--config", str(tmp_path / "config.yaml")], "") == config
 
 
 def test_a_folder_is_held_by_one_job(tmp_path: Path) -> None:
-    code = f"from pathlib import Path; from train.run_folder import hold\nwith hold(Path({str(tmp_path)!r})): pass"
+    code = "from pathlib import Path; from train.run_folder import hold\n"
+    code += f"with hold(Path({str(tmp_path)!r}), wait_s=0.5): pass"
     command = [sys.executable, "-c", code]
     root = Path(__file__).resolve().parents[2]
     with hold(tmp_path):
