@@ -90,7 +90,7 @@ def test_goes_on_where_it_was_killed(finished: tuple[Path, str]) -> None:
     assert "[2/7] shards: tokenised WebDataset shards, train and held-out - done before" in output
     assert "continuing from" in output
     assert "teacher/checkpoints/step-000000" in output
-    assert "is finished" not in output, "an orphan went on training to the end"
+    assert "is finished:" not in output, "an orphan went on training to the end"
 
 
 def test_losses_are_the_golden_ones(finished: tuple[Path, str]) -> None:
