@@ -17,7 +17,7 @@ from train.clock import Clock
 from train.errors import CheckpointNotWrittenError, NonFiniteError
 from train.metrics import Events
 from train.signals import StopRequest
-from train.trainer import Trainer
+from train.trainer import LossSums, Trainer
 from train.world import World, agree_to_stop
 
 NON_FINITE_REMEDY = (
@@ -197,12 +197,13 @@ class Checkpointing:
         total_steps: int,
         heldout: Callable[[int], float | None],
         description: Path,
+        losses: LossSums,
     ) -> None:
         self.engine, self.folder, self.events, self.clock = engine, folder, events, clock
         self.world, self.stop = world, stop
         self.every_steps, self.retention, self.total_steps = every_steps, retention, total_steps
         self.stop_after_failures, self.heldout, self.description = stop_after_failures, heldout, description
-        self._failures = 0
+        self.losses, self._failures = losses, 0
         # Ranks agree through gloo, on the host: with NCCL every step would wait for the device.
         self._group = dist.new_group(backend="gloo") if world.world_size > 1 else None
 
@@ -250,12 +251,17 @@ class Checkpointing:
         )
 
     def _refuse_non_finite_weights(self, state: TrainState) -> None:
-        """A checkpoint of weights that are no numbers would push out the good ones."""
+        """A checkpoint of a diverged model would push out the good ones. In fp16 an infinite loss is an overflow
+        whose step was skipped, and says nothing of the weights."""
+        losses_finite = self.losses.were_finite() or self.engine.fp16_enabled()
         sums = [parameter.detach().double().sum() for parameter in self.engine.module.parameters()]
-        if not bool(torch.isfinite(torch.stack(sums)).all()):
+        fine = torch.isfinite(torch.stack(sums)).all() & losses_finite
+        if self._group is not None:
+            fine = ~torch.tensor(agree_to_stop(not bool(fine), self._group))
+        if not bool(fine):
             raise NonFiniteError(
-                f"weights have become infinite or NaN by step {state.step}; nothing is saved over the checkpoints "
-                f"before. {NON_FINITE_REMEDY}"
+                f"losses or weights have become infinite or NaN by step {state.step}; nothing is saved over the "
+                f"checkpoints before. {NON_FINITE_REMEDY}"
             )
 
 

@@ -155,6 +155,7 @@ def _train(
             total_steps=total_steps,
             heldout=heldout_at,
             description=description_folder(Path(config.run.dir)),
+            losses=trainer.losses,
         )
     )
     return trainer.train(state, observers)

@@ -156,11 +156,12 @@ def test_ranks_stop_after_saving_when_their_launcher_is_killed(settings: list[st
 
 
 def test_weights_that_are_no_numbers_are_not_saved(settings: list[str], tmp_path: Path) -> None:
-    words = ["--optimizer.lr=1e30", "--optimizer.weight_decay=1e10", "--run.log_every_steps=20"]
+    words = ["--optimizer.lr=1e38", "--optimizer.weight_decay=1e30"]
+    words += ["--run.log_every_steps=20", "--evaluation.every_steps=20"]
     code, output = finish(start([*settings, *words], tmp_path, 1, "--checkpoint.every_steps=2"))
     assert code == 1, output
     assert output.count("error:") == 1
-    assert "infinite or NaN by step 2" in output
+    assert "infinite or NaN by step 2;" in output
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
