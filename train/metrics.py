@@ -1,5 +1,7 @@
 """One stream of rows, several readers: metrics.jsonl, TensorBoard, and the progress bar or plain lines.
 
+A row of losses is the mean since the row before; the first one after a resume has only the steps since the resume.
+
 Rank 0 opens `RunEvents`; the other ranks hold a `NoEvents`, so that the trainer never asks for its rank.
 """
 

@@ -47,20 +47,34 @@ def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -
     return run_dir
 
 
-def test_from_2_to_1_to_2_ranks(settings: list[str], undisturbed: Path, tmp_path: Path) -> None:
+def test_from_2_to_1_to_2_ranks(settings: list[str], tmp_path: Path) -> None:
+    # The learning rate depends on the run's length, so a part of it is made by a stop, not by fewer steps; there
+    # are many, so that none of the stops comes after the end.
+    settings = [*settings, "--training.max_steps=160", "--checkpoint.every_steps=1000"]
+    code, output = finish(start(settings, tmp_path / "undisturbed", 1))
+    assert code == 0, output
     run_dir = tmp_path / "run"
-    for ranks, until in ((2, 8), (1, 16), (2, STEPS)):
-        # The schedule's length is the run's, so a part of it is made by a stop, not by fewer steps.
-        job = start(settings, run_dir, ranks, "--checkpoint.every_steps=1000")
-        if until < STEPS:
+    resumed_at = []
+    for ranks, until in ((2, 20), (1, 40), (2, 160)):
+        job = start(settings, run_dir, ranks)
+        if until < 160:
             wait_for(run_dir / "metrics.jsonl", job, lambda until=until: _logged(run_dir, until))
             for rank in ranks_of(job) if ranks > 1 else [job]:
                 rank.send_signal(signal.SIGUSR1)
         code, output = finish(job)
-        assert code == (0 if until == STEPS else 75), output
+        assert code == (0 if until == 160 else 75), output
+        resumed_at += [int(step) for step in re.findall(r"continuing from \S+/step-(\d+)", output)]
     assert "converting it for 2" in output
+    assert len(resumed_at) == 2
     assert not (run_dir / "checkpoints" / ".universal").exists()
-    assert losses(run_dir) == pytest.approx(losses(undisturbed), rel=2e-5)
+    # A row is a mean over 4 steps; the first one after a resume has only those since.
+    cut_short = {(step // 4 + 1) * 4 for step in resumed_at if step % 4}
+    expected = {row["step"]: row["loss"] for row in read_rows(tmp_path / "undisturbed") if "loss" in row}
+    got = {row["step"]: row["loss"] for row in read_rows(run_dir) if "loss" in row}
+    assert set(got) == set(expected)
+    for step in sorted(set(got) - cut_short):
+        # fp32 sums in another order drift apart slowly at this learning rate.
+        assert got[step] == pytest.approx(expected[step], rel=2e-5 if step <= 60 else 1e-3), step
 
 
 def _logged(run_dir: Path, step: int) -> bool:
