@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launch.cli import run_main
+from launch.cli import BAD_USAGE, run_main
 from train.run_folder import hold, write_json
 
 VOCABULARY = 8000
@@ -245,6 +245,8 @@ def _run(*words: object) -> None:
             code = process.wait()
         except KeyboardInterrupt:
             code = process.wait()
+    if code == BAD_USAGE:
+        sys.exit(code)  # the stage has said what is wrong with its input
     if code:
         print("\nstopped: run the same command again to go on where it stopped", file=sys.stderr)
         sys.exit(75 if code in (75, -signal.SIGINT, 128 + signal.SIGINT) else code)

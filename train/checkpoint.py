@@ -12,14 +12,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from train.errors import CheckpointNotWrittenError
+from train.loss_sums import LossWindow
 from train.run_folder import write_json
 
 COMPLETE = "complete.json"
@@ -32,6 +33,14 @@ class TrainState:
 
     step: int = 0
     """Optimizer steps done."""
+
+    losses: LossWindow = field(default_factory=LossWindow)
+    """Losses since the last logged row; filled in when the state is saved."""
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> TrainState:
+        """The inverse of dataclasses.asdict."""
+        return cls(saved["step"], LossWindow(**saved.get("losses", {})))
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ def save_checkpoint(
     if fault is None:
         fault = _any_fault(_save_engine(engine, partial, name, state))
     if fault is None and dist.get_rank() == 0:
-        facts = {**asdict(state), "world_size": world_size, "heldout_mlm_loss": heldout_mlm_loss}
+        facts = {"step": state.step, "world_size": world_size, "heldout_mlm_loss": heldout_mlm_loss}
         fault = _complete(partial / name, facts)
     if (first := _any_fault(fault)) is not None:
         if dist.get_rank() == 0:

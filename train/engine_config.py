@@ -7,6 +7,7 @@ DeepSpeed itself does not resolve "auto". One owner per number: a literal where 
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,29 @@ RECIPE_OWNS = {
     "gradient_clipping": "training.gradient_clipping",
     "steps_per_print": "run.log_every_steps",
 }
+
+# Sections of DeepSpeed's JSON that mean something in this trainer; DeepSpeed itself passes unknown ones over.
+ENGINE_OWNS = (
+    "activation_checkpointing",
+    "bf16",
+    "checkpoint",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "data_types",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "fp16",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "torch_autocast",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
 
 
 def default_engine_config(device_type: str) -> Path:
@@ -68,7 +92,8 @@ def resolve_engine_config(
         global_batch_size, micro_batch_size: sequences.
         gradient_clipping: largest global gradient norm; 0 for none.
     Raises:
-        ValueError: a literal where the recipe decides, a ZeRO stage above 2, or an "auto" left over.
+        ValueError: an unknown section, a literal where the recipe decides, a ZeRO stage above 2, or an "auto"
+            left over.
     """
     values = {
         "train_batch_size": global_batch_size,
@@ -77,6 +102,12 @@ def resolve_engine_config(
         "gradient_clipping": gradient_clipping,
         "steps_per_print": None,  # the engine's own step lines; metrics.jsonl has them
     }
+    known = sorted({*ENGINE_OWNS, *RECIPE_OWNS, *REPLACED})
+    for key in template:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(f"deepspeed.config: unknown section {key!r}; {hint}")
     resolved = copy.deepcopy(template)
     for key, owner in {**RECIPE_OWNS, **REPLACED}.items():
         if resolved.get(key, "auto") != "auto":

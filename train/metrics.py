@@ -1,6 +1,7 @@
 """One stream of rows, several readers: metrics.jsonl, TensorBoard, and the progress bar or plain lines.
 
-A row of losses is the mean since the row before; the first one after a resume has only the steps since the resume.
+A row of losses is the mean since the row before, also where a kill came between (train/loss_sums.py); speeds and
+times after a resume cover the steps since the resume.
 
 Rank 0 opens `RunEvents`; the other ranks hold a `NoEvents`, so that the trainer never asks for its rank.
 """
@@ -50,7 +51,7 @@ class NoEvents:
 
 class RunEvents:
     """Writes the rows of steps after `resumed_step`; rows that a killed run had already written past that step
-    are removed, so that each step stands in metrics.jsonl once."""
+    are removed, so that each step stands in metrics.jsonl once. A start at step 0 writes that step's row anew."""
 
     def __init__(self, run_dir: Path, name: str, resumed_step: int, total_steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -58,7 +59,9 @@ class RunEvents:
         path = run_dir / "metrics.jsonl"
         _drop_rows_after(path, resumed_step)
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self._board = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else 0
+        )
         self._progress = _Progress(name, resumed_step, total_steps)
 
     def row(
@@ -115,7 +118,7 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def _drop_rows_after(path: Path, step: int) -> None:
     if path.exists():
-        kept = [row for row in read_rows(path.parent) if row["step"] <= step]
+        kept = [row for row in read_rows(path.parent) if step and row["step"] <= step]
         partial = path.with_name(".metrics.jsonl.partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.rename(path)

@@ -105,10 +105,17 @@ def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int)
             )
         if key not in known:
             raise ValueError(f"model.scratch: {model_type} has no {key!r}; it has {', '.join(sorted(known))}")
-    hf_config = AutoConfig.for_model(**{**settings, **own})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForMaskedLM.from_config(hf_config, attn_implementation="sdpa").float().train()
+    try:
+        hf_config = AutoConfig.for_model(**{**settings, **own})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForMaskedLM.from_config(hf_config, attn_implementation="sdpa").float().train()
+    except (
+        Exception
+    ) as error:  # a word for a number, a width that no head count divides: many kinds come of it
+        raise ValueError(
+            f"model.scratch: no {model_type} can be made of {settings} ({' '.join(str(error).split())[:200]})"
+        ) from None
 
 
 def check_sequence_length(student: PreTrainedModel, sequence_length: int) -> None:

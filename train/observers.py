@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch.distributed as dist
 from train.checkpoint import Retention, TrainState, save_checkpoint
 from train.clock import Clock
 from train.errors import CheckpointNotWrittenError, NonFiniteError
+from train.loss_sums import LossSums
 from train.metrics import Events
 from train.signals import StopRequest
-from train.trainer import LossSums, Trainer
+from train.trainer import Trainer
 from train.world import World, agree_to_stop
 
 NON_FINITE_REMEDY = (
@@ -233,7 +235,7 @@ class Checkpointing:
                 written = save_checkpoint(
                     self.engine,
                     self.folder,
-                    state,
+                    replace(state, losses=self.losses.window()),
                     self.world.world_size,
                     self.retention,
                     heldout,

@@ -72,7 +72,7 @@ def load_checkpoint(
     dist.barrier()
     if source != checkpoint and dist.get_rank() == 0:
         shutil.rmtree(source.parent)
-    return TrainState(**client_state["halfling"])
+    return TrainState.from_dict(client_state["halfling"])
 
 
 def _written_by(checkpoint: Path) -> int:

@@ -64,6 +64,7 @@ def run(config: Config) -> int:
         refuse_differences(start_up_facts(config), world)
         parts = assemble(config, world, load_universal=needs_conversion(checkpoint, world.world_size))
         state = load_checkpoint(parts.trainer.engine, checkpoint, world.world_size, say)
+        parts.trainer.losses.restore(state.losses, world.rank, world.world_size, world.device)
         total_steps = parts.trainer.schedule["total_steps"]
         if state.step >= total_steps and read_summary(run_dir) is not None:
             say(f"{run_dir} is finished: {state.step} steps; give another run.dir to start anew")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from train.checkpoint import TrainState
 from train.clock import Clock
 from train.loader import BatchLoader, MicroBatch
+from train.loss_sums import LossSums
 from train.masking import MaskedBatch, Masker
 from train.objective import DistillationLoss, LossTerms
 from train.schedule import learning_rate
@@ -31,34 +32,6 @@ class DistillationModule(nn.Module):
         """The loss terms of one micro batch."""
         terms: LossTerms = self.objective(self.student, masked, taught)
         return terms
-
-
-class LossSums:
-    """Adds up loss terms on the device; nothing is waited for until `means` is asked for."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
-        self._finite: torch.Tensor | None = None
-
-    def add(self, terms: LossTerms) -> None:
-        """Count one micro batch."""
-        for name, value in terms.as_dict().items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value
-        self._count += 1
-        finite = torch.isfinite(terms.loss.detach())
-        self._finite = finite if self._finite is None else self._finite & finite
-
-    def take(self) -> tuple[list[str], torch.Tensor]:
-        """Names and (terms,) fp32 means over the micro batches since the last call."""
-        names, means = list(self._sums), torch.stack(list(self._sums.values())) / self._count
-        self._sums, self._count = {}, 0
-        return names, means
-
-    def were_finite(self) -> bool:
-        """Whether every loss since the last call was a number; waits for the device."""
-        finite, self._finite = self._finite, None
-        return finite is None or bool(finite)
 
 
 class Observer(Protocol):

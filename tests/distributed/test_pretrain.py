@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,28 @@ def test_changed_settings_are_refused(settings: list[str], on_one_rank: Path) ->
     assert "Traceback" not in output
 
 
+def test_a_checkpoint_of_another_model_is_refused(
+    settings: list[str], on_one_rank: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(on_one_rank, run_dir)
+    words = ["--model.student_layers=1", "--model.layer_map=[0]", "--checkpoint.allow_changed_config=true"]
+    code, output = finish(start(settings, run_dir, 1, *words))
+    assert code == 2, output
+    assert "holds another model than the configuration describes" in output
+    assert "Traceback" not in output
+
+
+def test_what_deepspeed_refuses_is_one_message(settings: list[str], tmp_path: Path) -> None:
+    engine = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
+    engine["zero_optimization"]["reduce_bucket_size"] = "many"
+    (tmp_path / "ds.json").write_text(json.dumps(engine))
+    code, output = finish(start(settings, tmp_path / "run", 1, f"--deepspeed.config={tmp_path}/ds.json"))
+    assert code == 2, output
+    assert "error: deepspeed.config: DeepSpeed refuses reduce_bucket_size" in output
+    assert "Traceback" not in output
+
+
 def test_without_shards_one_message_says_how_to_make_them(tmp_path: Path) -> None:
     code, output = finish(start([], tmp_path / "run", 2, f"--data.shards={tmp_path}/none"))
     assert code == 2
@@ -203,6 +226,11 @@ def test_export_of_a_checkpoint_gives_the_runs_student(undisturbed: Path, tmp_pa
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.n_layers == 2
     assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token == "[MASK]"
     assert "heldout_mlm_loss" in (tmp_path / "out" / "README.md").read_text()
+    moved = tmp_path / "elsewhere" / f"step-{STEPS:08d}"
+    shutil.copytree(undisturbed / "checkpoints" / moved.name, moved)
+    command_of_moved = [sys.executable, "launch/export.py", str(moved), str(tmp_path / "out-of-moved")]
+    subprocess.run(command_of_moved, cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "out-of-moved" / "model.safetensors").read_bytes() == weights(undisturbed)
     again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert again.returncode == 2
     assert "exists; give another folder" in again.stderr

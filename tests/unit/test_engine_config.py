@@ -78,3 +78,15 @@ def test_not_a_json_object(tmp_path: Path, text: str) -> None:
 def test_default_by_device() -> None:
     assert default_engine_config("cuda").name == "fp16.json"
     assert default_engine_config("cpu").name == "cpu.json"
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("zero_optimisation", "did you mean 'zero_optimization'"),
+        ("quux", "known are activation_checkpointing, bf16"),
+    ],
+)
+def test_an_unknown_section_is_refused(key: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown section '{key}'; {message}"):
+        resolve_engine_config({key: {}, "zero_optimization": {"stage": 2}}, **NUMBERS)

@@ -64,6 +64,14 @@ def test_rows_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"]) for row in read_rows(tmp_path)] == [(2, 2.0), (4, 4.0), (6, 60.0)]
 
 
+def test_a_start_at_step_0_writes_its_row_anew(tmp_path: Path) -> None:
+    for loss in (5.0, 6.0):  # killed before the first checkpoint, then started again
+        events = RunEvents(tmp_path, "run", 0, 10)
+        events.row(0, {"heldout_mlm_loss": loss})
+        events.close()
+    assert [row["heldout_mlm_loss"] for row in read_rows(tmp_path)] == [6.0]
+
+
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     events = RunEvents(tmp_path, "student", 0, 10)
     events.row(10, {"loss": 3.25, "tokens_per_s": 12345.0})
