@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import jsonargparse
 
 from train.config import Config
+from train.discovery import probable_rank
 from train.errors import RunError
 
 BAD_USAGE = 2
@@ -66,12 +67,12 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
             raise
         # The launcher ends the other ranks within a second of rank 0's end, before they repeat the message;
         # what rank 0 did not meet is told by the rank that met it.
-        if os.environ.get("RANK", "0") != "0":
+        if probable_rank(os.environ) != 0:
             time.sleep(SECONDS_FOR_RANK_0)
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = BAD_USAGE if isinstance(error, (ValueError, *BAD_PATHS)) else 1
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if probable_rank(os.environ) == 0:
             print("interrupted", file=sys.stderr, flush=True)
         code = 128 + signal.SIGINT
     sys.stdout.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
+import platform
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+
+from train.discovery import Ranks, discover_ranks
+from train.rendezvous import interface_towards, rendezvous
 
 # The last resort: train/heartbeat.py ends a job with a lost or stuck rank long before, and names the rank.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -35,39 +38,36 @@ class World:
 
 
 def discover_world(environment: Mapping[str, str]) -> World:
-    """The ranks as the launcher's variables tell them; one rank where there are none.
-
-    Reads RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_SIZE or LOCAL_WORLD_SIZE (deepspeed, torchrun).
+    """The ranks as the launcher's variables tell them (train/discovery.py); one rank where there are none.
 
     Raises:
-        ValueError: some of the variables are missing, or they contradict each other.
+        ValueError: some of the variables are missing, or they contradict each other, or GPUs are too few.
     """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    given = {name: environment[name] for name in names if name in environment}
-    if given and len(given) < len(names):
-        missing = ", ".join(name for name in names if name not in given)
+    ranks = discover_ranks(environment)
+    device = _device(ranks, torch.cuda.device_count())
+    return World(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_size, device)
+
+
+def _device(ranks: Ranks, num_visible: int) -> str:
+    """The local rank's GPU. Where Slurm or MPI shows each task a GPU of its own, that one is number 0."""
+    if num_visible == 0:
+        return "cpu"
+    own = num_visible == 1 and ranks.launcher in ("srun", "mpirun")
+    if ranks.local_rank >= num_visible and not own:
         raise ValueError(
-            f"the launcher set {given} but not {missing}: start with `deepspeed launch/pretrain.py`"
+            f"{ranks.local_size} ranks on {platform.node()}, but only {num_visible} GPUs are visible to local rank "
+            f"{ranks.local_rank}: start one rank per GPU (slots= in the hostfile, --ntasks-per-node in Slurm)"
         )
-    rank, local_rank, world_size = (
-        int(given.get(name, default)) for name, default in zip(names, "001", strict=True)
-    )
-    if not (0 <= local_rank <= rank < world_size):
-        raise ValueError(
-            f"{given}: needs 0 <= LOCAL_RANK <= RANK < WORLD_SIZE; unset what an earlier job left"
-        )
-    local_size = int(environment.get("LOCAL_SIZE", environment.get("LOCAL_WORLD_SIZE", world_size)))
-    device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    return World(rank, local_rank, world_size, local_size, device)
+    return "cuda:0" if own else f"cuda:{ranks.local_rank}"
 
 
 def join_world(log_level: str = "error") -> World:
     """Discover this process's rank and join the process group: NCCL on GPUs, gloo elsewhere."""
     world = discover_world(os.environ)
-    _set_single_process_rendezvous(world)
+    _tell_torch(world)
     if world.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+        torch.set_num_threads(_num_threads(world))
     else:
         torch.cuda.set_device(world.device)
     backend = "gloo" if world.device == "cpu" else "nccl"
@@ -75,6 +75,28 @@ def join_world(log_level: str = "error") -> World:
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
     )
     return world
+
+
+def _tell_torch(world: World) -> None:
+    """Set the variables that torch and DeepSpeed read, whoever started this process."""
+    address, port = rendezvous(os.environ, discover_ranks(os.environ))
+    os.environ.update(
+        RANK=str(world.rank),
+        LOCAL_RANK=str(world.local_rank),
+        WORLD_SIZE=str(world.world_size),
+        LOCAL_SIZE=str(world.local_size),
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+    if world.local_size < world.world_size and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_towards(address)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def _num_threads(world: World) -> int:
+    """This rank's share of the host's cores, and no more than Slurm or mpirun bound it to."""
+    return max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // world.local_size))
 
 
 def import_deepspeed(log_level: str = "error") -> Any:
@@ -110,14 +132,3 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Element-wise sum of `values` (any shape, on the rank's device) over all ranks, in place."""
     dist.all_reduce(values)
     return values
-
-
-def _set_single_process_rendezvous(world: World) -> None:
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world.world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-    )

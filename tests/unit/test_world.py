@@ -1,29 +1,160 @@
-"""Which rank am I: the launcher's variables."""
+"""Which rank am I, and where do the ranks meet: the launchers' variables."""
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
-from train.world import discover_world
+from train.discovery import Ranks, discover_ranks, first_host, probable_rank, slurm_rendezvous, tasks_per_node
+from train.rendezvous import interface_towards, own_address, rendezvous
+from train.world import _device, discover_world
+
+TORCH = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+HYDRA = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+BATCH_SCRIPT = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_PROCID": "0"}
+BATCH_SCRIPT |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+SRUN = BATCH_SCRIPT | {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_NODEID": "1"}
+SRUN |= {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+SRUN |= {"SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
 
 
 def test_no_launcher_is_one_rank() -> None:
     world = discover_world({})
     assert (world.rank, world.local_rank, world.world_size, world.local_size) == (0, 0, 1, 1)
+    assert rendezvous({}, discover_ranks({}))[0] == "127.0.0.1"
 
 
-def test_deepspeed_and_torchrun_variables() -> None:
-    given = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
-    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
-        world = discover_world({**given, name: "4"})
-        assert (world.rank, world.local_rank, world.world_size, world.local_size) == (5, 1, 8, 4)
+@pytest.mark.parametrize(
+    ("environment", "launcher"),
+    [
+        (TORCH, "environment"),
+        (TORCH | {"CROSS_RANK": "1"}, "deepspeed"),
+        (TORCH | {"TORCHELASTIC_RUN_ID": "none"}, "torchrun"),
+        (OPEN_MPI, "mpirun"),
+        (HYDRA, "mpirun"),
+        (SRUN, "srun"),
+        (SRUN | TORCH, "srun"),
+        (OPEN_MPI | TORCH, "mpirun"),
+    ],
+)
+def test_every_launcher_gives_the_same_ranks(environment: dict[str, str], launcher: str) -> None:
+    assert discover_ranks(environment) == Ranks(5, 1, 8, 4, launcher)
+    assert probable_rank(environment) == 5
+    world = discover_world(environment)
+    assert (world.rank, world.local_rank, world.world_size, world.local_size) == (5, 1, 8, 4)
 
 
-def test_missing_variable_is_named() -> None:
-    with pytest.raises(ValueError, match="not LOCAL_RANK, WORLD_SIZE"):
-        discover_world({"RANK": "0"})
+def test_local_world_size_of_torchrun() -> None:
+    given = {name: value for name, value in TORCH.items() if name != "LOCAL_SIZE"}
+    assert discover_ranks({**given, "LOCAL_WORLD_SIZE": "2"}).local_size == 2
 
 
-def test_contradiction_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 <= LOCAL_RANK <= RANK < WORLD_SIZE"):
-        discover_world({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"})
+@pytest.mark.parametrize(
+    "environment",
+    [
+        # torchrun, once per host under srun: SLURM_PROCID counts hosts.
+        SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"} | TORCH | {"TORCHELASTIC_RUN_ID": "x"},
+        # deepspeed in a batch script.
+        BATCH_SCRIPT | {"SLURM_NTASKS": "8"} | TORCH | {"CROSS_RANK": "1"},
+        # mpirun in a batch job starts its daemons by srun.
+        SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"} | OPEN_MPI,
+        SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"} | HYDRA,
+    ],
+)
+def test_the_inner_launcher_counts(environment: dict[str, str]) -> None:
+    ranks = discover_ranks(environment)
+    assert (ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_size) == (5, 1, 8, 4)
+    assert ranks.launcher != "srun"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "set {'RANK': '0'} but not LOCAL_RANK, WORLD_SIZE: start with"),
+        ({"WORLD_SIZE": "2"}, "but not RANK, LOCAL_RANK"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "x"}, "OMPI_COMM_WORLD_RANK='x' is no whole number"),
+        (
+            {"OMPI_COMM_WORLD_RANK": "0"},
+            "but not OMPI_COMM_WORLD_LOCAL_RANK, OMPI_COMM_WORLD_SIZE",
+        ),
+        (TORCH | {"RANK": "8"}, "needs 0 <= LOCAL_RANK <= RANK < WORLD_SIZE"),
+        (SRUN | {"SLURM_PROCID": "9"}, "needs 0 <= SLURM_LOCALID <= SLURM_PROCID < SLURM_STEP_NUM_TASKS"),
+        (SRUN | {"RANK": "3"}, "RANK=3 but SLURM_PROCID=5: two launchers contradict each other"),
+        (SRUN | {"LOCAL_RANK": "3"}, "LOCAL_RANK=3 but SLURM_LOCALID=1"),
+        (OPEN_MPI | {"WORLD_SIZE": "2"}, "WORLD_SIZE=2 but OMPI_COMM_WORLD_SIZE=8"),
+        (BATCH_SCRIPT | {"SLURM_NTASKS": "8"}, "was not started by srun and would train alone"),
+    ],
+)
+def test_missing_or_contradicting_variables_are_named(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        discover_world(environment)
+    assert message in str(refused.value)
+    assert isinstance(probable_rank(environment), int)
+
+
+def test_rendezvous_of_each_launcher() -> None:
+    given = TORCH | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert rendezvous(given, discover_ranks(given)) == ("10.0.0.1", 29500)
+    with pytest.raises(ValueError, match="RANK is set but not MASTER_ADDR and MASTER_PORT"):
+        rendezvous(TORCH, discover_ranks(TORCH))
+    with pytest.raises(ValueError, match="MASTER_PORT='http' is no port"):
+        rendezvous(given | {"MASTER_PORT": "http"}, discover_ranks(given))
+    ranks = discover_ranks(SRUN)
+    assert rendezvous(SRUN, ranks) == ("gpu07", 20_000 + 4711)
+    assert rendezvous(SRUN | {"MASTER_ADDR": "ib0"}, ranks) == ("ib0", 20_000 + 4711)
+    one_host = SRUN | {"SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_NODEID": "0"}
+    assert rendezvous(one_host, discover_ranks(one_host))[0] == "127.0.0.1"
+    ranks = discover_ranks(OPEN_MPI)
+    assert rendezvous(OPEN_MPI, ranks, broadcast=lambda mine: ("n0", 4) if mine is None else mine) == (
+        "n0",
+        4,
+    )
+    first = OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    address, port = rendezvous(first, discover_ranks(first), broadcast=lambda mine: mine)
+    assert not address.startswith("127.")
+    assert 0 < port < 65536
+
+
+def test_slurm_without_a_host_list_is_refused() -> None:
+    bare = {name: value for name, value in SRUN.items() if "NODELIST" not in name}
+    with pytest.raises(ValueError, match="not SLURM_JOB_NODELIST and SLURM_JOB_ID"):
+        slurm_rendezvous(bare)
+
+
+def test_steps_of_one_job_meet_at_different_ports() -> None:
+    ports = {slurm_rendezvous(SRUN | {"SLURM_STEP_ID": str(step)})[1] for step in range(100)}
+    assert len(ports) == 100
+    assert all(20_000 <= port < 30_000 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("gpu[07-09,12],login1", "gpu07"), ("a,b[1-2]", "a"), ("r[1-2]n[3-4]", "r1n3")],
+)
+def test_first_host(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_tasks_per_node() -> None:
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+
+
+def test_the_interface_is_never_the_loopback() -> None:
+    names = {name for _, name in socket.if_nameindex()}
+    for address in (own_address(), "127.0.0.1", "no-such-host.invalid"):
+        assert interface_towards(address) in names - {"lo"}
+
+
+def test_each_local_rank_has_a_gpu_or_is_told() -> None:
+    assert _device(discover_ranks(TORCH), 0) == "cpu"
+    assert _device(discover_ranks(TORCH), 4) == "cuda:1"
+    assert _device(discover_ranks(SRUN), 1) == "cuda:0", "Slurm shows each task its own GPU as number 0"
+    with pytest.raises(ValueError, match=r"4 ranks on .* but only 1 GPUs are visible to local rank 1"):
+        _device(discover_ranks(TORCH), 1)
