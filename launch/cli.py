@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import jsonargparse
 
@@ -22,6 +23,7 @@ from train.errors import RunError
 BAD_USAGE = 2
 BAD_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 SECONDS_FOR_RANK_0 = 4.0
+PROFILE_STEPS = 3
 
 # Attribute docstrings under each field become the help text of its flag.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -47,15 +49,19 @@ def parse_config(arguments: Sequence[str], description: str) -> Config:
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML recipe; later ones override earlier ones.")
+    parser.add_argument("--profile", action="store_true", help="Short for --run.profile_steps=3.")
     parser.add_class_arguments(Config, None)
     # The deepspeed launcher adds --local_rank; the environment's LOCAL_RANK says the same.
     kept = [argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))]
     try:
         namespace = parser.parse_args(kept)
         tree = vars(parser.instantiate(namespace))
-        return Config(**{name: tree[name] for name in Config.__dataclass_fields__})
+        config = Config(**{name: tree[name] for name in Config.__dataclass_fields__})
     except jsonargparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from None
+    if namespace.profile and not config.run.profile_steps:
+        return replace(config, run=replace(config.run, profile_steps=PROFILE_STEPS))
+    return config
 
 
 def run_main(main: Callable[[Sequence[str]], int]) -> None:

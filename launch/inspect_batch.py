@@ -17,7 +17,7 @@ import hashlib
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,39 +118,30 @@ def rebuild(config: Config, step: int, world_size: int, micro_batch_size: int | 
     Raises:
         ValueError, FileNotFoundError: as in training.
     """
-    from train.assembly import build_masker, load_manifest
-    from train.loader import BatchLoader
+    from train.assembly import load_manifest
     from train.masking import MaskedBatch
     from train.order import check_fit
+    from train.run_data import build_run_data
 
     manifest = load_manifest(config.data.shards)
-    masker = build_masker(config, manifest)
-    batch_size = config.training.global_batch_size
-    share = check_fit(batch_size, config.data.lanes, world_size, 1)
+    share = check_fit(config.training.global_batch_size, config.data.lanes, world_size, 1)
+    training = replace(config.training, micro_batch_size=micro_batch_size or share)
+    # Sizes and sums are checked once, not by every rank.
+    unchecked = replace(config.data, verify="size")
     rows = []
     for rank in range(world_size):
-        loader = BatchLoader(
-            config.data.shards,
-            manifest,
-            sequence_length=config.data.sequence_length,
-            global_batch_size=batch_size,
-            micro_batch_size=share if micro_batch_size is None else micro_batch_size,
-            seed=config.data.seed,
-            lanes=config.data.lanes,
-            rank=rank,
-            world_size=world_size,
-            verify=config.data.verify if rank == 0 else "size",
-            cache_dir=config.data.cache_dir,
-        )
-        for batch in loader.batches(step, step + 1):
-            masked = masker(batch.input_ids, batch.window_ids, batch.epoch)
+        recipe = replace(config, training=training, data=config.data if rank == 0 else unchecked)
+        data = build_run_data(recipe, manifest, rank=rank, world_size=world_size)
+        for batch in data.batches(step, step + 1):
+            masked = data.mask(batch.input_ids, batch.window_ids, batch.epoch)
             for index, window_id in enumerate(batch.window_ids.tolist()):
                 one = MaskedBatch(
                     *(getattr(masked, name)[index : index + 1] for name in masked.__dataclass_fields__)
                 )
                 rows.append(Row(rank, batch.micro_step, window_id, one))
-    epoch, step_in_epoch = loader.order.position(step)
-    return GlobalBatch(epoch, step_in_epoch, loader.steps_per_epoch, rows)
+    phase = data.phase_of(step)
+    epoch, step_in_epoch = phase.loader.order.position(step - phase.first_step)
+    return GlobalBatch(epoch, step_in_epoch, phase.loader.steps_per_epoch, rows)
 
 
 def describe(batch: GlobalBatch, mask_id: int) -> str:

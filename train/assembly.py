@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pydantic
 from transformers import PreTrainedModel
 
-from data_prep.shard_format import Manifest, TokenizerInfo
+from data_prep.shard_format import Manifest
 from train.clock import Clock
 from train.config import Config
 from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
 from train.evaluation import HeldoutEvaluation
 from train.flops import forward_flops_per_token, measured_matrix_rate, shape_of
 from train.lamb import Lamb
-from train.loader import BatchLoader, heldout_windows
-from train.masking import Masker, continuation_table
+from train.loader import heldout_windows
+from train.masking import Masker
 from train.models import (
     build_objective,
     build_student,
@@ -29,13 +28,11 @@ from train.models import (
     tokenizer_source,
 )
 from train.order import check_fit, windows_per_shard
-from train.shard_reader import read_histogram
+from train.run_data import build_run_data, build_schedule
+from train.start_up import StartUp
 from train.teacher import Teacher, check_vocabulary, folder_fingerprint
 from train.trainer import DistillationModule, Trainer
 from train.world import World, import_deepspeed
-
-# Sanh et al. 2019; where the recipe gives neither training.epochs nor training.max_steps.
-PUBLISHED_EPOCHS = 3.0
 
 
 @dataclass
@@ -50,60 +47,60 @@ class Parts:
     engine_config: dict[str, Any]
     tokenizer_source: str
     """Folder or hub name of the tokenizer that goes with the student."""
-    flops_per_token: float
+    flops_per_token: dict[int, float]
+    """Model FLOPs of teacher and student, by sequence length."""
     matrix_rate: float
 
 
-def assemble(config: Config, world: World, load_universal: bool = False) -> Parts:
+def assemble(config: Config, world: World, start_up: StartUp, load_universal: bool = False) -> Parts:
     """Build everything, cheap checks first.
 
     Args:
+        start_up: told of each stage that has ended.
         load_universal: the engine is to read a universal checkpoint (train/resume.py).
     Raises:
         ValueError, FileNotFoundError: what is wrong with the configuration, the shards or the teacher.
     """
     manifest = load_manifest(config.data.shards)
     engine_config = engine_config_for(config, world)
-    loader = BatchLoader(
-        config.data.shards,
+    data = build_run_data(
+        config,
         manifest,
-        sequence_length=config.data.sequence_length,
-        global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-        seed=config.data.seed,
-        lanes=config.data.lanes,
         rank=world.rank,
         world_size=world.world_size,
-        verify=config.data.verify,
-        cache_dir=config.data.cache_dir,
         pin_memory=world.device.startswith("cuda"),
     )
-    masker = build_masker(config, manifest)
-    schedule = build_schedule(config, loader.steps_per_epoch)
+    schedule = build_schedule(config, data.total_steps)
+    start_up.ended("data")
     for name in teacher_names(config):
         check_vocabulary(name, teacher_config(name), folder_fingerprint(name), manifest.tokenizer)
     teacher = build_teacher(config, world) if needs_teacher(config) else None
+    start_up.ended("teacher")
     student = build_student(config, manifest)
     objective = build_objective(config, student, teacher)
     check_sequence_length(student, config.data.sequence_length)
-    flops = training_flops_per_token(config, student, teacher)
+    start_up.ended("student")
+    flops = {
+        phase.sequence_length: training_flops_per_token(config, phase.sequence_length, student, teacher)
+        for phase in data.phases
+    }
     start_config = (
         {**engine_config, "checkpoint": {"load_universal": True}} if load_universal else engine_config
     )
     engine = start_engine(config, DistillationModule(student, objective), start_config)
+    start_up.ended("engine")
     trainer = Trainer(
         engine,
         teacher,
-        loader,
-        masker,
+        data,
         schedule,
         dropout_seed=config.data.seed,
         rank=world.rank,
         clock=Clock(world.device),
     )
-    return Parts(
+    parts = Parts(
         trainer=trainer,
-        heldout=build_heldout(config, manifest, masker, world),
+        heldout=build_heldout(config, manifest, data.phases[-1].masker, world),
         student=student,
         teacher=teacher,
         engine_config=engine_config,
@@ -111,6 +108,8 @@ def assemble(config: Config, world: World, load_universal: bool = False) -> Part
         flops_per_token=flops,
         matrix_rate=measured_matrix_rate(world.device, next(student.parameters()).dtype),
     )
+    start_up.ended("data")
+    return parts
 
 
 def load_manifest(shards: str) -> Manifest:
@@ -136,45 +135,12 @@ def engine_config_for(config: Config, world: World) -> dict[str, Any]:
     return resolve_engine_config(
         engine_template(config, world),
         global_batch_size=training.global_batch_size,
-        micro_batch_size=training.micro_batch_size,
+        micro_batch_size=training.settled_micro_batch_size,
         gradient_accumulation_steps=check_fit(
-            training.global_batch_size, config.data.lanes, world.world_size, training.micro_batch_size
+            training.global_batch_size, config.data.lanes, world.world_size, training.settled_micro_batch_size
         ),
         gradient_clipping=training.gradient_clipping,
     )
-
-
-def build_masker(config: Config, manifest: Manifest) -> Masker:
-    """The masker of the recipe, with the corpus's token counts and word boundaries where it wants them."""
-    rules, histogram, table = config.masking, None, None
-    if rules.smoothing > 0:
-        histogram = read_histogram(config.data.shards, manifest)
-    if rules.whole_word:
-        table = _continuations(config, manifest.tokenizer)
-    return Masker(
-        manifest.tokenizer,
-        config.data.sequence_length,
-        config.data.seed,
-        probability=rules.probability,
-        whole_word=table,
-        histogram=histogram,
-        smoothing=rules.smoothing,
-    )
-
-
-def build_schedule(config: Config, steps_per_epoch: int) -> dict[str, Any]:
-    """peak, warmup_steps, total_steps and decay_power for train/schedule.py."""
-    epochs = PUBLISHED_EPOCHS if config.training.epochs is None else config.training.epochs
-    total = config.training.max_steps or max(1, int(epochs * steps_per_epoch))
-    warmup = config.schedule.warmup_steps
-    if warmup is not None and warmup > total:
-        raise ValueError(f"schedule.warmup_steps={warmup} is more than the run's {total} steps; give fewer")
-    return {
-        "peak": config.optimizer.lr,
-        "warmup_steps": max(1, total // 40) if warmup is None else warmup,
-        "total_steps": total,
-        "decay_power": config.schedule.decay_power,
-    }
 
 
 def build_heldout(
@@ -196,7 +162,7 @@ def build_heldout(
         input_ids,
         window_ids,
         masker,
-        batch_size=config.training.micro_batch_size,
+        batch_size=config.training.settled_micro_batch_size,
         device=world.device,
         rank=world.rank,
         world_size=world.world_size,
@@ -226,9 +192,11 @@ def start_engine(config: Config, module: DistillationModule, engine_config: dict
     return engine
 
 
-def training_flops_per_token(config: Config, student: PreTrainedModel, teacher: Teacher | None) -> float:
+def training_flops_per_token(
+    config: Config, length: int, student: PreTrainedModel, teacher: Teacher | None
+) -> float:
     """Model FLOPs per token: the student forward and backward (three forward passes), the teachers forward."""
-    length, objective = config.data.sequence_length, config.objective
+    objective = config.objective
     uses_logits = objective.kd_weight + objective.mse_weight > 0
     uses_all = uses_logits and objective.kd_positions == "all"
     share = 1.0 if uses_all else config.masking.probability
@@ -237,12 +205,3 @@ def training_flops_per_token(config: Config, student: PreTrainedModel, teacher: 
         share = share if uses_logits else 0.0
         flops += sum(forward_flops_per_token(shape_of(model), length, share) for model in teacher.models)
     return flops
-
-
-def _continuations(config: Config, tokenizer: TokenizerInfo) -> np.ndarray:
-    from transformers import AutoTokenizer
-
-    pieces = AutoTokenizer.from_pretrained(tokenizer_source(config)).convert_ids_to_tokens(
-        list(range(tokenizer.vocab_size))
-    )
-    return continuation_table(pieces, tokenizer.special_ids)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
-from train.assembly import build_heldout, build_masker, load_manifest
+from train.assembly import build_heldout, load_manifest
 from train.config import Config
 from train.evaluation import HeldoutEvaluation
 from train.metrics import read_rows
 from train.models import build_student, teacher_names
 from train.run import count_parameters
+from train.run_data import build_masker
 from train.teacher import Teacher, load_teacher
 from train.world import World
 

@@ -195,6 +195,16 @@ class ObjectiveConfig:
     """Pass the student's hidden states through a learned linear map before each cosine: needed where student
     and teacher have different widths."""
 
+    def term_weights(self) -> dict[str, float]:
+        """Weights by the terms' names in metrics.jsonl."""
+        return {
+            "loss_kd": self.kd_weight,
+            "loss_mlm": self.mlm_weight,
+            "loss_cos": self.cosine_weight,
+            "loss_mse": self.mse_weight,
+            "loss_layer_cos": self.layer_cosine_weight,
+        }
+
     def __post_init__(self) -> None:
         _require_positive(self, "objective", "temperature")
         weights = {name: getattr(self, name) for name in OBJECTIVE_WEIGHTS}
@@ -268,7 +278,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate: linear warm-up, then polynomial decay to 0 at the last step."""
+    """What changes over the steps: learning rate (linear warm-up, then polynomial decay to 0 at the last step) and
+    sequence length."""
 
     warmup_steps: int | None = None
     """Steps of linear warm-up; null: 1/40 of all steps (You et al. 2020, table 4, at a batch of 4K)."""
@@ -276,10 +287,29 @@ class ScheduleConfig:
     decay_power: float = 1.0
     """Exponent of the decay: 1 is linear (You et al. 2020), 0.5 is NVIDIA's, 0 keeps the peak."""
 
+    short_sequence_length: int | None = None
+    """Tokens in a sequence in the first part of the run, for example 128; null: data.sequence_length all along."""
+
+    short_share: float = 0.9
+    """Share of the steps that have the short length (Devlin et al. 2019, appendix A.2)."""
+
     def __post_init__(self) -> None:
         warmup = self.warmup_steps
         _require(warmup is None or warmup >= 0, "schedule.warmup_steps", warmup, "give 0 or more, or null")
         _require(self.decay_power >= 0, "schedule.decay_power", self.decay_power, "give 0 or more")
+        short = self.short_sequence_length
+        _require(
+            short is None or short >= 8, "schedule.short_sequence_length", short, "give at least 8, or null"
+        )
+        _require(
+            0 < self.short_share < 1, "schedule.short_share", self.short_share, "give a share between 0 and 1"
+        )
+        _require(
+            short is not None or self.short_share == ScheduleConfig.short_share,
+            "schedule.short_share",
+            self.short_share,
+            "has no effect without schedule.short_sequence_length; remove it",
+        )
 
 
 @dataclass(frozen=True)
@@ -289,8 +319,9 @@ class TrainingConfig:
     global_batch_size: int = 4096
     """Sequences in an optimizer step, over all ranks and accumulation steps (Sanh et al. 2019: up to 4K)."""
 
-    micro_batch_size: int = 32
-    """Sequences that one rank passes through the models at a time; the accumulation is derived."""
+    micro_batch_size: int | Literal["auto"] = 32
+    """Sequences that one rank passes through the models at a time; the accumulation is derived. auto: the largest
+    that fits into the GPU's memory, found at the first start."""
 
     epochs: float | None = None
     """Passes over the corpus; null: 3, as in the original code, unless max_steps is given."""
@@ -302,7 +333,9 @@ class TrainingConfig:
     """Largest global gradient norm (NVIDIA's LAMB recipe); 0: not clipped."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "training", "global_batch_size", "micro_batch_size", "epochs", "max_steps")
+        _require_positive(self, "training", "global_batch_size", "epochs", "max_steps")
+        if self.micro_batch_size != "auto":
+            _require_positive(self, "training", "micro_batch_size")
         _require(
             self.epochs is None or self.max_steps is None,
             "training.epochs",
@@ -316,11 +349,20 @@ class TrainingConfig:
             "give 0 or more",
         )
         _require(
-            self.global_batch_size % self.micro_batch_size == 0,
+            self.micro_batch_size == "auto" or self.global_batch_size % self.micro_batch_size == 0,
             "training.micro_batch_size",
             self.micro_batch_size,
             f"must divide training.global_batch_size={self.global_batch_size}",
         )
+
+    @property
+    def settled_micro_batch_size(self) -> int:
+        """The micro batch as a number; ValueError while it is still "auto"."""
+        if self.micro_batch_size == "auto":
+            raise ValueError(
+                "training.micro_batch_size='auto' is found when training starts; give a number here"
+            )
+        return self.micro_batch_size
 
 
 @dataclass(frozen=True)
@@ -383,6 +425,14 @@ class RunConfig:
     stop_after_non_finite: int = 20
     """Steps in a row with a non-finite gradient after which the run stops."""
 
+    spike_deviations: float = 6.0
+    """A step whose loss is so many standard deviations above the median of the 200 before is told, with its
+    sequences in spikes.jsonl; 0: none."""
+
+    profile_steps: int = 0
+    """Steps to trace with torch's profiler, after the first three of this start: RUN/profile/; --profile
+    is short for 3."""
+
     lost_rank_timeout_s: float = 60.0
     """A rank that is not heard of for that long (killed, frozen, cut off) ends the job."""
 
@@ -392,6 +442,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         names = ("log_every_steps", "stop_after_non_finite", "lost_rank_timeout_s", "hang_timeout_s")
         _require_positive(self, "run", *names)
+        for name in ("spike_deviations", "profile_steps"):
+            _require(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -440,6 +492,13 @@ class Config:
                     value,
                     "needs a model.teacher; give 0 to train without one",
                 )
+        short = self.schedule.short_sequence_length
+        _require(
+            short is None or short < self.data.sequence_length,
+            "schedule.short_sequence_length",
+            short,
+            f"give less than data.sequence_length={self.data.sequence_length}, or null",
+        )
         warmup, last = self.schedule.warmup_steps, self.training.max_steps
         _require(
             warmup is None or last is None or warmup <= last,

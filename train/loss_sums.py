@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,27 +26,41 @@ class LossWindow:
     """Micro batches in each of these sums."""
 
 
+class Means(NamedTuple):
+    """What `LossSums.take` returns: names beside one tensor on the device, so that ranks add up once."""
+
+    terms: list[str]
+    steps: list[int]
+    """Steps that were added since the last call or the start."""
+    values: torch.Tensor
+    """(terms + steps,) fp32: each term's mean over the micro batches, then the loss of each step."""
+
+
 class LossSums:
     """Adds up loss terms on the device; nothing is waited for until they are asked for."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._count = 0.0
+        self._by_step: dict[int, list[torch.Tensor]] = {}
         self._finite: torch.Tensor | None = None
 
-    def add(self, terms: LossTerms) -> None:
-        """Count one micro batch."""
+    def add(self, step: int, terms: LossTerms) -> None:
+        """Count one micro batch of a step."""
         for name, value in terms.as_dict().items():
             self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value
         self._count += 1
+        self._by_step.setdefault(step, []).append(terms.loss.detach())
         finite = torch.isfinite(terms.loss.detach())
         self._finite = finite if self._finite is None else self._finite & finite
 
-    def take(self) -> tuple[list[str], torch.Tensor]:
-        """Names and (terms,) fp32 means over the micro batches since the last call."""
-        names, means = list(self._sums), torch.stack(list(self._sums.values())) / self._count
-        self._sums, self._count = {}, 0.0
-        return names, means
+    def take(self) -> Means:
+        """The means since the last call."""
+        terms, steps = list(self._sums), list(self._by_step)
+        means = [total / self._count for total in self._sums.values()]
+        means += [torch.stack(losses).mean() for losses in self._by_step.values()]
+        self._sums, self._count, self._by_step = {}, 0.0, {}
+        return Means(terms, steps, torch.stack(means))
 
     def were_finite(self) -> bool:
         """Whether every loss since the last call was a number; waits for the device."""

@@ -29,6 +29,8 @@ class Events(Protocol):
         self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor] = ...
     ) -> None: ...
 
+    def record(self, name: str, step: int, values: Mapping[str, Any]) -> None: ...
+
     def say(self, message: str) -> None: ...
 
     def close(self) -> None: ...
@@ -40,6 +42,9 @@ class NoEvents:
     def row(
         self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor] = {}
     ) -> None:
+        """Ignore."""
+
+    def record(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """Ignore."""
 
     def say(self, message: str) -> None:
@@ -56,9 +61,10 @@ class RunEvents:
     def __init__(self, run_dir: Path, name: str, resumed_step: int, total_steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run_dir / "metrics.jsonl"
-        _drop_rows_after(path, resumed_step)
-        self._file = path.open("a", buffering=1)
+        self._run_dir = run_dir
+        for path in run_dir.glob("*.jsonl"):
+            _drop_rows_after(path, resumed_step)
+        self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else 0
         )
@@ -77,6 +83,11 @@ class RunEvents:
             self._board.add_histogram(board_tag(key), tensor.detach().float().cpu(), step)
         self._progress.update(step, values)
 
+    def record(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        """One JSON line in RUN/`name`.jsonl, for what is no figure."""
+        with (self._run_dir / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
     def say(self, message: str) -> None:
         """One line for the user, beside the progress bar."""
         self._progress.say(message)
@@ -92,6 +103,8 @@ def board_tag(key: str) -> str:
     """TensorBoard groups by the part before the slash."""
     groups = {
         "loss": "loss",
+        "share": "share",
+        "startup": "startup",
         "heldout": "heldout",
         "trust": "optimizer",
         "lr": "optimizer",
@@ -107,8 +120,12 @@ def board_tag(key: str) -> str:
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, oldest first; a line that a kill cut short is left out."""
+    return _read(run_dir / "metrics.jsonl")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+    for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -117,11 +134,10 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    if path.exists():
-        kept = [row for row in read_rows(path.parent) if step and row["step"] <= step]
-        partial = path.with_name(".metrics.jsonl.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.rename(path)
+    kept = [row for row in _read(path) if step and row["step"] <= step]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    partial.rename(path)
 
 
 class _Progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from train.errors import CheckpointNotWrittenError, NonFiniteError
 from train.loss_sums import LossSums
 from train.metrics import Events
 from train.signals import StopRequest
+from train.spikes import Spike, SpikeDetector
 from train.trainer import Trainer
 from train.world import World, agree_to_stop
 
@@ -39,9 +40,10 @@ class Logging:
     """A row of loss, speed and optimizer figures every `every_steps` steps.
 
     Args:
-        tokens_per_step: of the global batch.
-        flops_per_token: model FLOPs of teacher and student (train/flops.py).
+        flops_per_token: model FLOPs of teacher and student, by sequence length (train/flops.py).
         matrix_rate: FLOP/s that one rank reaches in a matrix product, for the utilisation (mfu).
+        term_weights: of the objective, by the term's name in metrics.jsonl.
+        spikes: judges the loss of every step.
         first_step: steps done before this start.
     """
 
@@ -52,14 +54,16 @@ class Logging:
         world: World,
         *,
         every_steps: int,
-        tokens_per_step: int,
-        flops_per_token: float,
+        flops_per_token: Mapping[int, float],
         matrix_rate: float,
+        term_weights: Mapping[str, float],
+        spikes: SpikeDetector,
         first_step: int,
     ) -> None:
         self.trainer, self.events, self.world = trainer, events, world
-        self.every_steps, self.tokens_per_step = every_steps, tokens_per_step
+        self.every_steps = every_steps
         self.flops_per_token, self.matrix_rate = flops_per_token, matrix_rate
+        self.term_weights, self.spikes = term_weights, spikes
         self._since_step, self._since_s = first_step, time.perf_counter()
 
     def after_step(self, state: TrainState) -> None:
@@ -75,11 +79,38 @@ class Logging:
         self._check_finite(state, row["loss"])
 
     def _losses(self, state: TrainState) -> dict[str, float]:
-        names, means = self.trainer.losses.take()
+        terms, steps, means = self.trainer.losses.take()
         dist.all_reduce(means)
-        losses = dict(zip(names, (means / self.world.world_size).tolist(), strict=True))
-        epoch = state.step / self.trainer.loader.steps_per_epoch
-        return {"epoch": round(epoch, 6), "tokens": state.step * self.tokens_per_step, **losses}
+        values = (means / self.world.world_size).tolist()
+        losses = dict(zip(terms, values, strict=False))
+        for step, loss in zip(steps, values[len(terms) :], strict=True):
+            if (spike := self.spikes.look(step, loss)) is not None:
+                self._tell(spike)
+        data = self.trainer.data
+        progress = {
+            "epoch": round(data.epochs_before(state.step), 6),
+            "tokens": data.tokens_before(state.step),
+        }
+        return {**progress, **losses, **self._shares(losses)}
+
+    def _shares(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """How much of the loss each weighted term makes up."""
+        return {
+            name.replace("loss", "share"): weight * losses[name] / losses["loss"]
+            for name, weight in self.term_weights.items()
+            if name in losses and losses["loss"]
+        }
+
+    def _tell(self, spike: Spike) -> None:
+        """Leave a spike with its sequences in spikes.jsonl, and say where it is."""
+        figures = spike._asdict()
+        step = figures.pop("step")
+        window_ids = self.trainer.data.window_ids(step).tolist()
+        self.events.record("spikes", step + 1, {"batch_of_step": step, **figures, "window_ids": window_ids})
+        self.events.say(
+            f"loss spike: {spike.loss:.4g} in step {step + 1}, {spike.median:.4g} before; its sequences stand in "
+            f"spikes.jsonl, see them with launch/inspect_batch.py --config RUN/config.yaml --step {step}"
+        )
 
     def _optimizer(self) -> dict[str, float]:
         engine = self.trainer.engine
@@ -101,13 +132,16 @@ class Logging:
         now, steps = time.perf_counter(), state.step - self._since_step
         spent = self.trainer.clock.read()
         beside_training = sum(spent.pop(name, 0.0) for name in BESIDE_TRAINING)
-        tokens_per_s = steps * self.tokens_per_step / (now - self._since_s - beside_training)
+        data = self.trainer.data
+        tokens = data.tokens_before(state.step) - data.tokens_before(self._since_step)
+        tokens_per_s = tokens / (now - self._since_s - beside_training)
+        flops_per_token = self.flops_per_token[data.phase_of(state.step - 1).sequence_length]
         self._since_step, self._since_s = state.step, now
         times = {f"time_{name}": seconds / steps for name, seconds in spent.items()}
         peak = self.matrix_rate * self.world.world_size
         return {
             "tokens_per_s": tokens_per_s,
-            "mfu": tokens_per_s * self.flops_per_token / peak,
+            "mfu": tokens_per_s * flops_per_token / peak,
             **times,
             "memory_gib": _memory_gib(self.world.device),
         }

@@ -185,6 +185,17 @@ class DataOrder:
                     first, length, room = first + taken, length - taken, room - taken
         return batches
 
+    def window_ids(self, step: int) -> np.ndarray:
+        """(global_batch_size,) int64: the ids of a step's windows, in the order of the global batch."""
+        epoch, _ = self.position(step)
+        return np.concatenate(
+            [
+                self.first_window_id(shard) + self.window_permutation(epoch, shard)[first : first + length]
+                for lane in range(self.num_lanes)
+                for shard, first, length in self.runs(step, lane)
+            ]
+        )
+
     def document_permutation(self, epoch: int, shard: int, num_documents: int) -> np.ndarray:
         """(num_documents,) int64: the order in which a shard's documents are concatenated in an epoch."""
         return permutation(num_documents, self.seed, _DOCUMENTS, epoch, shard)

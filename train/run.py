@@ -11,14 +11,16 @@ from typing import Any
 import torch.distributed as dist
 
 from train.agreement import manifest_digest, on_first_rank, refuse_differences, start_up_facts
-from train.assembly import Parts, assemble, engine_template
+from train.assembly import Parts, assemble, engine_template, load_manifest
 from train.checkpoint import Retention, TrainState, newest_checkpoint
+from train.communication import timed_collectives
 from train.config import Config
 from train.errors import LostRankError
 from train.export import description_folder, export_checkpoint, save_student_description
 from train.heartbeat import Heartbeat
 from train.launcher_watch import LauncherWatch
 from train.metrics import Events, NoEvents, RunEvents, read_rows
+from train.micro_batch import find_micro_batch_size
 from train.observers import (
     Checkpointing,
     Evaluating,
@@ -26,8 +28,10 @@ from train.observers import (
     Overflows,
     StoppedAfterSavingError,
 )
+from train.profiling import profiling
 from train.resume import agree_on_checkpoint, load_checkpoint, needs_conversion
 from train.run_folder import (
+    found_before,
     hold,
     provenance,
     read_summary,
@@ -37,6 +41,8 @@ from train.run_folder import (
     write_json,
 )
 from train.signals import STOPPED_AFTER_SAVING, StopRequest
+from train.spikes import SpikeDetector
+from train.start_up import StartUp, StartUpReport
 from train.trainer import Observer
 from train.world import World, join_world
 
@@ -47,11 +53,15 @@ def run(config: Config) -> int:
     Returns:
         The exit code: 0 done, 75 stopped after saving.
     """
+    start_up = StartUp()
+    start_up.ended("imports")
     run_dir = Path(config.run.dir)
+    config = found_before(run_dir, config)
     if not config.checkpoint.allow_changed_config:
         refuse_changed_config(run_dir, config)
     world = join_world(config.deepspeed.log_level)
-    inputs = {
+    start_up.ended("joining_ranks")
+    inputs: dict[str, Any] = {
         "data.shards": manifest_digest(config.data.shards),
         "deepspeed.config": engine_template(config, world),
     }
@@ -62,9 +72,15 @@ def run(config: Config) -> int:
         say = print_on_first(world)
         checkpoint = agree_on_checkpoint(run_dir / "checkpoints", say)
         refuse_differences(start_up_facts(config), world)
-        parts = assemble(config, world, load_universal=needs_conversion(checkpoint, world.world_size))
+        if config.training.micro_batch_size == "auto":
+            manifest = load_manifest(config.data.shards)
+            config = find_micro_batch_size(config, manifest, world, inputs["deepspeed.config"])
+            say(f"training.micro_batch_size: {config.training.micro_batch_size} sequences fit")
+        universal = needs_conversion(checkpoint, world.world_size)
+        parts = assemble(config, world, start_up, load_universal=universal)
         state = load_checkpoint(parts.trainer.engine, checkpoint, world.world_size, say)
         parts.trainer.losses.restore(state.losses, world.rank, world.world_size, world.device)
+        start_up.ended("checkpoint")
         total_steps = parts.trainer.schedule["total_steps"]
         if state.step >= total_steps and read_summary(run_dir) is not None:
             say(f"{run_dir} is finished: {state.step} steps; give another run.dir to start anew")
@@ -80,7 +96,7 @@ def run(config: Config) -> int:
             )
         )
         try:
-            _train(config, parts, state, events, world, stop)
+            _train(config, parts, state, events, world, stop, start_up)
         except StoppedAfterSavingError as stopped:
             events.say(str(stopped))
             return STOPPED_AFTER_SAVING
@@ -112,10 +128,15 @@ def _lost_ranks_told(world: World) -> Iterator[None]:
 
 
 def _train(
-    config: Config, parts: Parts, state: TrainState, events: Events, world: World, stop: StopRequest
+    config: Config,
+    parts: Parts,
+    state: TrainState,
+    events: Events,
+    world: World,
+    stop: StopRequest,
+    start_up: StartUp,
 ) -> TrainState:
     trainer, total_steps = parts.trainer, parts.trainer.schedule["total_steps"]
-    training = config.training
     observers: list[Observer] = [
         Overflows(trainer.engine, config.run.stop_after_non_finite),
         Logging(
@@ -123,9 +144,10 @@ def _train(
             events,
             world,
             every_steps=config.run.log_every_steps,
-            tokens_per_step=training.global_batch_size * config.data.sequence_length,
             flops_per_token=parts.flops_per_token,
             matrix_rate=parts.matrix_rate,
+            term_weights=config.objective.term_weights(),
+            spikes=SpikeDetector(config.run.spike_deviations),
             first_step=state.step,
         ),
     ]
@@ -140,6 +162,7 @@ def _train(
             total_steps=total_steps,
         )
         evaluating.before_first_step(state)
+        start_up.ended("evaluation")
         observers.append(evaluating)
         heldout_at = evaluating.loss_at
     observers.append(
@@ -159,7 +182,12 @@ def _train(
             losses=trainer.losses,
         )
     )
-    return trainer.train(state, observers)
+    profile_dir = Path(config.run.dir, "profile")
+    with (
+        timed_collectives(trainer.clock),
+        profiling(profile_dir, world.rank, config.run.profile_steps, events) as profilers,
+    ):
+        return trainer.train(state, [StartUpReport(start_up, events), *observers, *profilers])
 
 
 def finish(config: Config, parts: Parts, run_dir: Path) -> None:

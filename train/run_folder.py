@@ -141,6 +141,15 @@ def write_configs(
     write_json(run_dir / "inputs.json", dict(inputs))
 
 
+def found_before(run_dir: Path, config: Config) -> Config:
+    """`config` with the micro batch that an earlier start of this run found in place of "auto"."""
+    path = run_dir / "config.yaml"
+    if config.training.micro_batch_size != "auto" or not path.exists():
+        return config
+    found = yaml.safe_load(path.read_text())["training"]["micro_batch_size"]
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=found))
+
+
 def refuse_changed_config(run_dir: Path, config: Config) -> None:
     """ValueError naming each key whose value differs from the config the run folder was started with."""
     path = run_dir / "config.yaml"

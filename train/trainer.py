@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from train.checkpoint import TrainState
 from train.clock import Clock
-from train.loader import BatchLoader, MicroBatch
+from train.loader import MicroBatch
 from train.loss_sums import LossSums
-from train.masking import MaskedBatch, Masker
+from train.masking import MaskedBatch
 from train.objective import DistillationLoss, LossTerms
+from train.run_data import RunData
 from train.schedule import learning_rate
 from train.teacher import Teacher, TeacherOutput
 
@@ -56,14 +57,13 @@ class Trainer:
         self,
         engine: Any,
         teacher: Teacher | None,
-        loader: BatchLoader,
-        masker: Masker,
+        data: RunData,
         schedule: dict[str, Any],
         dropout_seed: int,
         rank: int,
         clock: Clock,
     ) -> None:
-        self.engine, self.teacher, self.loader, self.masker = engine, teacher, loader, masker
+        self.engine, self.teacher, self.data = engine, teacher, data
         self.schedule, self.dropout_seed, self.rank, self.clock = schedule, dropout_seed, rank, clock
         self.losses = LossSums()
 
@@ -86,7 +86,7 @@ class Trainer:
                     engine.backward(terms.loss)
                 with clock.section("optimizer"):
                     engine.step()
-                self.losses.add(terms)
+                self.losses.add(step, terms)
             state = replace(state, step=step + 1)
             for observer in observers:
                 observer.after_step(state)
@@ -104,11 +104,11 @@ class Trainer:
         torch.manual_seed(((self.dropout_seed << 40) + batch.step * micro_batches + place) % 2**63)
         device = self.engine.device
         input_ids = batch.input_ids.to(device, non_blocking=True)
-        return self.masker(input_ids, batch.window_ids.to(device, non_blocking=True), batch.epoch)
+        return self.data.mask(input_ids, batch.window_ids.to(device, non_blocking=True), batch.epoch)
 
     def _steps(self, first: int) -> Iterator[tuple[int, Iterable[MicroBatch]]]:
         """(step, its micro batches) from step `first` on."""
-        batches = self.loader.batches(first, self.schedule["total_steps"])
+        batches = self.data.batches(first, self.schedule["total_steps"])
         waited = iter(self.clock.waiting_for("data", batches))
         accumulation = self.engine.gradient_accumulation_steps()
         for step in range(first, self.schedule["total_steps"]):

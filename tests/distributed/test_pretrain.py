@@ -75,6 +75,7 @@ def test_run_folder(undisturbed: Path) -> None:
         "tokens_per_s",
         "mfu",
     }
+    expected |= {"share_kd", "share_mlm", "share_cos", "time_communication"}
     expected |= {"time_data", "time_teacher", "time_student", "time_optimizer", "memory_gib"}
     assert expected <= set(logged[0])
     assert logged[-1]["tokens"] == STEPS * 32 * 32
@@ -95,6 +96,18 @@ def test_total_loss_is_the_weighted_sum(undisturbed: Path) -> None:
     for row in (row for row in read_rows(undisturbed) if "loss" in row):
         total = 5 * row["loss_kd"] + 2 * row["loss_mlm"] + row["loss_cos"]
         assert row["loss"] == pytest.approx(total, rel=1e-5)
+        assert row["share_mlm"] == pytest.approx(2 * row["loss_mlm"] / row["loss"])
+        assert row["share_kd"] + row["share_mlm"] + row["share_cos"] == pytest.approx(1, rel=1e-5)
+
+
+def test_time_of_communication_lies_inside_the_others(undisturbed: Path, on_one_rank: Path) -> None:
+    for row in (row for row in read_rows(undisturbed) if "loss" in row):
+        assert 0 < row["time_communication"] < row["time_student"] + row["time_optimizer"]
+    (start,) = (row for row in read_rows(undisturbed) if "startup_imports" in row)
+    assert start["step"] == 1
+    stages = {name for name in start if name.startswith("startup_")}
+    assert {"startup_joining_ranks", "startup_engine", "startup_first_step"} <= stages
+    assert all(start[name] >= 0 for name in stages)
 
 
 def test_two_ranks_follow_the_curve_of_one(undisturbed: Path, on_one_rank: Path) -> None:
@@ -150,6 +163,50 @@ def test_changed_settings_are_refused(settings: list[str], on_one_rank: Path) ->
     assert code == 2
     assert "optimizer.lr: 0.01 -> 0.5" in output
     assert "Traceback" not in output
+
+
+def test_short_sequences_first_then_long_ones(settings: list[str], tmp_path: Path) -> None:
+    """Stopped in the short phase and gone on with into the long one, as if never stopped."""
+    words = [*settings, "--schedule.short_sequence_length=16", "--schedule.short_share=0.8"]
+    words += ["--training.max_steps=60", "--checkpoint.every_steps=1000", "--evaluation.every_steps=1000"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    code, output = finish(start(words, whole, 1))
+    assert code == 0, output
+    job = start(words, stopped, 1)
+    wait_for(stopped / "metrics.jsonl", job, lambda: any("loss" in row for row in read_rows(stopped)))
+    job.send_signal(signal.SIGUSR1)
+    code, output = finish(job)
+    assert code == 75, output
+    code, output = finish(start(words, stopped, 1))
+    assert code == 0, output
+    assert losses(stopped) == losses(whole)
+    assert weights(stopped) == weights(whole)
+    tokens = {row["step"]: row["tokens"] for row in read_rows(whole) if "tokens" in row}
+    assert tokens[48] == 48 * 32 * 16
+    assert tokens[60] == 48 * 32 * 16 + 12 * 32 * 32
+
+
+def test_spikes_are_told_with_their_sequences_and_steps_traced(
+    settings: list[str], shards_folder: str, tmp_path: Path
+) -> None:
+    """Batches of two sequences that teach next to nothing: noise enough for half a deviation."""
+    words = [*settings, "--training.global_batch_size=2", "--training.micro_batch_size=1"]
+    words += ["--training.max_steps=60", "--run.spike_deviations=0.5", "--profile", "--optimizer.lr=1e-6"]
+    code, output = finish(start(words, tmp_path, 2))
+    assert code == 0, output
+    spikes = [json.loads(line) for line in (tmp_path / "spikes.jsonl").read_text().splitlines()]
+    assert output.count("loss spike: ") == len(spikes) > 0
+    command = [sys.executable, "launch/inspect_batch.py", "--config", str(tmp_path / "config.yaml")]
+    command += ["--step", str(spikes[0]["batch_of_step"]), "--show", "2"]
+    shown = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    assert len(spikes[0]["window_ids"]) == 2
+    for window_id in spikes[0]["window_ids"]:
+        assert f"window {window_id}" in shown
+    assert spikes[0]["loss"] > spikes[0]["median"]
+    for rank in range(2):
+        trace = json.loads((tmp_path / "profile" / f"trace-rank-{rank}.json").read_text())
+        assert any("gloo:all_reduce" in event.get("name", "") for event in trace["traceEvents"])
+    assert "aten::" in (tmp_path / "profile" / "operations.txt").read_text()
 
 
 def test_a_checkpoint_of_another_model_is_refused(

@@ -1,0 +1,50 @@
+"""Which step's loss stands out, and which sequences it was computed on."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from typing import NamedTuple
+
+# Below so many steps nothing is called usual yet.
+LEAST_HISTORY = 20
+HISTORY = 200
+# The median absolute deviation of a normal distribution is its standard deviation divided by this.
+NORMAL_MAD = 1.4826
+# A curve without noise has no deviation: a spike is also so much above the median.
+LEAST_RISE = 0.02
+
+
+class Spike(NamedTuple):
+    """A loss that stands out."""
+
+    step: int
+    loss: float
+    median: float
+    """Of the steps before."""
+    deviation: float
+    """Standard deviation of the steps before, as their median absolute deviation tells it."""
+
+
+class SpikeDetector:
+    """Compares each step's loss with the median of the 200 before it. The median and the median absolute deviation
+    are not moved by the spikes themselves (Leys et al. 2013, doi:10.1016/j.jesp.2013.03.013).
+
+    Args:
+        deviations: how many standard deviations above the median a spike is; 0 looks for none.
+    """
+
+    def __init__(self, deviations: float) -> None:
+        self._deviations = deviations
+        self._history: deque[float] = deque(maxlen=HISTORY)
+
+    def look(self, step: int, loss: float) -> Spike | None:
+        """The spike, if this step is one; steps are given in order."""
+        spike = None
+        if self._deviations and len(self._history) >= LEAST_HISTORY:
+            median = statistics.median(self._history)
+            deviation = NORMAL_MAD * statistics.median(abs(value - median) for value in self._history)
+            if loss > median + max(self._deviations * deviation, LEAST_RISE * abs(median)):
+                spike = Spike(step, loss, median, deviation)
+        self._history.append(loss)
+        return spike
