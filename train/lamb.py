@@ -24,18 +24,21 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import increment_version
 
+from train.lamb_arguments import check_arguments, check_mode
 from train.lamb_binding import Binding, bind_engine
 from train.lamb_eager import EagerPasses
 from train.lamb_geometry import Piece, optimized_parameters, tensor_rules
 from train.lamb_math import Part, step_coefficients, trust_ratios
 from train.lamb_parts import check_updatable, one_kind, ready_state
 from train.lamb_passes import Passes, all_ranks_have, choose_passes
+from train.lamb_refusals import SharedRefusals, raise_together
 
 Entry = tuple[str, torch.Tensor, tuple[Piece, ...]]
 
 # Attributes beside torch's own that a copied or pickled Lamb keeps.
 _OWN = ("_rules", "_parameters", "_clamp", "_prenormalize", "_bias_correction", "_mode", "_fused")
 _OWN_PUBLIC = ("tensor_names", "adapted", "trust_ratios")
+_OF_THIS_PROCESS = ("_passes", "_kind", "_binding", "_refusals")
 
 
 class Lamb(torch.optim.Optimizer):
@@ -78,8 +81,8 @@ class Lamb(torch.optim.Optimizer):
         mode: str = "decoupled",
         fused: bool | None = None,
     ) -> None:
-        _check_arguments(lr, betas, eps, weight_decay, clamp)
-        _check_mode(mode, prenormalize=prenormalize, adapt_all=adapt_all)
+        check_arguments(lr, betas, eps, weight_decay, clamp)
+        check_mode(mode, prenormalize=prenormalize, adapt_all=adapt_all)
         named = optimized_parameters(named_parameters)
         like_deepspeed = mode == "deepspeed"
         self._rules = tensor_rules(named, adapt_all=adapt_all or like_deepspeed, decay_all=like_deepspeed)
@@ -90,6 +93,7 @@ class Lamb(torch.optim.Optimizer):
         self._passes: Passes | None = None
         self._kind: tuple[torch.device, torch.dtype] | None = None
         self._binding: Binding | None = None
+        self._refusals: SharedRefusals | None = None
         self.tensor_names: tuple[str, ...] = tuple(rule.name for rule in self._rules)
         device = self._parameters[0].device
         self.adapted = torch.tensor([rule.adapt for rule in self._rules], device=device)
@@ -124,16 +128,27 @@ class Lamb(torch.optim.Optimizer):
         # Replicas that round differently would drift apart; a rank that fails alone would leave the rest waiting.
         self._passes, self._kind = choose_passes(self._fused, device, dtype, agree), (device, dtype)
         self._binding = binding
-        for parameter in parameters:
-            ready_state("this engine's parameter", parameter, self.state[parameter])
+        self._refusals = None if binding.group is None else SharedRefusals(binding.group, device)
+        refusal = None
+        try:
+            for parameter in parameters:
+                ready_state("this engine's parameter", parameter, self.state[parameter])
+        except ValueError as error:  # of a state loaded before, perhaps on this rank alone
+            refusal = error
+        raise_together(refusal, binding.replicas)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update. Collective over the data-parallel group when bound to a partitioned engine.
 
         Raises:
-            ValueError: the parameters were replaced (by a DeepSpeed engine, say) and `bind` was not called.
+            ValueError: the parameters were replaced (by a DeepSpeed engine, say) and `bind` was not called; a
+                state or a gradient does not fit. What one rank of a group refuses is raised on all of them, on
+                a GPU by the next step or state_dict (see lamb_refusals.py): no parameter and no step count
+                has changed by then, but the moments of the ranks that did not refuse have.
         """
+        if self._refusals is not None:
+            self._refusals.check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -141,27 +156,48 @@ class Lamb(torch.optim.Optimizer):
         entries = self._entries()
         if not entries:
             return loss
-        for name, parameter, _ in entries:
-            check_updatable(name, parameter)
-        passes = self._choose_passes([parameter for _, parameter, _ in entries])
-        parts = self._parts(entries)
-        grad_norm = self._grad_norm(parts) if self._prenormalize else None
-        # Nothing has changed up to here: a step that was refused has not counted.
+        parts: list[Part] = []
+        refusal: Exception | None = None
+        try:
+            parts = self._checked_parts(entries)
+        except Exception as error:
+            if self._refusals is None:
+                raise
+            refusal = error  # the other ranks are on their way to the all-reduce
+        assert self._passes is not None
+        assert self._kind is not None
+        device, dtype = self._kind
+        grad_norm = self._grad_norm(parts, device).to(dtype) if self._prenormalize else None
+        # A row per tensor, and one that counts the ranks which refuse.
+        sums = torch.zeros(len(self._rules) + 1, 2, dtype=torch.float64, device=device)
+        if refusal is None:
+            self._passes.first(parts, self._rules, sums[:-1], grad_norm)
+        else:
+            sums[-1, 0] = 1
+        self._add_over_ranks(sums)
+        if self.adapted.device != device:
+            self.adapted = self.adapted.to(device)
+        self.trust_ratios = trust_ratios(sums[:-1], self.adapted, self._clamp)
+        if self._refusals is not None:
+            self._refusals.settle(sums[-1, 0], refusal)
+            self.trust_ratios = torch.where(sums[-1, 0] > 0, 0.0, self.trust_ratios)
+        if refusal is not None:
+            return loss
+        self._passes.second(parts, self._rules, self.trust_ratios)
         for _, parameter, _ in entries:
             self.state[parameter]["step"] = int(self.state[parameter]["step"]) + 1
-        sums = torch.zeros(len(self._rules), 2, dtype=torch.float64, device=parts[0].p.device)
-        passes.first(parts, self._rules, sums, grad_norm)
-        self._add_over_ranks(sums)
-        if self.adapted.device != sums.device:
-            self.adapted = self.adapted.to(sums.device)
-        self.trust_ratios = trust_ratios(sums, self.adapted, self._clamp)
-        passes.second(parts, self._rules, self.trust_ratios)
         # The fused kernels write behind autograd's back.
         increment_version([tensor for part in parts for tensor in (part.p, part.m, part.v)])
         for (_, parameter, _), part in zip(entries, parts, strict=True):
             if not parameter.is_contiguous():
                 parameter.copy_(part.p.view(parameter.shape))
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; raises first what a rank refused in the last step."""
+        if self._refusals is not None:
+            self._refusals.check()
+        return super().state_dict()
 
     @property
     def kernel(self) -> str:
@@ -175,9 +211,9 @@ class Lamb(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What torch keeps and ours, but for what belongs to this process: kernel, engine, process group.
+        # What torch keeps and ours, but not kernel, engine and process group.
         own = {name: getattr(self, name) for name in (*_OWN, *_OWN_PUBLIC)}
-        return {**super().__getstate__(), **own, "_passes": None, "_kind": None, "_binding": None}
+        return {**super().__getstate__(), **own, **dict.fromkeys(_OF_THIS_PROCESS)}
 
     def _entries(self) -> list[Entry]:
         """What this rank updates: name, parameter with a gradient, and the tensors that lie in it."""
@@ -210,8 +246,11 @@ class Lamb(torch.optim.Optimizer):
             "cannot know where each tensor lies: call optimizer.bind(engine) after deepspeed.initialize"
         )
 
-    def _parts(self, entries: Sequence[Entry]) -> list[Part]:
+    def _checked_parts(self, entries: Sequence[Entry]) -> list[Part]:
         """The entries with gradient, moments and this step's scalars, as 1-D views, all of them checked."""
+        for name, parameter, _ in entries:
+            check_updatable(name, parameter)
+        self._settle_passes([parameter for _, parameter, _ in entries])
         group = self.param_groups[0]
         parts = []
         for name, parameter, pieces in entries:
@@ -232,7 +271,7 @@ class Lamb(torch.optim.Optimizer):
             parts.append(Part(p, g, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), pieces, c))
         return parts
 
-    def _choose_passes(self, parameters: Sequence[torch.Tensor]) -> Passes:
+    def _settle_passes(self, parameters: Sequence[torch.Tensor]) -> None:
         kind = one_kind(parameters)
         if self._passes is None or kind != self._kind:
             if self._binding is not None:
@@ -241,46 +280,13 @@ class Lamb(torch.optim.Optimizer):
                     f"{kind[1]} on {kind[0]}: call bind(engine) again, on every rank"
                 )
             self._passes, self._kind = choose_passes(self._fused, *kind), kind
-        return self._passes
 
-    def _grad_norm(self, parts: list[Part]) -> torch.Tensor:
-        total = EagerPasses().sum_squares(parts, self._rules)
+    def _grad_norm(self, parts: list[Part], device: torch.device) -> torch.Tensor:
+        total = EagerPasses().sum_squares(parts, self._rules, device)
         self._add_over_ranks(total)
-        norm = total.sqrt().to(parts[0].p.dtype)
+        norm = total.sqrt()
         return torch.where(norm > 0, norm, 1.0)
 
     def _add_over_ranks(self, sums: torch.Tensor) -> None:
         if self._binding is not None and self._binding.group is not None:
             dist.all_reduce(sums, group=self._binding.group)
-
-
-def _check_arguments(
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    clamp: tuple[float, float] | None,
-) -> None:
-    if not 0 <= lr < float("inf"):
-        raise ValueError(f"lr is {lr}: it must be a finite number, 0 or more")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas are {betas}: both must be at least 0 and below 1")
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}: it must be above 0")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay is {weight_decay}: it must be 0 or more")
-    if clamp is not None and not 0 <= clamp[0] <= clamp[1]:
-        raise ValueError(f"clamp is {clamp}: give (low, high) with 0 <= low <= high")
-
-
-def _check_mode(mode: str, *, prenormalize: bool, adapt_all: bool) -> None:
-    if mode not in ("decoupled", "deepspeed"):
-        raise ValueError(f"mode is {mode!r}: choose 'decoupled' or 'deepspeed'")
-    if mode == "deepspeed" and prenormalize:
-        raise ValueError(
-            "prenormalize has no place in mode 'deepspeed', whose formula has none: drop one of them"
-        )
-    if mode == "deepspeed" and adapt_all:
-        raise ValueError(
-            "adapt_all would change nothing in mode 'deepspeed', which adapts all tensors: drop it"
-        )

@@ -60,9 +60,11 @@ class EagerPasses:
                 _direction(p, part.m[a:b], part.v[a:b], part.c, decay, u)
                 p.addcmul_(u, factor, value=-1)
 
-    def sum_squares(self, parts: Sequence[Part], rules: Sequence[TensorRule]) -> torch.Tensor:
-        """The sum of squares of all gradients on this rank: 0-dimensional fp64."""
-        total = torch.zeros((), dtype=torch.float64, device=parts[0].p.device)
+    def sum_squares(
+        self, parts: Sequence[Part], rules: Sequence[TensorRule], device: torch.device
+    ) -> torch.Tensor:
+        """The sum of squares of all gradients on this rank: 0-dimensional fp64 on `device`."""
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for part, piece, _, _ in pieces_of(parts, rules):
             for a, b, _, _, wide in self._chunks(part.g, piece.start, piece.stop):
                 total += _sum_squares(part.g[a:b], wide)

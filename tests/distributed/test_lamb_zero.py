@@ -112,6 +112,41 @@ def test_collectives_of_a_step(two_ranks: Any) -> None:
         assert rank["collectives"] == {"plain": [1, 1], "prenormalize": [2, 2], "whole": [0, 0]}
 
 
+@pytest.mark.parametrize(
+    ("case", "told", "message"),
+    [
+        ("shape", "first", "ValueError: on rank 1: exp_avg of this rank's partition has shape (1,)"),
+        (
+            "prenormalize",
+            "first",
+            "ValueError: on rank 1: the state of this rank's partition has no exp_avg_sq",
+        ),
+        ("bind", "first", "ValueError: on rank 1: exp_avg of this engine's parameter has shape (1,)"),
+        ("later", "next", "ValueError: on rank 1: exp_avg of this rank's partition has shape (1,)"),
+        ("checkpoint", "next", "ValueError: on rank 1: exp_avg of this rank's partition has shape (1,)"),
+    ],
+)
+def test_what_one_rank_refuses_ends_all_with_one_message(
+    two_ranks: Any, case: str, told: str, message: str
+) -> None:
+    """No rank is left waiting in the all-reduce, and no parameter changes."""
+    one, other = (rank["refused_on_one_rank"][case] for rank in two_ranks[1])
+    assert one[told] == other[told]
+    assert one[told].startswith(message)
+    assert one["same"]
+    assert other["same"]
+    if told == "next":
+        assert one["first"] == other["first"] == ""
+    elif case != "bind":
+        assert (one["step"], other["step"]) == (1, 1)
+
+
+def test_an_error_of_ours_on_one_rank_ends_all(two_ranks: Any) -> None:
+    one, other = (rank["refused_on_one_rank"]["no user's"] for rank in two_ranks[1])
+    assert other["first"].startswith("TypeError: float() argument")
+    assert one["first"].startswith("RuntimeError: on rank 1:")
+
+
 def test_stage_zero_needs_no_partition(two_ranks: Any) -> None:
     for rank in two_ranks[1]:
         assert max(rank["stage_zero"].values()) <= 4, rank["stage_zero"]

@@ -392,6 +392,55 @@ def collectives() -> dict[str, list[int]]:
     return counts
 
 
+def refused_on_one_rank() -> dict[str, dict[str, Any]]:
+    """Rank 1 alone cannot step: what every rank raises, and what is left of its parameters and step count."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def spoil(state: dict[str, Any], group: dict[str, Any], how: str) -> None:
+        if how == "lr":
+            group["lr"] = None
+        elif how == "lost":
+            del state["exp_avg_sq"]
+        else:
+            state["exp_avg"] = state["exp_avg"][:1]
+
+    def attempt(action: Any) -> str:
+        try:
+            action()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    for case, how, options in (
+        ("shape", "shape", {}),
+        ("prenormalize", "lost", {"prenormalize": True}),
+        ("no user's", "lr", {}),
+        ("bind", "shape", {}),
+        ("later", "shape", {}),
+        ("checkpoint", "shape", {}),
+    ):
+        engine, optimizer = make_engine(make_parameters(), config("fp32"), **options)
+        train(engine, range(1))
+        (flat,) = optimizer.param_groups[0]["params"]
+        before = full_parameters(engine)
+        if dist.get_rank() == 1:
+            spoil(optimizer.state[flat], optimizer.param_groups[0], how)
+        optimizer._refusals._later = case in ("later", "checkpoint")  # as on a GPU
+        first = attempt(
+            lambda e=engine, o=optimizer, c=case: o.bind(e) if c == "bind" else train(e, range(1, 2))
+        )
+        after = full_parameters(engine)
+        found[case] = {
+            "first": first,
+            "same": all(torch.equal(before[name], after[name]) for name in before),
+            "next": attempt(
+                optimizer.state_dict if case == "checkpoint" else lambda e=engine: train(e, range(1))
+            ),
+            "step": optimizer.state[flat]["step"],
+        }
+    return found
+
+
 def everything_else(folder: str) -> dict[str, Any]:
     return {
         "resume": save_and_resume(folder),
@@ -400,4 +449,5 @@ def everything_else(folder: str) -> dict[str, Any]:
         "refusals": refusals(),
         "without_a_compiler": without_a_compiler(),
         "collectives": collectives(),
+        "refused_on_one_rank": refused_on_one_rank(),
     }
