@@ -15,10 +15,10 @@ def check_arguments(
         raise ValueError(f"lr is {lr}: it must be a finite number, 0 or more")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas are {betas}: both must be at least 0 and below 1")
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}: it must be above 0")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay is {weight_decay}: it must be 0 or more")
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps is {eps}: it must be a finite number above 0")
+    if not 0 <= weight_decay < float("inf"):
+        raise ValueError(f"weight_decay is {weight_decay}: it must be a finite number, 0 or more")
     if clamp is not None and not 0 <= clamp[0] <= clamp[1]:
         raise ValueError(f"clamp is {clamp}: give (low, high) with 0 <= low <= high")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -57,13 +58,20 @@ class Span(ctypes.Structure):
 @functools.cache
 def build() -> ctypes.CDLL | None:
     """The compiled passes, or None where no C compiler is found or it fails."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        return None
     try:
-        return _compile(compiler.split())
-    except OSError:  # no temporary folder
+        compiler = _compiler()
+        return _compile(compiler) if compiler else None
+    except (OSError, ValueError):  # no temporary folder; a CC with one quotation mark
         return None
+
+
+def _compiler() -> list[str]:
+    """The words of a command: CC as a shell would take it, or a path with blanks; [] where there is none."""
+    given = os.environ.get("CC", "").strip()
+    if given:
+        return [given] if shutil.which(given) else shlex.split(given)
+    found = (shutil.which(name) for name in ("cc", "gcc", "clang"))
+    return next(([path] for path in found if path), [])
 
 
 def _compile(compiler: list[str]) -> ctypes.CDLL | None:
@@ -74,9 +82,10 @@ def _compile(compiler: list[str]) -> ctypes.CDLL | None:
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 loaded = ctypes.CDLL(str(library))
-            except (OSError, subprocess.SubprocessError):
-                continue
-            for function in (loaded.lamb_first_pass, loaded.lamb_second_pass):
+                functions = loaded.lamb_first_pass, loaded.lamb_second_pass
+            except (OSError, AttributeError, subprocess.SubprocessError):
+                continue  # AttributeError: what was built is not ours
+            for function in functions:
                 function.argtypes = (ctypes.c_void_p, ctypes.c_int64)
                 function.restype = None
             return loaded

@@ -6,9 +6,11 @@ import copy
 import math
 import os
 import pickle
+import shutil
 import signal
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -459,6 +461,37 @@ def test_without_a_compiler_the_eager_passes_run(monkeypatch: pytest.MonkeyPatch
         lamb_native.build.cache_clear()
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize(
+    ("command", "works"),
+    [
+        ("{folder}/two words/cc", True),
+        ("'{folder}/two words/cc' -O1", True),
+        ("cc -O1", True),
+        ("  ", True),
+        ("'{folder}/two words/cc", False),
+        ("false", False),
+        ("{folder}/stranger", False),
+        ("{folder}", False),
+    ],
+)
+def test_what_cc_may_be(command: str, works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path with blanks, a command with options; what fails or builds something else leaves no kernel."""
+    (tmp_path / "two words").mkdir()
+    (tmp_path / "two words" / "cc").symlink_to(str(shutil.which("cc")))
+    stranger = tmp_path / "stranger"  # builds a library without our functions
+    stranger.write_text(
+        '#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho "int x;" | cc -shared -fPIC -o "$2" -xc -\n'
+    )
+    stranger.chmod(0o755)
+    monkeypatch.setenv("CC", command.format(folder=tmp_path))
+    lamb_native.build.cache_clear()
+    try:
+        assert (lamb_native.build() is not None) == works
+    finally:
+        lamb_native.build.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -466,7 +499,9 @@ def test_without_a_compiler_the_eager_passes_run(monkeypatch: pytest.MonkeyPatch
         ({"lr": float("nan")}, "lr is nan"),
         ({"betas": (0.9, 1.0)}, "betas are (0.9, 1.0)"),
         ({"eps": 0.0}, "eps is 0.0"),
+        ({"eps": float("inf")}, "eps is inf"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf"),
         ({"clamp": (1.0, 0.5)}, "clamp is (1.0, 0.5)"),
         ({"mode": "apex"}, "mode is 'apex': choose 'decoupled' or 'deepspeed'"),
         ({"mode": "deepspeed", "prenormalize": True}, "prenormalize has no place"),
