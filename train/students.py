@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 from collections.abc import Sequence
-from operator import attrgetter
 
 import torch
 from transformers import (
@@ -83,7 +83,12 @@ def resolve_layer_map(
         )
     if isinstance(layer_map, str):
         return _named_layer_map(layer_map, teacher_layers, num_layers)
-    layers = tuple(int(layer) for layer in layer_map)
+    try:
+        layers = tuple(operator.index(layer) for layer in layer_map)
+    except TypeError:
+        raise ValueError(
+            f"model.layer_map {list(layer_map)}: give whole numbers, the teacher's layers counted from 0"
+        ) from None
     wrong = [layer for layer in layers if not 0 <= layer < teacher_layers]
     if wrong or not layers:
         raise ValueError(
@@ -94,6 +99,11 @@ def resolve_layer_map(
         raise ValueError(
             f"model.student_layers is {num_layers} but model.layer_map lists {len(layers)} layers; "
             "leave model.student_layers out or make them agree"
+        )
+    if len(layers) > teacher_layers:
+        raise ValueError(
+            f"model.layer_map lists {len(layers)} layers but the teacher has only {teacher_layers}; "
+            f"list at most {teacher_layers}, or give model.layer_map=random"
         )
     return layers
 
@@ -213,7 +223,7 @@ def _same_class(family: Family, teacher_model: PreTrainedModel, layers: tuple[in
 
 def _check_first_layer(family: Family, teacher_model: PreTrainedModel, layers: tuple[int, ...]) -> None:
     """Layer 0 of ModernBERT lacks the norm that the others have, so it cannot change places with them."""
-    teacher_layers = attrgetter(family.layers)(teacher_model)
+    teacher_layers = operator.attrgetter(family.layers)(teacher_model)
     parameters = [{name for name, _ in layer.named_parameters()} for layer in teacher_layers]
     for index, layer in enumerate(layers):
         if parameters[layer] != parameters[index]:

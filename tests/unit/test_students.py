@@ -138,6 +138,8 @@ def test_layer_maps(arguments, layers):
         (([0, 4], 4), r"names layers \[4\] that the teacher does not have; its layers are 0 to 3"),
         (([0, -1], 4), r"names layers \[-1\]"),
         (([], 4), r"model.layer_map \[\]"),
+        (([0, 1, 1, 2], 3), "model.layer_map lists 4 layers but the teacher has only 3; .*layer_map=random"),
+        (([0.9, 1.7], 4), r"model.layer_map \[0.9, 1.7\]: give whole numbers"),
         (([0, 2], 4, 3), "model.student_layers is 3 but model.layer_map lists 2 layers"),
         (
             ("evry_other", 4),
