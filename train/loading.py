@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import pickle
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def load_masked_lm(path_or_hub: str, dtype: torch.dtype = torch.float32) -> PreT
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
             )
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path_or_hub}: its weights cannot be read: {_one_line(error)}") from None
     for key, found, expected in sorted(info["mismatched_keys"]):
         raise ValueError(
@@ -65,7 +66,18 @@ def load_masked_lm(path_or_hub: str, dtype: torch.dtype = torch.float32) -> PreT
             f"{path_or_hub} is incomplete: {_listed(missing)} missing from its weights; "
             "give a whole checkpoint"
         )
+    _refuse_more_layers(path_or_hub, info["unexpected_keys"], f"{family.layers}.", family.num_layers(model))
     return model
+
+
+def _refuse_more_layers(name: str, unexpected: Iterable[str], prefix: str, num_layers: int) -> None:
+    """A config of fewer layers than the weights have would cut the model off without a word."""
+    numbers = {int(key.removeprefix(prefix).split(".")[0]) for key in unexpected if key.startswith(prefix)}
+    if max(numbers, default=0) >= num_layers:
+        raise ValueError(
+            f"{name}: its weights have {max(numbers) + 1} layers, its config.json {num_layers}; give a folder "
+            "whose weights and config belong together"
+        )
 
 
 @contextmanager
@@ -99,7 +111,8 @@ def folder_fingerprint(path_or_hub: str) -> str | None:
         return None
     try:
         return tokenizer_fingerprint(AutoTokenizer.from_pretrained(path_or_hub))
-    except (OSError, ValueError) as error:
+    # Of a broken file come KeyErrors, and bare Exceptions from tokenizers.
+    except Exception as error:
         logger.warning("%s: its tokenizer cannot be compared: %s", path_or_hub, _one_line(error))
         return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,16 +43,18 @@ def check_teacher_precision(
         ValueError: overflow or NaN, or outputs that have little to do with the fp32 model's.
     """
     reports = []
-    for name, family, model in zip(teacher.names, teacher.families, teacher.models, strict=True):
+    for name, source, family, model in zip(
+        teacher.names, teacher.sources, teacher.families, teacher.models, strict=True
+    ):
         half = model.dtype in (torch.float16, torch.bfloat16)
-        reference = _in_fp32(name, model) if half else model
+        reference = _in_fp32(source, model) if half else model
         reports.append(_compare(name, family, model, reference, input_ids, attention_mask))
     return tuple(reports)
 
 
-def _in_fp32(name: str, model: PreTrainedModel) -> PreTrainedModel:
-    """From the checkpoint if it is at hand, because a copy would hold the rounded weights."""
-    reference: Any = load_masked_lm(name) if Path(name).is_dir() else copy.deepcopy(model).float()
+def _in_fp32(source: str | None, model: PreTrainedModel) -> PreTrainedModel:
+    """From the checkpoint if there is one, because a copy would hold the rounded weights."""
+    reference: Any = load_masked_lm(source) if source is not None else copy.deepcopy(model).float()
     return reference.to(model.device).eval()
 
 

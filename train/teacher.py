@@ -72,6 +72,7 @@ class Teacher:
         shares: weights of the ensemble's average, scaled to add up to 1; None for equal ones.
         names: of the models, for messages.
         fingerprints: of the tokenizers beside them.
+        sources: folder or hub name that each was loaded from, where there is one.
         output_hidden_states: keep every layer's output, for the mapped-layer cosine.
         compile: run the encoders through torch.compile.
     """
@@ -83,37 +84,37 @@ class Teacher:
         *,
         names: Sequence[str] | None = None,
         fingerprints: Sequence[str | None] | None = None,
+        sources: Sequence[str | None] | None = None,
         output_hidden_states: bool = False,
         compile: bool = False,
     ) -> None:
         if not models:
             raise ValueError("model.teacher is an empty list; name at least one teacher, or leave it out")
-        if compile and output_hidden_states:
-            raise ValueError(
-                "a compiled teacher cannot return the hidden states of its layers (transformers collects them "
-                "with hooks); turn compilation off, or the cosine on mapped layers"
-            )
+        _check_compilation(compile, output_hidden_states)
         self.names = tuple(names or (f"teacher {index}" for index in range(len(models))))
         self.models = tuple(model.eval().requires_grad_(False) for model in models)
         self.families = tuple(family_of(model) for model in models)
         self.shares = normalised_shares(len(models), shares)
         self.output_hidden_states = output_hidden_states
         self.fingerprints = tuple(fingerprints or [None] * len(models))
+        self.sources = tuple(sources or [None] * len(models))
         self._check_one_vocabulary()
         encoders = (family.encode for family in self.families)
         self._encoders = tuple(torch.compile(encode) if compile else encode for encode in encoders)
 
     def _check_one_vocabulary(self) -> None:
         first = self.names[0]
+        known = self.tokenizer_fingerprint
         for name, model, fingerprint in zip(self.names, self.models, self.fingerprints, strict=True):
             if model.config.vocab_size != self.vocab_size:
                 raise ValueError(
                     f"the teachers' vocabularies differ: {first} has {self.vocab_size} tokens, {name} has "
                     f"{model.config.vocab_size}; an ensemble needs teachers with one tokenizer"
                 )
-            if None not in (fingerprint, self.fingerprints[0]) and fingerprint != self.fingerprints[0]:
+            if fingerprint not in (None, known):
+                other = self.names[self.fingerprints.index(known)]
                 raise ValueError(
-                    f"the tokenizers of {first} and {name} differ, though both have {self.vocab_size} tokens; "
+                    f"the tokenizers of {other} and {name} differ, though both have {self.vocab_size} tokens; "
                     "an ensemble needs teachers with one tokenizer"
                 )
 
@@ -182,7 +183,21 @@ def normalised_shares(count: int, weights: Sequence[float] | None) -> tuple[floa
         raise ValueError(f"{len(weights)} teacher weights for {count} teachers; give one weight each")
     if not all(0 < weight < float("inf") for weight in weights):
         raise ValueError(f"teacher weights are {list(weights)}; give numbers above 0, or leave a teacher out")
-    return tuple(float(weight) / sum(weights) for weight in weights)
+    largest = max(weights)
+    scaled = [float(weight) / largest for weight in weights]
+    if min(scaled) == 0:
+        raise ValueError(
+            f"teacher weights are {list(weights)}; the smallest counts for nothing beside the largest"
+        )
+    return tuple(weight / sum(scaled) for weight in scaled)
+
+
+def _check_compilation(compile: bool, output_hidden_states: bool) -> None:
+    if compile and output_hidden_states:
+        raise ValueError(
+            "a compiled teacher cannot return the hidden states of its layers (transformers collects them "
+            "with hooks); turn compilation off, or the cosine on mapped layers"
+        )
 
 
 def load_teacher(
@@ -206,6 +221,7 @@ def load_teacher(
     """
     paths = [paths] if isinstance(paths, str) else list(paths)
     normalised_shares(max(1, len(paths)), weights)  # before minutes of loading
+    _check_compilation(compile, output_hidden_states)
     device = torch.device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.float16
@@ -218,6 +234,7 @@ def load_teacher(
         weights,
         names=paths,
         fingerprints=[folder_fingerprint(path) for path in paths],
+        sources=paths,
         output_hidden_states=output_hidden_states,
         compile=compile,
     )

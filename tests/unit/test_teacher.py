@@ -85,8 +85,16 @@ def test_other_broken_folders_are_refused(teacher_folder, tmp_path):
     ):
         load_masked_lm(str(folder))
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match="its weights have 4 layers, its config.json 2"):
+        load_masked_lm(str(folder))
+    (folder / "config.json").write_text(json.dumps(config))
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"its weights cannot be read: "):
+        load_masked_lm(str(folder))
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"no pickle")
     with pytest.raises(ValueError, match=r"its weights cannot be read: "):
         load_masked_lm(str(folder))
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "electra"}))
@@ -134,6 +142,7 @@ def test_a_compiled_teacher_gives_the_same(teacher_folder, batch, monkeypatch):
     compiled, plain = load_teacher(teacher_folder, compile=True), load_teacher(teacher_folder)
     hidden = compiled(batch).members[0].last_hidden
     assert torch.allclose(hidden, plain(batch).members[0].last_hidden, atol=1e-5)
+    monkeypatch.setattr("train.teacher.load_masked_lm", None)  # refused before minutes of loading
     with pytest.raises(ValueError, match="turn compilation off"):
         load_teacher(teacher_folder, compile=True, output_hidden_states=True)
 
@@ -178,10 +187,15 @@ def test_ensembles_that_cannot_be_are_refused(teacher_folder, tmp_path):
     models = [MODELS["bert"](), MODELS["bert"]()]
     with pytest.raises(ValueError, match="tokenizers of a and b differ, though both have 64 tokens"):
         Teacher(models, names=["a", "b"], fingerprints=["1" * 64, "2" * 64])
+    with pytest.raises(ValueError, match="tokenizers of b and c differ"):
+        Teacher([*models, MODELS["bert"]()], names=["a", "b", "c"], fingerprints=[None, "1" * 64, "2" * 64])
     with pytest.raises(ValueError, match="1 teacher weights for 2 teachers"):
         load_teacher([teacher_folder, teacher_folder], weights=[1.0])
     with pytest.raises(ValueError, match=r"teacher weights are \[1.0, 0.0\]; give numbers above 0"):
         normalised_shares(2, [1.0, 0.0])
+    with pytest.raises(ValueError, match=r"the smallest counts for nothing beside the largest"):
+        normalised_shares(2, [1e-300, 1e300])
+    assert normalised_shares(2, [1e308, 1e308]) == (0.5, 0.5)
     with pytest.raises(ValueError, match=r"model.teacher is an empty list"):
         load_teacher([])
 
@@ -221,6 +235,27 @@ def test_sequences_longer_than_a_teacher_are_refused(teacher_folder):
 
 def test_no_tokenizer_no_fingerprint(tmp_path):
     assert folder_fingerprint(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', '{"added_tokens": [], "model": 3}'])
+def test_a_tokenizer_that_cannot_be_read_is_said(content, teacher_folder, tmp_path, caplog):
+    folder = Path(shutil.copytree(teacher_folder, tmp_path / "model"))
+    (folder / "tokenizer.json").write_text(content)
+    assert folder_fingerprint(str(folder)) is None
+    assert "its tokenizer cannot be compared" in caplog.text
+
+
+def test_the_fp32_reference_of_a_teacher_from_the_hub_has_unrounded_weights(
+    teacher_folder, batch, monkeypatch
+):
+    exact = load_masked_lm(teacher_folder)
+    asked = []
+    monkeypatch.setattr("train.precision_check.load_masked_lm", lambda name: asked.append(name) or exact)
+    model = load_masked_lm(teacher_folder, torch.bfloat16)
+    (report,) = check_teacher_precision(Teacher([model], sources=["someone/teacher"]), batch)
+    assert asked == ["someone/teacher"]
+    (expected,) = check_teacher_precision(load_teacher(teacher_folder, dtype=torch.bfloat16), batch)
+    assert report.kl == expected.kl
 
 
 def test_half_precision_is_checked_against_fp32(teacher_folder, batch):
