@@ -51,7 +51,10 @@ class Workspace:
         """(rows, like.shape[0]) of `dtype` on the device of `like`; contents undefined."""
         held = self.tensors.get(name)
         key = (like.shape[0], dtype, like.device)
-        if held is None or held.shape[0] < rows or (held.shape[1], held.dtype, held.device) != key:
+        # A buffer made under torch.inference_mode cannot be written outside it.
+        stale = held is not None and held.is_inference() and not torch.is_inference_mode_enabled()
+        fits = held is not None and held.shape[0] >= rows and (held.shape[1], held.dtype, held.device) == key
+        if held is None or stale or not fits:
             held = torch.empty(rows, like.shape[0], dtype=dtype, device=like.device)
             self.tensors[name] = held
         return held[:rows]

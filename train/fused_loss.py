@@ -87,6 +87,8 @@ def vocabulary_loss(
         chunk_rows=chunk_rows(features.shape[0], weight, chunk_tokens),
         workspace=workspace if workspace is not None and keep_buffers else Workspace(),
     )
+    if not torch.is_grad_enabled():  # autograd would ask for the gradients all the same
+        features, weight, bias = features.detach(), weight.detach(), None if bias is None else bias.detach()
     loss, values = _VocabularyLoss.apply(features, weight, bias, chunked, tied)
     return VocabularyTerms(loss, *values.unbind())
 
@@ -163,6 +165,7 @@ class _Pass:
         features, weight = student.features, student.weight
         teachers = tuple(teacher.in_dtype(dtype) for teacher in self.teachers)
         row_weights, target_weights, unit = self._unit_weights(dtype, half=weight.dtype != dtype)
+        dropped = self._dropped_rows()
         values = torch.zeros(4, dtype=dtype, device=features.device)
         grad_features = torch.empty_like(features, dtype=dtype) if needs_gradient[0] else None
         grad_weight = torch.empty_like(weight, dtype=dtype) if needs_gradient[1] else None
@@ -172,8 +175,8 @@ class _Pass:
         for start in range(0, features.shape[0], self.chunk_rows):
             rows = slice(start, start + self.chunk_rows)
             chunk = Chunk(
-                student=_slice(student, rows),
-                teachers=tuple(_slice(teacher, rows) for teacher in teachers),
+                student=_slice(student, rows, dropped),
+                teachers=tuple(_slice(teacher, rows, dropped) for teacher in teachers),
                 row_weights=row_weights[rows],
                 targets=self.targets[rows],
                 target_weights=target_weights[rows],
@@ -191,10 +194,16 @@ class _Pass:
             if grad_features is not None:
                 product(operand, weight, grad_features[rows])
             if grad_weight is not None:
-                product(operand.t(), features[rows], grad_weight, accumulate=start > 0)
+                product(operand.t(), chunk.student.features, grad_weight, accumulate=start > 0)
         values[:3] *= unit
         values[3] /= (self.row_weights > 0).sum().clamp_min(1)
         return values, (grad_features, grad_weight, grad_bias), unit
+
+    def _dropped_rows(self) -> torch.Tensor:
+        """(N, 1) bool, True for rows that count in no mean (padding)."""
+        kept = self.row_weights > 0
+        kept[: self.targets.shape[0]] |= self.target_weights > 0
+        return ~kept[:, None]
 
     def _unit_weights(
         self, dtype: torch.dtype, half: bool
@@ -208,5 +217,7 @@ class _Pass:
         return row_weights / unit, target_weights / unit, unit
 
 
-def _slice(model: DecoderRows, rows: slice) -> DecoderRows:
-    return DecoderRows(model.features[rows], model.weight, model.bias, model.share)
+def _slice(model: DecoderRows, rows: slice, dropped: torch.Tensor) -> DecoderRows:
+    """One chunk; zeros for rows that are dropped, because a weight of 0 times a NaN would be a NaN."""
+    features = model.features[rows].masked_fill(dropped[rows], 0.0)
+    return DecoderRows(features, model.weight, model.bias, model.share)

@@ -21,6 +21,8 @@ def hidden_cosine(student: torch.Tensor, teacher: torch.Tensor, weights: torch.T
     Returns:
         Scalar, fp32 (fp64 for fp64 students).
     """
+    if not torch.is_grad_enabled():  # autograd would ask for the gradient all the same
+        student = student.detach()
     return _HiddenCosine.apply(student, teacher, weights)
 
 
@@ -36,11 +38,13 @@ class _HiddenCosine(torch.autograd.Function):
         t_square = t.square().sum(-1) + EPSILON
         inverse = (s_square * t_square).rsqrt()
         cosine = (s * t).sum(-1) * inverse
+        dropped = w == 0  # 0 times the NaN that padding may hold would be a NaN
         if ctx.needs_input_grad[0]:
             from_norm = (w * cosine / s_square)[:, None] * s
-            ctx.save_for_backward(from_norm.addcmul_(t, (w * inverse)[:, None], value=-1))
+            gradient = from_norm.addcmul_(t, (w * inverse)[:, None], value=-1)
+            ctx.save_for_backward(gradient.masked_fill_(dropped[:, None], 0.0))
         ctx.dtype = student.dtype
-        return (w * (1 - cosine)).sum()
+        return (w * (1 - cosine)).masked_fill_(dropped, 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]

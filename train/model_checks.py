@@ -21,9 +21,10 @@ def check_models(objective: DistillationLoss, student: PreTrainedModel, teacher:
     if not objective.needs_teacher:
         return
     if teacher is None:
+        weights = ("kd_weight", "mse_weight", "cosine_weight", "layer_cosine_weight")
+        on = [f"objective.{name}={getattr(objective, name)}" for name in weights if getattr(objective, name)]
         raise ValueError(
-            "the objective needs a teacher (model.teacher), unless objective.kd_weight and "
-            "objective.cosine_weight are 0"
+            f"the objective needs a teacher (model.teacher) for {', '.join(on)}; name one, or set these to 0"
         )
     vocabulary = family_of(student).decoder(student)[0].shape[0]
     if objective.needs_teacher_logits and vocabulary != teacher.vocab_size:

@@ -109,7 +109,7 @@ class DistillationLoss(nn.Module):
         self.mse_weight = mse_weight
         self.kd_positions = kd_positions
         self.layer_cosine_weight = layer_cosine_weight
-        self.layer_pairs = tuple((int(student), int(teacher)) for student, teacher in layer_pairs)
+        self.layer_pairs = tuple(layer_pairs)
         self.chunk_tokens = chunk_tokens
         self._workspace = Workspace()
         self._check()
@@ -132,6 +132,11 @@ class DistillationLoss(nn.Module):
                 f"layer_cosine_weight is {self.layer_cosine_weight} but layer_pairs is {self.layer_pairs}: "
                 "one has no effect without the other; set both or neither"
             )
+        for pair in self.layer_pairs:
+            if len(pair) != 2 or not all(isinstance(layer, int) for layer in pair):
+                raise ValueError(
+                    f"objective.layer_pairs names {pair}; give (student layer, teacher layer), two whole numbers"
+                )
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ValueError(
                 f"objective.chunk_tokens is {self.chunk_tokens}; give a number >= 1 or leave it out"

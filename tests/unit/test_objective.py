@@ -429,6 +429,66 @@ def test_gradients_are_handed_over_once_and_only_where_wanted():
         assert not vocabulary_loss(features, student.weight, None, *arguments, **options).loss.requires_grad
 
 
+def test_evaluation_makes_no_gradients(models, batch, monkeypatch):
+    """Autograd asks a Function for gradients under no_grad too, and they are two thirds of the work."""
+    teacher, student = models
+    frozen, objective = Teacher([teacher]), DistillationLoss()
+    products = []
+    multiply = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: products.append(1) or multiply(*args, **kwargs))
+    with torch.no_grad():
+        objective(student, batch, frozen(batch.input_ids))
+    assert len(products) == 2  # one chunk: the student's logits and the teacher's
+    saved = []
+    monkeypatch.setattr("torch.autograd.function.FunctionCtx.save_for_backward", lambda *_: saved.append(1))
+    with torch.no_grad():
+        hidden_cosine(torch.ones(2, 3, requires_grad=True), torch.ones(2, 3), torch.ones(2))
+    assert saved == []
+
+
+def test_an_evaluation_in_inference_mode_leaves_training_possible(models, batch):
+    teacher, student = models
+    frozen, objective = Teacher([teacher]), DistillationLoss()
+    with torch.inference_mode():
+        expected = objective(student, batch, frozen(batch.input_ids)).loss
+    terms = objective(student, batch, frozen(batch.input_ids))
+    terms.loss.backward()
+    assert terms.loss.item() == expected.item()
+
+
+def test_padding_may_hold_anything():
+    """NaN in rows that count in no mean reaches neither values nor gradients."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (random_decoder((6, 9, 4), generator, True) for _ in range(2))
+    weights = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    found = []
+    for filler in (0.0, float("nan"), float("inf")):
+        features, taught = student.features.clone(), teacher.features.clone()
+        features[[2, 4]], taught[[2, 4]] = filler, filler
+        features.requires_grad_()
+        weight = student.weight.clone().requires_grad_()
+        terms = vocabulary_loss(
+            features,
+            weight,
+            student.bias,
+            torch.tensor([3, 5, 1]),
+            weights[:3],
+            [DecoderRows(taught, teacher.weight, teacher.bias)],
+            weights,
+            temperature=2.0,
+            kd_weight=1.0,
+            mlm_weight=1.0,
+            mse_weight=1.0,
+            chunk_tokens=4,
+        )
+        loss = terms.loss + hidden_cosine(features, taught, weights)
+        loss.backward()
+        found.append(torch.cat([loss.detach()[None], features.grad.flatten(), weight.grad.flatten()]))
+    assert found[0].isfinite().all()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("size", [(0, 4), (5, 4)])
 def test_hidden_cosine_equals_torch(size):
     generator = torch.Generator().manual_seed(1)
@@ -543,6 +603,8 @@ def test_student_in_autocast_and_under_compile(models, batch):
         ({"kd_positions": "some"}, r"objective.kd_positions is 'some'; choose 'all' or 'masked'"),
         ({"layer_pairs": [(1, 1)]}, "one has no effect without the other"),
         ({"layer_cosine_weight": 1.0}, "one has no effect without the other"),
+        ({"layer_cosine_weight": 1.0, "layer_pairs": [(1, 2, 3)]}, r"layer_pairs names \(1, 2, 3\); give \("),
+        ({"layer_cosine_weight": 1.0, "layer_pairs": [(1, 2.5)]}, r"layer_pairs names \(1, 2.5\); give \("),
         ({"chunk_tokens": 0}, "objective.chunk_tokens is 0"),
     ],
 )
@@ -555,8 +617,11 @@ def test_models_that_cannot_be_compared_are_refused(models):
     from transformers import BertConfig, BertForMaskedLM
 
     teacher, student = models
-    with pytest.raises(ValueError, match=r"needs a teacher \(model.teacher\)"):
-        check_models(DistillationLoss(), student, None)
+    with pytest.raises(
+        ValueError,
+        match=r"needs a teacher \(model.teacher\) for objective.kd_weight=5.0, objective.mse_weight=1.0,",
+    ):
+        check_models(DistillationLoss(mse_weight=1.0), student, None)
     check_models(DistillationLoss(kd_weight=0, cosine_weight=0), student, None)
     config = BertConfig(
         vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
