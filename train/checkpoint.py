@@ -102,7 +102,7 @@ def save_checkpoint(
     partial, name = folder / ".partial", checkpoint_name(state.step)
     fault = _any_fault(_make_folder(partial / name, description) if dist.get_rank() == 0 else None)
     if fault is None:
-        fault = _any_fault(_save_engine(engine, partial, name, state))
+        fault = _any_fault(_save_engine(engine, partial, name, state) or _flush_own(partial / name))
     if fault is None and dist.get_rank() == 0:
         facts = {"step": state.step, "world_size": world_size, "heldout_mlm_loss": heldout_mlm_loss}
         fault = _complete(partial / name, facts)
@@ -152,6 +152,16 @@ def _save_engine(engine: Any, partial: Path, name: str, state: TrainState) -> st
     except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
         dist.barrier()  # stands for the one at the end of engine.save_checkpoint, where the others wait
         return f"rank {dist.get_rank()}: {_first_line(error)}"
+    return None
+
+
+def _flush_own(folder: Path) -> str | None:
+    """Each rank flushes the partition that it wrote, all at once; what went wrong, or None."""
+    try:
+        for file in folder.glob(f"*zero_pp_rank_{dist.get_rank()}_*"):
+            _flush(file)
+    except OSError as error:
+        return f"rank {dist.get_rank()}: {error}"
     return None
 
 

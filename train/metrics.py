@@ -99,23 +99,28 @@ class RunEvents:
         self._board.close()
 
 
+# The first word of a key tells TensorBoard's group, where the key does not need to say it again.
+NAMED_GROUPS = ("loss", "share", "heldout", "time", "startup")
+GROUPS = {
+    "teacher": "heldout",
+    "top1": "loss",
+    "trust": "optimizer",
+    "lr": "optimizer",
+    "grad": "optimizer",
+    "skipped": "optimizer",
+    "tokens_per_s": "speed",
+    "mfu": "speed",
+    "memory_gib": "speed",
+    "checkpoint_gib": "speed",
+}
+
+
 def board_tag(key: str) -> str:
-    """TensorBoard groups by the part before the slash."""
-    groups = {
-        "loss": "loss",
-        "share": "share",
-        "startup": "startup",
-        "heldout": "heldout",
-        "trust": "optimizer",
-        "lr": "optimizer",
-        "grad": "optimizer",
-        "skipped": "optimizer",
-        "time": "time",
-    }
-    first = key.split("_")[0]
-    return (
-        f"{groups.get(first, 'speed' if key in ('tokens_per_s', 'mfu', 'memory_gib') else 'progress')}/{key}"
-    )
+    """TensorBoard's name of a key of metrics.jsonl: it groups by the part before the slash."""
+    first, _, rest = key.partition("_")
+    if first in NAMED_GROUPS:
+        return f"{first}/{rest or 'total'}"
+    return f"{GROUPS.get(key) or GROUPS.get(first, 'progress')}/{key.replace('heldout_', '')}"
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:

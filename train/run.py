@@ -210,6 +210,8 @@ def summarise(config: Config, parts: Parts, run_dir: Path) -> dict[str, Any]:
         "loss": logged[-1]["loss"],
         "tokens_per_s": sorted(row["tokens_per_s"] for row in logged)[len(logged) // 2],
         "parameters": {"student": count_parameters(parts.student)},
+        "model_flops_per_token": parts.flops_per_token,
+        "matrix_flops_per_s_of_a_rank": parts.matrix_rate,
         "heldout_before": {key: value for key, value in heldout[0].items() if key != "step"}
         if heldout
         else {},

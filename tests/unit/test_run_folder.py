@@ -82,18 +82,24 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.C
     assert "left" in line
 
 
-def test_board_groups() -> None:
-    tags = [
-        board_tag(key) for key in ("loss_kd", "heldout_kl", "trust_ratio_min", "time_data", "mfu", "epoch")
-    ]
-    assert tags == [
-        "loss/loss_kd",
-        "heldout/heldout_kl",
-        "optimizer/trust_ratio_min",
-        "time/time_data",
-        "speed/mfu",
-        "progress/epoch",
-    ]
+@pytest.mark.parametrize(
+    ("key", "tag"),
+    [
+        ("loss", "loss/total"),
+        ("loss_kd", "loss/kd"),
+        ("top1_agreement", "loss/top1_agreement"),
+        ("share_mlm", "share/mlm"),
+        ("heldout_kl", "heldout/kl"),
+        ("teacher_heldout_mlm_loss", "heldout/teacher_mlm_loss"),
+        ("trust_ratio_min", "optimizer/trust_ratio_min"),
+        ("time_data", "time/data"),
+        ("startup_imports", "startup/imports"),
+        ("mfu", "speed/mfu"),
+        ("epoch", "progress/epoch"),
+    ],
+)
+def test_board_groups(key: str, tag: str) -> None:
+    assert board_tag(key) == tag
 
 
 def test_changed_config_is_shown_and_refused(tmp_path: Path) -> None:
