@@ -1,0 +1,207 @@
+"""Plan a run before it is paid for: memory of a GPU, FLOPs, bytes sent, tokens/s, days, GPU-hours, money.
+
+    python launch/plan.py --nodes 1 --gpus-per-node 8 --gpu V100-32GB --price 2.50
+    python launch/plan.py --nodes 8 --gpu H100 --config R.yaml --training.micro_batch_size=64 --plot plan.png
+
+Takes the same --config and --section.key=value as launch/pretrain.py; see its --help. Pure arithmetic: nothing is
+downloaded, loaded or started. What the predictions were checked against is in docs/PLANNING.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.cli import parse_config, run_main
+from train.config import Config
+
+if TYPE_CHECKING:
+    from train.plan_cost import Machines
+    from train.plan_memory import EngineSettings
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, plan, print."""
+    options, rest = build_parser().parse_known_args(arguments)
+    if options.shards is not None:
+        rest.append(f"--data.shards={options.shards}")
+    config = parse_config(rest, "")
+    refuse_impossible(options)
+    # Only now the seconds that transformers takes to import.
+    from train.plan_recipe import read_recipe
+    from train.plan_tables import (
+        comparison_table,
+        curve_table,
+        memory_table,
+        plot_curve,
+        time_table,
+        work_table,
+    )
+    from train.planning import as_json, fitting_micro_batch, make_plan, scaling_curve
+    from train.run_folder import write_json
+
+    machines, memory_gib, notes = machines_of(options)
+    engine = engine_of(config)
+    check_precision(options, engine.precision)
+    tokens, vocabulary, corpus = corpus_of(options, config)
+    asked = config.training.micro_batch_size
+    micro = 1 if asked == "auto" else asked
+    recipe = read_recipe(config, engine, tokens, vocabulary, micro_batch_size=micro)
+    make_plan(recipe, machines)  # refuses a number of GPUs that does not fit, before anything is printed
+    largest = fitting_micro_batch(recipe, machines.world_size, memory_gib)
+    if asked == "auto" and largest:
+        recipe = replace(recipe, micro_batch_size=largest)
+    plan = make_plan(recipe, machines)
+    curve = scaling_curve(recipe, machines)
+    print("\n".join([*notes, corpus, ""]))
+    tables = [memory_table(plan, memory_gib), work_table(plan), time_table(plan, options.price)]
+    print("\n\n".join([*tables, curve_table(curve, options.price), comparison_table(plan)]))
+    if plan.memory_gib > memory_gib:
+        remedy = (
+            f"--training.micro_batch_size={largest} fits" if largest else "not even a micro batch of 1 fits"
+        )
+        print(f"\nDOES NOT FIT: {plan.memory_gib:.1f} GiB are needed and a GPU has {memory_gib:g}; {remedy}")
+    if options.plot:
+        plot_curve(
+            curve, options.plot, f"{options.gpu}, {options.gpus_per_node} a node, MFU {machines.mfu:.0%}"
+        )
+        print(f"\nscaling curve: {options.plot}")
+    if options.json:
+        write_json(options.json, as_json(plan, curve, options.price))
+        print(f"figures: {options.json}")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags that are the plan's own."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--nodes", type=int, default=1, help="machines (1)")
+    add("--gpus-per-node", type=int, default=8, help="GPUs in each (8)")
+    add("--gpu", default="A100-80GB", help="kind of GPU, of the table in train/plan_hardware.py (A100-80GB)")
+    add(
+        "--matrix-rate",
+        type=float,
+        help="dense TFLOP/s of a GPU in the run's precision; the table's by default",
+    )
+    add("--memory-gib", type=float, help="memory of a GPU; the table's by default")
+    add(
+        "--intra-node-gb-per-s",
+        type=float,
+        help="all-reduce rate of a GPU inside a node; 75 %% of its link's",
+    )
+    add("--inter-node-gb-per-s", type=float, help="rate of a node's network ports together (75 %% of 25)")
+    add(
+        "--mfu",
+        type=float,
+        help="share of the matrix rate that models reach (0.30; its reason: train/plan_cost.py)",
+    )
+    add("--tokens", type=float, help="tokens in the corpus, in place of shards")
+    add("--shards", help="short for --data.shards: a folder whose manifest says how large the corpus is")
+    add("--price", type=float, help="money per GPU-hour")
+    add(
+        "--plot",
+        type=Path,
+        nargs="?",
+        const=Path("plan.png"),
+        metavar="FILE",
+        help="draw the curve (plan.png)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write all figures")
+    return parser
+
+
+def refuse_impossible(options: argparse.Namespace) -> None:
+    """ValueError for a number that cannot be, naming its flag."""
+    for name, value in vars(options).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, (int, float)) and value <= 0:
+            raise ValueError(f"{flag} {value}: give a number above 0")
+    if options.mfu is not None and options.mfu > 1:
+        raise ValueError(f"--mfu {options.mfu}: a share of the matrix rate; give a number up to 1")
+    if options.tokens is not None and options.shards is not None:
+        raise ValueError(
+            f"--tokens {options.tokens:g} has no effect beside --shards {options.shards}; remove one"
+        )
+
+
+def machines_of(options: argparse.Namespace) -> tuple[Machines, float, list[str]]:
+    """(Machines, memory of a GPU in GiB, lines that say what was assumed)."""
+    from train.plan_cost import DEFAULT_INTER_NODE_GB_PER_S, DEFAULT_MFU, Machines
+    from train.plan_hardware import LINK_EFFICIENCY, find_gpu
+
+    gpu = find_gpu(options.gpu)
+    mfu = options.mfu or DEFAULT_MFU
+    intra = options.intra_node_gb_per_s or gpu.link_gb_per_s * LINK_EFFICIENCY
+    inter = options.inter_node_gb_per_s or DEFAULT_INTER_NODE_GB_PER_S * LINK_EFFICIENCY
+    tflops = options.matrix_rate or gpu.tflops
+    machines = Machines(options.nodes, options.gpus_per_node, tflops, intra, inter, mfu)
+    notes = [
+        f"{options.nodes} x {options.gpus_per_node} {gpu.name}: {tflops:g} TFLOP/s dense ({gpu.source})",
+        f"MFU {mfu:.0%}{'' if options.mfu else ' (assumed)'}; all-reduce {intra:g} GB/s in a node ({gpu.link}), "
+        f"{inter:g} GB/s between nodes",
+    ]
+    return machines, options.memory_gib or gpu.memory_gib, notes
+
+
+def engine_of(config: Config) -> EngineSettings:
+    """The engine's settings, from the JSON that the run would use on GPUs."""
+    from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
+    from train.plan_memory import engine_settings
+
+    training = config.training
+    template = read_engine_config(config.deepspeed.config or default_engine_config("cuda"))
+    return engine_settings(
+        resolve_engine_config(
+            template,
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=1,
+            gradient_accumulation_steps=1,
+            gradient_clipping=training.gradient_clipping,
+        )
+    )
+
+
+def check_precision(options: argparse.Namespace, precision: str) -> None:
+    """ValueError where the table's rate is not the rate of the run's precision."""
+    from train.plan_hardware import find_gpu
+
+    gpu = find_gpu(options.gpu)
+    if options.matrix_rate is None and (precision == "fp32" or (precision == "bf16" and not gpu.bf16)):
+        raise ValueError(
+            f"deepspeed.config asks for {precision}, and the table has the fp16 rate of {gpu.name} alone: give "
+            "--matrix-rate (TFLOP/s), or another deepspeed.config"
+        )
+
+
+def corpus_of(options: argparse.Namespace, config: Config) -> tuple[list[int], int | None, str]:
+    """(tokens of every shard, vocabulary if known, a line that says where that comes from)."""
+    from train.agreement import manifest_digest
+    from train.assembly import load_manifest
+    from train.plan_cost import PUBLISHED_CORPUS_TOKENS
+
+    if options.tokens is not None:
+        return [int(options.tokens)], None, f"corpus: {options.tokens / 1e9:g}e9 tokens (--tokens)"
+    if options.shards is None and manifest_digest(config.data.shards) == "unreadable":
+        words = "Wikipedia and the Book Corpus, as published; give --tokens or --shards for yours"
+        return (
+            [int(PUBLISHED_CORPUS_TOKENS)],
+            None,
+            f"corpus: {PUBLISHED_CORPUS_TOKENS / 1e9:g}e9 tokens ({words})",
+        )
+    manifest = load_manifest(config.data.shards)
+    tokens = [shard.tokens for shard in manifest.splits["train"]]
+    line = f"corpus: {sum(tokens) / 1e9:g}e9 tokens in {len(tokens)} shards of {config.data.shards}"
+    return tokens, manifest.tokenizer.vocab_size, line
+
+
+if __name__ == "__main__":
+    run_main(main)
