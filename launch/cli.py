@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import jsonargparse
 
+from launch.environment import load_environment_file
 from train.config import Config
 from train.discovery import probable_rank
 from train.errors import RunError
@@ -67,6 +68,7 @@ def parse_config(arguments: Sequence[str], description: str) -> Config:
 def run_main(main: Callable[[Sequence[str]], int]) -> None:
     """Call `main` with the command line and exit with its code; turn users' errors into one plain message."""
     try:
+        load_environment_file()
         code = main(sys.argv[1:])
     except (ValueError, OSError, RunError) as error:
         if os.environ.get("HALFLING_TRACEBACK"):

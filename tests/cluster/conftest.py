@@ -1,0 +1,23 @@
+"""What every launcher's test compares with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.pretraining import finish, losses, small_settings, start
+
+
+@pytest.fixture(scope="session")
+def settings(shards_folder: str, teacher_folder: str) -> list[str]:
+    return small_settings(shards_folder, teacher_folder)
+
+
+@pytest.fixture(scope="session")
+def expected_losses(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses under `deepspeed` on one host with two ranks."""
+    run_dir = tmp_path_factory.mktemp("deepspeed") / "run"
+    code, output = finish(start(settings, run_dir, 2))
+    assert code == 0, output
+    return losses(run_dir)

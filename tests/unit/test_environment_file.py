@@ -1,0 +1,39 @@
+"""cluster.env: what users write, and what they are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.environment import load_environment_file, parse_environment
+
+
+def test_comments_quotes_and_export_are_fine() -> None:
+    text = '# don't\n\n  A=1\nexport B="x y=z"  # why\nC=\nD=a#b E=2\n'
+    assert parse_environment(text) == {"A": "1", "B": "x y=z", "C": "", "D": "a#b", "E": "2"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("A = 1", "cluster.env, line 2: 'A' is not NAME=value"),
+        ("A='1", "line 2: no closing quotation in \"A='1\""),
+        ("export A", "line 2: 'A' is not NAME=value"),
+        ("RANK=0", "RANK is the launcher's to set"),
+        ("LD_LIBRARY_PATH=/x", "LD_LIBRARY_PATH has no effect here"),
+    ],
+)
+def test_a_bad_line_is_named(line: str, message: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        parse_environment(f"# first\n{line}\n")
+    assert message in str(refused.value)
+
+
+def test_what_is_set_already_stays(tmp_path: Path) -> None:
+    environment = {"A": "shell"}
+    load_environment_file(environment, tmp_path)
+    assert environment == {"A": "shell"}
+    (tmp_path / "cluster.env").write_text("A=file\nB=file\n")
+    load_environment_file(environment, tmp_path)
+    assert environment == {"A": "shell", "B": "file"}
