@@ -9,26 +9,54 @@ shards names them with their digests and counts; `tokenizer/` is the Hugging Fac
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import tarfile
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
 from data_prep.manifest_checks import check_content, check_file_name
+from data_prep.token_blocks import (
+    BLOCK_TOKENS,
+    TOKENS_KEY,
+    blocks_of,
+    count_tokens,
+    npy_array,
+    read_blocks,
+    token_blocks,
+    write_shard,
+)
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
-TOKENS_KEY = "tokens.npy"
-BLOCK_TOKENS = 8192  # a member's tar and npy headers take about 900 bytes: 5 % of 8192 uint16
 SPLITS = ("train", "heldout")
+
+__all__ = [
+    "BLOCK_TOKENS",
+    "SPLITS",
+    "TOKENS_KEY",
+    "Manifest",
+    "ShardInfo",
+    "TokenizerInfo",
+    "blocks_of",
+    "count_tokens",
+    "is_remote",
+    "npy_array",
+    "read_blocks",
+    "read_url",
+    "replace_file",
+    "shard_url",
+    "token_blocks",
+    "token_dtype",
+    "tokenizer_fingerprint",
+    "tokenizer_info",
+    "without_scheme",
+    "write_shard",
+]
 
 
 @dataclass(frozen=True)
@@ -194,59 +222,6 @@ def tokenizer_info(tokenizer: Any) -> TokenizerInfo:
         special_ids=tuple(sorted(set(tokenizer.all_special_ids))),
         **{f"{name}_id": int(index) for name, index in ids.items() if index is not None},
     )
-
-
-# ------------------------------------------------------------------------------------------------- shards
-
-
-def write_shard(file: BinaryIO, prefix: str, documents: Iterable[np.ndarray]) -> tuple[int, int]:
-    """Write documents (1-D token arrays, each ending with its separator) as one tar into `file`.
-
-    Blocks of at least BLOCK_TOKENS tokens, the last one excepted. The same documents give the same bytes.
-
-    Returns:
-        (documents, tokens) written.
-    """
-    num_documents = num_tokens = num_blocks = 0
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for block in blocks_of(documents):
-            body = io.BytesIO()
-            np.save(body, np.concatenate(block) if len(block) > 1 else block[0], allow_pickle=False)
-            member = tarfile.TarInfo(f"{prefix}-{num_blocks:06d}.{TOKENS_KEY}")  # mtime, uid and gid stay 0
-            member.size = body.tell()
-            body.seek(0)
-            tar.addfile(member, body)
-            num_blocks += 1
-            num_documents += len(block)
-            num_tokens += sum(map(len, block))
-    return num_documents, num_tokens
-
-
-def blocks_of(documents: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    block: list[np.ndarray] = []
-    size = 0
-    for document in documents:
-        block.append(document)
-        size += len(document)
-        if size >= BLOCK_TOKENS:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
-
-
-def read_blocks(file: BinaryIO) -> Iterator[np.ndarray]:
-    """The token arrays of a shard, in order. Nothing is ever unpickled.
-
-    Raises:
-        ValueError, tarfile.TarError, EOFError: the file is no whole shard.
-    """
-    with tarfile.open(fileobj=file, mode="r|") as tar:
-        for member in tar:
-            body = tar.extractfile(member)
-            if body is None or not member.name.endswith(f".{TOKENS_KEY}"):
-                raise ValueError(f"{member.name} is not a {TOKENS_KEY} member")
-            yield np.load(io.BytesIO(body.read()), allow_pickle=False)
 
 
 # ------------------------------------------------------------------------------------------ files and URLs

@@ -9,8 +9,7 @@ import argparse
 import hashlib
 import os
 import sys
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from data_prep.shard_format import (
     TOKENIZER_FOLDER,
     Manifest,
     ShardInfo,
+    count_tokens,
+    npy_array,
     read_blocks,
     token_dtype,
     tokenizer_fingerprint,
@@ -52,26 +53,25 @@ def check_shard(path: Path, info: ShardInfo, manifest: Manifest) -> np.ndarray:
             raise ValueError(f"{path} is altered: its sha256 is not the manifest's; {REMEDY}")
         file.seek(0)
         try:
-            return _check_blocks(read_blocks(file), path, info, manifest)
-        except (tarfile.TarError, EOFError, OSError) as error:
+            blocks = read_blocks(file, token_dtype(manifest.tokenizer.vocab_size))
+        except ValueError as error:
             raise ValueError(f"{path} is no shard: {error}; {REMEDY}") from None
+    return _check_blocks(blocks, path, info, manifest)
 
 
 def _check_blocks(
-    blocks: Iterator[np.ndarray], path: Path, info: ShardInfo, manifest: Manifest
+    blocks: Iterable[np.ndarray], path: Path, info: ShardInfo, manifest: Manifest
 ) -> np.ndarray:
     tokenizer = manifest.tokenizer
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for block in blocks:
-        if block.ndim != 1 or block.dtype != token_dtype(tokenizer.vocab_size) or not len(block):
-            raise ValueError(
-                f"{path}: a block is {block.dtype} {block.shape}, not a 1-D array of tokens; {REMEDY}"
-            )
+        if not len(block):
+            raise ValueError(f"{path}: a block has no tokens; {REMEDY}")
         if int(block.max()) >= tokenizer.vocab_size:
             raise ValueError(f"{path}: token {int(block.max())} is beyond the vocabulary; {REMEDY}")
         if block[-1] != tokenizer.sep_id:
             raise ValueError(f"{path}: a block does not end with a whole document; {REMEDY}")
-        counts += np.bincount(block, minlength=len(counts))
+        count_tokens(counts, block)
     found = {"documents": int(counts[tokenizer.sep_id]), "tokens": int(counts.sum())}
     for name, value in found.items():
         if value != getattr(info, name):
@@ -108,9 +108,7 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
             counts = check_shard(folder / shard.name, shard, manifest)
             histogram += counts if split == "train" else 0
             bar.update(shard.bytes)
-    path = folder / manifest.token_histogram
-    if not path.exists() or not np.array_equal(np.load(path, allow_pickle=False), histogram):
-        raise ValueError(f"{path} is missing or does not count the tokens of the train split; {REMEDY}")
+    _check_histogram(folder / manifest.token_histogram, histogram)
     if not (folder / TOKENIZER_FOLDER).is_dir():
         raise FileNotFoundError(f"{folder / TOKENIZER_FOLDER} is missing; {REMEDY}")
     tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
@@ -119,13 +117,29 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
     return manifest, tokenizer
 
 
+def _check_histogram(path: Path, expected: np.ndarray) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; {REMEDY}")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(expected.nbytes + 1024)  # its header is shorter
+        found = npy_array(memoryview(data), "it", expected.dtype)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from None
+    if not np.array_equal(found, expected):
+        raise ValueError(f"{path} does not count the tokens of the train split; {REMEDY}")
+
+
 def passages(folder: Path, manifest: Manifest, tokenizer: Any, count: int) -> Iterator[str]:
     """The beginnings of `count` documents from shards spread over the folder, decoded."""
     shards = [shard for split in SPLITS for shard in manifest.splits[split]]
     for index in range(min(count, len(shards))):
         shard = shards[index * len(shards) // count]
         with open(folder / shard.name, "rb") as file:
-            block = next(read_blocks(file))
+            blocks = read_blocks(file)
+        if not blocks:
+            continue
+        block = blocks[0]
         end = int(np.argmax(block == manifest.tokenizer.sep_id))
         yield f"[{shard.name}] {tokenizer.decode(block[: min(end, 60)].tolist())}"
 

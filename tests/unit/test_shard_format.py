@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -13,10 +14,13 @@ import pytest
 import webdataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from data_prep import token_blocks
 from data_prep.shard_format import (
     Manifest,
     ShardInfo,
     TokenizerInfo,
+    blocks_of,
+    count_tokens,
     read_blocks,
     token_dtype,
     tokenizer_fingerprint,
@@ -152,15 +156,81 @@ def test_same_documents_give_the_same_bytes_with_little_overhead() -> None:
     assert len(first.getvalue()) < 1.1 * sum(document.nbytes for document in documents)
 
 
-def test_nothing_is_unpickled() -> None:
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+@pytest.mark.parametrize("count", [0, 1, 3, 400])
+def test_the_bytes_are_those_of_tarfile_and_numpy(dtype: type, count: int) -> None:
+    documents = random_documents(2, count, dtype)
+    expected, found = io.BytesIO(), io.BytesIO()
+    with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, block in enumerate(blocks_of(documents)):
+            body = io.BytesIO()
+            np.save(body, np.concatenate(block))
+            member = tarfile.TarInfo(f"train-000000-{number:06d}.tokens.npy")
+            member.size = body.tell()
+            body.seek(0)
+            tar.addfile(member, body)
+    write_shard(found, "train-000000", documents)
+    assert found.getvalue() == expected.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
     body = io.BytesIO()
-    np.save(body, np.array([{"any": "object"}], dtype=object), allow_pickle=True)
+    np.save(body, array, allow_pickle=True)
+    return body.getvalue()
+
+
+def tar_of(body: bytes, name: str = "x.tokens.npy", kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
     shard = io.BytesIO()
     with tarfile.open(fileobj=shard, mode="w") as tar:
-        member = tarfile.TarInfo("x.tokens.npy")
-        member.size = body.tell()
-        body.seek(0)
-        tar.addfile(member, body)
-    shard.seek(0)
-    with pytest.raises(ValueError, match="allow_pickle"):
-        list(read_blocks(shard))
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname, member.size = kind, link, len(body)
+        tar.addfile(member, io.BytesIO(body))
+    return shard.getvalue()
+
+
+GOOD = npy(np.array([7, 3], dtype=np.uint16))
+HOSTILE = {
+    "pickle": (tar_of(npy(np.array([{"any": "object"}], dtype=object))), r"is an array of \|O"),
+    "bare pickle": (tar_of(pickle.dumps([1])), "is not an .npy file of one array"),
+    "pickle member": (tar_of(pickle.dumps([1]), "x.pickle"), "is not called KEY.tokens.npy"),
+    "absolute path": (tar_of(GOOD, "/etc/x.tokens.npy"), "'/etc/x.tokens.npy' is not called"),
+    "upwards": (tar_of(GOOD, "../x.tokens.npy"), "is not called"),
+    "link": (tar_of(b"", kind=tarfile.SYMTYPE, link="/etc/passwd"), "is not a plain file"),
+    "hard link": (tar_of(b"", kind=tarfile.LNKTYPE, link="/etc/passwd"), "is not a plain file"),
+    "huge member": (tar_of(GOOD)[:124] + b"77777777777\0" + tar_of(GOOD)[136:], "checksum"),
+    "huge array": (
+        tar_of(GOOD.replace(b"(2,), }", b"(9999999999999999,), }")),
+        "not an .npy|bytes of numbers",
+    ),
+    "code as header": (tar_of(GOOD.replace(b"(2,)", b"f()_")), "not an .npy file"),
+    "floats": (tar_of(npy(np.zeros(2))), "is an array of <f8"),
+    "table": (tar_of(npy(np.zeros((2, 2), dtype=np.uint16))), r"shape \(2, 2\)"),
+    "cut": (tar_of(GOOD)[:900], "without a tar's end mark"),
+    "no tar": (b"x" * 2048, "not a tar"),
+    "empty": (b"", "without a tar's end mark"),
+    "long name": (tar_of(GOOD, "y" * 300 + ".tokens.npy"), "not a tar of the ustar kind|not a plain file"),
+}
+
+
+@pytest.mark.parametrize("case", list(HOSTILE))
+def test_hostile_shards_are_refused_and_nothing_is_unpickled(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, message = HOSTILE[case]
+    monkeypatch.setattr(pickle, "load", None)
+    monkeypatch.setattr(pickle, "loads", None)
+    with pytest.raises(ValueError, match=message):
+        read_blocks(io.BytesIO(data))
+
+
+def test_a_shard_of_another_dtype_is_refused() -> None:
+    assert read_blocks(io.BytesIO(tar_of(GOOD)))[0].tolist() == [7, 3]
+    with pytest.raises(ValueError, match=r"an array of <u2, shape \(2,\), not of <u4 in one row"):
+        read_blocks(io.BytesIO(tar_of(GOOD)), np.dtype(np.uint32))
+
+
+def test_counting_goes_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_blocks, "_SLICE", 3)
+    counts = np.zeros(5, dtype=np.int64)
+    count_tokens(counts, np.array([0, 4, 4, 1, 1, 1, 4, 2], dtype=np.uint16))
+    assert counts.tolist() == [1, 3, 1, 0, 3]
