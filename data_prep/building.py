@@ -23,6 +23,7 @@ from data_prep.shard_format import (
     Manifest,
     ShardInfo,
     blocks_of,
+    count_tokens,
     replace_file,
     write_shard,
 )
@@ -116,7 +117,7 @@ class Builder:
         if shard.split == "train":
             counts = np.zeros(self._job.tokenizer.vocab_size, dtype=np.int64)
             for block in blocks_of(documents):  # one by one, each would cost a pass over the vocabulary
-                counts += np.bincount(np.concatenate(block), minlength=len(counts))
+                count_tokens(counts, np.concatenate(block) if len(block) > 1 else block[0])
             np.save(self._job.records / f"{shard.name}.npy", counts.astype(np.uint32))
         replace_file(self._job.records / f"{shard.name}.json", json.dumps(asdict(info)).encode())
         os.replace(part, Path(self._job.options.out, shard.name))
@@ -124,20 +125,25 @@ class Builder:
 
     def _gather(self, shard: ShardPlan) -> list[np.ndarray]:
         """The shard's documents, each once, in order."""
-        keys, digests, documents = [], [], []
-        for path in self._paths:
-            spill = open_spill(path)
-            part = spill.between(shard.low, shard.high)
-            if part.start == part.stop:
-                continue
-            lengths = _lengths(spill, part)
-            start = int(spill.ends[part.start]) - int(lengths[0])
-            tokens = np.array(spill.tokens[start : int(spill.ends[part.stop - 1])])
-            keys.append(spill.keys[part])
-            digests.append(spill.digests[part])
-            documents += np.split(tokens, np.cumsum(lengths)[:-1])
-        order = order_and_deduplicate(np.concatenate(keys), np.concatenate(digests))
-        return [documents[index] for index in order]
+        spills = [open_spill(path) for path in self._paths]
+        parts = [spill.between(shard.low, shard.high) for spill in spills]
+        order = order_and_deduplicate(
+            np.concatenate([spill.keys[part] for spill, part in zip(spills, parts, strict=True)]),
+            np.concatenate([spill.digests[part] for spill, part in zip(spills, parts, strict=True)]),
+        )
+        # Other copies of a document stay unread: its shard may be where a thousand of them meet.
+        kept = np.sort(order)
+        documents: dict[int, np.ndarray] = {}
+        before = 0
+        for spill, part in zip(spills, parts, strict=True):
+            ends = spill.ends[part]
+            starts = ends - _lengths(spill, part).astype(np.uint64)
+            first, last = np.searchsorted(kept, (before, before + len(ends)))
+            for index in kept[first:last].tolist():
+                start, end = int(starts[index - before]), int(ends[index - before])
+                documents[index] = np.array(spill.tokens[start:end])
+            before += len(ends)
+        return [documents[index] for index in order.tolist()]
 
 
 class _Hashed:
@@ -194,7 +200,7 @@ def finish(job: Job, plan: Plan, save_tokenizer: Any) -> Manifest:
         sources=tuple({**source, "documents": read[index]} for index, source in enumerate(described)),
         options=json.loads(json.dumps(job.options.recorded())),
         skipped={
-            "duplicates": plan.duplicates,
+            "duplicates": plan.duplicates + sum(head["duplicates"] for head in heads),
             "too_short": sum(head["too_short"] for head in heads),
             "bad_records": num_bad,
         },

@@ -17,7 +17,8 @@ from data_prep.texts import BadRecord, Text, new_digest, pieces_of, utf8
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_PIECES = 1024
-
+MAX_DOCUMENT_BYTES = 640_000_000
+"""Of one document's tokens: more would break what is promised about memory. 300 MB of punctuation have less."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -88,7 +89,7 @@ class Encoder:
         for number, text in texts:
             digest = new_digest()
             held: list[str] = []
-            done: list[np.ndarray] = []
+            done: array.array[int] | None = None  # grows in place: joined arrays would be there twice
             size = 0
             try:
                 for piece in pieces_of(text):
@@ -96,16 +97,18 @@ class Encoder:
                     held.append(piece)
                     size += len(piece)
                     if size > BATCH_CHARACTERS:  # a long document: its tokens are all that is kept of it
-                        done.append(self._part(held))
+                        done = self._add_part(done, held)
                         held, size = [], 0
+                if done is not None:
+                    done = self._add_part(done, held)
             except BadRecord as error:
                 yield Encoded(number, b"", np.empty(0, self._dtype), str(error))
                 continue
-            if done:
+            if done is not None:
                 yield from self._flush(batch)
                 batch, characters, pieces = [], 0, 0
-                end = np.array([self._separator], self._dtype)
-                yield Encoded(number, digest.digest(), np.concatenate([*done, self._part(held), end]))
+                done.append(self._separator)
+                yield Encoded(number, digest.digest(), np.frombuffer(done, dtype=self._dtype))
                 continue
             batch.append((number, digest.digest(), held))
             characters += size
@@ -141,7 +144,7 @@ class Encoder:
             iter(_encode_batch(self._tokenizer, plain)),
             iter(_encode_batch(self._unnormalized, easy)),
         )
-        ids = array.array("H" if self._dtype.itemsize == 2 else "I")
+        ids = self._empty()
         lengths = []
         for take in takes:
             before = len(ids)
@@ -165,10 +168,21 @@ class Encoder:
                 else:
                     yield False, text
 
-    def _part(self, pieces: list[str]) -> np.ndarray:
-        """The tokens of a part of a long document, without separator."""
-        tokens = self._encode([pieces])[0]
-        return (self._without_special(pieces) if self._is_forbidden[tokens[:-1]].any() else tokens)[:-1]
+    def _empty(self) -> array.array[int]:
+        return array.array("H" if self._dtype.itemsize == 2 else "I")
+
+    def _add_part(self, tokens: array.array[int] | None, pieces: list[str]) -> array.array[int]:
+        """Append the tokens of a part of a long document, without separator."""
+        tokens = self._empty() if tokens is None else tokens
+        part = self._encode([pieces])[0]
+        if self._is_forbidden[part[:-1]].any():
+            part = self._without_special(pieces)
+        tokens.frombytes(part[:-1].view(np.uint8).data)
+        if len(tokens) * tokens.itemsize > MAX_DOCUMENT_BYTES:
+            raise BadRecord(
+                f"a document of more than {MAX_DOCUMENT_BYTES // tokens.itemsize:,} tokens; split it"
+            )
+        return tokens
 
     def _without_special(self, pieces: list[str]) -> np.ndarray:
         """Some models hold their special tokens as ordinary vocabulary: spell the literals apart for them."""

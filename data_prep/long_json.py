@@ -25,16 +25,22 @@ def long_json_text(line: bytes, fields: tuple[str, ...]) -> LongText:
     Raises:
         BadRecord: the line is no JSON object, has none of the fields, or the field holds no text.
     """
-    from data_prep.records import no_such_field
+    from data_prep.records import MAX_NAMES, no_such_field
 
-    found = {name: value for name, *value in _members(line)}
+    found: dict[str, tuple[int, int]] = {}
+    names: list[str] = []
+    for name, start, end in _members(line):
+        if name in fields:
+            found[name] = start, end
+        elif len(names) < MAX_NAMES:  # a line may have millions
+            names.append(name)
     for field in fields:
         if field in found:
             start, end = found[field]
             if line[start : start + 1] != b'"':
                 raise BadRecord(f"the field {field!r} does not hold a text")
             return LongText(line, start + 1, end - 1, json=True)
-    raise no_such_field(fields, list(found))
+    raise no_such_field(fields, names)
 
 
 def _members(line: bytes) -> Iterator[tuple[str, int, int]]:

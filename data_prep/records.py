@@ -16,6 +16,8 @@ from data_prep.texts import BOM, LONG, BadRecord, LongText, Text, decode, text_o
 
 MAX_RECORD_BYTES = 1 << 29
 """A longer document is an error: it is beyond what is promised about memory, and is rarely one document."""
+MAX_NAMES = 20
+"""So many of the fields that there are does a message name."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,10 @@ def _check_size(size: int, path: str, place: str) -> None:
 def read_file_as_one(file: SourceFile, options: ReadOptions, reading: Reading) -> Iterator[Record]:
     with open_stream(file.path) as opened:
         reading.position = opened.position
-        data = opened.stream.read(MAX_RECORD_BYTES + 1)
-        _check_size(len(data), file.path, "the whole file")
+        data = bytearray()  # grows in place; one read would reserve the largest size there may be
+        while part := opened.stream.read(1 << 20):
+            data += part
+            _check_size(len(data), file.path, "the whole file")
         yield Record("", data, len(data))
 
 
@@ -163,7 +167,7 @@ def parse_json(record: Record, options: ReadOptions) -> Text:
 
 def no_such_field(wanted: tuple[str, ...], there: list[str]) -> BadRecord:
     names = " or ".join(map(repr, wanted))
-    fields = ", ".join(map(repr, there[:20])) or "none"
+    fields = ", ".join(map(repr, there[:MAX_NAMES])) or "none"
     return BadRecord(f"no text field {names}; the fields are {fields} (choose with --text-field)")
 
 

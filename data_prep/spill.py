@@ -58,20 +58,25 @@ class Spill:
 def write_spill(
     path: str, head: dict[str, Any], keys: np.ndarray, digests: np.ndarray, documents: list[np.ndarray]
 ) -> None:
-    """Write into the open-once file `path`; the caller renames it when it is whole."""
-    order = np.lexsort((digests[:, 1], digests[:, 0], keys))
-    lengths = np.array([len(documents[index]) for index in order], dtype=np.uint64)
+    """Write into the open-once file `path`; the caller renames it when it is whole.
+
+    Args:
+        keys: uint64 (n,), ascending.
+        digests: uint64 (n, 2), ascending where keys are equal.
+        documents: n token arrays.
+    """
+    lengths = np.array([len(document) for document in documents], dtype=np.uint64)
     dtype = documents[0].dtype if documents else np.dtype(np.uint16)
     text = json.dumps({**head, "documents": len(documents), "dtype": dtype.name}).encode()
     text += b" " * (-len(text) % 8)  # the arrays after it are aligned
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        file.write(keys[order].tobytes())
-        file.write(digests[order].tobytes())
+        file.write(keys.tobytes())
+        file.write(digests.tobytes())
         file.write(np.cumsum(lengths, dtype=np.uint64).tobytes())
-        for index in order:
-            file.write(documents[index].tobytes())
+        for document in documents:
+            file.write(document.data)
 
 
 def read_head(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import json
@@ -14,6 +15,7 @@ import numpy as np
 
 from data_prep.encoding import Encoder
 from data_prep.job import Job, Team
+from data_prep.plan import order_and_deduplicate
 from data_prep.progress import Progress
 from data_prep.records import FORMATS, Reading, Record, SourceFile
 from data_prep.sources import Unit, chunk_bytes, make_units
@@ -75,10 +77,10 @@ class Spiller:
             self._team.check()
             target = self._spill_path(unit, chunk)
             records = reader.chunk(first, self._chunk_bytes)
+            first = None  # let go of it: the next one may be as long
             claimed = None if target.exists() else self._team.claim(target.name)
             if claimed is None:
-                for _ in records:
-                    pass
+                collections.deque(records, maxlen=0)
             else:
                 head = {"source": unit.source, "begun": begun}
                 self._spill(unit, reader, records, str(claimed), head)
@@ -119,8 +121,10 @@ class Spiller:
         keys = document_keys(digest_table, options.seed, options.heldout_fraction)
         end = reader.position()
         head = {"source": head["source"], "stored_bytes": end - head["begun"]}
-        head |= {"read": num_read, "too_short": num_short, "bad": bad}
-        write_spill(path, head, keys, digest_table, documents)
+        kept = order_and_deduplicate(keys, digest_table)
+        duplicates = len(keys) - len(kept)
+        head |= {"read": num_read, "too_short": num_short, "duplicates": duplicates, "bad": bad}
+        write_spill(path, head, keys[kept], digest_table[kept], [documents[index] for index in kept.tolist()])
         self._progress.add(end - position, num_read, sum(map(len, documents)))
 
     def _texts(

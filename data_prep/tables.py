@@ -5,12 +5,13 @@ Texts leave here as UTF-8 buffers of Arrow memory, never as one Python string.
 
 from __future__ import annotations
 
-import mmap
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from data_prep.parquet_pages import Page, pages, texts_of
 from data_prep.records import Reading, ReadOptions, Record, SourceFile, no_such_field
 from data_prep.streams import DamagedFile, open_stream, plain_name
 
@@ -18,7 +19,8 @@ from data_prep.streams import DamagedFile, open_stream, plain_name
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 ROWS = 256
-LONG_ROW_BYTES = 1 << 24
+LARGE_PAGE = 1 << 26
+"""Bytes; Arrow holds up to four times as much of a page. In larger ones it is not trusted with memory."""
 
 
 def parquet_parts(path: str) -> list[SourceFile]:
@@ -34,45 +36,61 @@ def parquet_parts(path: str) -> list[SourceFile]:
 
 
 def read_parquet(file: SourceFile, options: ReadOptions, reading: Reading) -> Iterator[Record]:
-    import pyarrow as pa
-
     reading.position = lambda: 0
-    with _arrow_errors(file.path), tempfile.TemporaryFile() as unpacked:
-        if file.part is None:
+    with _arrow_errors(file.path), contextlib.ExitStack() as held:
+        if file.part is not None:
+            source: Any = held.enter_context(open(file.path, "rb"))
+        else:
+            source = held.enter_context(tempfile.TemporaryFile())
             with open_stream(file.path) as opened:
                 while data := opened.stream.read(1 << 20):
-                    unpacked.write(data)
-        # While the reader lives, its pages hold a very long text two more times: such rows wait in a file.
-        with tempfile.TemporaryFile() as waiting:
-            long: list[tuple[str, int, int]] = []
-            record: Record | None
-            for record in _parquet_rows(file, unpacked, options):
-                if record.size < LONG_ROW_BYTES:
-                    yield record
-                else:
-                    long.append((record.place, waiting.tell(), record.size))
-                    waiting.write(record.payload)
-            record = None
-            waiting.flush()
-            pa.default_memory_pool().release_unused()
-            content = memoryview(mmap.mmap(waiting.fileno(), 0, access=mmap.ACCESS_READ)) if long else b""
-            for place, start, size in long:
-                yield Record(place, content[start : start + size], size)
+                    source.write(data)
+        yield from _parquet_rows(file, source, options)
     reading.position = lambda: file.bytes
 
 
-def _parquet_rows(file: SourceFile, unpacked: Any, options: ReadOptions) -> Iterator[Record]:
-    """The rows of the file's part."""
+def _parquet_rows(file: SourceFile, source: Any, options: ReadOptions) -> Iterator[Record]:
+    """The rows of the file's part: through Arrow, or page by page where its pages are large."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(
-        file.path if file.part is not None else unpacked, buffer_size=1 << 20, pre_buffer=False
-    ) as table:
-        groups = list(range(*file.part)) if file.part is not None else list(range(table.num_row_groups))
-        column = _text_column(file.path, table.schema_arrow, options)
-        first = sum(table.metadata.row_group(index).num_rows for index in range(groups[0] if groups else 0))
-        batches = table.iter_batches(batch_size=ROWS, row_groups=groups, columns=[column], use_threads=False)
-        yield from _rows(batches, column, first)
+    with pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as table:
+        name = _text_column(file.path, table.schema_arrow, options)
+        column = table.schema.names.index(name) if name in table.schema.names else None
+        groups = range(*file.part) if file.part is not None else range(table.num_row_groups)
+        first = sum(table.metadata.row_group(index).num_rows for index in range(groups.start))
+        for group in groups:
+            rows, large = ROWS, None
+            if column is not None:
+                chunk = table.metadata.row_group(group).column(column)
+                rows, large = _plan_of_pages(file.path, source, chunk)
+            if large:
+                nullable = table.schema.column(column).max_definition_level > 0
+                yield from _large_rows(file.path, texts_of(source, chunk, large, nullable), first)
+            else:
+                batches = table.iter_batches(rows, row_groups=[group], columns=[name], use_threads=False)
+                yield from _rows(batches, name, first)
+            first += table.metadata.row_group(group).num_rows
+
+
+def _plan_of_pages(path: str, source: Any, chunk: Any) -> tuple[int, list[Page] | None]:
+    """How many rows Arrow may read at a time; the pages, where it had better not read them at all."""
+    if chunk.total_uncompressed_size <= LARGE_PAGE:
+        return ROWS, None
+    try:
+        found = pages(source, chunk)
+    except ValueError as error:
+        raise DamagedFile(f"{path} is damaged or no parquet file: {error}") from None
+    largest = max((page.unpacked for page in found), default=1)
+    return min(ROWS, max(1, LARGE_PAGE // max(1, largest))), found if largest > LARGE_PAGE else None
+
+
+def _large_rows(path: str, texts: Iterator[bytes | None], first: int) -> Iterator[Record]:
+    try:
+        for number, text in enumerate(texts, first + 1):
+            yield Record(f"row {number}", text, len(text or b""))
+    except (LookupError, ValueError) as error:
+        reason = "a page's header or indices are damaged" if isinstance(error, LookupError) else error
+        raise DamagedFile(f"{path} is damaged, or cannot be read in bounded memory: {reason}") from None
 
 
 def is_dataset_folder(path: str) -> bool:

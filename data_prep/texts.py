@@ -25,6 +25,10 @@ _WORD_END = re.compile(rb"[A-Za-z0-9,.;](?= [A-Za-z0-9])")
 _CHARACTER_START = re.compile(rb"(?s).(?=[\x00-\x7f\xc2-\xf4])")
 # In the inside of a JSON string an escape (or a pair of surrogate escapes) must stay whole.
 _JSON_START = re.compile(rb"[\x80-\xbf](?=[\xc2-\xf4])|[^\\](?=\\u(?![dD][c-fC-F])[0-9a-fA-F]{4})")
+_JSON_UNIT = re.compile(
+    rb"(?s)\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u....|\\[^u]|[\xc2-\xf4][\x80-\xbf]+|[^\\\x80-\xff]"
+)
+_LONGEST_UNIT = 12
 
 
 class BadRecord(ValueError):
@@ -49,6 +53,7 @@ class LongText:
             BadRecord: at the first piece that is not valid UTF-8.
         """
         pending = ""
+        waiting: list[str] = []
         begun = False
         for piece in self._raw_pieces():
             piece = (pending + piece).replace("\r\n", "\n")
@@ -59,7 +64,12 @@ class LongText:
             kept = piece.rstrip(WHITE)
             pending = piece[len(kept) :]
             if kept:
+                yield from waiting
+                waiting.clear()
                 yield kept
+            if len(pending) >= PIECE and not pending.endswith("\r"):
+                waiting.append(pending)
+                pending = ""
 
     def _raw_pieces(self) -> Iterator[str]:
         start = self._start
@@ -86,8 +96,16 @@ class LongText:
                 ends = [match.end() for match in pattern.finditer(window)]
                 if ends:
                     return window_start + ends[-1]
-            size *= 2  # no safe place: take more
+            if self._json and (end := self._unit_end(start, size)):
+                return end
+            size *= 2  # no place at all: not valid, or all white space
         return self._end
+
+    def _unit_end(self, start: int, size: int) -> int | None:
+        """Where the last whole character or escape of a window ends: slow, but it finds what there is."""
+        ends = (match.end() for match in _JSON_UNIT.finditer(bytes(self._buffer[start : start + size])))
+        whole = [end for end in ends if end <= size - _LONGEST_UNIT]
+        return start + whole[-1] if whole else None
 
 
 Text = str | LongText

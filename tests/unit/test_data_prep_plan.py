@@ -106,6 +106,8 @@ def test_spill_survives_writing(tmp_path: object, count: int) -> None:
     names = list(range(count))
     digests = digests_of(names)
     keys = document_keys(digests, 3, 0.5)
+    order = order_and_deduplicate(keys, digests)
+    keys, digests = keys[order], digests[order]
     documents = [np.arange(name + 2, dtype=np.uint32) for name in names]
     write_spill(path, {"read": count, "note": "é"}, keys, digests, documents)
     spill = open_spill(path)

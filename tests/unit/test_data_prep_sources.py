@@ -256,15 +256,3 @@ def test_installed_docs_are_sorted_and_hold_the_topics() -> None:
     texts = [r.payload for file in webdataset for r in read_format(file, ReadOptions(), Reading())]
     assert len(texts) > 20
     assert all(len(text) >= 200 for text in texts)
-
-
-def test_very_long_rows_of_parquet_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from data_prep import tables
-
-    monkeypatch.setattr(tables, "LONG_ROW_BYTES", 100)
-    long = [f"{number} long text " * 20 for number in range(2)]
-    pq.write_table(pa.table({"text": [long[0], *TEXTS, long[1]]}), tmp_path / "a.parquet")
-    assert read(str(tmp_path / "a.parquet")) == [*TEXTS, *(text.strip() for text in long)]
