@@ -19,6 +19,7 @@ a second rank. No rank reads a shard that it takes no window from.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections import deque
@@ -32,8 +33,10 @@ from data_prep.shard_format import Manifest
 from train.order import FRAME_TOKENS, DataOrder, Run, check_fit, windows_per_shard
 from train.packing import cut_windows, document_bounds, frame_windows, permute_documents
 from train.prefetch import ReadAhead, in_background
+from train.shard_cache import ShardCache
 from train.shard_checks import check_shards
-from train.shard_reader import ShardCache, read_shard, shard_tokens
+from train.shard_reader import read_shard, shard_tokens
+from train.shard_streams import Readings
 
 __all__ = ["BatchLoader", "MicroBatch", "check_shards", "heldout_windows"]
 
@@ -110,8 +113,9 @@ class BatchLoader:
     def batches(self, start_step: int, stop_step: int) -> Iterator[MicroBatch]:
         """The micro batches of steps start_step to stop_step - 1, read ahead in the background.
 
-        The threads end when the iterator does, also when it is closed or dropped early. What fails in them
-        is raised here. Each call opens its shards anew: call it once for a run, not once for a step.
+        The threads, and the commands they read from, end when the iterator does, also when it is closed or
+        dropped early. What fails in them is raised here. Each call opens its shards anew: call it once for a
+        run, not once for a step.
         """
         self.order.position(start_step)  # refuses a negative step before a thread starts
         depth = max(2, PREFETCH_TOKENS // (self._micro_batch_size * self._sequence_length))
@@ -125,7 +129,9 @@ class BatchLoader:
         if device is not None:
             torch.cuda.set_device(device)
         planned: deque[list[list[Run]]] = deque()
-        with ReadAhead(self._prepare, READER_THREADS) as shards:
+        readings = Readings()
+        prepare = functools.partial(self._prepare, readings=readings)
+        with ReadAhead(prepare, READER_THREADS) as shards, readings:  # left first: no thread reads on
             for ahead in range(start_step, stop_step + LOOKAHEAD_STEPS):
                 if ahead < stop_step:
                     planned.append(
@@ -157,10 +163,10 @@ class BatchLoader:
             row += run.length
         return MicroBatch(step, epoch, micro_step, input_ids, window_ids)
 
-    def _prepare(self, key: tuple[int, int]) -> _EpochShard:
+    def _prepare(self, key: tuple[int, int], readings: Readings) -> _EpochShard:
         epoch, shard = key
         info = self._infos[shard]
-        data = read_shard(self._shards, info, verify=self._verify, cache=self._cache)
+        data = read_shard(self._shards, info, verify=self._verify, cache=self._cache, readings=readings)
         tokens = shard_tokens(data, info, self._tokenizer)
         del data
         bounds = document_bounds(tokens, self._tokenizer.sep_id)

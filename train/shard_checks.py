@@ -9,7 +9,10 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from data_prep.shard_format import Manifest, ShardInfo
-from train.shard_reader import ShardCache, check_shard_size, read_shard, shard_tokens
+from train.shard_cache import ShardCache
+from train.shard_reader import read_shard, shard_tokens
+from train.shard_sizes import check_shard_sizes
+from train.shard_streams import Readings
 
 _THREADS = 8
 
@@ -26,10 +29,9 @@ def check_shards(
 ) -> None:
     """Refuse shards that are missing, truncated or (verify="full") altered.
 
-    Sizes of local and http(s) files are compared without reading them, by every rank; through a pipe a size
-    is known only by reading, which then happens when the shard is used. verify="full" also reads rank r's
-    share of the shards, every world_size-th from the r-th on: sha256, and every promise of the format. All
-    ranks together read the corpus once; a bad shard is met by one of them.
+    Sizes are compared without reading the shards, by every rank, where they can be asked for (shard_sizes.py).
+    verify="full" also reads rank r's share of the shards, every world_size-th from the r-th on: sha256, and
+    every promise of the format. All ranks together read the corpus once; a bad shard is met by one of them.
 
     Memory with verify="full": up to _THREADS shards at a time, each with its file, its tokens and a byte
     for every token: about 2.5 times the size of a shard, 160 MB for the usual shards of 8 MB.
@@ -47,11 +49,22 @@ def check_shards(
     if twice:
         raise ValueError(f"the manifest lists shard {twice[0]} twice: write the shards again")
 
-    def read(shard: ShardInfo) -> None:
-        shard_tokens(read_shard(shards, shard, verify=verify, cache=cache), shard, manifest.tokenizer)
+    check_shard_sizes(shards, chosen)
+    if verify == "full":
+        _read_all(shards, manifest, chosen[rank::world_size], cache)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for _ in pool.map(lambda shard: check_shard_size(shards, shard), chosen):
+
+def _read_all(shards: str, manifest: Manifest, chosen: list[ShardInfo], cache: ShardCache | None) -> None:
+    readings = Readings()
+
+    def read(shard: ShardInfo) -> None:
+        data = read_shard(shards, shard, verify="full", cache=cache, readings=readings)
+        shard_tokens(data, shard, manifest.tokenizer)
+
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        for _ in pool.map(read, chosen):
             pass
-        for _ in pool.map(read, chosen[rank::world_size] if verify == "full" else []):
-            pass
+    finally:
+        readings.end()  # an error, or an interrupt, waits for no other shard
+        pool.shutdown(cancel_futures=True)

@@ -218,7 +218,9 @@ def test_memory_and_readings_stay_within_what_is_stated(
         return micro_batch(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(BatchLoader, "_micro_batch", watched)
-    monkeypatch.setattr(BatchLoader, "_prepare", lambda self, key: read.append(key) or prepare(self, key))
+    monkeypatch.setattr(
+        BatchLoader, "_prepare", lambda self, key, **more: read.append(key) or prepare(self, key, **more)
+    )
     for world_size in (1, 4):
         resident.clear()
         read.clear()

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 
 from data_prep.shard_format import Manifest, ShardInfo
 from tests.tiny_shards import SEP, TOKENIZER, put_file, random_documents, served, shard_of, write_tiny_shards
+from train.shard_cache import ShardCache
 from train.shard_checks import check_shards
-from train.shard_reader import ShardCache, check_shard_size, read_histogram, read_shard, shard_tokens
+from train.shard_reader import read_histogram, read_shard, shard_tokens
+from train.shard_sizes import check_shard_sizes
 
 
 @pytest.fixture(scope="module")
@@ -56,29 +58,6 @@ def test_s3_goes_through_the_aws_command(
     assert bytes(read_shard("s3://bucket/corpus", shard)) == (folder / shard.name).read_bytes()
     with pytest.raises(ValueError, match=r"shard other\.tar at s3://bucket/other\.tar cannot be read"):
         read_shard("s3://bucket", replace(shard, name="other.tar"))
-
-
-def test_a_cached_file_is_told_by_its_content(
-    folder: Path, manifest: Manifest, server: tuple[str, list[str]], tmp_path: Path
-) -> None:
-    url, _ = server
-    shard = manifest.splits["train"][0]
-    cache = ShardCache(str(tmp_path))
-    path = Path(cache.local_path(f"{url}/{shard.name}", shard))
-    other = replace(shard, sha256="0" * 64)
-    assert Path(cache.local_path(f"{url}/{shard.name}", other)) != path
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="is truncated"):
-        cache.local_path(f"{url}/{shard.name}", shard)
-    assert path.name == Path(cache.local_path(f"{url}/{shard.name}", shard)).name  # fetched again
-    original = tmp_path.parent / shard.name
-    original.write_bytes(b"short")
-    with pytest.raises(ValueError, match="is truncated"):
-        read_shard(f"file://{tmp_path.parent}", shard, cache=cache)
-    assert original.exists()  # only what the cache has fetched is ever removed
-    with pytest.raises(ValueError, match="cannot be read"):
-        cache.local_path(f"{url}/none.tar", replace(shard, sha256="1" * 64))
-    assert {entry.name for entry in tmp_path.iterdir()} == {f"{'0' * 16}-{shard.name}", path.name}
 
 
 def test_every_way_to_write_a_folder_leads_to_its_files(
@@ -192,9 +171,6 @@ def test_a_remote_shard_that_is_bad_is_named(
         ValueError, match=r"absent\.tar cannot be read \(its command ended with exit code 22\): "
     ):
         read_shard(url, absent)
-    blocked = ShardCache(str(folder / "manifest.json"))
-    with pytest.raises(ValueError, match=r"absent\.tar cannot be read \(\[Errno"):
-        read_shard(url, absent, cache=blocked)
     longer = replace(manifest.splits["train"][0], bytes=10)
     for location in (url, "pipe:yes #", "pipe:exec yes #"):
         with pytest.raises(ValueError, match="longer than 10 bytes"):
@@ -225,7 +201,7 @@ def test_an_answer_that_is_no_http_is_told(manifest: Manifest, answer: bytes) ->
         with pytest.raises(
             ValueError, match=r"shard train-000000\.tar at http\S+ cannot be read \(.+\): fetch"
         ):
-            check_shard_size(f"http://127.0.0.1:{listener.getsockname()[1]}", manifest.splits["train"][0])
+            check_shard_sizes(f"http://127.0.0.1:{listener.getsockname()[1]}", manifest.splits["train"][:1])
         thread.join()
 
 
