@@ -91,7 +91,9 @@ class Hosts:
         log.close()
         deadline = time.monotonic() + SECONDS_TO_START
         ssh = [str(self.folder / "bin" / "ssh"), name, "true"]
-        while subprocess.run(["ip", "netns", "exec", space, *ssh], capture_output=True, check=False).returncode:
+        while subprocess.run(
+            ["ip", "netns", "exec", space, *ssh], capture_output=True, check=False
+        ).returncode:
             assert time.monotonic() < deadline, (self.folder / f"{name}.log").read_text()
             time.sleep(0.1)
 

@@ -86,7 +86,9 @@ def test_a_host_that_dies_on_a_slow_link_ends_the_job_which_then_goes_on(
     assert "error: rank 1 on host-b has not been heard of for" in output
     assert "run it again to go on from the newest checkpoint" in output
     slow, fast = median_step_s(run_dir), median_step_s(on_two_hosts[0])
-    print(f"step: {fast:.3f} s, at 10 ms and 20 Mbit/s {slow:.3f} s; host lost: end after {ended_after_s:.1f} s")
+    print(
+        f"step: {fast:.3f} s, at 10 ms and 20 Mbit/s {slow:.3f} s; host lost: end after {ended_after_s:.1f} s"
+    )
     assert slow > fast + 2 * 0.01, "the link was not slow"
     hosts.start("host-b")
     code, output = finish(launch(hosts, settings, run_dir))

@@ -10,7 +10,7 @@ from launch.environment import load_environment_file, parse_environment
 
 
 def test_comments_quotes_and_export_are_fine() -> None:
-    text = '# don't\n\n  A=1\nexport B="x y=z"  # why\nC=\nD=a#b E=2\n'
+    text = "# don't\n\n  A=1\nexport B='x y=z'  # why\nC=\nD=a#b E=2\n"
     assert parse_environment(text) == {"A": "1", "B": "x y=z", "C": "", "D": "a#b", "E": "2"}
 
 
@@ -18,7 +18,7 @@ def test_comments_quotes_and_export_are_fine() -> None:
     ("line", "message"),
     [
         ("A = 1", "cluster.env, line 2: 'A' is not NAME=value"),
-        ("A='1", "line 2: no closing quotation in \"A='1\""),
+        ("A='1", 'line 2: no closing quotation in "A=\'1"'),
         ("export A", "line 2: 'A' is not NAME=value"),
         ("RANK=0", "RANK is the launcher's to set"),
         ("LD_LIBRARY_PATH=/x", "LD_LIBRARY_PATH has no effect here"),
