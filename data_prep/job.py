@@ -124,34 +124,45 @@ class Team:
             JobFailed: on every process, where it failed on any.
         """
         result: Any = None
-        failure: str | None = None
+        failure: tuple[str, int] | None = None
         try:
             result = work()
         except Exception as error:
-            failure = explain(error)
+            failure = explain(error), exit_code(error)
             if self.claims is not None:
                 with contextlib.suppress(OSError):  # a full disk; the others will notice at the gathering
                     (self.claims / "stop").touch()
-        failures = ["lost"]
+        failures = [("lost", 1)]
         progress, self.progress = self.progress, None
         try:
             if progress is not None:
                 progress.publish()
             outcomes = self.world.gather((result, failure), progress.show if progress else lambda: None)
-            failures = [message for _, message in outcomes if message is not None]
+            failures = [failure for _, failure in outcomes if failure is not None]
         finally:
             if progress is not None:
                 progress.close(complete=not failures)
         if failures:
-            raise JobFailed(next((message for message in failures if message), "stopped"))
+            raise JobFailed(*next((failure for failure in failures if failure[0]), ("stopped", 1)))
         return [value for value, _ in outcomes]
+
+
+def _is_full_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def exit_code(error: Exception) -> int:
+    """2 for bad usage or input; 1 for what no other command line would mend: a full disk, a fault of ours."""
+    if isinstance(error, JobFailed):
+        return error.exit_code
+    return 2 if isinstance(error, (ValueError, OSError)) and not _is_full_disk(error) else 1
 
 
 def explain(error: Exception) -> str:
     """One line for what a user can mend; the traceback for what is a fault of this code."""
     if isinstance(error, JobFailed):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if _is_full_disk(error):
         return (
             "the disk is full (the output needs about 4 bytes per token, 2 of them for the time of the run); "
             "make room and run the same command again: finished work is kept"

@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.job import exit_code
 from data_prep.records import FORMATS, Reading, ReadOptions
 from data_prep.sources import HELP as SOURCES_HELP
 from data_prep.sources import TXT_DOCUMENTS, Unit, make_units, resolve_sources
@@ -183,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(run(parse_arguments(arguments)))
     except (ValueError, OSError) as error:
         print(f"train_tokenizer: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     return 0
 
 

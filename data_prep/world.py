@@ -21,6 +21,10 @@ POLL_S = 0.05
 class JobFailed(Exception):
     """The job cannot go on; every process raises it, with the message of the lowest rank that failed."""
 
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
 
 class ProcessLost(RuntimeError):
     """Another process of the job ended without a word."""

@@ -343,7 +343,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_later(
         return whole(*arguments)
 
     monkeypatch.setattr(building, "write_shard", fail_at_the_third)
-    assert make(*good, "--out", tmp_path / "out") == 2
+    assert make(*good, "--out", tmp_path / "out") == 1
     assert "the disk is full" in (line := last_line(capsys))
     assert "finished work is kept" in line
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
@@ -354,12 +354,22 @@ def test_full_disk_is_one_line_and_the_run_goes_on_later(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+def test_a_fault_of_this_code_is_told_with_its_place_and_exit_code_1(
+    tmp_path: Path, good: list, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "order_and_deduplicate", lambda *_: 1 // 0)
+    assert make(*good, "--out", tmp_path / "out") == 1
+    errors = capsys.readouterr().err
+    assert "write_shards: Traceback" in errors
+    assert "ZeroDivisionError" in errors
+
+
 def test_a_unit_that_was_read_to_its_end_may_lack_a_chunk(tmp_path: Path, good: list, corpus: Path) -> None:
     """Whoever reads a shared file's end first may leave others' chunks unfinished when all are killed."""
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write_shards, "make_plan", None)
-        assert make(*good, "--out", out) == 2
+        assert make(*good, "--out", out) == 1
     (spill,) = (out / ".work" / "spills").glob("*.spill")
     assert len(list((out / ".work" / "spills").glob("*.end"))) == 1
     spill.unlink()
