@@ -33,6 +33,10 @@ examples:
   python data_prep/train_tokenizer.py reports.jsonl.gz 'notes/**/*.txt' --vocab-size 30000 --cased --out T
 
 then: python data_prep/write_shards.py SOURCE... --tokenizer runs/tokenizer --out shards
+
+Memory grows with the number of different words, not with the text: about 0.2 GB for 33 MB of Simple English
+Wikipedia, 0.3 GB for 100 MB. It has no bound: of a corpus of many gigabytes name some of the files, since a
+vocabulary gains little from the rest. The text waits once more, unpacked, in the temporary folder (TMPDIR).
 """
 
 

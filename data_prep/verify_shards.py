@@ -111,7 +111,11 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
     _check_histogram(folder / manifest.token_histogram, histogram)
     if not (folder / TOKENIZER_FOLDER).is_dir():
         raise FileNotFoundError(f"{folder / TOKENIZER_FOLDER} is missing; {REMEDY}")
-    tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
+    except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{folder / TOKENIZER_FOLDER} does not load ({reason}); {REMEDY}") from None
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer.fingerprint:
         raise ValueError(f"{folder / TOKENIZER_FOLDER} is not the tokenizer of the manifest; {REMEDY}")
     return manifest, tokenizer

@@ -137,7 +137,7 @@ def load_tokenizer(name: str) -> Any:
         raise ValueError(f"--tokenizer {name}: not a folder with a Hugging Face tokenizer")
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to
         where = "in this folder" if os.path.isdir(name) else "on this machine or the hub"
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"--tokenizer {name}: no tokenizer that loads {where} ({reason})") from None

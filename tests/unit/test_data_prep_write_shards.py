@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
+import io
 import json
 import re
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,29 @@ def test_duplicates_and_short_documents_are_dropped_and_counted(
     assert manifest.skipped == {"duplicates": 2, "too_short": 2, "bad_records": 0}
     assert [source["documents"] for source in manifest.sources] == [2, 4]
     assert len(documents_in(out) + documents_in(out, "heldout")) == 2, "upper case is another text"
+
+
+def test_copies_of_a_document_are_not_gathered(
+    tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a thousand copies one is read again, and one is kept in each chunk: memory does not grow with them."""
+    text = "the teacher reads a large model and writes a small student"
+    (tmp_path / "a.txt").write_text(f"{text}\n" * 500)
+    (tmp_path / "b.txt").write_text(f"{text}\n" * 500 + text.upper())
+    heads: list[dict[str, Any]] = []
+    make_plan = write_shards.make_plan
+
+    def look(job: Any) -> Any:
+        heads.extend(building.spill_counts(job))
+        return make_plan(job)
+
+    monkeypatch.setattr(write_shards, "make_plan", look)
+    sources = [f"line:{tmp_path}/{name}.txt" for name in "ab"]
+    arguments = [*sources, "--tokenizer", tokenizer_folder, "--heldout-fraction", 0]
+    assert make(*arguments, "--out", tmp_path / "o") == 0
+    assert [head["documents"] for head in heads] == [1, 2]
+    assert Manifest.load(tmp_path / "o").skipped["duplicates"] == 999
+    assert len(documents_in(tmp_path / "o")) == 2
 
 
 def test_split_stays_when_sources_are_added(tmp_path: Path, good: list) -> None:
@@ -323,8 +349,13 @@ def test_bad_options(
     assert message in last_line(capsys)
 
 
-def test_folder_without_tokenizer(tmp_path: Path, good: list, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("content", [None, "nonsense", '{"version": "1.0"}', "[]"])
+def test_folder_without_tokenizer(
+    tmp_path: Path, good: list, content: str | None, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "empty").mkdir()
+    if content is not None:
+        (tmp_path / "empty" / "tokenizer.json").write_text(content)
     assert make(*good, "--out", tmp_path / "out", "--tokenizer", tmp_path / "empty") == 2
     assert "no tokenizer that loads in this folder (" in last_line(capsys)
 
@@ -389,7 +420,10 @@ def test_a_unit_that_was_read_to_its_end_may_lack_a_chunk(tmp_path: Path, good: 
         ("remove", r"train-000001\.tar is missing"),
         ("stranger", r"holds train-000099\.tar, which the manifest does not name"),
         ("histogram", "does not count the tokens of the train split"),
+        ("histogram file", "token_histogram.npy is damaged .it is not an .npy file of one array.; remove"),
         ("tokenizer", "tokenizer is missing"),
+        ("tokenizer file", r"out/tokenizer does not load \(.+\); remove the folder"),
+        ("hostile", r"train-000001\.tar is no shard: member '/etc/x\.tokens\.npy' is not called KEY\.tokens"),
         ("counts", r"train-000001\.tar has .* documents, the manifest says"),
         ("manifest", "manifest.json does not exist; make shards with"),
     ],
@@ -412,6 +446,19 @@ def test_verify_names_what_is_wrong(
         shutil.copy(shard, out / "train-000099.tar")
     elif damage == "histogram":
         np.save(out / "token_histogram.npy", np.zeros(64, dtype=np.int64))
+    elif damage == "histogram file":
+        (out / "token_histogram.npy").write_bytes(b"nonsense")
+    elif damage == "tokenizer file":
+        (out / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0"}')
+    elif damage == "hostile":
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w") as tar:
+            tar.addfile(tarfile.TarInfo("/etc/x.tokens.npy"))
+        shard.write_bytes(data.getvalue())
+        content = json.loads((out / "manifest.json").read_text())
+        digest = hashlib.sha256(data.getvalue()).hexdigest()
+        content["splits"]["train"][1] |= {"bytes": len(data.getvalue()), "sha256": digest}
+        (out / "manifest.json").write_text(json.dumps(content))
     elif damage == "tokenizer":
         shutil.rmtree(out / "tokenizer")
     elif damage == "manifest":
