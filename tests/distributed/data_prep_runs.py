@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "data_prep" / "write_shards.py")
@@ -40,6 +43,49 @@ def command(corpus: Path, tokenizer: str, out: Path, *options: str) -> list[str]
         *shape,
         *options,
     ]
+
+
+def write_faulty_corpus(folder: Path, repeats: int) -> str:
+    """Eight files of `repeats` sentences, one of which ends with a byte that is no UTF-8; what is said of it."""
+    for number in range(8):
+        fault = b"\xff" if number == 4 else b""
+        (folder / f"{number}.txt").write_bytes(b"the model reads " * repeats + fault)
+    return f"4.txt: invalid UTF-8 (byte 0xff at offset {16 * repeats})"
+
+
+def run(
+    arguments: list[str], exit_code: int = 0, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end, which must be `exit_code` and without a traceback."""
+    done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == exit_code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def one_process(corpus: Path, tokenizer: str, out: Path) -> dict[str, bytes]:
+    """What one process makes in one go: what all others must make."""
+    run(command(corpus, tokenizer, out, "--processes", "1"))
+    return contents(out)
+
+
+def kill_one_worker(
+    arguments: list[str],
+    out: Path,
+    is_worker: Callable[[list[str]], bool],
+    env: dict[str, str] | None = None,
+) -> tuple[int, str, list[psutil.Process]]:
+    """Start the command, kill -9 one of its workers once a spill is there; exit code, errors, all workers."""
+    with subprocess.Popen(
+        arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not count(out, ".work/spills/*.spill"):
+            assert process.poll() is None
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in children if is_worker(child.cmdline())]
+        os.kill(workers[-1].pid, signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    return process.returncode, errors, workers
 
 
 def contents(folder: Path) -> dict[str, bytes]:
