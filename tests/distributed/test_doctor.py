@@ -1,0 +1,144 @@
+"""launch/doctor.py on two hosts that a stand-in for ssh plays on this machine: all well, and planted faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.harness import ROOT, free_port
+
+STAND_IN = f"{sys.executable} {ROOT / 'tests' / 'distributed' / 'stand_in_ssh.py'}"
+
+
+def run_doctor(
+    folder: Path, hosts: str, settings: list[str], faults: dict[str, Any], *more: str
+) -> subprocess.CompletedProcess[str]:
+    hostfile = folder / "hosts"
+    hostfile.write_text(hosts)
+    command = [
+        sys.executable,
+        "launch/doctor.py",
+        "--hostfile",
+        str(hostfile),
+        "--ssh",
+        STAND_IN,
+        *more,
+        *settings,
+    ]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=240,
+        env={**os.environ, "FAULTS": json.dumps(faults), "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture
+def settings(teacher_folder: str, shards_folder: str, tmp_path: Path) -> list[str]:
+    return [
+        f"--data.shards={shards_folder}",
+        f"--model.teacher={teacher_folder}",
+        "--model.layer_map=every_other",
+        "--data.sequence_length=32",
+        "--training.global_batch_size=32",
+        "--training.micro_batch_size=8",
+        f"--run.dir={tmp_path / 'runs' / 'mine'}",
+    ]
+
+
+def rows(output: str) -> dict[str, str]:
+    """Check -> what its row says, words joined by single spaces; a table's lines belong to the row before."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in output.splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if len(cells) == 3:
+            name = cells[0] or name
+            found[name] = f"{found.get(name, '')} {cells[1]} {cells[2]}".strip()
+    return {name: " ".join(text.split()) for name, text in found.items()}
+
+
+def test_two_hosts_all_well(settings: list[str], tmp_path: Path) -> None:
+    port = str(free_port())
+    done = run_doctor(
+        tmp_path, "localhost slots=1\nhostb slots=1  # by stand-in\n", settings, {}, "--master-port", port
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = rows(done.stdout)
+    assert all(text.startswith("ok ") for text in table.values()), done.stdout
+    assert "localhost, hostb" in table["reach"]
+    assert "2 ranks, right" in table["all-reduce (gloo)"]
+    assert "32 = 8 x 2 x 2 ranks" in table["batch arithmetic"]
+    assert "MLM head; float16 against fp32" in table["teacher"]
+    assert "seen by every host" in table["shared run folder"]
+    assert len(table) == 18
+    assert not (tmp_path / "runs").exists()  # it leaves nothing behind
+    assert not done.stderr.strip()
+
+
+def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str, shards_folder: str) -> None:
+    """Ten at once, each told with its remedy."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    headless, other_shards = tmp_path / "headless", tmp_path / "other-shards"
+    torch.manual_seed(0)
+    BertModel(BertConfig.from_pretrained(teacher_folder)).save_pretrained(headless)
+    shutil.copytree(shards_folder, other_shards)
+    manifest = json.loads((other_shards / "manifest.json").read_text())
+    manifest["sources"] = []
+    (other_shards / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "deepspeed_env").write_text("# a comment\nA=1\n")
+    faults = {
+        "hostb": {
+            "shards": str(other_shards),
+            "clock": -120,
+            "package": ["torch", "2.0.0"],
+            "disk": 0.01,
+            "blind": True,
+        },
+        "hostc": "unreachable",
+    }
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # as a user may have it here; the stand-in passes it on
+    settings = [*settings, f"--model.teacher={headless}"]
+    try:
+        os.environ["DS_ENV_FILE"] = str(tmp_path / "deepspeed_env")
+        with socket.socket() as busy:
+            busy.bind(("", 0))
+            busy.listen()
+            port = str(busy.getsockname()[1])
+            hosts = "localhost slots=1\nhostb slots=1\nhostc slots=1\n"
+            done = run_doctor(tmp_path, hosts, settings, faults, "--skip-all-reduce", "--master-port", port)
+    finally:
+        del os.environ["GLOO_SOCKET_IFNAME"], os.environ["DS_ENV_FILE"]
+    assert done.returncode == 1, done.stdout + done.stderr
+    table = rows(done.stdout)
+    told = {
+        "reach": ("hostc: ssh: connect to host hostc port 22: No route to host", "ssh-copy-id hostc"),
+        "python and packages": ("hostb: torch 2.0.0 (first host: 2.13", "pip install -r requirements.txt"),
+        "clock": ("hostb: -120.0 s", "chronyd"),
+        "shards": ("hostb: manifest", "every host must see the same shards"),
+        "disk": ("hostb: 0.01 GiB free", "free 1.0 GiB for checkpoints"),
+        "shared run folder": ("hostb cannot see", "must be one folder"),
+        "port": ("Address already in use", "--master_port"),
+        ".deepspeed_env": ("line 1: '# a comment'", "NAME=VALUE lines alone"),
+        "batch arithmetic": ("a world size of 3 does not fit", "use a world size of 1, 2, 4"),
+        "teacher": ("has no MLM head", "saved with its masked-language-model head"),
+    }
+    for check, (seen, remedy) in told.items():
+        assert table[check].startswith("FAILED "), check
+        for words in (seen, remedy):
+            assert words.replace(" ", "") in table[check].replace(" ", ""), (check, table[check])
+    well = ("code", "memory", "run folder", "GPUs and drivers", "tokenizer and shards", "teacher's files")
+    assert [name for name in well if not table[name].startswith("ok")] == []
+    assert set(table) == {*told, *well, "forwarded variables"}

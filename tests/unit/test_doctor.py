@@ -1,0 +1,207 @@
+"""launch/doctor.py on this machine alone, and its judgements of made-up answers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import doctor
+from train import doctor_probe, run_folder
+from train.doctor_checks import (
+    Finding,
+    check_all_reduce,
+    check_clocks,
+    check_disk,
+    check_equal,
+    check_gpus,
+    check_memory,
+    check_run_folder,
+    check_shards,
+    check_teachers,
+    check_variables,
+    check_versions,
+    watched_variables,
+)
+from train.doctor_hosts import HostEntry, read_hostfile
+
+GPU = {"name": "NVIDIA A100", "driver": "550.54", "memory": "81920 MiB", "used": "0 MiB"}
+HEALTHY: dict[str, Any] = {
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"},
+    "code": "0123456789ab",
+    "memory": {"total_gib": 100.0, "free_gib": 90.0, "shm_gib": 50.0},
+    "gpus": [GPU, GPU],
+    "run_folder": {"free_gib": 100.0},
+    "shards": {"digest": "aaaa", "shards": 3},
+    "teachers": {"/t": "bbbb"},
+    "variables": {},
+}
+SLOTS = {"a": 2, "b": 2}
+
+
+def hosts(**changed: Any) -> dict[str, dict[str, Any]]:
+    """Two healthy hosts, the second with some answers changed."""
+    return {"a": copy.deepcopy(HEALTHY), "b": {**copy.deepcopy(HEALTHY), **changed}}
+
+
+def judge(name: str, answers: dict[str, dict[str, Any]]) -> Finding:
+    (finding,) = {
+        "versions": lambda: check_versions(answers),
+        "code": lambda: [check_equal(answers, "code", "code", "copy it")],
+        "gpus": lambda: check_gpus(answers, SLOTS),
+        "memory": lambda: [check_memory(answers, SLOTS)],
+        "shards": lambda: [check_shards(answers, "/shards")],
+        "teachers": lambda: [check_teachers(answers)],
+        "run_folder": lambda: [check_run_folder(answers, "/run")],
+        "disk": lambda: [check_disk(answers, 5.0, "/run")],
+    }[name]()
+    return finding
+
+
+@pytest.mark.parametrize(
+    "check", ["versions", "code", "gpus", "memory", "shards", "teachers", "run_folder", "disk"]
+)
+def test_healthy(check: str) -> None:
+    finding = judge(check, hosts())
+    assert finding.ok
+    assert finding.remedy == ""
+    assert finding.result
+
+
+@pytest.mark.parametrize(
+    ("check", "changed", "seen", "remedy"),
+    [
+        (
+            "versions",
+            {"versions": {**HEALTHY["versions"], "torch": "missing"}},
+            "b: torch missing",
+            "pip install",
+        ),
+        (
+            "versions",
+            {"versions": {**HEALTHY["versions"], "python": "3.10.1"}},
+            "first host: 3.11.7",
+            "Python",
+        ),
+        ("code", {"code": "ffff"}, "b: ffff, on a 0123456789ab", "copy it"),
+        ("gpus", {"gpus": [GPU]}, "b: 1 x NVIDIA A100, 81920 MiB, driver 550.54 for 2 slots", "nvidia-smi"),
+        ("gpus", {"gpus": [{**GPU, "driver": "535.1"}] * 2}, "driver 535.1; first host: 2 x", "drivers"),
+        ("gpus", {"gpus": []}, "b: no GPU; first host", "equal GPUs"),
+        ("gpus", {"gpus": {"error": "driver mismatch"}}, "b: driver mismatch", "nvidia-smi"),
+        (
+            "memory",
+            {"memory": {"total_gib": 4, "free_gib": 1.5, "shm_gib": 9}},
+            "1.5 GiB free for 2 ranks",
+            "slots=",
+        ),
+        (
+            "memory",
+            {"memory": {"total_gib": 99, "free_gib": 90, "shm_gib": 0.0625}},
+            "/dev/shm",
+            "--shm-size",
+        ),
+        ("shards", {"shards": {"digest": "cccc", "shards": 3}}, "b: manifest cccc, on a aaaa", "/shards"),
+        ("shards", {"shards": {"error": "gone"}}, "b: gone", "mount or copy"),
+        ("teachers", {"teachers": {"/t": "cccc"}}, "b: differ from those on a", "same folder"),
+        ("run_folder", {"run_folder": {"error": "Read-only file system"}}, "b: Read-only", "--run.dir"),
+        ("disk", {"run_folder": {"free_gib": 1.25}}, "b: 1.25 GiB free", "free 5.0 GiB"),
+    ],
+)
+def test_faults(check: str, changed: dict[str, Any], seen: str, remedy: str) -> None:
+    finding = judge(check, hosts(**changed))
+    assert not finding.ok
+    assert seen in finding.result
+    assert remedy in finding.remedy
+
+
+def test_first_host_at_fault() -> None:
+    """What the first host lacks is told of it, and does not hide what the others have."""
+    answers = {"a": {**HEALTHY, "shards": {"error": "no manifest"}}, "b": HEALTHY}
+    assert "a: no manifest" in judge("shards", answers).result
+    assert "data_prep/write_shards.py" in judge("shards", {"a": answers["a"]}).remedy
+
+
+def test_clocks() -> None:
+    assert check_clocks({"a": (0.001, 0.0005), "b": (3.0, 2.0)}).ok  # too slow an answer to tell
+    finding = check_clocks({"a": (0.0, 0.0), "b": (-3.0, 0.5)})
+    assert not finding.ok
+    assert finding.result == "b: -3.0 s"
+
+
+def test_variables_that_do_not_arrive() -> None:
+    own = {"HF_HOME": "/cache", "NCCL_DEBUG": "INFO", "PATH": "/bin", "GLOO_SOCKET_IFNAME": "eth0"}
+    assert watched_variables(own) == ["GLOO_SOCKET_IFNAME", "HF_HOME"]
+    answers = hosts(variables={"HF_HOME": "/cache", "GLOO_SOCKET_IFNAME": None})
+    files, lost = check_variables(own, {}, answers, ["b"])
+    assert files.ok
+    assert lost.result == "GLOO_SOCKET_IFNAME on b"
+    assert ".deepspeed_env" in lost.remedy
+    listed = check_variables(own, {"f": "GLOO_SOCKET_IFNAME=eth0\n"}, answers, ["b"])
+    assert all(finding.ok for finding in listed)
+    assert [f.check for f in check_variables(own, {"f": "\n"}, answers, []) if not f.ok] == [".deepspeed_env"]
+
+
+def test_all_reduce_results() -> None:
+    good = {"code": 0, "output": 'noise\n{"right": true, "gb_per_s": 2.0, "megabytes": 17}'}
+    slow = {"code": 0, "output": '{"right": true, "gb_per_s": 0.5, "megabytes": 17}'}
+    wrong = {"code": 0, "output": '{"right": false, "gb_per_s": 2.0, "megabytes": 17}'}
+    assert "0.50 GB/s" in check_all_reduce([good, slow], "all-reduce", False).result
+    assert "rank 1 got a wrong sum" in check_all_reduce([good, wrong], "all-reduce", False).result
+    failed = check_all_reduce([good, {"code": 1, "output": "x\nConnection refused"}], "all-reduce", True)
+    assert "Connection refused" in failed.result
+    assert "NCCL_SOCKET_IFNAME" in failed.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a 8\n", "line 1: 'a 8' is not `NAME slots=GPUS`"),
+        ("a slots=0\n", "is not `NAME"),
+        ("a slots=1\na slots=2\n", "names a twice"),
+        ("# none\n", "names no host"),
+    ],
+)
+def test_hostfiles_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_hostfile(str(tmp_path / "hosts"))
+
+
+def test_hostfile(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("# mine\n\na slots=8\nb slots=4 # smaller\n")
+    assert read_hostfile(str(tmp_path / "hosts")) == [HostEntry("a", 8), HostEntry("b", 4)]
+    with pytest.raises(ValueError, match="No such file"):
+        doctor.main(["--hostfile", str(tmp_path / "none")])
+    with pytest.raises(ValueError, match="has no effect beside --hostfile"):
+        doctor.main(["--hostfile", str(tmp_path / "hosts"), "--num-gpus", "2"])
+
+
+def test_one_list_of_packages() -> None:
+    assert doctor_probe.PACKAGES == run_folder.PACKAGES
+
+
+def test_this_machine_with_a_run_folder_in_a_file(
+    teacher_folder: str, shards_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The probe as a plain subprocess; every check is well but the planted one."""
+    (tmp_path / "file").write_text("in the way")
+    words = [
+        f"--data.shards={shards_folder}",
+        f"--model.teacher={teacher_folder}",
+        "--data.sequence_length=32",
+    ]
+    words += [
+        "--model.layer_map=every_other",
+        "--training.global_batch_size=32",
+        "--training.micro_batch_size=8",
+    ]
+    words += [f"--run.dir={tmp_path / 'file' / 'run'}", "--skip-all-reduce", "--master-port", "0"]
+    assert doctor.main(words) == 1
+    said = capsys.readouterr().out
+    failed = [line for line in said.splitlines() if "FAILED" in line]
+    assert [line.split("│")[1].strip() for line in failed] == ["run folder", "disk"]
+    assert "Not a directory" in said
+    assert "give --run.dir" in said
+    assert "15 checks, 2 failed" in said
