@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from data_prep.shard_format import Manifest
-from train.config import Config, ModelConfig, ObjectiveConfig
-from train.models import build_student, teacher_config
+from train.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from train.models import build_objective, build_student, build_teacher, needs_teacher, teacher_config
 
 PLAIN_MLM = ObjectiveConfig(kd_weight=0.0, cosine_weight=0.0)
 
@@ -46,3 +48,50 @@ def test_a_model_from_scratch_has_the_shards_vocabulary(shards_folder: str) -> N
 def test_impossible_models_are_refused(shards_folder: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_student(scratch(**settings), Manifest.load(shards_folder))
+
+
+CPU: Any = SimpleNamespace(device=torch.device("cpu"))
+
+
+def taught(teacher_folder: str, sequence_length: int = 16, **objective: Any) -> Config:
+    model = ModelConfig(
+        teacher=[teacher_folder, teacher_folder],
+        teacher_weights=[1.0, 3.0],
+        layer_map="random",
+        student_layers=1,
+        student_width=16,
+    )
+    data = DataConfig(sequence_length=sequence_length)
+    return Config(model=model, data=data, objective=ObjectiveConfig(**objective))
+
+
+def test_teachers_and_objective_follow_the_configuration(teacher_folder: str, shards_folder: str) -> None:
+    config = taught(teacher_folder, projection=True, layer_cosine_weight=1.0, layer_pairs=[(1, 4)])
+    teacher, student = build_teacher(config, CPU), build_student(config, Manifest.load(shards_folder))
+    assert teacher.shares == (0.25, 0.75)
+    assert teacher.output_hidden_states
+    objective = build_objective(config, student, teacher)
+    assert objective.projection_widths == [(16, 32), (16, 32)]
+    assert not build_teacher(taught(teacher_folder), CPU).output_hidden_states
+
+
+def test_what_the_models_cannot_do_is_refused_by_name(teacher_folder: str, shards_folder: str) -> None:
+    with pytest.raises(ValueError, match=r"data.sequence_length=65: teacher .* has positions for 64"):
+        build_teacher(taught(teacher_folder, sequence_length=65), CPU)
+    config = taught(teacher_folder)
+    student = build_student(config, Manifest.load(shards_folder))
+    with pytest.raises(ValueError, match=r"16 wide.*objective.projection=true"):
+        build_objective(config, student, build_teacher(config, CPU))
+
+
+@pytest.mark.parametrize(
+    ("weights", "needed"),
+    [
+        ({}, True),
+        ({"kd_weight": 0.0, "cosine_weight": 0.0}, False),
+        ({"kd_weight": 0.0}, True),
+        ({"kd_weight": 0.0, "cosine_weight": 0.0, "mse_weight": 1.0}, True),
+    ],
+)
+def test_a_teacher_is_needed_where_a_term_reads_it(weights: dict[str, float], needed: bool) -> None:
+    assert needs_teacher(Config(objective=ObjectiveConfig(**weights))) == needed
