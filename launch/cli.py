@@ -23,7 +23,7 @@ from train.errors import RunError
 
 BAD_USAGE = 2
 BAD_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-SECONDS_FOR_RANK_0 = 4.0
+SECONDS_FOR_RANK_0 = 10.0
 PROFILE_STEPS = 3
 
 # Attribute docstrings under each field become the help text of its flag.

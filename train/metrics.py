@@ -104,6 +104,7 @@ NAMED_GROUPS = ("loss", "share", "heldout", "time", "startup")
 GROUPS = {
     "teacher": "heldout",
     "top1": "loss",
+    "loss_scale": "optimizer",
     "trust": "optimizer",
     "lr": "optimizer",
     "grad": "optimizer",
@@ -118,7 +119,7 @@ GROUPS = {
 def board_tag(key: str) -> str:
     """TensorBoard's name of a key of metrics.jsonl: it groups by the part before the slash."""
     first, _, rest = key.partition("_")
-    if first in NAMED_GROUPS:
+    if first in NAMED_GROUPS and key not in GROUPS:
         return f"{first}/{rest or 'total'}"
     return f"{GROUPS.get(key) or GROUPS.get(first, 'progress')}/{key.replace('heldout_', '')}"
 

@@ -17,7 +17,6 @@ from tests.distributed.pretraining import (
     finish,
     losses,
     ranks_of,
-    small_settings,
     start,
     wait_for,
     weights,
@@ -25,28 +24,6 @@ from tests.distributed.pretraining import (
 from train.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def settings(shards_folder: str, teacher_folder: str) -> list[str]:
-    return small_settings(shards_folder, teacher_folder)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two ranks from beginning to end."""
-    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    code, output = finish(start(settings, run_dir, 2))
-    assert code == 0, output
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def on_one_rank(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("runs") / "single"
-    code, output = finish(start(settings, run_dir, 1))
-    assert code == 0, output
-    return run_dir
 
 
 def test_run_folder(undisturbed: Path) -> None:

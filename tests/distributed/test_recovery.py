@@ -22,7 +22,6 @@ from tests.distributed.pretraining import (
     finish,
     losses,
     ranks_of,
-    small_settings,
     start,
     start_without_launcher,
     wait_for,
@@ -32,19 +31,6 @@ from train.metrics import read_rows
 from train.run_folder import hold
 
 KILLS = int(os.environ.get("HALFLING_KILLS", "10"))
-
-
-@pytest.fixture(scope="module")
-def settings(shards_folder: str, teacher_folder: str) -> list[str]:
-    return small_settings(shards_folder, teacher_folder)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    code, output = finish(start(settings, run_dir, 2))
-    assert code == 0, output
-    return run_dir
 
 
 def test_from_2_to_1_to_2_ranks(settings: list[str], tmp_path: Path) -> None:

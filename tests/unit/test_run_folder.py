@@ -87,6 +87,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.C
     [
         ("loss", "loss/total"),
         ("loss_kd", "loss/kd"),
+        ("loss_scale", "optimizer/loss_scale"),
         ("top1_agreement", "loss/top1_agreement"),
         ("share_mlm", "share/mlm"),
         ("heldout_kl", "heldout/kl"),
