@@ -31,6 +31,7 @@ from data_prep.shard_format import Manifest, ShardInfo, TokenizerInfo, write_sha
 from train.loader import BatchLoader
 from train.order import fitting_world_sizes
 from train.shard_reader import read_shard, shard_tokens, url_of
+from train.shard_streams import Readings
 
 H200_TOKENS_PER_S = 1e6  # about what one H200 trains on at BERT-base size
 DOCUMENTS_PER_SAMPLE_TAR = 20_000
@@ -154,9 +155,9 @@ class _CountingLoader(BatchLoader):
 
     num_readings = 0
 
-    def _prepare(self, key: tuple[int, int]) -> Any:
+    def _prepare(self, key: tuple[int, int], readings: Readings) -> Any:
         self.num_readings += 1
-        return super()._prepare(key)
+        return super()._prepare(key, readings)
 
 
 def _tokens_per_s(open_reader: Callable[[], Iterable[torch.Tensor]], seconds: float) -> float:
