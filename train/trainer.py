@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,9 +30,14 @@ class DistillationModule(nn.Module):
         self.student = student
         self.objective = objective
 
-    def forward(self, masked: MaskedBatch, taught: TeacherOutput | None) -> LossTerms:
-        """The loss terms of one micro batch."""
-        terms: LossTerms = self.objective(self.student, masked, taught)
+    def forward(
+        self,
+        masked: MaskedBatch,
+        taught: TeacherOutput | None,
+        num_masked_tokens: torch.Tensor | None = None,
+    ) -> LossTerms:
+        """The loss terms of one micro batch; see DistillationLoss.forward for `num_masked_tokens`."""
+        terms: LossTerms = self.objective(self.student, masked, taught, num_masked_tokens=num_masked_tokens)
         return terms
 
 
@@ -75,14 +81,15 @@ class Trainer:
         """
         engine, clock = self.engine, self.clock
         for step, micro_batches in self._steps(state.step):
-            self._begin_step(step)
-            for micro_batch in micro_batches:
-                with clock.section("data"):
-                    masked = self._begin_micro_step(micro_batch)
+            self._set_learning_rate(step)
+            with clock.section("data"):
+                batches, num_masked_tokens = self._mask(micro_batches)
+            for micro_step, masked in enumerate(batches):
+                self._seed_dropout(step, micro_step)
                 with clock.section("teacher"):
                     taught = self.teacher(masked.input_ids) if self.teacher else None
                 with clock.section("student"):
-                    terms = engine(masked, taught)
+                    terms = engine(masked, taught, num_masked_tokens)
                     engine.backward(terms.loss)
                 with clock.section("optimizer"):
                     engine.step()
@@ -92,24 +99,37 @@ class Trainer:
                 observer.after_step(state)
         return state
 
-    def _begin_step(self, step: int) -> None:
+    def _set_learning_rate(self, step: int) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, **self.schedule)
 
-    def _begin_micro_step(self, batch: MicroBatch) -> MaskedBatch:
-        """Seed dropout; copy the micro batch to the device and mask it there."""
-        accumulation = self.engine.gradient_accumulation_steps()
-        micro_batches = self.engine.train_batch_size() // self.engine.train_micro_batch_size_per_gpu()
-        place = self.rank * accumulation + batch.micro_step
-        torch.manual_seed(((self.dropout_seed << 40) + batch.step * micro_batches + place) % 2**63)
+    def _mask(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[MaskedBatch], torch.Tensor]:
+        """A step's micro batches, masked on the device, and the mean number of masked tokens in one: over all ranks,
+        so that every masked token of the global batch weighs the same. Nothing is waited for."""
         device = self.engine.device
-        input_ids = batch.input_ids.to(device, non_blocking=True)
-        return self.data.mask(input_ids, batch.window_ids.to(device, non_blocking=True), batch.epoch)
+        masked = [
+            self.data.mask(
+                batch.input_ids.to(device, non_blocking=True),
+                batch.window_ids.to(device, non_blocking=True),
+                batch.epoch,
+            )
+            for batch in micro_batches
+        ]
+        count = torch.stack([batch.valid.sum() for batch in masked]).sum()
+        dist.all_reduce(count)
+        return masked, count / (len(masked) * dist.get_world_size())
 
-    def _steps(self, first: int) -> Iterator[tuple[int, Iterable[MicroBatch]]]:
+    def _seed_dropout(self, step: int, micro_step: int) -> None:
+        """By the micro batch's place in the global batch."""
+        engine = self.engine
+        micro_batches = engine.train_batch_size() // engine.train_micro_batch_size_per_gpu()
+        place = self.rank * engine.gradient_accumulation_steps() + micro_step
+        torch.manual_seed(((self.dropout_seed << 40) + step * micro_batches + place) % 2**63)
+
+    def _steps(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, its micro batches) from step `first` on."""
         batches = self.data.batches(first, self.schedule["total_steps"])
         waited = iter(self.clock.waiting_for("data", batches))
         accumulation = self.engine.gradient_accumulation_steps()
         for step in range(first, self.schedule["total_steps"]):
-            yield step, (next(waited) for _ in range(accumulation))
+            yield step, [next(waited) for _ in range(accumulation)]
