@@ -107,8 +107,9 @@ def gradient_bytes(
     buckets = (2 if engine.overlap else 1) * engine.bucket * engine.number_bytes
     # Slices of a bucket that go to several ranks are copied into one tensor before they are sent.
     sent = min(engine.bucket, parameters) * engine.number_bytes if world_size > 1 else 0
+    in_flight = largest * engine.number_bytes  # the embedding's own gradient, until it is in the bucket
     name = "fp32" if engine.accumulation_bytes == 4 else engine.precision
-    return {f"gradients, {name} accumulation": accumulated, "gradient buckets": buckets + sent}
+    return {f"gradients, {name} accumulation": accumulated, "gradient buckets": buckets + sent + in_flight}
 
 
 def activation_bytes(
@@ -221,9 +222,13 @@ def memory_parts(
     sequence_length: int,
     accumulation: int,
     teacher_number_bytes: int,
+    on_gpu: bool = True,
 ) -> dict[str, int]:
-    """Bytes of one GPU by part. All are counted as if they were there together: an upper bound by little,
-    since the logits chunk is gone when the gradient buckets come."""
+    """Bytes of one GPU (or of a rank on a CPU) by part.
+
+    All are counted as if they were there together, although on a GPU the logits chunk is gone when the gradient
+    buckets come: too much by the smaller of the two.
+    """
     place = (micro_batch_size, sequence_length)
     number_bytes = engine.number_bytes
     parts = {
@@ -233,8 +238,8 @@ def memory_parts(
         "activations": activation_bytes(student, *place, number_bytes)
         + head_bytes(student, objective, *place, number_bytes),
         "loss gradients": loss_gradient_bytes(student, objective, *place),
-        "logits chunk": logits_chunk_bytes(student, objective, *place, number_bytes),
-        "CUDA and NCCL (assumed)": round(FRAMEWORK_GIB * GIB),
+        "logits chunk": logits_chunk_bytes(student, objective, *place, number_bytes, on_gpu),
+        "CUDA and NCCL (assumed)": round(FRAMEWORK_GIB * GIB) if on_gpu else 0,
     }
     return {name: size for name, size in parts.items() if size}
 

@@ -115,7 +115,7 @@ def scaling_curve(recipe: Recipe, machines: Machines) -> list[Plan]:
         ):
             continue
         share = recipe.global_batch_size // gpus
-        micro = max(m for m in range(1, min(share, recipe.micro_batch_size) + 1) if share % m == 0)
+        micro = max(m for m in range(1, recipe.micro_batch_size + 1) if share % m == 0)
         lanes = gpus if needs_lanes(recipe, gpus) else recipe.lanes
         inside = min(gpus, machines.gpus_per_node)
         plans.append(

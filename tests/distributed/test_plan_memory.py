@@ -1,18 +1,23 @@
-"""The plan's memory and traffic against real DeepSpeed engines on one and two gloo ranks."""
+"""The plan's memory and traffic against real DeepSpeed engines on one and two gloo ranks.
+
+python -m tests.distributed.test_plan_memory [base]      prints what is measured beside what is predicted
+"""
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.distributed.harness import run_ranks
+from tests.distributed.plan_sizes import SIZES
 from train.plan_cost import traffic
 from train.plan_memory import Objective, activation_bytes, engine_settings, memory_parts, model_state_bytes
 from train.plan_shapes import PlannedModel, num_parameters
 
-MICRO, LENGTH, MASKED, VOCABULARY = 3, 24, 4, 211  # as in workers_plan.py
 # (family, precision, ZeRO stage, accumulation); bf16 with fp32 accumulation is laid out as fp16 on a GPU is.
 CASES = [("bert", "bf16", 2, 2), ("roberta", "fp32", 2, 2), ("bert", "fp32", 2, 1), ("bert", "fp32", 1, 2)]
 ONE_RANK = CASES[:2]
@@ -66,32 +71,53 @@ def test_traffic_is_exact(measured: list[Any]) -> None:
 
 
 def test_peak_of_a_whole_step(measured: list[Any]) -> None:
-    """All parts together against the most bytes of tensors that were alive at once: within 6 %."""
+    """All parts together against the most bytes of tensors that were alive at once: within 8 %."""
     for ranks, case, found in measured:
-        assert sum(plan_of(ranks, case, found).values()) == pytest.approx(found["peak"], rel=0.06), (
+        assert sum(plan_of(ranks, case, found).values()) == pytest.approx(found["peak"], rel=0.08), (
             ranks,
             case,
         )
 
 
-def plan_of(ranks: int, case: tuple[str, str, int, int], found: dict[str, Any]) -> dict[str, int]:
+def plan_of(ranks: int, case: tuple[Any, ...], found: dict[str, Any]) -> dict[str, int]:
     """The plan for what workers_plan.py ran: a CPU keeps dropout masks in the activations' format, and an fp32
     teacher."""
-    kind, _, _, accumulation = case
+    kind, accumulation, size = case[0], case[3], SIZES[case[4] if len(case) > 4 else "small"]
     student, engine = PlannedModel(**found["shape"]), engine_settings(found["config"])
-    teacher = PlannedModel(kind, 4, 32, 4, 128, VOCABULARY, LENGTH + 2, 2 if kind == "bert" else 1)
+    teacher = replace(student, model_type=kind, layers=size.layers, token_types=2 if kind == "bert" else 1)
     parts = memory_parts(
         student,
         (teacher,),
-        Objective("all", MASKED, mlm=True, cosine=True),
+        Objective("all", size.masked, mlm=True, cosine=True),
         engine,
         world_size=ranks,
-        micro_batch_size=MICRO,
-        sequence_length=LENGTH,
+        micro_batch_size=size.micro,
+        sequence_length=size.length,
         accumulation=accumulation,
         teacher_number_bytes=4,
+        on_gpu=False,
     )
-    del parts["CUDA and NCCL (assumed)"]
-    place = (student, MICRO, LENGTH, engine.number_bytes)
+    place = (student, size.micro, size.length, engine.number_bytes)
     parts["activations"] += activation_bytes(*place, engine.number_bytes) - activation_bytes(*place)
     return parts
+
+
+def main() -> None:
+    """Print measured and predicted MB."""
+    cases: list[tuple[Any, ...]] = [("bert", "fp32", 2, 2, "base")] if "base" in sys.argv else list(CASES)
+    for ranks in (1, 2):
+        results = run_ranks("tests.distributed.workers_plan:measure_all", ranks, cases, timeout_s=900)[0]
+        for case, found in zip(cases, results, strict=True):
+            parts = plan_of(ranks, case, found)
+            names = [name for name in found if name in parts]
+            pairs = {name: (found[name], parts[name]) for name in names}
+            pairs["accumulated gradients"] = (found["gradients"], parts["gradients, fp32 accumulation"])
+            pairs["peak of a step"] = (found["peak"], sum(parts.values()))
+            print(f"{ranks} rank(s), family, precision, ZeRO stage, accumulation: {case}")
+            for name, (measured_bytes, predicted) in pairs.items():
+                ratio = predicted / measured_bytes
+                print(f"  {name:24}{measured_bytes / 1e6:12.4f}{predicted / 1e6:12.4f} MB{ratio:8.3f}")
+
+
+if __name__ == "__main__":
+    main()

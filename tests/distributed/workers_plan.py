@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
+from tests.distributed.plan_sizes import SIZES, Size
 from train.lamb import Lamb
 from train.masking import MaskedBatch
 from train.objective import DistillationLoss
@@ -23,20 +24,17 @@ from train.teacher import Teacher
 from train.trainer import DistillationModule
 from train.world import import_deepspeed
 
-VOCABULARY, WIDTH, INNER, HEADS, LENGTH, MICRO, MASKED = 211, 32, 128, 4, 24, 3, 4
-BUCKET = 6000
 
-
-def make_teacher(kind: str) -> PreTrainedModel:
-    """Four layers; no dropout in attention, so that its fused kernel runs as on a GPU."""
+def make_teacher(kind: str, size: Size) -> PreTrainedModel:
+    """No dropout in attention, so that its fused kernel runs as on a GPU."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "num_hidden_layers": 4,
-        "num_attention_heads": HEADS,
-        "intermediate_size": INNER,
-        "max_position_embeddings": LENGTH + 2,
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "intermediate_size": size.inner,
+        "max_position_embeddings": size.length + 2,
         "attention_probs_dropout_prob": 0.0,
     }
     if kind == "bert":
@@ -44,20 +42,20 @@ def make_teacher(kind: str) -> PreTrainedModel:
     return RobertaForMaskedLM(RobertaConfig(**settings, type_vocab_size=1))
 
 
-def make_batch() -> MaskedBatch:
-    generator = torch.Generator().manual_seed(dist.get_rank() if dist.is_initialized() else 0)
-    ids = torch.randint(5, VOCABULARY, (MICRO, LENGTH), generator=generator)
-    positions = torch.rand(MICRO, LENGTH, generator=generator).argsort(-1)[:, :MASKED].sort(-1).values
-    return MaskedBatch(ids, positions, ids.gather(1, positions), torch.ones(MICRO, MASKED, dtype=torch.bool))
+def make_batch(size: Size) -> MaskedBatch:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    ids = torch.randint(5, size.vocabulary, (size.micro, size.length), generator=generator)
+    positions = torch.rand(ids.shape, generator=generator).argsort(-1)[:, : size.masked].sort(-1).values
+    return MaskedBatch(ids, positions, ids.gather(1, positions), torch.ones_like(positions, dtype=torch.bool))
 
 
-def engine_config(precision: str, stage: int, accumulation: int) -> dict[str, Any]:
+def engine_config(precision: str, stage: int, accumulation: int, size: Size) -> dict[str, Any]:
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": MICRO,
+        "train_micro_batch_size_per_gpu": size.micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_bucket_size": BUCKET},
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_bucket_size": size.bucket},
     }
     if precision != "fp32":
         config[precision] = {"enabled": True}
@@ -134,19 +132,21 @@ class CountedBytes:
         dist.all_reduce, deepspeed.comm.all_gather_into_tensor = self._all_reduce, self._gather
 
 
-def measure(kind: str, precision: str, stage: int, accumulation: int) -> dict[str, Any]:
+def measure(
+    kind: str, precision: str, stage: int, accumulation: int, size_name: str = "small"
+) -> dict[str, Any]:
     """Train two steps and count: model state after them, gradients in the middle, bytes sent in one step."""
-    before = living_storages()
-    teacher_model = make_teacher(kind)
+    size, before = SIZES[size_name], living_storages()
+    teacher_model = make_teacher(kind, size)
     student = make_student(teacher_model)
     teacher = Teacher([teacher_model])
     module = DistillationModule(student, DistillationLoss())
     parameters = sum(p.numel() for p in module.parameters())
     optimizer = Lamb(module.named_parameters(), lr=1e-3)
-    config = engine_config(precision, stage, accumulation)
+    config = engine_config(precision, stage, accumulation, size)
     engine, *_ = import_deepspeed().initialize(model=module, optimizer=optimizer, config=config)
     optimizer.bind(engine)
-    batch, zero = make_batch(), engine.optimizer
+    batch, zero = make_batch(size), engine.optimizer
     found: dict[str, Any] = {"parameters": parameters, "config": config}
     for _ in range(2):
         with CountedBytes() as counted, PeakBytes(before) as peak:
@@ -183,7 +183,7 @@ def student_shape(student: PreTrainedModel) -> Any:
     return model_from_config("student", student.config.to_dict())
 
 
-def measure_all(cases: list[tuple[str, str, int, int]]) -> list[dict[str, Any]]:
+def measure_all(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     return [measure(*case) for case in cases]

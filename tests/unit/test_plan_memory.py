@@ -131,11 +131,11 @@ SHAPES = [(2, 16, 32, 128, 2), (4, 64, 64, 128, 4), (3, 40, 128, 512, 8)]
 def test_activations_of_the_encoder(
     kind: str, micro: int, length: int, width: int, inner: int, layers: int
 ) -> None:
-    """Within 3 % of what autograd saves, the last layer's output (which the formula counts too) added."""
+    """Within 1 % of what autograd saves, the last layer's output (which the formula counts too) added."""
     _, student = make_models(kind, width, inner, layers)
     measured = saved_bytes(student, make_batch(micro, length, 2), None, None) + micro * length * width * 4
     predicted = activation_bytes(planned(student), micro, length, number_bytes=4, dropout_mask_bytes=4)
-    assert predicted == pytest.approx(measured, rel=0.03)
+    assert predicted == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("kd_positions", ["all", "masked"])
@@ -147,7 +147,7 @@ def test_activations_of_head_and_objective(kd_positions: str) -> None:
     measured = saved_bytes(student, batch, teacher(batch.input_ids), loss) + micro * length * 64 * 4
     shape, objective = planned(student), Objective(kd_positions, masked, mlm=True, cosine=True)
     predicted = activation_bytes(shape, micro, length, 4, 4) + head_bytes(shape, objective, micro, length, 4)
-    assert predicted == pytest.approx(measured, rel=0.03)
+    assert predicted == pytest.approx(measured, rel=0.003)
 
 
 @pytest.mark.parametrize("kd_weight", [5.0, 0.0])
@@ -167,21 +167,21 @@ def test_logits_chunk(kd_weight: float, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_state_by_hand() -> None:
-    """BERT-base on 8 ranks: padded to a multiple of 16."""
+    """BERT-base on 4 ranks: padded to a multiple of 8."""
     shape = model_from_config("x", {**PUBLISHED["google-bert/bert-base-uncased"]})
     engine = EngineSettings(
         stage=2, number_bytes=2, accumulation_bytes=4, bucket=100, overlap=True, precision="fp16"
     )
-    state = model_state_bytes(shape, 8, engine)
-    shard = -(-109_514_298 // 16) * 2
+    state = model_state_bytes(shape, 4, engine)
+    shard = -(-109_514_298 // 8) * 2
     assert state == {
-        "student weights": 8 * shard * 2,
+        "student weights": 4 * shard * 2,
         "fp32 master (shard)": shard * 4,
         "LAMB moments (shard)": shard * 8,
     }
-    assert gradient_bytes(shape, 8, engine, 4) == {
+    assert gradient_bytes(shape, 4, engine, 4) == {
         "gradients, fp32 accumulation": shard * 4,
-        "gradient buckets": 2 * 100 * 2 + 100 * 2,
+        "gradient buckets": 2 * 100 * 2 + 100 * 2 + 30_522 * 768 * 2,
     }
 
 
