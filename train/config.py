@@ -109,7 +109,8 @@ class DataConfig:
     """Where the shards are and in which order they are read."""
 
     shards: str = "shards"
-    """Folder or URL of the shards that data_prep/write_shards.py made."""
+    """Folder or URL of the shards that data_prep/write_shards.py made: a path, http(s), s3, gs or
+    `pipe:COMMAND` (for whose sizes see HALFLING_PIPE_SIZE in train/shard_sizes.py)."""
 
     sequence_length: int = 512
     """Tokens in a sequence, [CLS] and [SEP] included."""
