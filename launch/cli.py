@@ -10,20 +10,19 @@ import argparse
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jsonargparse
 
 from launch.environment import load_environment_file
+from launch.telling import tell
 from train.config import Config
 from train.discovery import probable_rank
 from train.errors import RunError
 
 BAD_USAGE = 2
 BAD_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-SECONDS_FOR_RANK_0 = 10.0
 PROFILE_STEPS = 3
 
 # Attribute docstrings under each field become the help text of its flag.
@@ -73,11 +72,7 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
     except (ValueError, OSError, RunError) as error:
         if os.environ.get("HALFLING_TRACEBACK"):
             raise
-        # The launcher ends the other ranks within a second of rank 0's end, before they repeat the message;
-        # what rank 0 did not meet is told by the rank that met it.
-        if probable_rank(os.environ) != 0:
-            time.sleep(SECONDS_FOR_RANK_0)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(f"error: {error}", os.environ)
         code = BAD_USAGE if isinstance(error, (ValueError, *BAD_PATHS)) else 1
     except KeyboardInterrupt:
         if probable_rank(os.environ) == 0:

@@ -1,0 +1,174 @@
+"""The Slurm templates on a real slurmctld, slurmd and munged: signal, requeue, time limit, data preparation."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from data_prep.verify_shards import main as verify
+from tests.cluster.needs import need
+from tests.cluster.slurm import ROOT, Slurm
+from tests.conftest import WORDS
+from tests.distributed.data_prep_runs import write_corpus
+from tests.distributed.pretraining import losses
+from train.discovery import first_host
+
+pytestmark = pytest.mark.slow
+PRETRAIN = "launch/slurm/pretrain.sbatch"
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    need("slurmctld", "slurmd", "srun", "munged")
+    with Slurm(tmp_path_factory.mktemp("slurm") / "files") as opened:
+        yield opened
+
+
+class Ended(NamedTuple):
+    """What two starts of a job left."""
+
+    before: dict[str, str]
+    after: dict[str, str]
+    output: str
+    run_dir: Path
+    steps_at_end: list[int]
+
+
+def freeze_at_step(run_dir: Path, step: int) -> list[psutil.Process]:
+    """Stop the run's ranks as soon as checkpoint `step` is whole: the machine's speed decides nothing."""
+    done = run_dir / "checkpoints" / f"step-{step:08d}" / "complete.json"
+    deadline = time.monotonic() + 150
+    while not done.exists():
+        assert time.monotonic() < deadline, f"{done} did not come"
+        time.sleep(0.02)
+    ranks = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if f"--run.dir={run_dir}" in words and "launch/pretrain.py" in words and "srun" not in words[0]:
+            process.suspend()
+            ranks.append(process)
+    return ranks
+
+
+def submit(slurm: Slurm, run_dir: Path, ranks: int, settings: list[str], *options: str) -> str:
+    """The template as users submit it, on a node with `ranks` GPUs."""
+    node = [f"--ntasks-per-node={ranks}", f"--gpus-per-node={ranks}", "--cpus-per-task=1"]
+    script = [PRETRAIN, f"--run.dir={run_dir}", "--run.lost_rank_timeout_s=600", *settings]
+    return slurm.submit(run_dir.with_suffix(".out"), *node, *options, *script)
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    return sorted(
+        int(path.parent.name[5:]) for path in (run_dir / "checkpoints").glob("step-*/complete.json")
+    )
+
+
+def signalled(slurm: Slurm, run_dir: Path, settings: list[str]) -> Ended:
+    """Slurm's own signal before the time limit; the script requeues the job, which finishes."""
+    job = submit(slurm, run_dir, 2, settings, "--time=10", "--signal=USR1@100")
+    freeze_at_step(run_dir, 4)
+    slurm.run(
+        "scontrol", "update", f"JobId={job}", "EndTime=now+60"
+    )  # Slurm looks every 30 s, and wakes the ranks
+    before = slurm.wait_for_state(job, "PENDING")
+    saved = checkpoints(run_dir)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    after = slurm.wait_for_state(job, "COMPLETED", "FAILED", "TIMEOUT")
+    return Ended(before, after, run_dir.with_suffix(".out").read_text(), run_dir, saved)
+
+
+def out_of_time(slurm: Slurm, run_dir: Path, settings: list[str]) -> Ended:
+    """The time limit without a signal before it, and no time to save after SIGTERM: submitted again, it goes on."""
+    job = submit(slurm, run_dir, 1, settings, "--time=10", "--signal=USR1@0")
+    (rank,) = freeze_at_step(run_dir, 8)
+    slurm.run("scontrol", "update", f"JobId={job}", "EndTime=now+1")
+    while rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE:
+        rank.suspend()  # Slurm wakes it for its SIGTERM
+        time.sleep(0.005)
+    before, saved = slurm.wait_for_state(job, "TIMEOUT", "COMPLETED", "FAILED"), checkpoints(run_dir)
+    job = submit(slurm, run_dir, 1, settings, "--time=10")
+    after = slurm.wait_for_state(job, "COMPLETED", "FAILED", "TIMEOUT")
+    return Ended(before, after, run_dir.with_suffix(".out").read_text(), run_dir, saved)
+
+
+@pytest.fixture(scope="module")
+def ended(slurm: Slurm, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Ended]:
+    """Both scenarios at once: they mostly wait for Slurm's clock."""
+    folder = tmp_path_factory.mktemp("runs")
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(signalled, slurm, folder / "signalled", settings)
+        second = pool.submit(out_of_time, slurm, folder / "out-of-time", settings)
+        return first.result(), second.result()
+
+
+def test_signal_before_the_time_limit_saves_requeues_and_goes_on(
+    ended: tuple[Ended, Ended], expected_losses: list[float]
+) -> None:
+    before, after, output, run_dir, saved = ended[0]
+    print(output)
+    assert before["Restarts"] == "1", output
+    assert after["JobState"] == "COMPLETED", output
+    assert after["ExitCode"] == "0:0"
+    step = saved[-1]
+    assert 4 <= step < 24
+    assert f"stopped after step {step}, which is saved; run again to continue" in output
+    assert output.index("saved and requeued") < output.index("start 2, on ")
+    assert f"continuing from {run_dir}/checkpoints/step-{step:08d}" in output
+    assert losses(run_dir) == expected_losses
+
+
+def test_time_limit_loses_at_most_the_steps_since_the_last_save(
+    ended: tuple[Ended, Ended], expected_losses: list[float]
+) -> None:
+    before, after, output, run_dir, saved = ended[1]
+    assert before["JobState"] == "TIMEOUT", output
+    assert before["Restarts"] == "0"
+    assert after["JobState"] == "COMPLETED", output
+    assert saved[-1] % 4 == 0, "a kill saves nothing"
+    assert f"continuing from {run_dir}/checkpoints/step-{saved[-1]:08d}" in output
+    assert losses(run_dir) == pytest.approx(expected_losses, rel=1e-6)
+
+
+def test_an_error_is_one_message_and_exit_code_2(slurm: Slurm, tmp_path: Path) -> None:
+    command = ["srun", "--ntasks=3", sys.executable, "launch/pretrain.py", f"--data.shards={tmp_path}"]
+    command.append("--training.max_steps=-1")
+    done = subprocess.run(
+        command, cwd=ROOT, env=slurm.environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: training.max_steps=-1") == 1, done.stderr
+
+
+def test_contradicting_variables_are_one_message(slurm: Slurm) -> None:
+    """RANK, left by an earlier job in the shell, goes with srun to every task."""
+    call = "import os; from train.discovery import discover_ranks; discover_ranks(os.environ)"
+    command = ["srun", "--ntasks=2", sys.executable, "-c", call]
+    environment = {**slurm.environment, "RANK": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert "RANK=0 but SLURM_PROCID=1: two launchers contradict each other" in done.stderr
+
+
+def test_data_preparation_as_a_batch_job(slurm: Slurm, tokenizer_folder: str, tmp_path: Path) -> None:
+    corpus, out = write_corpus(tmp_path / "corpus", WORDS), tmp_path / "shards"
+    arguments = [str(corpus), "--tokenizer", tokenizer_folder, "--out", str(out)]
+    job = slurm.submit(tmp_path / "out", "--ntasks-per-node=2", "launch/slurm/data-prep.sbatch", *arguments)
+    after = slurm.wait_for_state(job, "COMPLETED", "FAILED", "TIMEOUT")
+    assert after["JobState"] == "COMPLETED", (tmp_path / "out").read_text()
+    assert verify([str(out)]) == 0
+
+
+def test_first_host_as_slurm_itself_reads_it(slurm: Slurm) -> None:
+    rng = random.Random(0)
+    for _ in range(10):
+        names = [f"{rng.choice('ab')}{number:0{rng.choice([1, 3])}d}" for number in rng.sample(range(120), 5)]
+        short = slurm.run("scontrol", "show", "hostlist", ",".join(names))
+        assert first_host(short) == slurm.run("scontrol", "show", "hostnames", short).split()[0], short

@@ -1,0 +1,60 @@
+"""One message for one error under srun: the other ranks ask rank 0."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import telling
+
+ROOT = Path(__file__).resolve().parents[2]
+CALL = "import os, sys; from launch.telling import tell; tell(sys.argv[1], os.environ)"
+
+
+def srun_variables(rank: int, job: int) -> dict[str, str]:
+    names = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": 3, "SLURM_JOB_ID": job}
+    names |= {"SLURM_STEP_TASKS_PER_NODE": 3, "SLURM_NODEID": 0}
+    return {name: str(value) for name, value in names.items()} | {"SLURM_JOB_NODELIST": "localhost"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        (["no shards", "no shards", "no shards"], ["no shards", "", ""]),
+        (["no shards", "no teacher", "no shards"], ["no shards", "no teacher", ""]),
+    ],
+)
+def test_the_same_message_is_told_by_rank_0_alone(messages: list[str], told: list[str]) -> None:
+    job = os.getpid()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CALL, message],
+            cwd=ROOT,
+            env={**os.environ, **srun_variables(rank, job)},
+            text=True,
+            stderr=subprocess.PIPE,
+        )
+        for rank, message in enumerate(messages)
+    ]
+    assert [rank.communicate(timeout=30)[1].strip() for rank in ranks] == told
+
+
+def test_a_rank_that_failed_alone_tells_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(telling, "SECONDS_FOR_RANK_0", 0.3)
+    telling.tell("no GPU here", srun_variables(1, os.getpid() + 1))
+    assert capsys.readouterr().err == "no GPU here\n"
+
+
+def test_rank_0_does_not_wait_for_ranks_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telling, "SECONDS_FOR_RANK_0", 0.3)
+    begun = time.monotonic()
+    telling.tell("no shards", srun_variables(0, os.getpid() + 2))
+    telling.tell("no shards", {})
+    assert time.monotonic() - begun < 2
