@@ -206,6 +206,7 @@ HOSTILE = {
     "floats": (tar_of(npy(np.zeros(2))), "is an array of <f8"),
     "table": (tar_of(npy(np.zeros((2, 2), dtype=np.uint16))), r"shape \(2, 2\)"),
     "cut": (tar_of(GOOD)[:900], "without a tar's end mark"),
+    "cut inside": (tar_of(npy(np.zeros(900, dtype=np.uint16)))[:1536], "ends beyond the file"),
     "no tar": (b"x" * 2048, "not a tar"),
     "empty": (b"", "without a tar's end mark"),
     "long name": (tar_of(GOOD, "y" * 300 + ".tokens.npy"), "not a tar of the ustar kind|not a plain file"),
