@@ -128,7 +128,7 @@ def examine_hosts(
         "run_dir": run_dir,
         "shards": shards,
         "teachers": [os.path.abspath(name) for name in teacher_names(config) if Path(name).is_dir()],
-        "variables": watched_variables(os.environ),
+        "variables": watched_variables(os.environ, is_remote(config.data.shards)),
     }
     with ThreadPoolExecutor(len(hosts)) as pool:
         asked = {host.name: pool.submit(host.ask, "facts", **request) for host in hosts}

@@ -13,17 +13,10 @@ MIN_SHM_GIB_WITH_GPUS = 0.25
 """NCCL's ranks of one host talk through /dev/shm; containers often have 64 MB of it."""
 FORWARDED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 """What deepspeed exports to other hosts by itself (DeepSpeed 0.19, launcher/runner.py; NCCL with GPUs)."""
-WATCHED = (
-    "HF_",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "AWS_",
-    "GLOO_",
-    "CUDA_VISIBLE_DEVICES",
-    "LD_LIBRARY_PATH",
-    "OMP_NUM",
-)
+WATCHED = ("HF_", "HTTP_PROXY", "HTTPS_PROXY", "GLOO_", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
 """Variables (by their beginning) that change what a rank does and are not exported by deepspeed."""
+WATCHED_FOR_URLS = ("AWS_", "GOOGLE_", "CLOUDSDK_")
+"""The same, where the shards are read from URLs."""
 
 Answers = Mapping[str, Mapping[str, Any]]
 
@@ -246,9 +239,9 @@ def check_variables(
         listed = {line.partition("=")[0].strip() for text in env_files.values() for line in text.splitlines()}
         lost = [
             f"{name} on {host}"
-            for name in watched_variables(own)
+            for name in next(iter(answers.values()))["variables"]
             for host in remote
-            if name not in listed and answers[host]["variables"].get(name) != own[name]
+            if name in own and name not in listed and answers[host]["variables"].get(name) != own[name]
         ]
         remedy = "put NAME=VALUE lines for these into .deepspeed_env here, or unset them"
         findings.append(
@@ -259,9 +252,10 @@ def check_variables(
     return findings
 
 
-def watched_variables(environment: Mapping[str, str]) -> list[str]:
+def watched_variables(environment: Mapping[str, str], remote_shards: bool) -> list[str]:
     """Variables that are set and matter, and that deepspeed does not export by itself."""
-    return sorted(n for n in environment if n.startswith(WATCHED) and not n.startswith(FORWARDED_PREFIXES))
+    watched = (*WATCHED, *WATCHED_FOR_URLS) if remote_shards else WATCHED
+    return sorted(n for n in environment if n.startswith(watched) and not n.startswith(FORWARDED_PREFIXES))
 
 
 def check_all_reduce(results: Sequence[Mapping[str, Any]], name: str, several_hosts: bool) -> Finding:

@@ -101,7 +101,10 @@ def gradient_bytes(
     elif widened:
         kept = shard
     else:
-        kept = min(parameters, shard + (2 * largest if world_size > 1 else 0))
+        # The embedding comes first; what crosses a border behind it is at most an inner matrix.
+        inner = student.width * student.feed_forward
+        borders = min(2, world_size - 1)
+        kept = min(parameters, shard + (largest + inner if largest > shard else borders * inner))
     # Added to in place where the formats differ; else the new gradients lie beside the accumulated ones.
     accumulated = kept * engine.accumulation_bytes * (1 if widened else min(2, accumulation))
     buckets = (2 if engine.overlap else 1) * engine.bucket * engine.number_bytes

@@ -132,8 +132,10 @@ def test_clocks() -> None:
 
 def test_variables_that_do_not_arrive() -> None:
     own = {"HF_HOME": "/cache", "NCCL_DEBUG": "INFO", "PATH": "/bin", "GLOO_SOCKET_IFNAME": "eth0"}
-    assert watched_variables(own) == ["GLOO_SOCKET_IFNAME", "HF_HOME"]
+    assert watched_variables(own, remote_shards=False) == ["GLOO_SOCKET_IFNAME", "HF_HOME"]
+    assert watched_variables({**own, "AWS_PROFILE": "x"}, remote_shards=True)[0] == "AWS_PROFILE"
     answers = hosts(variables={"HF_HOME": "/cache", "GLOO_SOCKET_IFNAME": None})
+    answers["a"]["variables"] = {"HF_HOME": "/cache", "GLOO_SOCKET_IFNAME": "eth0"}
     files, lost = check_variables(own, {}, answers, ["b"])
     assert files.ok
     assert lost.result == "GLOO_SOCKET_IFNAME on b"

@@ -200,3 +200,27 @@ def test_settings_of_the_shipped_json() -> None:
 def test_largest_fitting_micro_batch() -> None:
     assert largest_fitting_micro_batch({1: 10, 2: 20, 4: 40}, 25) == 2
     assert largest_fitting_micro_batch({1: 10}, 5) is None
+
+
+def main() -> None:
+    """Print what is measured beside what is predicted, at BERT-base's size: python -m tests.unit.test_plan_memory"""
+    for name in ("google-bert/bert-base-uncased", "FacebookAI/roberta-base"):
+        config = AutoConfig.for_model(**PUBLISHED[name], attention_probs_dropout_prob=0.0)
+        model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
+        student, teacher, batch = make_student(model), Teacher([model]), make_batch(1, 128, 19)
+        sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, student)]
+        shapes = [named_model(name), student_of(named_model(name))]
+        print(name, "parameters of teacher and student:", sizes, [num_parameters(shape) for shape in shapes])
+        math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with math, FlopCounterMode(display=False) as counter:
+            DistillationLoss()(student, batch, teacher(batch.input_ids)).loss.backward()
+        objective = Objective("all", 19, mlm=True, cosine=True)
+        flops = flops_per_token(shapes[1], (shapes[0],), objective, 128).total
+        print("  MFLOPs per token:", counter.get_total_flops() / 128e6, flops / 1e6)
+        kept = saved_bytes(student, batch, teacher(batch.input_ids), DistillationLoss()) + 128 * 768 * 4
+        ours = activation_bytes(shapes[1], 1, 128, 4, 4) + head_bytes(shapes[1], objective, 1, 128, 4)
+        print("  MB saved for the backward pass:", kept / 1e6, ours / 1e6)
+
+
+if __name__ == "__main__":
+    main()
