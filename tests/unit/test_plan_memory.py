@@ -76,7 +76,10 @@ def test_published_shapes_are_what_transformers_builds(name: str) -> None:
     assert num_parameters(named_model(name)) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_published_distilbert_has_the_published_size() -> None:
+def test_published_sizes() -> None:
+    # What transformers counts in the hub's checkpoints with their MLM heads.
+    assert num_parameters(named_model("google-bert/bert-base-uncased")) == 109_514_298
+    assert num_parameters(named_model("FacebookAI/roberta-base")) == 124_697_433
     # DESIGN: 66,985,530 parameters with the MLM head, from BERT-base and from its own config.
     student = student_of(named_model("google-bert/bert-base-uncased"))
     assert num_parameters(student) == 66_985_530
