@@ -16,6 +16,7 @@ import torch.distributed as dist
 import transformers
 
 from train.discovery import Ranks, discover_ranks
+from train.meeting import meet
 from train.rendezvous import interface_towards, rendezvous
 
 # The last resort: train/heartbeat.py ends a job with a lost or stuck rank long before, and names the rank.
@@ -62,23 +63,33 @@ def _device(ranks: Ranks, num_visible: int) -> str:
 
 
 def join_world(log_level: str = "error") -> World:
-    """Discover this process's rank and join the process group: NCCL on GPUs, gloo elsewhere."""
+    """Discover this process's rank and join the process group: NCCL on GPUs, gloo elsewhere.
+
+    Raises:
+        ValueError: contradicting variables, a taken port.
+        LostRankError: a rank did not come.
+    """
     world = discover_world(os.environ)
-    _tell_torch(world)
+    address, port = _tell_torch(world)
     if world.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(_num_threads(world))
     else:
         torch.cuda.set_device(world.device)
     backend = "gloo" if world.device == "cpu" else "nccl"
-    import_deepspeed(log_level).init_distributed(
+    deepspeed = import_deepspeed(log_level)
+    store = meet(world.rank, world.world_size, address, port)
+    dist.init_process_group(
+        backend, store=store, rank=world.rank, world_size=world.world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+    deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
     )
     return world
 
 
-def _tell_torch(world: World) -> None:
-    """Set the variables that torch and DeepSpeed read, whoever started this process."""
+def _tell_torch(world: World) -> tuple[str, int]:
+    """Set the variables that torch and DeepSpeed read, whoever started this process; rank 0's address and port."""
     address, port = rendezvous(os.environ, discover_ranks(os.environ))
     os.environ.update(
         RANK=str(world.rank),
@@ -92,6 +103,7 @@ def _tell_torch(world: World) -> None:
         interface = interface_towards(address)
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
+    return address, port
 
 
 def _num_threads(world: World) -> int:
