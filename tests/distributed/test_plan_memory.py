@@ -71,9 +71,9 @@ def test_traffic_is_exact(measured: list[Any]) -> None:
 
 
 def test_peak_of_a_whole_step(measured: list[Any]) -> None:
-    """All parts together against the most bytes of tensors that were alive at once: within 8 %."""
+    """All parts together against the most bytes of tensors that were alive at once: within 5 %."""
     for ranks, case, found in measured:
-        assert sum(plan_of(ranks, case, found).values()) == pytest.approx(found["peak"], rel=0.08), (
+        assert sum(plan_of(ranks, case, found).values()) == pytest.approx(found["peak"], rel=0.05), (
             ranks,
             case,
         )

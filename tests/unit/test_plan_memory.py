@@ -187,6 +187,12 @@ def test_state_by_hand() -> None:
         "gradient buckets": 2 * 100 * 2 + 100 * 2 + 30_522 * 768 * 2,
     }
 
+    # Of one format, the new gradients lie beside the accumulated ones; whole tensors at both borders are kept.
+    fp32 = EngineSettings(2, 4, 4, bucket=100, overlap=False, precision="fp32")
+    kept = 4 * (shard + 2 * 768 * 3072)
+    once, twice = (gradient_bytes(shape, 4, fp32, n)["gradients, fp32 accumulation"] for n in (1, 8))
+    assert (once, twice) == (kept, 2 * kept)
+
 
 def test_settings_of_the_shipped_json() -> None:
     from train.engine_config import ROOT, read_engine_config
