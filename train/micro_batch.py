@@ -17,6 +17,7 @@ from train.config import Config
 from train.masking import MaskedBatch
 from train.models import build_objective, build_student, build_teacher, needs_teacher
 from train.order import fitting_world_sizes
+from train.plan_memory import EngineSettings, engine_settings, partition_size
 from train.trainer import DistillationModule
 from train.world import World
 
@@ -51,16 +52,12 @@ def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | 
     return sizes[low - 1] if low else None
 
 
-def engine_bytes(parameters: int, world_size: int, engine_config: dict[str, Any]) -> int:
+def engine_bytes(parameters: int, world_size: int, engine: EngineSettings) -> int:
     """What the engine holds on one rank beside the weights and their gradients: its partition of the fp32 weights,
-    LAMB's two moments and the accumulated gradient, and two reduce buckets.
-
-    Args:
-        engine_config: with zero_optimization.reduce_bucket_size (elements).
-    """
-    partition = -(-parameters // world_size)
-    bucket = int(engine_config["zero_optimization"].get("reduce_bucket_size", 500_000_000))
-    return 4 * 4 * partition + 2 * 2 * min(bucket, parameters)
+    LAMB's two moments and the accumulated gradient, and the buckets that gradients are reduced in."""
+    shard = partition_size(parameters, world_size)
+    buckets = (2 if engine.overlap else 1) * min(engine.bucket, parameters)
+    return (4 + 8 + engine.accumulation_bytes) * shard + engine.number_bytes * buckets
 
 
 def find_micro_batch_size(
@@ -107,7 +104,7 @@ def _trial(
     parameters = sum(parameter.numel() for parameter in module.parameters())
     free, _ = torch.cuda.mem_get_info(world.device)
     usable = USABLE_SHARE * (free + torch.cuda.memory_reserved(world.device))
-    usable -= engine_bytes(parameters, world.world_size, engine_config)
+    usable -= engine_bytes(parameters, world.world_size, engine_settings(engine_config))
     length = config.data.sequence_length
     masked_per_row = max(1, round(config.masking.probability * length))
 

@@ -8,8 +8,10 @@ import pytest
 
 from data_prep.shard_format import Manifest
 from train.config import Config, DataConfig, TrainingConfig
+from train.engine_config import ROOT, read_engine_config
 from train.micro_batch import candidates, engine_bytes, find_micro_batch_size, largest_fitting
 from train.order import check_fit
+from train.plan_memory import engine_settings
 from train.run_folder import found_before, write_configs
 from train.world import World
 
@@ -42,9 +44,9 @@ def test_the_largest_that_fits_is_found_with_few_trials() -> None:
 
 
 def test_engine_bytes_of_distilbert() -> None:
-    engine = {"zero_optimization": {"reduce_bucket_size": 50_000_000}}
-    assert engine_bytes(66_985_530, 1, engine) == 16 * 66_985_530 + 200_000_000
-    assert engine_bytes(66_985_530, 8, engine) == 16 * 8_373_192 + 200_000_000
+    engine = engine_settings(read_engine_config(ROOT / "ds_configs" / "fp16.json"))
+    assert engine_bytes(66_985_530, 1, engine) == 16 * 66_985_530 + 2 * 2 * 50_000_000
+    assert engine_bytes(66_985_530, 8, engine) == 16 * 8_373_192 + 2 * 2 * 50_000_000
 
 
 def test_without_a_gpu_it_asks_for_a_number(shards_folder: str) -> None:
