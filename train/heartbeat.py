@@ -23,6 +23,7 @@ import torch.distributed as dist
 from train.world import World
 
 BEAT_S = 1.0
+LATE_LOOKS = 2
 
 
 class Heartbeat:
@@ -41,6 +42,7 @@ class Heartbeat:
         self._lost_after_s, self._stuck_after_s = lost_after_s, stuck_after_s
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._answered = time.monotonic()
         self._store: Any = None
 
     def __enter__(self) -> Heartbeat:
@@ -53,7 +55,9 @@ class Heartbeat:
             self._store.set_timeout(timedelta(seconds=self._lost_after_s))
             self._store.set(f"{self._world.rank}", self._message(0))
             dist.barrier()
+            self._answered = time.monotonic()
             self._thread.start()
+            threading.Thread(target=self._watch_store, name="heartbeat-store", daemon=True).start()
         return self
 
     def __exit__(
@@ -73,6 +77,9 @@ class Heartbeat:
             count += 1
             try:
                 self._store.set(f"{self._world.rank}", self._message(count))
+                # `set` only fills a socket's buffer: an answer alone shows that rank 0 can be reached.
+                self._store.get("0")
+                self._answered = time.monotonic()
                 fault = self._look(watch) if self._world.is_first else None
             except Exception:  # whatever the store raises, it is that rank 0, which holds it, does not answer
                 if self._stopping.wait(2 * BEAT_S):
@@ -80,6 +87,19 @@ class Heartbeat:
                 fault = f"rank {self._world.rank} has lost rank 0, which ended or cannot be reached"
             if fault is not None and not self._stopping.is_set():
                 _end(fault)
+
+    def _watch_store(self) -> None:
+        """A host that is cut off sees no error: its packets are sent again for a quarter of an hour."""
+        late = 0
+        while not self._stopping.wait(BEAT_S):
+            silent_s = time.monotonic() - self._answered
+            # More than one look: after a suspension of the whole job this thread may be the first to wake.
+            late = late + 1 if silent_s > self._lost_after_s else 0
+            if late > LATE_LOOKS:
+                _end(
+                    f"rank {self._world.rank} on {platform.node()} has had no answer from rank 0 for {silent_s:.0f} s: "
+                    "that rank is frozen, or a host is down or cut off"
+                )
 
     def _look(self, watch: _Watch) -> str | None:
         keys = [str(rank) for rank in range(self._world.world_size)]
