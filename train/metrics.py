@@ -12,7 +12,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ import torch
 from tqdm import tqdm
 
 PLAIN_LINE_EVERY_S = 15.0
+# What this module writes; other .jsonl files in the folder are the user's.
+RECORDS = ("metrics", "spikes")
 
 
 class Events(Protocol):
@@ -56,37 +59,34 @@ class NoEvents:
 
 class RunEvents:
     """Writes the rows of steps after `resumed_step`; rows that a killed run had already written past that step
-    are removed, so that each step stands in metrics.jsonl once. A start at step 0 writes that step's row anew."""
+    are removed, so that each step stands in metrics.jsonl once. A start at step 0 writes that step's row anew.
+
+    A disk that fills up costs rows, said once, and not the run: whether that goes on, the checkpoints decide.
+    """
 
     def __init__(self, run_dir: Path, name: str, resumed_step: int, total_steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._run_dir = run_dir
-        for path in run_dir.glob("*.jsonl"):
-            _drop_rows_after(path, resumed_step)
+        self._run_dir, self._told = run_dir, False
+        for record in RECORDS:
+            _drop_rows_after(run_dir / f"{record}.jsonl", resumed_step)
         self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else 0
-        )
+        self._board: Any = _open_board(run_dir, resumed_step + 1 if resumed_step else 0)
         self._progress = _Progress(name, resumed_step, total_steps)
 
     def row(
         self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor] = {}
     ) -> None:
         """One row: scalars to all readers, histograms (any shape) to TensorBoard alone."""
-        # JSON has no NaN and no infinity: null stands for both.
-        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        for key, value in values.items():
-            self._board.add_scalar(board_tag(key), value, step)
-        for key, tensor in histograms.items():
-            self._board.add_histogram(board_tag(key), tensor.detach().float().cpu(), step)
+        with self._rows_may_be_lost():
+            self._file.write(_json_line({"step": step, **values}))
+        with self._rows_may_be_lost():
+            self._to_board(step, values, histograms)
         self._progress.update(step, values)
 
     def record(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """One JSON line in RUN/`name`.jsonl, for what is no figure."""
-        with (self._run_dir / f"{name}.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        assert name in RECORDS
+        with self._rows_may_be_lost(), (self._run_dir / f"{name}.jsonl").open("a") as file:
+            file.write(_json_line({"step": step, **values}))
 
     def say(self, message: str) -> None:
         """One line for the user, beside the progress bar."""
@@ -95,8 +95,33 @@ class RunEvents:
     def close(self) -> None:
         """Flush and close every reader."""
         self._progress.close()
-        self._file.close()
-        self._board.close()
+        with self._rows_may_be_lost():
+            self._file.close()
+        if self._board is not None:
+            with self._rows_may_be_lost():
+                self._board.close()
+
+    def _to_board(
+        self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor]
+    ) -> None:
+        board, self._board = self._board, None  # a writer that has failed once fails for ever
+        board = board or _open_board(self._run_dir, None)
+        for key, value in values.items():
+            board.add_scalar(board_tag(key), value, step)
+        for key, tensor in histograms.items():
+            numbers = tensor.detach().float().cpu()
+            if len(numbers := numbers[torch.isfinite(numbers)]):
+                board.add_histogram(board_tag(key), numbers, step)
+        self._board = board
+
+    @contextmanager
+    def _rows_may_be_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                self.say(f"{self._run_dir}: rows cannot be written ({error}); training goes on without them")
+            self._told = True
 
 
 # The first word of a key tells TensorBoard's group, where the key does not need to say it again.
@@ -124,6 +149,21 @@ def board_tag(key: str) -> str:
     return f"{GROUPS.get(key) or GROUPS.get(first, 'progress')}/{key.replace('heldout_', '')}"
 
 
+def _open_board(run_dir: Path, purge_step: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+
+def _json_line(values: Mapping[str, Any]) -> str:
+    """JSON has no NaN and no infinity: null stands for both."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, oldest first; a line that a kill cut short is left out."""
     return _read(run_dir / "metrics.jsonl")
@@ -140,6 +180,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
     kept = [row for row in _read(path) if step and row["step"] <= step]
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in kept))

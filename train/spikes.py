@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from typing import NamedTuple
@@ -21,14 +22,15 @@ class Spike(NamedTuple):
     step: int
     loss: float
     median: float
-    """Of the steps before."""
+    """Of the steps before; NaN where there is none."""
     deviation: float
     """Standard deviation of the steps before, as their median absolute deviation tells it."""
 
 
 class SpikeDetector:
     """Compares each step's loss with the median of the 200 before it. The median and the median absolute deviation
-    are not moved by the spikes themselves (Leys et al. 2013, doi:10.1016/j.jesp.2013.03.013).
+    are not moved by the spikes themselves (Leys et al. 2013, doi:10.1016/j.jesp.2013.03.013). A loss that is no number
+    is a spike without any history, the first of several in a row alone, and is no part of the history.
 
     Args:
         deviations: how many standard deviations above the median a spike is; 0 looks for none.
@@ -37,14 +39,21 @@ class SpikeDetector:
     def __init__(self, deviations: float) -> None:
         self._deviations = deviations
         self._history: deque[float] = deque(maxlen=HISTORY)
+        self._was_finite = True
 
     def look(self, step: int, loss: float) -> Spike | None:
         """The spike, if this step is one; steps are given in order."""
-        spike = None
-        if self._deviations and len(self._history) >= LEAST_HISTORY:
+        if not self._deviations:
+            return None
+        finite, was_finite = math.isfinite(loss), self._was_finite
+        self._was_finite = finite
+        median = deviation = math.nan
+        if self._history and (finite or was_finite):
             median = statistics.median(self._history)
             deviation = NORMAL_MAD * statistics.median(abs(value - median) for value in self._history)
-            if loss > median + max(self._deviations * deviation, LEAST_RISE * abs(median)):
-                spike = Spike(step, loss, median, deviation)
+        if not finite:
+            return Spike(step, loss, median, deviation) if was_finite else None
+        enough = len(self._history) >= LEAST_HISTORY
         self._history.append(loss)
-        return spike
+        rise = max(self._deviations * deviation, LEAST_RISE * abs(median))
+        return Spike(step, loss, median, deviation) if enough and loss > median + rise else None

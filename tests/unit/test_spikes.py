@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
+
+import pytest
 
 from train.spikes import LEAST_HISTORY, SpikeDetector
 
@@ -45,3 +48,10 @@ def test_nothing_is_usual_at_the_start_and_zero_looks_for_none() -> None:
     assert look_at(losses) == []
     assert look_at([*noisy(100), 50.0], deviations=0) == []
     assert look_at([*noisy(100), 50.0]) == [100]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_a_spike_once_and_spoils_nothing(loss: float) -> None:
+    assert look_at([loss]) == [0]
+    assert look_at([*noisy(150, slope=0.0), *[loss] * 150, *noisy(30, slope=0.0), 6.0]) == [150, 330]
+    assert look_at([loss], deviations=0) == []
