@@ -55,18 +55,30 @@ def refuse_differences(facts: dict[str, str], world: World) -> None:
 
 
 def on_first_rank(world: World, action: Callable[[], Result]) -> Result | None:
-    """Do something on rank 0 alone; a user's error there is raised on every rank, so that none is left waiting."""
+    """Do something on rank 0 alone; a user's error there is raised on every rank, so that none is left waiting.
+
+    Raises:
+        OSError: the machine is at fault (a full disk). ValueError: everything else.
+    """
     result: Result | None = None
-    fault: list[str | None] = [None]
+    fault: list[ValueError | OSError | None] = [None]
     if world.is_first:
         try:
             result = action()
         except (ValueError, OSError) as error:
-            fault = [str(error)]
+            # An OSError of no class of its own is no wrong path: full disk, too many files, faulty device.
+            fault = [OSError(str(error)) if type(error) is OSError else ValueError(str(error))]
     dist.broadcast_object_list(fault)
     if fault[0] is not None:
-        raise ValueError(fault[0])
+        raise fault[0]
     return result
+
+
+def as_on_first_rank(value: Result) -> Result:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def _short(value: str | None) -> str:

@@ -8,6 +8,7 @@ more is passed over, aloud.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -115,10 +116,18 @@ def save_checkpoint(
         (partial / name).rename(folder / name)
         _flush(folder)
         for old in retention.superfluous([path for path in _step_folders(folder) if _fault(path) is None]):
-            shutil.rmtree(old)
+            _remove(old, partial)
     dist.barrier()
     size = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
     return Written(time.perf_counter() - start, size)
+
+
+def _remove(checkpoint: Path, partial: Path) -> None:
+    """Under its name no checkpoint is ever half there, and what a kill leaves of it goes with the next write. One that
+    cannot be removed (a file held open on NFS) is no reason to stop: it is tried again."""
+    with contextlib.suppress(OSError):
+        checkpoint.rename(partial / checkpoint.name)
+    shutil.rmtree(partial / checkpoint.name, ignore_errors=True)
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:

@@ -19,7 +19,10 @@ SKIPPED_STEPS = 3
 
 class Profiling:
     """Traces `steps` steps after the first three of this start: RUN/profile/trace-rank-R.json (for
-    https://ui.perfetto.dev or chrome://tracing) and, on rank 0, a table of the costliest operations."""
+    https://ui.perfetto.dev or chrome://tracing) and, on rank 0, a table of the costliest operations.
+
+    A trace that cannot be written (full disk) is told of, and the run goes on.
+    """
 
     def __init__(self, folder: Path, rank: int, steps: int, events: Events) -> None:
         self.folder, self.rank, self.steps, self.events = folder, rank, steps, events
@@ -41,10 +44,22 @@ class Profiling:
 
     def finish(self) -> None:
         """Write what has been traced, if the trace is still open."""
-        if self._profile is None:
-            return
         traced, self._profile = self._profile, None
-        traced.stop()
+        if traced is not None:
+            traced.stop()
+        if self._done <= SKIPPED_STEPS:
+            self.events.say(
+                f"profile: nothing was traced: this start made {self._done} steps, and the first {SKIPPED_STEPS} are "
+                "left out"
+            )
+        if traced is None or self._done <= SKIPPED_STEPS:
+            return
+        try:
+            self._write(traced)
+        except (OSError, RuntimeError) as error:
+            self.events.say(f"profile: the trace could not be written to {self.folder}: {error}")
+
+    def _write(self, traced: profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / f"trace-rank-{self.rank}.json"
         traced.export_chrome_trace(str(trace))

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train.checkpoint import _complete, newest_checkpoint
+from train.checkpoint import TrainState, _complete, _remove, newest_checkpoint
 from train.config import Config, OptimizerConfig, RunConfig
 from train.metrics import RunEvents, board_tag, read_rows
+from train.profiling import profiling
 from train.run_folder import hold, refuse_changed_config, refuse_changed_inputs, write_configs
 
 
@@ -115,6 +117,39 @@ def test_changed_config_is_shown_and_refused(tmp_path: Path) -> None:
     assert "# torch: " in (tmp_path / "config.yaml").read_text()
 
 
+def test_a_removed_checkpoint_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, partial = make_checkpoint(tmp_path, 5), tmp_path / ".partial"
+    partial.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", lambda *args, **options: None)  # killed before it
+        _remove(old, partial)
+    assert not old.exists()
+    assert [path.name for path in partial.iterdir()] == [old.name]  # goes with the next write
+    held = make_checkpoint(tmp_path, 6)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", _busy)
+        _remove(held, partial)
+    assert newest_checkpoint(tmp_path, pytest.fail) == held
+
+
+def _busy(*paths: Path) -> None:
+    raise OSError("Device or resource busy")
+
+
+def test_a_profile_of_too_few_steps_or_to_a_full_disk_is_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = RunEvents(tmp_path, "run", 0, 10)
+    for folder, steps in ((tmp_path / "few", 3), (tmp_path / "metrics.jsonl" / "no-folder", 4)):
+        with profiling(folder, 0, 3, events) as observers:
+            for _ in range(steps):
+                observers[0].after_step(TrainState())
+    events.close()
+    few, full = capsys.readouterr().err.splitlines()
+    assert few == "profile: nothing was traced: this start made 3 steps, and the first 3 are left out"
+    assert "profile: the trace could not be written" in full
+
+
 def test_changed_inputs_are_refused(tmp_path: Path) -> None:
     inputs = {"data.shards": "digest", "deepspeed.config": {"a": 1}}
     refuse_changed_inputs(tmp_path, inputs)  # a new folder
@@ -131,6 +166,50 @@ def test_rows_that_are_no_numbers_stay_json(tmp_path: Path) -> None:
     events.row(1, {"loss": float("nan"), "lr": float("inf")})
     events.close()
     assert read_rows(tmp_path) == [{"step": 1, "loss": None, "lr": None}]
+
+
+def test_records_and_histograms_of_no_numbers_are_written(tmp_path: Path) -> None:
+    events = RunEvents(tmp_path, "run", 0, 10)
+    events.row(1, {"loss": 1.0}, {"trust_ratios": torch.tensor([float("nan")])})
+    events.record("spikes", 1, {"loss": float("inf"), "window_ids": [3, 4]})
+    events.close()
+    assert (tmp_path / "spikes.jsonl").read_text() == '{"step": 1, "loss": null, "window_ids": [3, 4]}\n'
+
+
+def test_other_peoples_files_in_the_run_folder_stay(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text('{"text": "mine"}\n')
+    for step in (0, 4):
+        RunEvents(tmp_path, "run", step, 10).close()
+    assert (tmp_path / "corpus.jsonl").read_text() == '{"text": "mine"}\n'
+
+
+def test_a_full_disk_costs_rows_and_not_the_run(tmp_path: Path) -> None:
+    """Files end at 2,000 bytes for a while, as at a full disk."""
+    code = """
+import resource, sys, time
+from pathlib import Path
+from train.metrics import RunEvents
+events = RunEvents(Path(sys.argv[1]), "run", 0, 1000)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+for step in range(1, 400):
+    events.row(step, {"loss": 1.0})
+    time.sleep(0.001)  # TensorBoard's thread writes
+events.record("spikes", 400, {"window_ids": list(range(1000))})
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+events.row(400, {"loss": 2.0})
+events.close()
+"""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=root, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("rows cannot be written") == 1
+    rows = read_rows(tmp_path)
+    assert rows[-1] == {"step": 400, "loss": 2.0}
+    assert 20 < len(rows) <= 400
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert board.Scalars("loss/total")[-1].step == 400
 
 
 def test_resolved_config_parses_back(tmp_path: Path) -> None:
