@@ -52,7 +52,9 @@ class Parts:
     matrix_rate: float
 
 
-def assemble(config: Config, world: World, start_up: StartUp, load_universal: bool = False) -> Parts:
+def assemble(
+    config: Config, world: World, clock: Clock, start_up: StartUp, load_universal: bool = False
+) -> Parts:
     """Build everything, cheap checks first.
 
     Args:
@@ -96,7 +98,7 @@ def assemble(config: Config, world: World, start_up: StartUp, load_universal: bo
         schedule,
         dropout_seed=config.data.seed,
         rank=world.rank,
-        clock=Clock(world.device),
+        clock=clock,
     )
     parts = Parts(
         trainer=trainer,

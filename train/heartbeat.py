@@ -67,6 +67,24 @@ class Heartbeat:
         if self._thread.is_alive():
             self._thread.join(timeout=2 * BEAT_S)
 
+    def silent_ranks(self, wait_s: float = 3 * BEAT_S) -> str:
+        """Who has died, for a message: the ranks whose hearts do not beat within `wait_s`; "" where all do."""
+        try:
+            before = self._hearts()
+            time.sleep(wait_s)
+            after = self._hearts()
+        except Exception:  # the store went with the rank that holds it
+            return "rank 0"
+        still = [rank for rank, (count, _, _) in enumerate(after) if count == before[rank][0]]
+        return ", ".join(f"rank {rank} on {after[rank][1]}" for rank in still if rank != self._world.rank)
+
+    def _hearts(self) -> list[tuple[str, str, str]]:
+        """(count, host, place) by rank."""
+        if self._store is None:
+            return []
+        values = self._store.multi_get([str(rank) for rank in range(self._world.world_size)])
+        return [tuple(value.decode().split("\n")) for value in values]
+
     def _message(self, count: int) -> str:
         return f"{count}\n{platform.node()}\n{self._where()}"
 
@@ -102,9 +120,8 @@ class Heartbeat:
                 )
 
     def _look(self, watch: _Watch) -> str | None:
-        keys = [str(rank) for rank in range(self._world.world_size)]
-        for rank, value in enumerate(self._store.multi_get(keys)):
-            watch.saw(rank, *value.decode().split("\n"))
+        for rank, heart in enumerate(self._hearts()):
+            watch.saw(rank, *heart)
         return watch.fault(self._lost_after_s, self._stuck_after_s)
 
 

@@ -10,9 +10,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from train.agreement import manifest_digest, on_first_rank, refuse_differences, start_up_facts
+from train.agreement import (
+    as_on_first_rank,
+    manifest_digest,
+    on_first_rank,
+    refuse_differences,
+    start_up_facts,
+)
 from train.assembly import Parts, assemble, engine_template, load_manifest
 from train.checkpoint import Retention, TrainState, newest_checkpoint
+from train.clock import Clock
 from train.communication import timed_collectives
 from train.config import Config
 from train.errors import LostRankError
@@ -31,6 +38,8 @@ from train.observers import (
 from train.profiling import profiling
 from train.resume import agree_on_checkpoint, load_checkpoint, needs_conversion
 from train.run_folder import (
+    changed_config,
+    changed_inputs,
     found_before,
     hold,
     provenance,
@@ -65,9 +74,23 @@ def run(config: Config) -> int:
         "data.shards": manifest_digest(config.data.shards),
         "deepspeed.config": engine_template(config, world),
     }
+    changed = changed_config(run_dir, config) + changed_inputs(run_dir, inputs)
     if not config.checkpoint.allow_changed_config:
         refuse_changed_inputs(run_dir, inputs)
-    with StopRequest() as stop, LauncherWatch(stop), ExitStack() as opened, _lost_ranks_told(world):
+    clock = Clock(world.device)
+    heartbeat = Heartbeat(
+        world,
+        clock.where,
+        lost_after_s=config.run.lost_rank_timeout_s,
+        stuck_after_s=config.run.hang_timeout_s,
+    )
+    with (
+        StopRequest() as stop,
+        LauncherWatch(stop),
+        ExitStack() as opened,
+        heartbeat,
+        _lost_ranks_told(world, heartbeat),
+    ):
         on_first_rank(world, lambda: opened.enter_context(hold(run_dir)))
         say = print_on_first(world)
         checkpoint = agree_on_checkpoint(run_dir / "checkpoints", say)
@@ -77,9 +100,12 @@ def run(config: Config) -> int:
             config = find_micro_batch_size(config, manifest, world, inputs["deepspeed.config"])
             say(f"training.micro_batch_size: {config.training.micro_batch_size} sequences fit")
         universal = needs_conversion(checkpoint, world.world_size)
-        parts = assemble(config, world, start_up, load_universal=universal)
+        parts = assemble(config, world, clock, start_up, load_universal=universal)
         state = load_checkpoint(parts.trainer.engine, checkpoint, world.world_size, say)
-        parts.trainer.losses.restore(state.losses, world.rank, world.world_size, world.device)
+        if as_on_first_rank(changed) and state.step:
+            say("going on with a changed configuration:\n  " + "\n  ".join(changed))
+        else:  # losses of another objective or another batch make no mean with those to come
+            parts.trainer.losses.restore(state.losses, world.rank, world.world_size, world.device)
         start_up.ended("checkpoint")
         total_steps = parts.trainer.schedule["total_steps"]
         if state.step >= total_steps and read_summary(run_dir) is not None:
@@ -87,14 +113,6 @@ def run(config: Config) -> int:
             return 0
         events = on_first_rank(world, lambda: _open_run(config, parts, inputs, state)) or NoEvents()
         opened.callback(events.close)
-        opened.enter_context(
-            Heartbeat(
-                world,
-                parts.trainer.clock.where,
-                lost_after_s=config.run.lost_rank_timeout_s,
-                stuck_after_s=config.run.hang_timeout_s,
-            )
-        )
         try:
             _train(config, parts, state, events, world, stop, start_up)
         except StoppedAfterSavingError as stopped:
@@ -114,15 +132,16 @@ def _open_run(config: Config, parts: Parts, inputs: Mapping[str, Any], state: Tr
 
 
 @contextmanager
-def _lost_ranks_told(world: World) -> Iterator[None]:
-    """Turn the error of a collective whose other end is gone into one plain message."""
+def _lost_ranks_told(world: World, heartbeat: Heartbeat) -> Iterator[None]:
+    """Turn the error of a collective whose other end is gone into one plain message that names it."""
     try:
         yield
     except RuntimeError as error:
         if not _is_from_a_collective(error):
             raise
+        lost = heartbeat.silent_ranks() or "another rank"
         raise LostRankError(
-            f"rank {world.rank} lost the connection to another rank, which ended or was cut off "
+            f"rank {world.rank} lost the connection to {lost}, which ended or was cut off "
             f"({str(error).splitlines()[0]}); run again to go on from the newest checkpoint"
         ) from None
 
