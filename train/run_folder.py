@@ -112,20 +112,25 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
+def changed_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> list[str]:
+    """`name: other contents` for each input that is not what the run was started with."""
+    path = run_dir / "inputs.json"
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    return [f"{name}: other contents" for name, value in inputs.items() if before.get(name) != value]
+
+
 def refuse_changed_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> None:
     """ValueError where the shards' manifest or DeepSpeed's JSON is not what the run was started with.
 
     Args:
         inputs: name -> JSON value; kept in RUN/inputs.json by `write_configs`.
     """
-    path = run_dir / "inputs.json"
-    if not path.exists():
-        return
-    before = json.loads(path.read_text())
-    changed = [name for name, value in inputs.items() if before.get(name) != value]
-    if changed:
+    if changed := changed_inputs(run_dir, inputs):
+        names = " and ".join(change.partition(":")[0] for change in changed)
         raise ValueError(
-            f"{run_dir} holds a run that was started with other contents of {' and '.join(changed)}: give another "
+            f"{run_dir} holds a run that was started with other contents of {names}: give another "
             "run.dir, restore what was there, or --checkpoint.allow_changed_config=true to go on anyway"
         )
 
@@ -150,18 +155,23 @@ def found_before(run_dir: Path, config: Config) -> Config:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=found))
 
 
-def refuse_changed_config(run_dir: Path, config: Config) -> None:
-    """ValueError naming each key whose value differs from the config the run folder was started with."""
+def changed_config(run_dir: Path, config: Config) -> list[str]:
+    """`key: old -> new` for each value that differs from the config the run folder was started with, where it matters
+    to what is computed."""
     path = run_dir / "config.yaml"
     if not path.exists():
-        return
+        return []
     before, now = flatten(yaml.safe_load(path.read_text())), flatten(_plain(config))
-    changes = [
+    return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in {**before, **now}
         if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
     ]
-    if changes:
+
+
+def refuse_changed_config(run_dir: Path, config: Config) -> None:
+    """ValueError naming each key that `changed_config` finds."""
+    if changes := changed_config(run_dir, config):
         raise ValueError(
             f"{run_dir} holds a run that was started with another configuration:\n  "
             + "\n  ".join(changes)

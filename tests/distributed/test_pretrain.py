@@ -143,6 +143,30 @@ def test_changed_settings_are_refused(settings: list[str], on_one_rank: Path) ->
     assert "Traceback" not in output
 
 
+def test_changed_settings_that_are_allowed_are_told_and_begin_a_new_row(
+    settings: list[str], tmp_path: Path
+) -> None:
+    """The checkpoint lies between two rows: losses of another objective make no mean with those before."""
+    words = [
+        *settings,
+        "--training.max_steps=8",
+        "--checkpoint.every_steps=6",
+        "--evaluation.every_steps=1000",
+    ]
+    code, output = finish(start(words, tmp_path, 1))
+    assert code == 0, output
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000008")
+    changed = [*words, "--objective.cosine_weight=0", "--checkpoint.allow_changed_config=true"]
+    code, output = finish(start(changed, tmp_path, 1))
+    assert code == 0, output
+    assert "changed configuration:\n  objective.cosine_weight: 1.0 -> 0.0\n" in output
+    before, after = (row for row in read_rows(tmp_path) if "loss" in row)
+    assert (before["step"], after["step"]) == (4, 8)
+    assert "loss_cos" in before
+    assert "loss_cos" not in after
+    assert after["loss"] == pytest.approx(5 * after["loss_kd"] + 2 * after["loss_mlm"], rel=1e-5)
+
+
 def test_short_sequences_first_then_long_ones(settings: list[str], tmp_path: Path) -> None:
     """Stopped in the short phase and gone on with into the long one, as if never stopped."""
     words = [*settings, "--schedule.short_sequence_length=16", "--schedule.short_share=0.8"]
