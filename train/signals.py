@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
+import threading
 import time
 from types import FrameType, TracebackType
 
@@ -13,7 +14,11 @@ SAME_REQUEST_S = 2.0
 
 
 class StopRequest:
-    """While open, remembers that a signal came; a second one, 2 s later or more, exits at once."""
+    """While open, remembers that a signal came; a second one, 2 s later or more, exits at once.
+
+    A thread listens: Python's own handlers run in the main thread between two bytecodes, which never comes while it
+    waits in a collective for a rank that hangs.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -30,7 +35,12 @@ class StopRequest:
             self._first = time.monotonic()
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        self._listened, self._woken = os.pipe()
+        os.set_blocking(self._woken, False)
+        self._woken_before = signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, _leave_to_the_thread) for number in self.SIGNALS}
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
@@ -38,10 +48,23 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._woken_before)
+        os.close(self._woken)
+        self._thread.join()
+        os.close(self._listened)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _listen(self) -> None:
+        while number := os.read(self._listened, 1):
+            if number[0] in self.SIGNALS:
+                self._receive(number[0])
+
+    def _receive(self, number: int) -> None:
         now = time.monotonic()
         if self._first is None:
             self._first = now
         elif now - self._first > SAME_REQUEST_S:
-            sys.exit(128 + number)
+            os._exit(128 + number)
+
+
+def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
+    """Nothing: without a handler the signal would end the process."""
