@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from train.agreement import on_first_rank
 from train.checkpoint import TrainState, _complete, _remove, newest_checkpoint
 from train.config import Config, OptimizerConfig, RunConfig
 from train.metrics import RunEvents, board_tag, read_rows
 from train.profiling import profiling
 from train.run_folder import hold, refuse_changed_config, refuse_changed_inputs, write_configs
+from train.world import World
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:
@@ -229,3 +233,16 @@ def test_a_folder_is_held_by_one_job(tmp_path: Path) -> None:
         refused = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert "is in use by another job (process" in refused.stderr
     assert subprocess.run(command, cwd=root).returncode == 0
+
+
+def test_a_fault_on_the_first_rank_is_a_users_or_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda values: None)
+    world = World(rank=0, local_rank=0, world_size=1, local_size=1, device="cpu")
+
+    def fail(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match="No space left"):  # exit code 1
+        on_first_rank(world, lambda: fail(errno.ENOSPC))
+    with pytest.raises(ValueError, match="Permission denied"):  # exit code 2
+        on_first_rank(world, lambda: fail(errno.EACCES))
