@@ -70,6 +70,7 @@ class BatchLoader:
         shards: folder or URL of the shards, see shard_reader.shard_url.
         verify: "size" compares file sizes at the start; "full" also sha256, at the start (of this rank's
             share of the shards, see check_shards) and at each reading.
+        check_at_start: False where another loader has just checked the same shards.
         pin_memory: page-locked micro batches, for copies to the current CUDA device that do not wait.
         cache_dir: folder for shards that are not local (webdataset's cache); None reads them anew each time.
     Raises:
@@ -93,6 +94,7 @@ class BatchLoader:
         verify: str = "size",
         cache_dir: str | None = None,
         pin_memory: bool = False,
+        check_at_start: bool = True,
     ) -> None:
         check_fit(global_batch_size, lanes, world_size, micro_batch_size)
         infos = manifest.splits[split]
@@ -102,9 +104,10 @@ class BatchLoader:
         assert 0 <= rank < world_size
         self._rank, self._world_size = rank, world_size
         self._cache = ShardCache(cache_dir) if cache_dir is not None else None
-        check_shards(
-            shards, manifest, verify, splits=(split,), rank=rank, world_size=world_size, cache=self._cache
-        )
+        if check_at_start:
+            check_shards(
+                shards, manifest, verify, splits=(split,), rank=rank, world_size=world_size, cache=self._cache
+            )
         self._shards, self._infos, self._tokenizer = shards, infos, manifest.tokenizer
         self._verify, self._pin_memory = verify, pin_memory
         self._sequence_length = sequence_length

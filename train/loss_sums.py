@@ -48,7 +48,7 @@ class LossSums:
     def add(self, step: int, terms: LossTerms) -> None:
         """Count one micro batch of a step."""
         for name, value in terms.as_dict().items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.float()
         self._count += 1
         self._by_step.setdefault(step, []).append(terms.loss.detach())
         finite = torch.isfinite(terms.loss.detach())

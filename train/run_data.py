@@ -115,6 +115,7 @@ def build_run_data(
             verify=config.data.verify,
             cache_dir=config.data.cache_dir,
             pin_memory=pin_memory,
+            check_at_start=length == lengths[0],
         )
         for length in lengths
     ]

@@ -59,6 +59,13 @@ def test_a_restart_serves_the_same_steps(data: RunData, start: int) -> None:
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(again, whole, strict=True))
 
 
+def test_both_phases_check_the_shards_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr("train.loader.check_shards", lambda *args, **kwargs: checked.append("once"))
+    build_run_data(config, Manifest.load(config.data.shards))
+    assert checked == ["once"]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_window_ids_of_a_step_are_those_that_the_ranks_serve(config: Config, world_size: int) -> None:
     manifest = Manifest.load(config.data.shards)
