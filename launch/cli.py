@@ -15,10 +15,10 @@ from dataclasses import replace
 
 import jsonargparse
 
-from launch.environment import load_environment_file
 from launch.telling import tell
 from train.config import Config
 from train.discovery import probable_rank
+from train.environment_file import load_environment_file
 from train.errors import RunError
 
 BAD_USAGE = 2

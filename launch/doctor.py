@@ -41,6 +41,7 @@ from train.doctor_hosts import (
     is_here,
     read_hostfile,
 )
+from train.text_table import text_table
 
 ALL_REDUCE_TIMEOUT_S = 90.0
 
@@ -239,21 +240,15 @@ def examine_here(config: Config, world_size: int) -> list[Finding]:
 
 def table_of(findings: Sequence[Finding]) -> str:
     """One row a check; a failure's remedy below what was seen."""
-    import io
-
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("check", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("seen")
-    for finding in findings:
-        seen = finding.result + (f"\n-> {finding.remedy}" if finding.remedy else "")
-        table.add_row(finding.check, "ok" if finding.ok else "FAILED", seen)
-    console = Console(width=118, file=io.StringIO(), highlight=False, markup=False)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    rows = [
+        (
+            finding.check,
+            "ok" if finding.ok else "FAILED",
+            finding.result + (f"\n-> {finding.remedy}" if finding.remedy else ""),
+        )
+        for finding in findings
+    ]
+    return text_table(("check", "", "seen"), rows, right=False)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The first run's teacher is the reference. --curves adds runs to the plot alone (
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import parse_config, run_main
+from train.text_table import text_table
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -70,10 +70,6 @@ def refuse_unclear_names(runs: Sequence[Path]) -> None:
 
 def table_of(models: list[dict[str, object]]) -> str:
     """The rows of summary.json as a plain table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Held-out masked tokens, the same for every model")
     columns = {
         "parameters": ("parameters", ",d"),
         "mlm_loss": ("MLM loss (nats)", ".3f"),
@@ -82,14 +78,12 @@ def table_of(models: list[dict[str, object]]) -> str:
         "top1_agreement": ("top-1 agreement\nwith teacher", ".1%"),
         "sentences_per_s": ("sentences/s\n(CPU)", ",.0f"),
     }
-    table.add_column("model")
-    for title, _ in columns.values():
-        table.add_column(title, justify="right")
-    for model in models:
-        table.add_row(str(model["name"]), *(format(model[key], style) for key, (_, style) in columns.items()))
-    console = Console(width=120, file=io.StringIO(), highlight=False)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    rows = [
+        (str(model["name"]), *(format(model[key], style) for key, (_, style) in columns.items()))
+        for model in models
+    ]
+    headings = ("model", *(heading for heading, _ in columns.values()))
+    return text_table(headings, rows, title="Held-out masked tokens, the same for every model")
 
 
 if __name__ == "__main__":

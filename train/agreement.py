@@ -26,11 +26,15 @@ def manifest_digest(shards: str) -> str:
         return "unreadable"
 
 
-def start_up_facts(config: Config) -> dict[str, str]:
-    """What must be the same on every rank, by name."""
+def start_up_facts(config: Config, shards_digest: str) -> dict[str, str]:
+    """What must be the same on every rank, by name.
+
+    Args:
+        shards_digest: as `manifest_digest` gives it.
+    """
     return {
         **{key: json.dumps(value) for key, value in flatten(dataclasses.asdict(config)).items()},
-        f"manifest of {config.data.shards}": manifest_digest(config.data.shards),
+        f"manifest of {config.data.shards}": shards_digest,
         **provenance(),
     }
 

@@ -38,10 +38,13 @@ class TrainState:
     losses: LossWindow = field(default_factory=LossWindow)
     """Losses since the last logged row; filled in when the state is saved."""
 
+    loss_history: tuple[float, ...] = ()
+    """Losses of the steps before, by which a spike is told (train/spikes.py); filled in when the state is saved."""
+
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> TrainState:
         """The inverse of dataclasses.asdict."""
-        return cls(saved["step"], LossWindow(**saved.get("losses", {})))
+        return cls(saved["step"], LossWindow(**saved.get("losses", {})), tuple(saved.get("loss_history", ())))
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def check_variables(
             ".deepspeed_env",
             not bad,
             "; ".join(bad) or (", ".join(env_files) or "none"),
-            "deepspeed cannot read such a line: keep NAME=VALUE lines alone, without comments or blanks"
+            "deepspeed cannot read such a line: keep NAME=VALUE lines alone, or use cluster.env (docs/CLUSTER.md)"
             if bad
             else "",
         )
@@ -243,7 +243,7 @@ def check_variables(
             for host in remote
             if name in own and name not in listed and answers[host]["variables"].get(name) != own[name]
         ]
-        remedy = "put NAME=VALUE lines for these into .deepspeed_env here, or unset them"
+        remedy = "put NAME=VALUE lines for these into cluster.env in this folder on every host, or unset them"
         findings.append(
             Finding(
                 "forwarded variables", not lost, "; ".join(lost) or "all that matter", remedy if lost else ""

@@ -9,7 +9,6 @@ goes to the standard error.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -23,21 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from train.environment_file import load_environment_file
+from train.versions import installed_versions
+
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "webdataset", "numpy")
 GIB = 2**30
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that a run depends on; "missing" for one that is not there."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
 
 
 def code_digest() -> str:
@@ -110,6 +100,13 @@ def teacher(folder: str) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
+def variables(names: list[str]) -> dict[str, str | None]:
+    """What a rank here would find in its environment: cluster.env counts where the shell says nothing."""
+    given = dict(os.environ)
+    load_environment_file(given, ROOT)
+    return {name: given.get(name) for name in names}
+
+
 def address() -> str:
     """An address of this host that others can reach."""
     from train.rendezvous import own_address
@@ -125,7 +122,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
     """
     questions: dict[str, Callable[[], Any]] = {
         "address": address,
-        "versions": versions,
+        "versions": installed_versions,
         "code": code_digest,
         "memory": memory,
         "gpus": gpus,
@@ -133,7 +130,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
         "run_folder": lambda: run_folder(request["run_dir"]),
         "shards": lambda: shards(request["shards"]),
         "teachers": lambda: {folder: teacher(folder) for folder in request["teachers"]},
-        "variables": lambda: {name: os.environ.get(name) for name in request["variables"]},
+        "variables": lambda: variables(request["variables"]),
     }
     answers = {}
     for name, question in questions.items():

@@ -110,9 +110,8 @@ def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForMaskedLM.from_config(hf_config, attn_implementation="sdpa").float().train()
-    except (
-        Exception
-    ) as error:  # a word for a number, a width that no head count divides: many kinds come of it
+    # A word for a number, a width that no head count divides: many kinds of errors come of it.
+    except Exception as error:
         raise ValueError(
             f"model.scratch: no {model_type} can be made of {settings} ({' '.join(str(error).split())[:200]})"
         ) from None

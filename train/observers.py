@@ -234,12 +234,13 @@ class Checkpointing:
         heldout: Callable[[int], float | None],
         description: Path,
         losses: LossSums,
+        spikes: SpikeDetector,
     ) -> None:
         self.engine, self.folder, self.events, self.clock = engine, folder, events, clock
         self.world, self.stop = world, stop
         self.every_steps, self.retention, self.total_steps = every_steps, retention, total_steps
         self.stop_after_failures, self.heldout, self.description = stop_after_failures, heldout, description
-        self.losses, self._failures = losses, 0
+        self.losses, self.spikes, self._failures = losses, spikes, 0
         # Ranks agree through gloo, on the host: with NCCL every step would wait for the device.
         self._group = dist.new_group(backend="gloo") if world.world_size > 1 else None
 
@@ -269,7 +270,7 @@ class Checkpointing:
                 written = save_checkpoint(
                     self.engine,
                     self.folder,
-                    replace(state, losses=self.losses.window()),
+                    replace(state, losses=self.losses.window(), loss_history=self.spikes.history),
                     self.world.world_size,
                     self.retention,
                     heldout,

@@ -11,7 +11,7 @@ from train.order import DataOrder, windows_per_shard
 from train.plan_cost import FlopsPerToken, flops_per_token
 from train.plan_memory import EngineSettings, Objective
 from train.plan_shapes import PlannedModel, model_from_config, named_model, student_of
-from train.run_data import total_steps
+from train.run_data import phase_stops, planned_phases, total_steps
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,13 @@ class Recipe:
     global_batch_size: int
     micro_batch_size: int
     lanes: int
-    steps: int
-    short_sequence_length: int | None = None
-    short_steps: int = 0
-    """The first of `steps`, with sequences of the short length."""
+    phases: tuple[tuple[int, int], ...]
+    """(steps, sequence length) of each phase of the run."""
 
     @property
-    def phases(self) -> tuple[tuple[int, int], ...]:
-        """(steps, sequence length) of each phase of the run."""
-        last = (self.steps - self.short_steps, self.sequence_length)
-        return (
-            (last,)
-            if self.short_sequence_length is None
-            else ((self.short_steps, self.short_sequence_length), last)
-        )
+    def steps(self) -> int:
+        """Of the whole run."""
+        return sum(steps for steps, _ in self.phases)
 
     @property
     def tokens(self) -> int:
@@ -92,13 +85,12 @@ def read_recipe(
             raise ValueError(
                 f"data.sequence_length={length}: the model has positions for {longest} tokens; give that or less"
             )
-    short, share = config.schedule.short_sequence_length, config.schedule.short_share
-    lengths, shares = ([length], [1.0]) if short is None else ([short, length], [share, 1 - share])
+    lengths, shares = planned_phases(config)
     per_epoch = [
         DataOrder(windows_per_shard(shard_tokens, each), batch, 0, config.data.lanes).steps_per_epoch
         for each in (lengths if config.training.max_steps is None else [])
     ]
-    steps = total_steps(config, per_epoch, shares)
+    stops = phase_stops(total_steps(config, per_epoch, shares), shares)
     return Recipe(
         student=student,
         teachers=teachers,
@@ -110,9 +102,9 @@ def read_recipe(
         global_batch_size=batch,
         micro_batch_size=micro_batch_size,
         lanes=config.data.lanes,
-        steps=steps,
-        short_sequence_length=short,
-        short_steps=0 if short is None else round(steps * share),
+        phases=tuple(
+            (stop - first, each) for first, stop, each in zip([0, *stops], stops, lengths, strict=False)
+        ),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,30 +9,14 @@ from train.plan_cost import REFERENCE_RUN
 from train.plan_memory import GIB
 from train.plan_shapes import num_parameters
 from train.planning import Plan, comparison, needs_lanes
-
-WIDTH = 118
-
-
-def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with its first column to the left, the others to the right."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(width=WIDTH, file=io.StringIO(), highlight=False, markup=False)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+from train.text_table import text_table
 
 
 def memory_table(plan: Plan, memory_gib: float) -> str:
     rows = [(name, f"{size / GIB:.3f}") for name, size in plan.memory.items()]
     share = plan.memory_gib / memory_gib
     rows.append((f"all, {share:.0%} of {memory_gib:g} GiB", f"{plan.memory_gib:.3f}"))
-    return render(f"Memory of each of {plan.machines.world_size} GPUs", ("part", "GiB"), rows)
+    return text_table(("part", "GiB"), rows, title=f"Memory of each of {plan.machines.world_size} GPUs")
 
 
 def work_table(plan: Plan) -> str:
@@ -52,10 +35,10 @@ def work_table(plan: Plan) -> str:
         ("all teachers", "", f"{flops.teachers / 1e6:,.0f}"),
         ("together", "", f"{flops.total / 1e6:,.0f}"),
     ]
-    return render(
-        f"Work per token of a sequence of {recipe.sequence_length}",
+    return text_table(
         ("model", "parameters (M)", "MFLOPs per token"),
         rows if recipe.teachers else [rows[0]],
+        title=f"Work per token of a sequence of {recipe.sequence_length}",
     )
 
 
@@ -76,7 +59,7 @@ def time_table(plan: Plan, price: float | None) -> str:
     ]
     if price is not None:
         rows.append((f"cost at {price:g} per GPU-hour", f"{plan.gpu_hours * price:,.0f}"))
-    return render("Time", ("one optimizer step, and the run", ""), rows)
+    return text_table(("one optimizer step, and the run", ""), rows, title="Time")
 
 
 def curve_table(curve: Sequence[Plan], price: float | None) -> str:
@@ -99,7 +82,7 @@ def curve_table(curve: Sequence[Plan], price: float | None) -> str:
             f"{plan.gpu_hours:,.0f}",
         ]
         rows.append([*row, f"{plan.gpu_hours * price:,.0f}"] if price is not None else row)
-    text = render("The same recipe on more GPUs", columns, rows)
+    text = text_table(columns, rows, title="The same recipe on more GPUs")
     if any(needs_lanes(first.recipe, plan.machines.world_size) for plan in curve):
         text += (
             f"\n* needs data.lanes=GPUs in place of {first.recipe.lanes}, which changes the order of the data"
@@ -125,8 +108,7 @@ def comparison_table(plan: Plan) -> str:
                 "" if hours is None else f"{row['share_of_gib_hours']:.1%}",
             )
         )
-    text = render(
-        f"Beside published runs (shares are of {REFERENCE_RUN.name})",
+    text = text_table(
         (
             "run",
             "tokens",
@@ -139,6 +121,7 @@ def comparison_table(plan: Plan) -> str:
             "of GiB x\nhours",
         ),
         rows,
+        title=f"Beside published runs (shares are of {REFERENCE_RUN.name})",
     )
     sources = [f"{row['name']}: {row['source']}" for row in comparison(plan) if row["source"]]
     return "\n".join([text, *sources])

@@ -44,8 +44,7 @@ from train.run_folder import (
     hold,
     provenance,
     read_summary,
-    refuse_changed_config,
-    refuse_changed_inputs,
+    refuse_changes,
     write_configs,
     write_json,
 )
@@ -66,17 +65,17 @@ def run(config: Config) -> int:
     start_up.ended("imports")
     run_dir = Path(config.run.dir)
     config = found_before(run_dir, config)
-    if not config.checkpoint.allow_changed_config:
-        refuse_changed_config(run_dir, config)
+    changes = changed_config(run_dir, config)
+    may_change = config.checkpoint.allow_changed_config
+    refuse_changes(run_dir, [] if may_change else changes)
     world = join_world(config.deepspeed.log_level)
     start_up.ended("joining_ranks")
     inputs: dict[str, Any] = {
         "data.shards": manifest_digest(config.data.shards),
         "deepspeed.config": engine_template(config, world),
     }
-    changed = changed_config(run_dir, config) + changed_inputs(run_dir, inputs)
-    if not config.checkpoint.allow_changed_config:
-        refuse_changed_inputs(run_dir, inputs)
+    changes += changed_inputs(run_dir, inputs)
+    refuse_changes(run_dir, [] if may_change else changes)
     clock = Clock(world.device)
     heartbeat = Heartbeat(
         world,
@@ -94,7 +93,7 @@ def run(config: Config) -> int:
         on_first_rank(world, lambda: opened.enter_context(hold(run_dir)))
         say = print_on_first(world)
         checkpoint = agree_on_checkpoint(run_dir / "checkpoints", say)
-        refuse_differences(start_up_facts(config), world)
+        refuse_differences(start_up_facts(config, inputs["data.shards"]), world)
         if config.training.micro_batch_size == "auto":
             manifest = load_manifest(config.data.shards)
             config = find_micro_batch_size(config, manifest, world, inputs["deepspeed.config"])
@@ -102,8 +101,8 @@ def run(config: Config) -> int:
         universal = needs_conversion(checkpoint, world.world_size)
         parts = assemble(config, world, clock, start_up, load_universal=universal)
         state = load_checkpoint(parts.trainer.engine, checkpoint, world.world_size, say)
-        if as_on_first_rank(changed) and state.step:
-            say("going on with a changed configuration:\n  " + "\n  ".join(changed))
+        if as_on_first_rank(changes) and state.step:
+            say("going on with a changed configuration:\n  " + "\n  ".join(changes))
         else:  # losses of another objective or another batch make no mean with those to come
             parts.trainer.losses.restore(state.losses, world.rank, world.world_size, world.device)
         start_up.ended("checkpoint")
@@ -156,6 +155,7 @@ def _train(
     start_up: StartUp,
 ) -> TrainState:
     trainer, total_steps = parts.trainer, parts.trainer.schedule["total_steps"]
+    spikes = SpikeDetector(config.run.spike_deviations, state.loss_history)
     observers: list[Observer] = [
         Overflows(trainer.engine, config.run.stop_after_non_finite),
         Logging(
@@ -166,7 +166,7 @@ def _train(
             flops_per_token=parts.flops_per_token,
             matrix_rate=parts.matrix_rate,
             term_weights=config.objective.term_weights(),
-            spikes=SpikeDetector(config.run.spike_deviations),
+            spikes=spikes,
             first_step=state.step,
         ),
     ]
@@ -199,6 +199,7 @@ def _train(
             heldout=heldout_at,
             description=description_folder(Path(config.run.dir)),
             losses=trainer.losses,
+            spikes=spikes,
         )
     )
     profile_dir = Path(config.run.dir, "profile")

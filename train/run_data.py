@@ -97,10 +97,7 @@ def build_run_data(
     Raises:
         ValueError, FileNotFoundError: as train/loader.py does.
     """
-    lengths, shares = [config.data.sequence_length], [1.0]
-    if config.schedule.short_sequence_length is not None:
-        lengths.insert(0, config.schedule.short_sequence_length)
-        shares = [config.schedule.short_share, 1 - config.schedule.short_share]
+    lengths, shares = planned_phases(config)
     loaders = [
         BatchLoader(
             config.data.shards,
@@ -120,13 +117,26 @@ def build_run_data(
         for length in lengths
     ]
     total = total_steps(config, [loader.steps_per_epoch for loader in loaders], shares)
-    stops = [*(round(total * share) for share in shares[:-1]), total]
+    stops = phase_stops(total, shares)
     return RunData(
         [
             Phase(first, stop, length, loader, build_masker(config, manifest, length))
             for first, stop, length, loader in zip([0, *stops], stops, lengths, loaders, strict=False)
         ]
     )
+
+
+def planned_phases(config: Config) -> tuple[list[int], list[float]]:
+    """Sequence length and share of the steps of each phase of a recipe."""
+    schedule, length = config.schedule, config.data.sequence_length
+    if schedule.short_sequence_length is None:
+        return [length], [1.0]
+    return [schedule.short_sequence_length, length], [schedule.short_share, 1 - schedule.short_share]
+
+
+def phase_stops(total: int, shares: list[float]) -> list[int]:
+    """One past the last step of each phase."""
+    return [*(round(total * share) for share in shares[:-1]), total]
 
 
 def total_steps(config: Config, steps_per_epoch: list[int], shares: list[float]) -> int:

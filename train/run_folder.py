@@ -13,22 +13,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from train.config import Config
+from train.versions import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "webdataset", "numpy")
 # These say how a run is watched or continued, not what it computes: they may change on resume.
 FREE_TO_CHANGE = (
     "checkpoint.",
@@ -42,8 +41,7 @@ FREE_TO_CHANGE = (
 
 def provenance() -> dict[str, str]:
     """Python, package versions and the code's commit ("unknown" outside a git checkout)."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **versions, "commit": _commit()}
+    return {**installed_versions(), "commit": _commit()}
 
 
 def _commit() -> str:
@@ -113,26 +111,16 @@ def _locked(file: IO[str]) -> bool:
 
 
 def changed_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> list[str]:
-    """`name: other contents` for each input that is not what the run was started with."""
+    """A line for each input that is not what the run was started with.
+
+    Args:
+        inputs: name -> JSON value: the shards' digest, DeepSpeed's JSON; kept in RUN/inputs.json by `write_configs`.
+    """
     path = run_dir / "inputs.json"
     if not path.exists():
         return []
     before = json.loads(path.read_text())
-    return [f"{name}: other contents" for name, value in inputs.items() if before.get(name) != value]
-
-
-def refuse_changed_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> None:
-    """ValueError where the shards' manifest or DeepSpeed's JSON is not what the run was started with.
-
-    Args:
-        inputs: name -> JSON value; kept in RUN/inputs.json by `write_configs`.
-    """
-    if changed := changed_inputs(run_dir, inputs):
-        names = " and ".join(change.partition(":")[0] for change in changed)
-        raise ValueError(
-            f"{run_dir} holds a run that was started with other contents of {names}: give another "
-            "run.dir, restore what was there, or --checkpoint.allow_changed_config=true to go on anyway"
-        )
+    return [f"other contents of {name}" for name, value in inputs.items() if before.get(name) != value]
 
 
 def write_configs(
@@ -169,13 +157,13 @@ def changed_config(run_dir: Path, config: Config) -> list[str]:
     ]
 
 
-def refuse_changed_config(run_dir: Path, config: Config) -> None:
-    """ValueError naming each key that `changed_config` finds."""
-    if changes := changed_config(run_dir, config):
+def refuse_changes(run_dir: Path, changes: Sequence[str]) -> None:
+    """ValueError with what `changed_config` or `changed_inputs` found, if anything."""
+    if changes:
         raise ValueError(
             f"{run_dir} holds a run that was started with another configuration:\n  "
             + "\n  ".join(changes)
-            + "\ngive another run.dir, the old values, or --checkpoint.allow_changed_config=true to go on anyway"
+            + "\ngive another run.dir, restore what was, or --checkpoint.allow_changed_config=true to go on anyway"
         )
 
 

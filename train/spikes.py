@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
 # Below so many steps nothing is called usual yet.
@@ -34,12 +35,18 @@ class SpikeDetector:
 
     Args:
         deviations: how many standard deviations above the median a spike is; 0 looks for none.
+        history: of the start before, see `history`.
     """
 
-    def __init__(self, deviations: float) -> None:
+    def __init__(self, deviations: float, history: Iterable[float] = ()) -> None:
         self._deviations = deviations
-        self._history: deque[float] = deque(maxlen=HISTORY)
+        self._history: deque[float] = deque(history, maxlen=HISTORY)
         self._was_finite = True
+
+    @property
+    def history(self) -> tuple[float, ...]:
+        """The losses that the next one is compared with."""
+        return tuple(self._history)
 
     def look(self, step: int, loss: float) -> Spike | None:
         """The spike, if this step is one; steps are given in order."""

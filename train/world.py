@@ -44,7 +44,10 @@ def discover_world(environment: Mapping[str, str]) -> World:
     Raises:
         ValueError: some of the variables are missing, or they contradict each other, or GPUs are too few.
     """
-    ranks = discover_ranks(environment)
+    return _world_of(discover_ranks(environment))
+
+
+def _world_of(ranks: Ranks) -> World:
     device = _device(ranks, torch.cuda.device_count())
     return World(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_size, device)
 
@@ -69,8 +72,9 @@ def join_world(log_level: str = "error") -> World:
         ValueError: contradicting variables, a taken port.
         LostRankError: a rank did not come.
     """
-    world = discover_world(os.environ)
-    address, port = _tell_torch(world)
+    ranks = discover_ranks(os.environ)
+    world = _world_of(ranks)
+    address, port = _tell_torch(world, ranks)
     if world.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(_num_threads(world))
@@ -88,9 +92,9 @@ def join_world(log_level: str = "error") -> World:
     return world
 
 
-def _tell_torch(world: World) -> tuple[str, int]:
+def _tell_torch(world: World, ranks: Ranks) -> tuple[str, int]:
     """Set the variables that torch and DeepSpeed read, whoever started this process; rank 0's address and port."""
-    address, port = rendezvous(os.environ, discover_ranks(os.environ))
+    address, port = rendezvous(os.environ, ranks)
     os.environ.update(
         RANK=str(world.rank),
         LOCAL_RANK=str(world.local_rank),
@@ -138,9 +142,3 @@ def agree_to_stop(stop: bool, group: Any) -> bool:
     flag = torch.tensor([int(stop)], dtype=torch.int32)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     return bool(flag.item())
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Element-wise sum of `values` (any shape, on the rank's device) over all ranks, in place."""
-    dist.all_reduce(values)
-    return values

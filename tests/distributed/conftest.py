@@ -17,15 +17,15 @@ def settings(shards_folder: str, teacher_folder: str) -> list[str]:
 @pytest.fixture(scope="session")
 def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two ranks from beginning to end."""
-    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    code, output = finish(start(settings, run_dir, 2))
-    assert code == 0, output
-    return run_dir
+    return _finished(settings, tmp_path_factory.mktemp("runs") / "undisturbed", 2)
 
 
 @pytest.fixture(scope="session")
 def on_one_rank(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("runs") / "single"
-    code, output = finish(start(settings, run_dir, 1))
+    return _finished(settings, tmp_path_factory.mktemp("runs") / "single", 1)
+
+
+def _finished(settings: list[str], run_dir: Path, ranks: int) -> Path:
+    code, output = finish(start(settings, run_dir, ranks))
     assert code == 0, output
     return run_dir

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.harness import ROOT, free_port
+from tests.distributed.pretraining import small_settings
 
 STAND_IN = f"{sys.executable} {ROOT / 'tests' / 'distributed' / 'stand_in_ssh.py'}"
 
@@ -45,15 +46,7 @@ def run_doctor(
 
 @pytest.fixture
 def settings(teacher_folder: str, shards_folder: str, tmp_path: Path) -> list[str]:
-    return [
-        f"--data.shards={shards_folder}",
-        f"--model.teacher={teacher_folder}",
-        "--model.layer_map=every_other",
-        "--data.sequence_length=32",
-        "--training.global_batch_size=32",
-        "--training.micro_batch_size=8",
-        f"--run.dir={tmp_path / 'runs' / 'mine'}",
-    ]
+    return [*small_settings(shards_folder, teacher_folder), f"--run.dir={tmp_path / 'runs' / 'mine'}"]
 
 
 def rows(output: str) -> dict[str, str]:

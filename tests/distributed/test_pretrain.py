@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from tests.distributed.pretraining import (
@@ -179,6 +180,9 @@ def test_short_sequences_first_then_long_ones(settings: list[str], tmp_path: Pat
     job.send_signal(signal.SIGUSR1)
     code, output = finish(job)
     assert code == 75, output
+    (saved,) = (stopped / "checkpoints").glob("step-*")
+    states = torch.load(saved / "mp_rank_00_model_states.pt", weights_only=False)["halfling"]
+    assert len(states["loss_history"]) == states["step"] // 4 * 4  # as many as were logged
     code, output = finish(start(words, stopped, 1))
     assert code == 0, output
     assert losses(stopped) == losses(whole)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launch import doctor
-from train import doctor_probe, run_folder
+from train import doctor_probe
 from train.doctor_checks import (
     Finding,
     check_all_reduce,
@@ -139,7 +139,7 @@ def test_variables_that_do_not_arrive() -> None:
     files, lost = check_variables(own, {}, answers, ["b"])
     assert files.ok
     assert lost.result == "GLOO_SOCKET_IFNAME on b"
-    assert ".deepspeed_env" in lost.remedy
+    assert "cluster.env" in lost.remedy
     listed = check_variables(own, {"f": "GLOO_SOCKET_IFNAME=eth0\n"}, answers, ["b"])
     assert all(finding.ok for finding in listed)
     assert [f.check for f in check_variables(own, {"f": "\n"}, answers, []) if not f.ok] == [".deepspeed_env"]
@@ -180,8 +180,13 @@ def test_hostfile(tmp_path: Path) -> None:
         doctor.main(["--hostfile", str(tmp_path / "hosts"), "--num-gpus", "2"])
 
 
-def test_one_list_of_packages() -> None:
-    assert doctor_probe.PACKAGES == run_folder.PACKAGES
+def test_cluster_env_counts_as_a_ranks_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cluster.env").write_text("# for all hosts\nexport HF_HOME=/there\nHF_TOKEN=file\n")
+    monkeypatch.setattr(doctor_probe, "ROOT", tmp_path)
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "shell")
+    found = doctor_probe.variables(["HF_HOME", "HF_TOKEN", "HF_NONE"])
+    assert found == {"HF_HOME": "/there", "HF_TOKEN": "shell", "HF_NONE": None}
 
 
 def test_this_machine_with_a_run_folder_in_a_file(

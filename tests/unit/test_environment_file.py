@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.environment import load_environment_file, parse_environment
+from train.environment_file import load_environment_file, parse_environment
 
 
 def test_comments_quotes_and_export_are_fine() -> None:

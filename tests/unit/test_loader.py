@@ -24,18 +24,6 @@ from train.shard_reader import read_shard, shard_tokens
 LENGTH, BATCH, LANES = 16, 16, 8
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("shards")
-    write_tiny_shards(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def manifest(folder: Path) -> Manifest:
-    return Manifest.load(folder)
-
-
 def make(folder: Path | str, manifest: Manifest, **options: object) -> BatchLoader:
     settings = {
         "sequence_length": LENGTH,

@@ -19,7 +19,7 @@ from train.checkpoint import TrainState, _complete, _remove, newest_checkpoint
 from train.config import Config, OptimizerConfig, RunConfig
 from train.metrics import RunEvents, board_tag, read_rows
 from train.profiling import profiling
-from train.run_folder import hold, refuse_changed_config, refuse_changed_inputs, write_configs
+from train.run_folder import changed_config, changed_inputs, hold, refuse_changes, write_configs
 from train.world import World
 
 
@@ -110,13 +110,16 @@ def test_board_groups(key: str, tag: str) -> None:
 
 
 def test_changed_config_is_shown_and_refused(tmp_path: Path) -> None:
-    refuse_changed_config(tmp_path, Config())  # a new folder
+    assert changed_config(tmp_path, Config()) == []  # a new folder
     write_configs(tmp_path, Config(), {"train_batch_size": 1}, {})
-    refuse_changed_config(tmp_path, Config())
-    refuse_changed_config(tmp_path, dataclasses.replace(Config(), run=RunConfig(log_every_steps=3)))
+    assert changed_config(tmp_path, Config()) == []
+    assert changed_config(tmp_path, dataclasses.replace(Config(), run=RunConfig(log_every_steps=3))) == []
     changed = dataclasses.replace(Config(), optimizer=OptimizerConfig(lr=0.5))
+    changes = changed_config(tmp_path, changed)
+    assert changes == ["optimizer.lr: 0.00177 -> 0.5"]
+    refuse_changes(tmp_path, [])
     with pytest.raises(ValueError, match=r"optimizer.lr: 0.00177 -> 0.5\n.*allow_changed_config"):
-        refuse_changed_config(tmp_path, changed)
+        refuse_changes(tmp_path, changes)
     assert json.loads((tmp_path / "ds_config.json").read_text()) == {"train_batch_size": 1}
     assert "# torch: " in (tmp_path / "config.yaml").read_text()
 
@@ -154,15 +157,16 @@ def test_a_profile_of_too_few_steps_or_to_a_full_disk_is_told_of(
     assert "profile: the trace could not be written" in full
 
 
-def test_changed_inputs_are_refused(tmp_path: Path) -> None:
+def test_changed_inputs_are_found(tmp_path: Path) -> None:
     inputs = {"data.shards": "digest", "deepspeed.config": {"a": 1}}
-    refuse_changed_inputs(tmp_path, inputs)  # a new folder
+    assert changed_inputs(tmp_path, inputs) == []  # a new folder
     write_configs(tmp_path, Config(), {}, inputs)
-    refuse_changed_inputs(tmp_path, inputs)
-    with pytest.raises(ValueError, match=r"other contents of data.shards: .*allow_changed_config"):
-        refuse_changed_inputs(tmp_path, {**inputs, "data.shards": "another"})
-    with pytest.raises(ValueError, match=r"other contents of deepspeed.config"):
-        refuse_changed_inputs(tmp_path, {**inputs, "deepspeed.config": {"a": 2}})
+    assert changed_inputs(tmp_path, inputs) == []
+    others = {"data.shards": "another", "deepspeed.config": {"a": 2}}
+    assert changed_inputs(tmp_path, others) == [
+        "other contents of data.shards",
+        "other contents of deepspeed.config",
+    ]
 
 
 def test_rows_that_are_no_numbers_stay_json(tmp_path: Path) -> None:

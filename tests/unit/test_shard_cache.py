@@ -13,21 +13,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.shard_format import Manifest
-from tests.tiny_shards import served, write_tiny_shards
+from tests.tiny_shards import served
 from train.shard_cache import ShardCache
 from train.shard_reader import read_shard
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("shards")
-    write_tiny_shards(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def manifest(folder: Path) -> Manifest:
-    return Manifest.load(folder)
 
 
 @pytest.fixture

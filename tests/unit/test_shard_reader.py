@@ -28,18 +28,6 @@ from train.shard_sizes import check_shard_sizes
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("shards")
-    write_tiny_shards(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def manifest(folder: Path) -> Manifest:
-    return Manifest.load(folder)
-
-
-@pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[tuple[str, list[str]]]:
     with served(folder) as (url, requests):
         yield url, requests

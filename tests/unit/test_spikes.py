@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import asdict
 
 import pytest
 
+from train.checkpoint import TrainState
 from train.spikes import LEAST_HISTORY, SpikeDetector
 
 
@@ -55,3 +57,16 @@ def test_a_loss_that_is_no_number_is_a_spike_once_and_spoils_nothing(loss: float
     assert look_at([loss]) == [0]
     assert look_at([*noisy(150, slope=0.0), *[loss] * 150, *noisy(30, slope=0.0), 6.0]) == [150, 330]
     assert look_at([loss], deviations=0) == []
+
+
+def test_a_resumed_run_goes_on_with_the_losses_before() -> None:
+    losses = noisy(130, slope=0.0)
+    losses[125] += 1.0
+    first = SpikeDetector(6.0)
+    for step, loss in enumerate(losses[:120]):
+        assert first.look(step, loss) is None
+    state = TrainState.from_dict(asdict(TrainState(120, loss_history=first.history)))
+    second = SpikeDetector(6.0, state.loss_history)
+    told = [step for step in range(120, 130) if second.look(step, losses[step])]
+    assert told == [125]
+    assert TrainState.from_dict({"step": 3}) == TrainState(3)  # saved before there was a history

@@ -1,0 +1,22 @@
+"""Tiny shards that several test files read; nobody changes the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.shard_format import Manifest
+from tests.tiny_shards import write_tiny_shards
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shards")
+    write_tiny_shards(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def manifest(folder: Path) -> Manifest:
+    return Manifest.load(folder)
