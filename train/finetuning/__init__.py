@@ -8,8 +8,9 @@
     encoders.py   a folder with an encoder -> a model with a task's head, nothing below the head left at random
 
 Each kind of task ("sequence": one label for a text or a pair; "span": an answer within a text) is one module, named in
-`runs.KINDS`, with one function that gives an object of this shape (`runs.Runner`):
+`runs.KINDS`, with two functions; the second gives an object of this shape (`runs.Runner`):
 
+    check(job: Job) -> None                # cheap refusals (files, model, teachers): of all tasks, before any is trained
     prepare(job: Job) -> Runner            # reads the data, checks model and teachers, encodes: once for all seeds
     runner.train_examples: int             # what scores.json says of it
     runner.dev_examples: dict[str, int]

@@ -1,0 +1,221 @@
+"""Fine-tune an encoder on GLUE, IMDb or SQuAD and score it: what a student is worth, in the papers' own tables.
+
+    python launch/finetune.py --model runs/quickstart/student/student --task sst2 rte --data glue/ --out scores --seeds 3
+
+The model is any folder with an encoder and its tokenizer (teacher or student, BERT, DistilBERT, RoBERTa, ...) or a name
+on the hub. The data are local files in their usual layouts, or come from the hub (no --data). Each seed is another new
+head and another order of the data; the table shows the median over the seeds, since small tasks move by points from
+seed to seed. A killed or stopped run goes on with the same command.
+
+Task distillation (DistilBERT (D) of the paper): --teacher FINETUNED_FOLDER adds its soft labels to the loss. With
+several teachers, and --unlabelled texts, the student learns from what the ensemble says of texts that nobody has
+labelled (Bucila et al. 2006).
+
+A path may contain {task}, which becomes the task's name: --teacher runs/teacher-scores/{task}/seed-0
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.cli import run_main
+from train.finetuning.settings import Job, settings_for
+from train.finetuning.tasks import GLUE, TASKS, Task, task_named
+
+COLUMNS = ("task", "metrics", "score,\nmedian", "lowest to\nhighest", "seeds", "train", "dev", "seconds")
+SETTINGS = (
+    "epochs",
+    "learning_rate",
+    "batch_size",
+    "max_length",
+    "warmup_ratio",
+    "weight_decay",
+    "group_by_length",
+    "max_train_examples",
+    "max_eval_examples",
+    "temperature",
+    "hard_weight",
+    "unlabelled_only",
+    "doc_stride",
+    "max_answer_length",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options; a setting that is not given stays None, so that the task's own default holds."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    made.add_argument(
+        "--model", required=True, metavar="DIR", help="encoder with its tokenizer: folder or hub name"
+    )
+    made.add_argument(
+        "--task",
+        required=True,
+        nargs="+",
+        metavar="TASK",
+        help=f"{', '.join(TASKS)}; glue for all nine of GLUE",
+    )
+    made.add_argument(
+        "--data", metavar="DIR", help="folder of the task, or of all tasks; hub:NAME[:CONFIG]; default: hub"
+    )
+    made.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="leaves DIR/TASK/seed-N/ and DIR/TASK/scores.json",
+    )
+    made.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default 1; 5 for a table)"
+    )
+    made.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="between checkpoints (default 300)",
+    )
+    group = made.add_argument_group("task distillation")
+    group.add_argument(
+        "--teacher",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="models fine-tuned on the task; several: an ensemble",
+    )
+    group.add_argument(
+        "--unlabelled", metavar="FILE", help=".txt, .tsv or .jsonl of texts for the teachers to label"
+    )
+    group.add_argument(
+        "--unlabelled-only", action="store_true", default=None, help="leave the labelled training set out"
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="of the soft labels (default 2)")
+    group.add_argument(
+        "--hard-weight", type=float, metavar="A", help="share of the loss on true labels (default 0.5)"
+    )
+    group = made.add_argument_group("settings (default: the task's, as published; see docs/FINETUNING.md)")
+    group.add_argument("--epochs", type=float)
+    group.add_argument("--learning-rate", type=float)
+    group.add_argument("--batch-size", type=int)
+    group.add_argument("--max-length", type=int, metavar="TOKENS", help="longer texts are cut")
+    group.add_argument("--warmup-ratio", type=float, help="share of the steps (default 0.1)")
+    group.add_argument("--weight-decay", type=float, help="default 0.01")
+    group.add_argument(
+        "--group-by-length",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="batches of texts of like length, for less padding (default)",
+    )
+    group.add_argument(
+        "--max-train-examples", type=int, metavar="N", help="a fixed random part of the training set"
+    )
+    group.add_argument(
+        "--max-eval-examples", type=int, metavar="N", help="a fixed random part of each dev set"
+    )
+    group.add_argument(
+        "--doc-stride", type=int, metavar="TOKENS", help="SQuAD: overlap of windows (default 128)"
+    )
+    group.add_argument(
+        "--max-answer-length", type=int, metavar="TOKENS", help="SQuAD: longest answer (default 30)"
+    )
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code: 0, or 75 when stopped by a signal after a checkpoint."""
+    options = parser().parse_args(arguments)
+    tasks = tasks_of(options.task)
+    jobs = [job_of(task, options) for task in tasks]
+    if options.seeds < 1:
+        raise ValueError(f"--seeds is {options.seeds}; give at least 1")
+    one_gpu(os.environ)
+    return run_jobs(jobs, range(options.seeds), options.out)
+
+
+def tasks_of(names: Sequence[str]) -> list[Task]:
+    """The tasks in the order given, each once; ValueError for an unknown one."""
+    spelled = [name for given in names for name in (GLUE if given.lower() == "glue" else (given,))]
+    return list({task.name: task for task in map(task_named, spelled)}.values())
+
+
+def job_of(task: Task, options: argparse.Namespace) -> Job:
+    """What one task is to do; ValueError for settings that cannot be."""
+
+    def for_task(path: str) -> str:
+        return path.replace("{task}", task.name)
+
+    if options.unlabelled and not options.teacher:
+        raise ValueError("--unlabelled has no effect without --teacher, who would label it; give both")
+    if options.unlabelled_only and not options.unlabelled:
+        raise ValueError("--unlabelled-only needs --unlabelled FILE")
+    given = {name: getattr(options, name) for name in SETTINGS}
+    teachers = tuple(map(for_task, options.teacher))
+    return Job(
+        task=task,
+        model=for_task(options.model),
+        data=for_task(options.data) if options.data and options.data != "hub" else None,
+        settings=settings_for(task, given, teachers),
+        folder=options.out / task.name,
+        teachers=teachers,
+        unlabelled=for_task(options.unlabelled) if options.unlabelled else None,
+        checkpoint_seconds=options.checkpoint_seconds,
+    )
+
+
+def one_gpu(environment: MutableMapping[str, str]) -> None:
+    """Of several GPUs transformers' Trainer would use all and multiply the batch size by their number."""
+    first = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment["CUDA_VISIBLE_DEVICES"] = first
+
+
+def run_jobs(jobs: Sequence[Job], seeds: Sequence[int], out: Path) -> int:
+    """Check all, then run one after another, then print the table."""
+    from dataclasses import replace
+
+    from train.finetuning.runs import check_task, run_task
+    from train.finetuning.training import Stopped
+    from train.signals import STOPPED_AFTER_SAVING, StopRequest
+    from train.world import quiet_libraries
+
+    quiet_libraries()
+    for job in jobs:
+        check_task(job)
+    results = []
+    with StopRequest() as stop:
+        try:
+            for job in jobs:
+                results.append(run_task(replace(job, stop=stop), seeds))
+        except Stopped as stopped:
+            print(f"{stopped}; run the same command again to go on", file=sys.stderr)
+            return STOPPED_AFTER_SAVING
+    print(table_of(results))
+    print(f"scores: {out}/TASK/scores.json")
+    return 0
+
+
+def table_of(results: Sequence[Mapping[str, Any]]) -> str:
+    """The final table, with GLUE's macro average where there is more than one of its tasks."""
+    from train.finetuning.results import macro_average
+    from train.finetuning.runs import table_row
+    from train.text_table import text_table
+
+    rows = [table_row(scores) for scores in results]
+    scores = {result["task"]: result["median"]["score"] for result in results}
+    num_glue = sum(name in GLUE for name in scores)
+    if num_glue > 1:
+        rows.append(
+            (f"GLUE ({num_glue} of {len(GLUE)})", "macro average", f"{macro_average(scores):.1f}", *[""] * 5)
+        )
+    return text_table(COLUMNS, rows, title="Dev scores in points of 0 to 100")
+
+
+if __name__ == "__main__":
+    run_main(main)

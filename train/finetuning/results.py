@@ -1,0 +1,71 @@
+"""OUT/TASK/scores.json: what an encoder scores on a task, for every seed, with median and spread.
+
+All scores are in points of 0..100. "score" is the task's one number in tables: the mean of its metrics, which is how
+GLUE (Wang et al. 2019, arXiv:1804.07461, section 5) makes one number of a task with several.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from train.finetuning.tasks import GLUE
+from train.run_folder import write_json
+
+FILE = "scores.json"
+NOT_SCORES = ("seconds", "examples_per_s")
+"""Of a seed, beside its scores: they have no median in scores.json."""
+
+
+def write_scores(folder: Path, scores: Mapping[str, Any], seeds: Mapping[int, Mapping[str, float]]) -> dict:
+    """Write folder/scores.json, atomically.
+
+    Args:
+        scores: everything but "seeds", "median" and "spread".
+        seeds: seed -> its metrics, "score" among them.
+    Returns:
+        What was written.
+    """
+    median, spread = median_and_spread(seeds)
+    by_seed = {str(seed): dict(seeds[seed]) for seed in sorted(seeds)}
+    whole = {**scores, "seeds": by_seed, "median": median, "spread": spread}
+    write_json(folder / FILE, {**whole, "versions": whole.pop("versions")} if "versions" in whole else whole)
+    return whole
+
+
+def read_scores(folder: Path) -> dict[str, Any] | None:
+    """What `write_scores` left in a task's folder, or None where nothing is.
+
+    Raises:
+        ValueError: the file is not such a file.
+    """
+    path = folder / FILE
+    try:
+        scores = json.loads(path.read_text())
+        scores["median"]["score"], scores["seeds"], scores["task"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no file of scores ({error!r}); delete it and run launch/finetune.py again"
+        ) from None
+    return scores
+
+
+def median_and_spread(
+    seeds: Mapping[int, Mapping[str, float]],
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Median, and [lowest, highest], of every metric over the seeds."""
+    names = [name for name in next(iter(seeds.values()), {}) if name not in NOT_SCORES]
+    values = {name: [seed[name] for seed in seeds.values()] for name in names}
+    median = {name: statistics.median(value) for name, value in values.items()}
+    return median, {name: [min(value), max(value)] for name, value in values.items()}
+
+
+def macro_average(scores: Mapping[str, float]) -> float | None:
+    """Mean of the GLUE tasks among `scores` (task -> score), None without any; say how many of the nine there were."""
+    found = [scores[name] for name in GLUE if name in scores]
+    return statistics.fmean(found) if found else None

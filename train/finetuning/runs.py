@@ -1,0 +1,197 @@
+"""One task, several seeds: what is finished is skipped, what was killed goes on, what differs is refused.
+
+OUT/TASK/options.json       what the scores depend on; another start with other options is refused by name
+OUT/TASK/seed-N/            model folder and scores.json of a finished seed; appears whole or not at all
+OUT/TASK/.seed-N/           a seed in progress: transformers' checkpoints
+OUT/TASK/scores.json        train/finetuning/results.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from train.finetuning.results import FILE, median_and_spread, read_scores, write_scores
+from train.finetuning.settings import Job
+from train.run_folder import hold, provenance, write_json
+
+KINDS = {"sequence": "train.finetuning.classification", "span": "train.finetuning.span"}
+OPTIONS = "options.json"
+
+
+class Runner(Protocol):
+    """One task made ready for all seeds: see the package's docstring."""
+
+    train_examples: int
+    dev_examples: dict[str, int]
+    metrics: tuple[str, ...]
+    parameters: int
+    fingerprints: dict[str, str]
+
+    def run_seed(self, seed: int, work: Path, out: Path) -> dict[str, float]: ...
+
+
+def check_task(job: Job) -> None:
+    """Everything that can be refused cheaply, before hours are spent on the tasks before.
+
+    Raises:
+        ValueError, OSError: see the kind's `check`.
+    """
+    _module(job).check(job)
+
+
+def run_task(job: Job, seeds: Sequence[int]) -> dict[str, Any]:
+    """Fine-tune on one task with every seed, or as many as are still to do.
+
+    Returns:
+        The contents of scores.json.
+    Raises:
+        ValueError, OSError: bad input, or a folder of another run.
+        train.finetuning.training.Stopped: a signal came; a checkpoint was left.
+    """
+    with hold(job.folder):
+        options = _options(job)
+        _refuse_changes(job.folder, options)
+        done = finished_seeds(job.folder)
+        before = read_scores(job.folder)
+        if before and all(str(seed) in before["seeds"] for seed in seeds):
+            job.say(f"{job.task.name}: {_seeds(seeds)} finished before")
+            return before
+        runner: Runner = _module(job).prepare(job)
+        options["contents"] = runner.fingerprints
+        _refuse_changes(job.folder, options)
+        write_json(job.folder / OPTIONS, options)
+        for seed in seeds:
+            if seed in done:
+                job.say(f"{job.task.name} seed {seed}: finished before")
+            else:
+                done[seed] = _run_seed(job, runner, seed)
+                write_scores(job.folder, _description(job, runner), done)
+        return write_scores(job.folder, _description(job, runner), done)
+
+
+def finished_seeds(folder: Path) -> dict[int, dict[str, float]]:
+    """Seed -> its scores, for the seeds that are finished."""
+    found = {}
+    for path in folder.glob(f"seed-*/{FILE}"):
+        if number := re.fullmatch(r"seed-(\d+)", path.parent.name):
+            found[int(number[1])] = json.loads(path.read_text())
+    return dict(sorted(found.items()))
+
+
+def _module(job: Job) -> Any:
+    return importlib.import_module(KINDS[job.task.kind])
+
+
+def _run_seed(job: Job, runner: Runner, seed: int) -> dict[str, float]:
+    work, out = job.folder / f".seed-{seed}", job.folder / f"seed-{seed}"
+    started = time.monotonic()
+    model = work / "model"
+    shutil.rmtree(model, ignore_errors=True)
+    work.mkdir(exist_ok=True)
+    found = runner.run_seed(seed, work, model)
+    found.setdefault("seconds", time.monotonic() - started)
+    scores = {name: round(value, 4) for name, value in found.items()}
+    write_json(model / FILE, scores)
+    shutil.rmtree(out, ignore_errors=True)
+    model.rename(out)
+    shutil.rmtree(work, ignore_errors=True)
+    metrics = ", ".join(f"{name} {scores[name]:.1f}" for name in runner.metrics)
+    rate = f", {scores['examples_per_s']:,.0f} examples/s" if "examples_per_s" in scores else ""
+    job.say(
+        f"{job.task.name} seed {seed}: {metrics}; score {scores['score']:.1f}; {scores['seconds']:.0f} s{rate}"
+    )
+    return scores
+
+
+def _description(job: Job, runner: Runner) -> dict[str, Any]:
+    """scores.json without its seeds."""
+    return {
+        "task": job.task.name,
+        "model": job.model,
+        "teacher": list(job.teachers),
+        "unlabelled": job.unlabelled,
+        "parameters": runner.parameters,
+        "settings": job.settings.as_json(),
+        "train_examples": runner.train_examples,
+        "dev_examples": runner.dev_examples,
+        "metrics": list(runner.metrics),
+        "versions": provenance(),
+    }
+
+
+def _options(job: Job) -> dict[str, Any]:
+    return {
+        "task": job.task.name,
+        "model": _absolute(job.model),
+        "data": _absolute(job.data) if job.data else None,
+        "teacher": [_absolute(teacher) for teacher in job.teachers],
+        "unlabelled": _absolute(job.unlabelled) if job.unlabelled else None,
+        "settings": job.settings.as_json(),
+    }
+
+
+def _absolute(name: str) -> str:
+    """The same folder by another name is the same; a hub name stays as it is."""
+    return os.path.abspath(name) if os.path.exists(name) else name
+
+
+def _refuse_changes(folder: Path, options: Mapping[str, Any]) -> None:
+    """ValueError where the folder was begun with other options; those not in `options` yet are not compared."""
+    path = folder / OPTIONS
+    if not path.exists():
+        return
+    before, now = _flat(json.loads(path.read_text())), _flat(options)
+    compared = [key for key in {**before, **now} if key.split(".")[0] in options]
+    changes = [
+        f"contents of the {key.removeprefix('contents.')} differ"
+        if key.startswith("contents.")
+        else f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in compared
+        if before.get(key) != now.get(key)
+    ]
+    if changes:
+        raise ValueError(
+            f"{folder} was begun with other options:\n  "
+            + "\n  ".join(changes)
+            + "\ngive another --out, restore what was, or delete the folder"
+        )
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{name}": entry for name, entry in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+
+
+def table_row(scores: Mapping[str, Any]) -> tuple[str, ...]:
+    """One task's line of the final table: see launch/finetune.py for the headings."""
+    median, spread = median_and_spread({int(seed): value for seed, value in scores["seeds"].items()})
+    low, high = spread["score"]
+    dev = " + ".join(f"{count:,}" for count in scores["dev_examples"].values())
+    metrics = " / ".join(scores["metrics"])
+    return (
+        scores["task"],
+        metrics,
+        f"{median['score']:.1f}",
+        f"{low:.1f} to {high:.1f}",
+        str(len(scores["seeds"])),
+        f"{scores['train_examples']:,}",
+        dev,
+        f"{sum(seed['seconds'] for seed in scores['seeds'].values()):,.0f}",
+    )

@@ -1,0 +1,193 @@
+"""The tasks that an encoder is scored on.
+
+The hyper-parameters are those of the published figures as far as they are known. GLUE: batch 32, learning rate 2e-5, 3
+epochs, 128 tokens, 5 epochs for the small MRPC and WNLI (transformers' examples/pytorch/text-classification, the
+successor of the script that DistilBERT, Sanh et al. 2019, was scored with), within what BERT's authors searched
+(Devlin et al. 2019, arXiv:1810.04805, appendix A.3: batch 16 or 32, 2e-5 to 5e-5, 2 to 4 epochs); warm-up over the
+first tenth of the steps and weight decay 0.01 as in BERT's own code (run_classifier.py, optimization.py). IMDb: 512
+tokens, the longest that BERT takes. SQuAD: batch 12, 3e-5, 384 tokens (the original run_squad_w_distillation.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class HyperParameters:
+    """Of one task, where the command line says nothing else."""
+
+    epochs: float = 3.0
+    learning_rate: float = 2e-5
+    batch_size: int = 32
+    max_length: int = 128
+    """Tokens, special ones included."""
+    doc_stride: int | None = None
+    """Tokens that neighbouring windows of a long text share; span tasks alone."""
+    max_answer_length: int | None = None
+    """Tokens of an answer; span tasks alone."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the table. Columns are tuples of the names that they go by, in files and on the hub."""
+
+    name: str
+    title: str
+    """As in tables of papers."""
+    folders: tuple[str, ...]
+    """Names of its folder below the folder of all tasks."""
+    texts: tuple[tuple[str, ...], ...]
+    """One entry for a text, two for a pair."""
+    metrics: tuple[str, ...]
+    hub: tuple[str, str | None]
+    """Dataset and configuration on the Hugging Face hub."""
+    labels: tuple[str, ...] | None = None
+    """Class names, in the hub's order; None for a number (regression) or a span."""
+    label: tuple[str, ...] = ("label",)
+    label_range: tuple[float, float] | None = None
+    """Of a regression's labels."""
+    dev: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"dev": ("dev", "validation")})
+    """Dev sets -> the file names, without ending, and hub splits that they go by."""
+    headerless: tuple[str, ...] | None = None
+    """Column names of a .tsv that has none of its own."""
+    kind: str = "sequence"
+    glue: bool = False
+    defaults: HyperParameters = field(default_factory=HyperParameters)
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.texts) == 2
+
+    @property
+    def is_regression(self) -> bool:
+        return self.label_range is not None
+
+
+def _glue(
+    name: str,
+    title: str,
+    texts: tuple[tuple[str, ...], ...],
+    labels: tuple[str, ...] | None,
+    metrics: tuple[str, ...] = ("accuracy",),
+    **more: object,
+) -> Task:
+    folders = tuple(dict.fromkeys((title, title.replace("-", ""), name)))
+    return Task(name, title, folders, texts, metrics, ("nyu-mll/glue", name), labels, glue=True, **more)  # type: ignore[arg-type]
+
+
+_SENTENCES = (("sentence1",), ("sentence2",))
+_BOTH_MNLI = {
+    "matched": ("dev_matched", "validation_matched"),
+    "mismatched": ("dev_mismatched", "validation_mismatched"),
+}
+_SPAN = HyperParameters(
+    learning_rate=3e-5, batch_size=12, max_length=384, doc_stride=128, max_answer_length=30
+)
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _glue(
+            "cola",
+            "CoLA",
+            (("sentence",),),
+            ("unacceptable", "acceptable"),
+            ("matthews",),
+            headerless=("source", "label", "mark", "sentence"),
+        ),
+        _glue("sst2", "SST-2", (("sentence",),), ("negative", "positive")),
+        _glue(
+            "mrpc",
+            "MRPC",
+            (("sentence1", "#1 String"), ("sentence2", "#2 String")),
+            ("not_equivalent", "equivalent"),
+            ("accuracy", "f1"),
+            label=("label", "Quality"),
+            defaults=HyperParameters(epochs=5.0),
+        ),
+        _glue(
+            "stsb",
+            "STS-B",
+            _SENTENCES,
+            None,
+            ("pearson", "spearman"),
+            label=("label", "score"),
+            label_range=(0.0, 5.0),
+        ),
+        _glue(
+            "qqp",
+            "QQP",
+            (("question1",), ("question2",)),
+            ("not_duplicate", "duplicate"),
+            ("accuracy", "f1"),
+            label=("label", "is_duplicate"),
+        ),
+        _glue(
+            "mnli",
+            "MNLI",
+            (("premise", "sentence1"), ("hypothesis", "sentence2")),
+            ("entailment", "neutral", "contradiction"),
+            label=("label", "gold_label"),
+            dev=_BOTH_MNLI,
+        ),
+        _glue("qnli", "QNLI", (("question",), ("sentence",)), ("entailment", "not_entailment")),
+        _glue("rte", "RTE", _SENTENCES, ("entailment", "not_entailment")),
+        _glue(
+            "wnli",
+            "WNLI",
+            _SENTENCES,
+            ("not_entailment", "entailment"),
+            defaults=HyperParameters(epochs=5.0),
+        ),
+        Task(
+            "imdb",
+            "IMDb",
+            ("imdb", "IMDb", "aclImdb"),
+            (("text",),),
+            ("accuracy",),
+            ("stanfordnlp/imdb", None),
+            ("neg", "pos"),
+            dev={"dev": ("dev", "validation", "test")},
+            defaults=HyperParameters(batch_size=16, max_length=512),
+        ),
+        Task(
+            "squad",
+            "SQuAD 1.1",
+            ("squad", "SQuAD"),
+            (("question",), ("context",)),
+            ("exact_match", "f1"),
+            ("rajpurkar/squad", None),
+            kind="span",
+            defaults=_SPAN,
+        ),
+        Task(
+            "squad_v2",
+            "SQuAD 2.0",
+            ("squad_v2", "SQuAD2", "squad"),
+            (("question",), ("context",)),
+            ("exact_match", "f1"),
+            ("rajpurkar/squad_v2", None),
+            kind="span",
+            defaults=_SPAN,
+        ),
+    )
+}
+GLUE = tuple(name for name, task in TASKS.items() if task.glue)
+
+
+def task_named(name: str) -> Task:
+    """The task of a name; spelling as in SST-2, STS_B or sst2 is all the same.
+
+    Raises:
+        ValueError: there is none, with the list of those there are.
+    """
+    plain = {_plain(key): task for key, task in TASKS.items()}
+    try:
+        return plain[_plain(name)]
+    except KeyError:
+        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}") from None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
