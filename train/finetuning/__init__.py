@@ -10,7 +10,7 @@
 Each kind of task ("sequence": one label for a text or a pair; "span": an answer within a text) is one module, named in
 `runs.KINDS`, with two functions; the second gives an object of this shape (`runs.Runner`):
 
-    check(job: Job) -> None                # cheap refusals (files, model, teachers): of all tasks, before any is trained
+    check(job: Job) -> None                # cheap refusals (files, model, teachers), for all tasks before the first
     prepare(job: Job) -> Runner            # reads the data, checks model and teachers, encodes: once for all seeds
     runner.train_examples: int             # what scores.json says of it
     runner.dev_examples: dict[str, int]
