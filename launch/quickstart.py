@@ -12,14 +12,10 @@ stopped.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import multiprocessing
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,10 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch.cli import BAD_USAGE, run_main
+from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words, run_stage
 from train.run_folder import hold, write_json
 
 VOCABULARY = 8000
-RANKS = 2
 SEQUENCE_LENGTH = 64
 HELDOUT_FRACTION = 0.02
 STEPS = {"teacher": 900, "student": 300, "control": 300}
@@ -227,37 +223,21 @@ def _refuse_other_options(out: Path, options: dict[str, object]) -> None:
 
 def _deepspeed(*words: object) -> None:
     """The real launcher, two ranks on this machine's CPU."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    _run(sys.executable, launcher, "--quiet", "--num_gpus", RANKS, "--master_port", port, *words)
+    _run(*deepspeed_words(RANKS), *words)
 
 
 def _run(*words: object) -> None:
     """Run a command from the repository root, its output shown; its end ends this program if it failed."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment = {**cpu_environment(), "HF_HUB_OFFLINE": "1"}
     if any(str(word).startswith("hub:") for word in words):
         del environment["HF_HUB_OFFLINE"]
     command = [str(Path.cwd() / word if isinstance(word, Path) else word) for word in words]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=_end_with_parent) as process:
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            code = process.wait()
+    code = run_stage(command, environment, ROOT)
     if code == BAD_USAGE:
         sys.exit(code)  # the stage has said what is wrong with its input
     if code:
-        print("\nstopped: run the same command again to go on where it stopped", file=sys.stderr)
-        sys.exit(75 if code in (75, -signal.SIGINT, 128 + signal.SIGINT) else code)
-
-
-def _end_with_parent() -> None:
-    """Have Linux send this child SIGTERM when the quickstart dies, also by kill -9, so that no stage goes on
-    unseen beside the next call's."""
-    pr_set_pdeathsig = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        print(f"\n{AGAIN}", file=sys.stderr)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

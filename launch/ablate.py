@@ -1,0 +1,328 @@
+"""What is each part of the recipe worth? Trains it again and again with one thing changed, and compares.
+
+    python launch/ablate.py --config launch/recipes/quickstart-student.yaml --out runs/ablation
+    python launch/ablate.py --config R.yaml --out DIR --variants no-kd,random --training.max_steps=1000
+    python launch/ablate.py --config R.yaml --out DIR --hostfile hosts --tasks sst2,rte --data glue_data
+
+This is table 4 of the DistilBERT paper (Sanh et al. 2019) for your recipe, corpus and teacher: without the soft targets
+(no-kd), without the cosine of the hidden states (no-cosine), without masked-language modelling (no-mlm), from random
+weights (random); and further, soft targets at masked positions alone (masked-kd) and students from other layers of the
+teacher (every-other, distilbert, first-half, last-half). --list says what each changes. Seed, data order, steps and
+learning rate are the same for all. The recipe itself is trained with several seeds (--full-seeds), since a
+difference that two seeds make as well is no finding.
+
+Each variant is an ordinary run of launch/pretrain.py in DIR/VARIANT/; --section.key=value goes to all of them. Run the
+same command again after a kill: what is finished is skipped, what was interrupted goes on. With --tasks every student
+is fine-tuned with launch/finetune.py (--finetune.KEY=VALUE becomes its --KEY=VALUE).
+
+Out: DIR/ablation.json, ablation.md, ablation.png, and the table on the screen. Exit codes: 0 done; 1 a variant failed,
+the others are in the table; 2 bad usage, configuration or input; 75 stopped, run again to continue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from launch.cli import BAD_USAGE, parse_config, run_main
+from launch.stages import AGAIN, RANKS, STOPPED, cpu_environment, deepspeed_words, run_stage
+from train.config import Config
+
+if TYPE_CHECKING:
+    from train.ablation import Variant
+    from train.ablation_table import Ablation
+
+FINETUNE = "--finetune."
+
+
+class _StoppedError(Exception):
+    """A stage was stopped by a signal after saving."""
+
+
+@dataclasses.dataclass
+class Job:
+    """What is to be done, and what became of it so far."""
+
+    out: Path
+    words: list[str]
+    """Flags of launch/pretrain.py for every variant."""
+    base: Config
+    variants: list[Variant]
+    left_out: dict[str, str]
+    launcher: Callable[[], list[str]]
+    environment: dict[str, str]
+    finetuning: list[str]
+    """Flags of launch/finetune.py for every variant; empty without --tasks."""
+    tasks: list[str]
+    finetuning_seeds: int
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    """Of the stages of this call."""
+
+    def config_of(self, variant: Variant) -> Config:
+        """Its configuration, through the same parser as launch/pretrain.py's."""
+        return parse_config([*self.words, *variant.words, f"--run.dir={self.out / variant.name}"], "")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, train what is not finished, score, compare."""
+    options, words = _parse(arguments)
+    finetune_words = [f"--{word.removeprefix(FINETUNE)}" for word in words if word.startswith(FINETUNE)]
+    words = [word for word in words if not word.startswith(FINETUNE)]
+    words = [flag for recipe in options.config for flag in ("--config", recipe)] + words
+    if any(word.startswith("--run.dir") for word in words):
+        raise ValueError("--run.dir has no effect here: every variant has its folder below --out; remove it")
+    base = parse_config(words, "")
+
+    from train.ablation import chosen_variants, variants_of
+    from train.ablation_runs import refuse_other_runs, teacher_layers
+    from train.run_folder import hold
+    from train.world import quiet_libraries
+
+    quiet_libraries()
+    variants, left_out = variants_of(base, teacher_layers(base), options.full_seeds)
+    if options.variants is not None:
+        variants = chosen_variants(variants, left_out, _names(options.variants))
+        left_out = {}
+    tasks = _tasks(options, finetune_words)
+    job = Job(
+        out=options.out,
+        words=words,
+        base=base,
+        variants=variants,
+        left_out=left_out,
+        launcher=_launcher(options),
+        environment=dict(os.environ) if _has_gpu() or options.hostfile else cpu_environment(),
+        finetuning=["--task", *tasks, "--data", options.data, "--seeds", str(options.seeds), *finetune_words]
+        if tasks
+        else [],
+        tasks=tasks,
+        finetuning_seeds=options.seeds,
+    )
+    for variant in variants:
+        job.config_of(variant)
+    if options.list:
+        print(_listed(job))
+        return 0
+    with hold(options.out):
+        refuse_other_runs(options.out, variants, job.config_of)
+        try:
+            return _work(job)
+        except _StoppedError:
+            print(f"\n{AGAIN}", file=sys.stderr)
+            return STOPPED
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This command's options, and what is left for launch/pretrain.py and launch/finetune.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="R.yaml",
+        help="the full recipe, as for launch/pretrain.py; default: the published one",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/ablation"), help="folder for everything (default: %(default)s)"
+    )
+    parser.add_argument("--variants", metavar="A,B", help="these alone, and the full recipe; default: all")
+    parser.add_argument(
+        "--full-seeds",
+        type=int,
+        default=2,
+        metavar="N",
+        help="seeds that the full recipe is trained with, to know how large chance is (default: %(default)s)",
+    )
+    parser.add_argument("--list", action="store_true", help="say what would be trained, and stop")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help=f"ranks on this machine; default: one for each GPU, or {RANKS} on the CPU",
+    )
+    where.add_argument("--hostfile", type=Path, help="train on these hosts, as with `deepspeed --hostfile`")
+    parser.add_argument(
+        "--tasks", metavar="A,B", help="fine-tune every student on these, for example sst2,rte"
+    )
+    parser.add_argument("--data", metavar="DIR", help="folder of the tasks' data, as for launch/finetune.py")
+    parser.add_argument(
+        "--seeds", type=int, default=5, metavar="N", help="fine-tuning seeds (default: %(default)s)"
+    )
+    options, words = parser.parse_known_args(arguments)
+    if options.ranks is not None and options.ranks < 1:
+        raise ValueError(f"--ranks {options.ranks}: give at least 1")
+    if options.hostfile is not None and not options.hostfile.is_file():
+        raise ValueError(f"--hostfile {options.hostfile}: no such file")
+    return options, words
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"{text!r} names nothing: give names with commas between them")
+    return names
+
+
+def _tasks(options: argparse.Namespace, finetune_words: Sequence[str]) -> list[str]:
+    """The tasks to score on; ValueError for what would only be found wrong after hours of training."""
+    if options.tasks is None:
+        if options.data is not None or finetune_words:
+            given = "--data" if options.data is not None else finetune_words[0].replace("--", FINETUNE, 1)
+            raise ValueError(f"{given} has no effect without --tasks; name tasks, or remove it")
+        return []
+    from train.finetuning.tasks import task_named
+
+    tasks = [task_named(name).name for name in _names(options.tasks)]
+    if options.data is None:
+        raise ValueError("--tasks needs --data: the folder of the tasks' files")
+    if not Path(options.data).is_dir():
+        raise ValueError(f"--data {options.data}: no such folder")
+    if options.seeds < 1:
+        raise ValueError(f"--seeds {options.seeds}: give at least 1")
+    return tasks
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def _launcher(options: argparse.Namespace) -> Callable[[], list[str]]:
+    ranks = options.ranks
+    if ranks is None and options.hostfile is None and not _has_gpu():
+        ranks = RANKS
+    return lambda: deepspeed_words(ranks, options.hostfile)
+
+
+def _listed(job: Job) -> str:
+    from train.text_table import text_table
+
+    rows = [(variant.name, variant.changed, variant.title) for variant in job.variants]
+    lines = [text_table(("variant", "changes", "what it is"), rows, right=False)]
+    return "\n".join([*lines, *(f"left out: {name}: {reason}" for name, reason in job.left_out.items())])
+
+
+def _work(job: Job) -> int:
+    _train(job)
+    if "full" in job.failed:
+        print("without the full recipe there is nothing to compare with", file=sys.stderr)
+        return BAD_USAGE if job.failed["full"] == _reason(BAD_USAGE) else 1
+    if job.tasks:
+        _show(job)  # what is known is worth keeping before the hours of fine-tuning
+        _finetune(job)
+    print("\n" + _show(job))
+    print(f"\nfigure:  {job.out / 'ablation.png'}\ntable:   {job.out / 'ablation.md'}")
+    print(f"figures: {job.out / 'ablation.json'}", flush=True)
+    for name, reason in job.failed.items():
+        print(f"FAILED: {name} ({reason})", file=sys.stderr)
+    return 1 if job.failed else 0
+
+
+def _train(job: Job) -> None:
+    """Every variant that is not finished yet, the full recipe first."""
+    from train.ablation_runs import is_finished
+
+    open_ones = [variant for variant in job.variants if not is_finished(job.out / variant.name)]
+    for number, variant in enumerate(job.variants, start=1):
+        heading = f"[{number}/{len(job.variants)}] {variant.name}: {variant.title} ({_change(variant)})"
+        if variant not in open_ones:
+            print(f"{heading} - done before", flush=True)
+            continue
+        print(heading + _time_left(job.seconds, len(open_ones)), flush=True)
+        words = [str(ROOT / "launch" / "pretrain.py"), *job.words, *variant.words]
+        run_dir = job.out / variant.name
+        with _timed(job):
+            code = run_stage([*job.launcher(), *words, f"--run.dir={run_dir}"], job.environment)
+        open_ones.remove(variant)
+        if code == STOPPED:
+            raise _StoppedError
+        if code or not is_finished(run_dir):
+            job.failed[variant.name] = _reason(code)
+            print(f"{variant.name} FAILED: {_reason(code)}", file=sys.stderr, flush=True)
+            if variant.name == "full":
+                return
+
+
+def _finetune(job: Job) -> None:
+    """Every finished student on the tasks; launch/finetune.py skips what it has scored before."""
+    job.seconds.clear()
+    todo = [variant for variant in job.variants if variant.name not in job.failed]
+    for number, variant in enumerate(todo, start=1):
+        left = _time_left(job.seconds, len(todo) - number + 1)
+        print(f"[scores {number}/{len(todo)}] {variant.name}: {', '.join(job.tasks)}{left}", flush=True)
+        run_dir = job.out / variant.name
+        command = [sys.executable, str(ROOT / "launch" / "finetune.py"), *job.finetuning]
+        command += ["--model", str(run_dir / "student"), "--out", str(run_dir / "scores")]
+        with _timed(job):
+            code = run_stage(command, job.environment)
+        if code == STOPPED:
+            raise _StoppedError
+        if code:
+            job.failed[variant.name] = f"fine-tuning: {_reason(code)}"
+            print(f"{variant.name} FAILED: fine-tuning: {_reason(code)}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _timed(job: Job) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    job.seconds.append(time.monotonic() - start)
+
+
+def _change(variant: Variant) -> str:
+    return variant.changed if variant.changes else "nothing changed"
+
+
+def _time_left(seconds: Sequence[float], stages: int) -> str:
+    """From the stages of this call; nothing before the first has ended."""
+    if not seconds:
+        return ""
+    from tqdm import tqdm
+
+    return f"  about {tqdm.format_interval(sum(seconds) / len(seconds) * stages)} left for all"
+
+
+def _reason(code: int) -> str:
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}, see above" if code else "it ended without a student"
+
+
+def _show(job: Job) -> str:
+    """Write ablation.json, .md and .png of what is finished; the table for the screen."""
+    from train.ablation_runs import is_finished, result_of, scale_of
+    from train.ablation_table import Ablation, as_json, as_markdown, as_text, plot
+    from train.run_folder import provenance, write_atomically, write_json
+
+    finished = [variant for variant in job.variants if is_finished(job.out / variant.name)]
+    ablation: Ablation = Ablation(
+        results=[result_of(job.out, variant, job.base, job.tasks) for variant in finished],
+        scale=scale_of(job.out / "full"),
+        finetuning_seeds=job.finetuning_seeds if job.tasks else 0,
+        failed=job.failed,
+        left_out=job.left_out,
+    )
+    write_json(job.out / "ablation.json", {**as_json(ablation), "versions": provenance()})
+    write_atomically(job.out / "ablation.md", as_markdown(ablation))
+    plot(ablation, job.out / "ablation.png")
+    return as_text(ablation)
+
+
+if __name__ == "__main__":
+    run_main(main)

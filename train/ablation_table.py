@@ -1,0 +1,280 @@
+"""The ablation's results side by side: differences to the full recipe, how large chance is, table and figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.ablation import FULL, PUBLISHED, REPEAT
+from train.finetuning.results import macro_average
+from train.text_table import text_table
+
+METRICS = {
+    "heldout_kl": ("KL to teacher\n(nats)", ".4f", 1.0),
+    "heldout_top1_agreement": ("top-1 agreement\n(%)", ".1f", 100.0),
+    "heldout_mlm_loss": ("MLM loss\n(nats)", ".4f", 1.0),
+    "heldout_accuracy": ("accuracy\n(%)", ".1f", 100.0),
+}
+"""Key of a held-out row -> (heading, format, factor)."""
+SMALL_STUDENT, SMALL_CORPUS = 50_000_000, 1_000_000_000
+ALIKE = "~"
+PUBLISHED_NOTE = (
+    "published: GLUE points lost in Sanh et al. 2019, table 4 (DistilBERT-base from BERT-base, the whole Wikipedia "
+    "and the Toronto Book Corpus); not measured here, another scale and another score"
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished variant."""
+
+    name: str
+    changed: str
+    heldout: dict[str, float]
+    """Held-out scores under the keys of metrics.jsonl: losses in nats, the others as shares."""
+    tokens_per_s: float
+    scores: dict[str, float] = field(default_factory=dict)
+    """{task: median score over the fine-tuning seeds}, points of 100."""
+
+    @property
+    def glue(self) -> float | None:
+        """Mean of the GLUE tasks' scores."""
+        return macro_average(self.scores)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the experiment was."""
+
+    student_parameters: int
+    teacher_parameters: int
+    steps: int
+    tokens: int
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is far from the published one (66M parameters, a corpus of billions of tokens)."""
+        return self.student_parameters < SMALL_STUDENT or self.tokens < SMALL_CORPUS
+
+    def __str__(self) -> str:
+        told = (
+            f"student of {self.student_parameters / 1e6:,.1f}M parameters, teacher of "
+            f"{self.teacher_parameters / 1e6:,.1f}M; {self.steps:,} steps, {self.tokens / 1e6:,.1f}M tokens each"
+        )
+        return f"SMALL SCALE: {told}" if self.is_small else told
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Everything the table and the figure need."""
+
+    results: Sequence[Result]
+    """The full recipe among them."""
+    scale: Scale
+    finetuning_seeds: int = 0
+    failed: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def full(self) -> Result:
+        return next(result for result in self.results if result.name == FULL)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks that the full recipe has been scored on."""
+        return list(self.full.scores)
+
+    def values(self, result: Result) -> dict[str, float]:
+        """The scores of a variant in the units of the table; a task on which it failed is missing, and the mean."""
+        found = {key: result.heldout[key] * factor for key, (_, _, factor) in METRICS.items()}
+        found |= {task: result.scores[task] for task in self.tasks if task in result.scores}
+        if self.tasks and set(self.tasks) <= set(result.scores):
+            found["mean"] = sum(result.scores[task] for task in self.tasks) / len(self.tasks)
+        return found
+
+    def differences(self, result: Result) -> dict[str, float]:
+        """Variant minus full recipe, in the units of the table."""
+        full = self.values(self.full)
+        return {key: value - full[key] for key, value in self.values(result).items() if key in full}
+
+    def noise(self) -> dict[str, float] | None:
+        """The largest difference between two seeds of the full recipe; None where there is one seed only."""
+        repeats = [self.values(result) for result in self.results if is_full(result)]
+        if len(repeats) < 2:
+            return None
+        return {
+            key: max(values[key] for values in repeats) - min(values[key] for values in repeats)
+            for key in repeats[0]
+            if all(key in values for values in repeats)
+        }
+
+
+def is_full(result: Result) -> bool:
+    """Whether this is the full recipe, with whatever seed."""
+    return result.name == FULL or result.name.startswith(REPEAT)
+
+
+def as_json(ablation: Ablation) -> dict[str, Any]:
+    """What ablation.json holds."""
+    return {
+        "scale": {**asdict(ablation.scale), "small": ablation.scale.is_small},
+        "variants": [
+            {
+                "name": result.name,
+                "changed": result.changed,
+                "heldout": result.heldout,
+                "scores": result.scores,
+                "glue": result.glue,
+                "tokens_per_s": result.tokens_per_s,
+                "difference": ablation.differences(result),
+                "published_glue_difference": PUBLISHED.get(result.name),
+            }
+            for result in ablation.results
+        ],
+        "noise": ablation.noise(),
+        "finetuning_seeds": ablation.finetuning_seeds,
+        "failed": dict(ablation.failed),
+        "left_out": dict(ablation.left_out),
+        "published": PUBLISHED_NOTE,
+    }
+
+
+def heldout_rows(ablation: Ablation) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the held-out scores."""
+    headings = ["variant"]
+    for heading, _, _ in METRICS.values():
+        headings += [heading, "to full"]
+    styles = {key: style for key, (_, style, _) in METRICS.items()}
+    return [*headings, "published\n(GLUE)"], _rows(ablation, styles)
+
+
+def task_rows(ablation: Ablation) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the fine-tuned scores; no rows where none were asked for."""
+    if not ablation.tasks:
+        return [], []
+    styles = dict.fromkeys([*ablation.tasks, "mean"], ".1f")
+    headings = ["variant"]
+    for name in styles:
+        headings += [name, "to full"]
+    return [*headings, "published\n(GLUE)"], _rows(ablation, styles)
+
+
+def _rows(ablation: Ablation, styles: Mapping[str, str]) -> list[list[str]]:
+    noise, rows = ablation.noise(), []
+    for result in ablation.results:
+        row, values, differences = [result.name], ablation.values(result), ablation.differences(result)
+        for key, style in styles.items():
+            if key not in values:
+                row += ["missing", ""]
+                continue
+            row += [format(values[key], style), "" if result.name == FULL else f"{differences[key]:+{style}}"]
+            if noise is not None and not is_full(result):
+                row[-1] += f" {ALIKE}" if _alike(differences, noise, key) else "  "
+        published = PUBLISHED.get(result.name)
+        rows.append([*row, "" if published is None else f"{published:+.2f}"])
+    return rows
+
+
+def _alike(differences: Mapping[str, float], noise: Mapping[str, float] | None, key: str) -> bool:
+    return noise is not None and key in noise and abs(differences[key]) <= noise[key]
+
+
+def notes(ablation: Ablation) -> list[str]:
+    """What a reader of the table must know."""
+    noise, lines = ablation.noise(), []
+    if noise is None:
+        lines.append("one seed of the full recipe: how large chance is, is not known (--full-seeds 3 tells)")
+    else:
+        count = sum(map(is_full, ablation.results))
+        lines.append(
+            f"{ALIKE} not larger than the largest difference between {count} seeds of the full recipe: may be chance"
+        )
+    lines.append("all variants: same seed, data order, steps and learning rate; one run each")
+    if ablation.tasks:
+        lines.append(f"tasks: median of {ablation.finetuning_seeds} fine-tuning seeds, points of 100")
+    lines.append(PUBLISHED_NOTE)
+    lines += [f"left out: {name}: {reason}" for name, reason in ablation.left_out.items()]
+    lines += [f"FAILED: {name}: {reason}" for name, reason in ablation.failed.items()]
+    return lines
+
+
+def as_text(ablation: Ablation) -> str:
+    """The table for a terminal."""
+    headings, rows = heldout_rows(ablation)
+    parts = [text_table(headings, rows, title=f"Held-out masked tokens, the same for all. {ablation.scale}")]
+    headings, rows = task_rows(ablation)
+    if rows:
+        parts.append(text_table(headings, rows, title=f"Fine-tuned. {ablation.scale}"))
+    return "\n".join([*parts, *notes(ablation)])
+
+
+def as_markdown(ablation: Ablation) -> str:
+    """The same for a document, with what each variant changes."""
+    changed = {result.name: f"`{result.changed}`" for result in ablation.results}
+    parts = ["# Ablation", "", f"{ablation.scale}.", "", "![held-out scores of the variants](ablation.png)"]
+    for headings, rows in (heldout_rows(ablation), task_rows(ablation)):
+        if not rows:
+            continue
+        columns = [headings[0], "changed", *headings[1:]]
+        parts += ["", _line(columns), "|" + "---|" * 2 + "---:|" * (len(columns) - 2)]
+        parts += [_line([row[0], changed[row[0]], *row[1:]]) for row in rows]
+    return "\n".join([*parts, "", *(f"* {note}" for note in notes(ablation))]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("\n", " ").strip() for cell in cells) + " |"
+
+
+def plot(ablation: Ablation, out: Path) -> None:
+    """One panel for each score, a point for each variant, the range of the full recipe's seeds as a band; PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    titles = {key: heading.replace("\n", " ") for key, (heading, _, _) in METRICS.items()}
+    titles.pop("heldout_accuracy")
+    if ablation.tasks:
+        titles["mean"] = f"mean of {', '.join(ablation.tasks)} (points)"
+    shown = [result for result in ablation.results if not result.name.startswith(REPEAT)]
+    figure, panels = pyplot.subplots(
+        1, len(titles), figsize=(1.6 + 3.7 * len(titles), 1.6 + 0.42 * len(shown)), sharey=True
+    )
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        _plot_panel(axes, ablation, shown, key)
+        axes.set_xlabel(title)
+    panels[0].set_yticks(range(len(shown)), [result.name for result in shown])
+    figure.suptitle(f"Ablation. {ablation.scale}", fontsize=11)
+    legend = "hollow: no further from the full recipe than its own seeds are from each other (grey band)"
+    figure.text(0.5, 0.01, legend if ablation.noise() else "one seed each", ha="center", fontsize=9)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.savefig(out, dpi=130)
+    pyplot.close(figure)
+
+
+def _plot_panel(axes: Any, ablation: Ablation, shown: Sequence[Result], key: str) -> None:
+    full = [
+        values[key]
+        for result in ablation.results
+        if is_full(result) and key in (values := ablation.values(result))
+    ]
+    style = METRICS[key][1] if key in METRICS else ".1f"
+    axes.axvspan(min(full), max(full), color="0.85", zorder=0)
+    axes.axvline(full[0], color="0.45", linewidth=1, zorder=1)
+    for row, result in enumerate(shown):
+        if (value := ablation.values(result).get(key)) is None:
+            continue
+        differences, is_reference = ablation.differences(result), result.name == FULL
+        hollow = not is_reference and _alike(differences, ablation.noise(), key)
+        color = "black" if is_reference else "tab:blue"
+        axes.plot(value, row, "o", color=color, markerfacecolor="white" if hollow else color, zorder=3)
+        label = format(value, style) if is_reference else f"{differences[key]:+{style}}"
+        place = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8}
+        axes.annotate(label, (value, row), (0, 6), **place)
+    if key == "heldout_kl" and axes.get_xlim()[0] > 0:
+        axes.set_xscale("log")
+    axes.margins(x=0.18)
+    axes.set_ylim(len(shown) - 0.5, -0.8)
+    axes.grid(axis="x", alpha=0.3)
