@@ -168,8 +168,6 @@ def _made(
 ) -> Question:
     if not context.strip():
         raise ValueError(f"{where}: the context of question {key} is empty")
-    if not question.strip():
-        raise ValueError(f"{where}: question {key} is empty")
     return Question(key, question, context, tuple(texts), tuple(int(start) for start in starts))
 
 
