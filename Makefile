@@ -28,7 +28,7 @@ tests: .venv/installed-dev
 	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-onnx.txt .venv/installed
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 

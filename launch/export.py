@@ -1,22 +1,32 @@
-"""Write a checkpoint's student as an ordinary Hugging Face folder. Needs no GPU, no teacher and no shards.
+"""Write a checkpoint's student as an ordinary Hugging Face folder, and any encoder as ONNX. Needs no GPU, no teacher
+and no shards.
 
     python launch/export.py RUN OUT                       the newest complete checkpoint of a run
     python launch/export.py RUN/checkpoints/step-00000500 OUT
+    python launch/export.py RUN OUT --onnx --int8         the same, with model.onnx and model_int8.onnx in it
+    python launch/export.py FOLDER OUT --onnx --int8      of a Hugging Face folder: a classifier, say
 
 The folder holds safetensors weights (the optimizer's fp32 copy), the tokenizer and a model card; it is loaded
-back with stock transformers and must give the same logits before it appears under its name.
+back with stock transformers and must give the same logits before it appears under its name. model.onnx has dynamic
+batch and sequence axes and optimum's names; ONNX Runtime must give torch's outputs on several shapes, with padding,
+before the folder appears. --int8 quantises weights and activations (dynamic) and says what that changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import run_main
+
+if TYPE_CHECKING:
+    from train.onnx_export import OnnxFile
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,18 +34,88 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT_OR_FOLDER")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx too")
+    parser.add_argument("--int8", action="store_true", help="with --onnx: write model_int8.onnx too")
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help="with --int8: a sentence per line, to measure int8 on (else random tokens)",
+    )
     options = parser.parse_args(arguments)
+    refuse_idle_options(options)
     if options.out.exists():
         raise ValueError(f"{options.out} exists; give another folder or remove it first")
+    if options.onnx:
+        from train.onnx_check import require_onnx
+
+        require_onnx()
+    texts = read_texts(options.texts) if options.texts else None
+    from train.world import quiet_libraries
+
+    quiet_libraries()
+    partial = options.out.with_name(f".{options.out.name}.new")
+    shutil.rmtree(partial, ignore_errors=True)
+    said = [f"{options.source} -> {options.out}"]
+    files: list[OnnxFile] = []
+    try:
+        if (options.source / "config.json").exists() and options.onnx:
+            partial.mkdir(parents=True)
+            folder = options.source
+        else:
+            said = [write_folder(options.source, options.out, partial)]
+            folder = partial
+        if options.onnx:
+            from train.onnx_export import export_onnx
+
+            files = export_onnx(folder, partial, options.int8, texts)
+        partial.rename(options.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print("\n".join([*said, *(line for file in files for line in described(file))]))
+    return 0
+
+
+def refuse_idle_options(options: argparse.Namespace) -> None:
+    """ValueError where an option would change nothing."""
+    if options.int8 and not options.onnx:
+        raise ValueError("--int8 quantises the ONNX file: give --onnx too")
+    if options.texts and not options.int8:
+        raise ValueError("--texts is what int8 is measured on: give --onnx --int8 too")
+    if (options.source / "config.json").exists() and not options.onnx:
+        raise ValueError(f"{options.source} is a Hugging Face folder already; --onnx writes it as ONNX")
+
+
+def read_texts(path: Path) -> list[str]:
+    """The lines of a file that hold anything; ValueError where none does."""
+    texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(f"{path} holds no sentences: give a file with one per line")
+    return texts
+
+
+def write_folder(source: Path, out: Path, folder: Path) -> str:
+    """Write a run's or a checkpoint's student to `folder`; what was done, `out` being the name it will have."""
     from train.export import export_checkpoint, find_checkpoint
     from train.run_folder import read_summary
 
-    checkpoint = find_checkpoint(options.source)
-    difference = export_checkpoint(checkpoint, options.out, read_summary(checkpoint.parent.parent))
-    print(f"{checkpoint} -> {options.out} (logits of both differ by {difference:g})")
-    return 0
+    checkpoint = find_checkpoint(source)
+    difference = export_checkpoint(checkpoint, folder, read_summary(checkpoint.parent.parent))
+    return f"{checkpoint} -> {out} (logits of both differ by {difference:g})"
+
+
+def described(file: OnnxFile) -> list[str]:
+    """What was written and how far it is from torch, as lines for the user."""
+    check = file.check
+    reads, gives = ", ".join(file.inputs), ", ".join(file.outputs)
+    top1 = "" if check.top1 is None else f", the first choice is the same in {check.top1:.1%}"
+    return [
+        f"{file.path.name}: {file.size / 1e6:.1f} MB, {file.task}: {reads} -> {gives}",
+        f"  beside torch on {check.inputs}: outputs differ by {check.mean:.2g} on average, "
+        f"at most {check.largest:.2g} (their standard deviation is {check.spread:.2g}){top1}",
+    ]
 
 
 if __name__ == "__main__":
