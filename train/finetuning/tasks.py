@@ -51,6 +51,8 @@ class Task:
     """Dev sets -> the file names, without ending, and hub splits that they go by."""
     headerless: tuple[str, ...] | None = None
     """Column names of a .tsv that has none of its own."""
+    split_off: float | None = None
+    """Share of the training set, chosen by a hash, that serves as dev set where there is no file of one."""
     kind: str = "sequence"
     glue: bool = False
     defaults: HyperParameters = field(default_factory=HyperParameters)
@@ -149,6 +151,7 @@ TASKS: dict[str, Task] = {
             ("stanfordnlp/imdb", None),
             ("neg", "pos"),
             dev={"dev": ("dev", "validation", "test")},
+            split_off=0.1,
             defaults=HyperParameters(batch_size=16, max_length=512),
         ),
         Task(
