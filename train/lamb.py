@@ -17,6 +17,7 @@ takes a step there, with zero gradients, while it builds its engine, and weight 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -252,20 +253,23 @@ class Lamb(torch.optim.Optimizer):
             check_updatable(name, parameter)
         self._settle_passes([parameter for _, parameter, _ in entries])
         group = self.param_groups[0]
+        coefficients = functools.cache(
+            functools.partial(
+                step_coefficients,
+                lr=float(group["lr"]),
+                betas=tuple(group["betas"]),
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                bias_correction=self._bias_correction,
+                mode=self._mode,
+            )
+        )
         parts = []
         for name, parameter, pieces in entries:
             state, gradient = self.state[parameter], parameter.grad
             assert gradient is not None
             ready_state(name, parameter, state)
-            c = step_coefficients(
-                lr=float(group["lr"]),
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                step=int(state["step"]) + 1,  # another optimizer's checkpoint may hold a tensor
-                bias_correction=self._bias_correction,
-                mode=self._mode,
-            )
+            c = coefficients(step=int(state["step"]) + 1)  # another optimizer's checkpoint may hold a tensor
             # Copies, where a tensor is not contiguous; the parameter's is written back after the step.
             p, g = (x.detach().contiguous().view(-1) for x in (parameter, gradient))
             parts.append(Part(p, g, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), pieces, c))

@@ -18,6 +18,8 @@ typedef struct {
 #define LANES 16
 /* Elements ahead of use: half a page; the processor's own prefetching stops at its end. */
 #define AHEAD 512
+/* Elements that the second pass takes forwards at a time; a multiple of LANES. */
+#define BLOCK 16384
 
 /* Prefetching past the end of an array is harmless: it never faults. */
 static inline void prefetch(const float *at) { __builtin_prefetch(at + AHEAD, 0, 3); }
@@ -26,9 +28,9 @@ static inline float direction(const Span *s, float p, float m, float v) {
     return fmaf(s->decay, p, m / fmaf(s->stretch, sqrtf(v), s->shift));
 }
 
-static inline void first_element(const Span *s, float *restrict p, float *restrict g, float *restrict m,
-                                 float *restrict v, double *sum_p, double *sum_u) {
-    const float gi = *g / s->grad_norm;
+static inline void first_element(const Span *s, int normalize, float *restrict p, float *restrict g,
+                                 float *restrict m, float *restrict v, double *sum_p, double *sum_u) {
+    const float gi = normalize ? *g / s->grad_norm : *g;
     /* torch's lerp, whose accurate form depends on which end is nearer. */
     const float w = s->beta1_weight;
     const float mi = w < 0.5f ? fmaf(w, gi - *m, *m) : fmaf(w - 1.0f, gi - *m, gi);
@@ -40,26 +42,34 @@ static inline void first_element(const Span *s, float *restrict p, float *restri
     *sum_u += (double)u * (double)u;
 }
 
+/* `normalize` is a constant where this is called, so that the loop without it has no division by the norm. */
+static inline void first_span(Span *span, int normalize) {
+    const Span s = *span;
+    float *restrict p = s.p, *restrict g = s.g, *restrict m = s.m, *restrict v = s.v;
+    double sum_p[LANES] = {0}, sum_u[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= s.numel; i += LANES) {
+        prefetch(p + i);
+        prefetch(g + i);
+        prefetch(m + i);
+        prefetch(v + i);
+        for (int j = 0; j < LANES; ++j)
+            first_element(&s, normalize, p + i + j, g + i + j, m + i + j, v + i + j, sum_p + j, sum_u + j);
+    }
+    for (int j = 0; i < s.numel; ++i, ++j)
+        first_element(&s, normalize, p + i, g + i, m + i, v + i, sum_p + j, sum_u + j);
+    for (int j = 0; j < LANES; ++j) {
+        span->sum_p += sum_p[j];
+        span->sum_u += sum_u[j];
+    }
+}
+
 void lamb_first_pass(Span *spans, int64_t count) {
     for (int64_t k = 0; k < count; ++k) {
-        const Span s = spans[k];
-        float *restrict p = s.p, *restrict g = s.g, *restrict m = s.m, *restrict v = s.v;
-        double sum_p[LANES] = {0}, sum_u[LANES] = {0};
-        int64_t i = 0;
-        for (; i + LANES <= s.numel; i += LANES) {
-            prefetch(p + i);
-            prefetch(g + i);
-            prefetch(m + i);
-            prefetch(v + i);
-            for (int j = 0; j < LANES; ++j)
-                first_element(&s, p + i + j, g + i + j, m + i + j, v + i + j, sum_p + j, sum_u + j);
-        }
-        for (int j = 0; i < s.numel; ++i, ++j)
-            first_element(&s, p + i, g + i, m + i, v + i, sum_p + j, sum_u + j);
-        for (int j = 0; j < LANES; ++j) {
-            spans[k].sum_p += sum_p[j];
-            spans[k].sum_u += sum_u[j];
-        }
+        if (spans[k].grad_norm == 1.0f)
+            first_span(spans + k, 0);
+        else
+            first_span(spans + k, 1);
     }
 }
 
@@ -68,20 +78,22 @@ static inline void second_element(const Span *s, float *restrict p, const float 
     *p = fmaf(-s->factor, direction(s, *p, *m, *v), *p);
 }
 
+/* Backwards, a block at a time: what the first pass touched last is what the caches still hold. */
 void lamb_second_pass(const Span *spans, int64_t count) {
-    for (int64_t k = 0; k < count; ++k) {
+    for (int64_t k = count - 1; k >= 0; --k) {
         const Span s = spans[k];
         float *restrict p = s.p;
         const float *restrict m = s.m, *restrict v = s.v;
-        int64_t i = 0;
-        for (; i + LANES <= s.numel; i += LANES) {
-            prefetch(p + i);
-            prefetch(m + i);
-            prefetch(v + i);
-            for (int j = 0; j < LANES; ++j)
-                second_element(&s, p + i + j, m + i + j, v + i + j);
+        for (int64_t stop = s.numel, i; stop > 0; stop = (stop - 1) / BLOCK * BLOCK) {
+            for (i = (stop - 1) / BLOCK * BLOCK; i + LANES <= stop; i += LANES) {
+                prefetch(p + i);
+                prefetch(m + i);
+                prefetch(v + i);
+                for (int j = 0; j < LANES; ++j)
+                    second_element(&s, p + i + j, m + i + j, v + i + j);
+            }
+            for (; i < stop; ++i)
+                second_element(&s, p + i, m + i, v + i);
         }
-        for (; i < s.numel; ++i)
-            second_element(&s, p + i, m + i, v + i);
     }
 }

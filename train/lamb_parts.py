@@ -31,11 +31,11 @@ def check_updatable(name: str, parameter: torch.Tensor) -> None:
             f"Lamb was given {parameter.dtype} parameters to update ({name}), which would lose most updates to "
             "rounding: keep fp32 master weights (a DeepSpeed bf16 or fp16 engine, or torch.autocast)"
         )
-    got, wanted = (_describe(tensor) for tensor in (gradient, parameter))
-    if got != wanted:
+    fits = gradient.shape == parameter.shape and gradient.dtype == parameter.dtype
+    if not fits or gradient.device != parameter.device:
         raise ValueError(
-            f"the gradient of {name} is {got} and its parameter {wanted}: give it a gradient of the "
-            "parameter's own shape, dtype and device (leave the parameter's grad_dtype unset)"
+            f"the gradient of {name} is {_describe(gradient)} and its parameter {_describe(parameter)}: give it a "
+            "gradient of the parameter's own shape, dtype and device (leave the parameter's grad_dtype unset)"
         )
 
 
@@ -73,9 +73,10 @@ def ready_state(name: str, parameter: torch.Tensor, state: dict[str, Any]) -> No
                 "Adam, or none"
             )
     for key in MOMENTS:
-        if state[key].shape != parameter.shape:
+        moment = state[key]
+        if moment.shape != parameter.shape:
             raise ValueError(
-                f"{key} of {name} has shape {tuple(state[key].shape)} and the parameter {tuple(parameter.shape)}: "
+                f"{key} of {name} has shape {tuple(moment.shape)} and the parameter {tuple(parameter.shape)}: "
                 "the state was saved for other parameters, or for these in another order; build Lamb from the "
                 "model that it was saved with"
             )
