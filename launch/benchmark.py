@@ -1,6 +1,6 @@
 """Measure one part of Halfling on this machine, beside its floor and its alternatives.
 
-    python launch/benchmark.py data | loader | lamb | objective   [options; --help teaches each]
+    python launch/benchmark.py data | loader | lamb | objective | inference   [options; --help teaches each]
 
 Every benchmark alternates the things it compares within one run and prints a table with their ratio; the
 figures of record stand in docs/BENCHMARKS.md.
@@ -15,11 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.cli import run_main
+
 BENCHMARKS = {
     "data": "corpus to shards: documents/s and tokens/s beside the bare tokenizer and datasets.map",
     "loader": "shards to batches: tokens/s of one loader beside a stock webdataset pipeline",
     "lamb": "optimizer step: GB/s beside foreach, per-tensor loops and fused AdamW",
     "objective": "forward and backward step: tokens/s and memory beside the plain formulation",
+    "inference": "student beside teacher: latency and sentences/s in torch, torch.compile, ONNX Runtime and int8",
 }
 
 
@@ -44,4 +47,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(lambda arguments: main())

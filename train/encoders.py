@@ -91,12 +91,13 @@ def input_names(model: PreTrainedModel) -> tuple[str, ...]:
     return ("input_ids", "attention_mask", *(("token_type_ids",) if types > 1 else ()))
 
 
-def longest_input(model: PreTrainedModel) -> int:
-    """Tokens that the position table has room for, `LONGEST_CHECKED` at most."""
+def longest_input(model: PreTrainedModel, at_most: int | None = LONGEST_CHECKED) -> int:
+    """Tokens that the position table (or the config) allows, `at_most` unless that is None."""
     config = model.config
     family = FAMILIES.get(config.model_type)
     taken = family.first_position(config) if family else 0
-    return min(LONGEST_CHECKED, int(getattr(config, "max_position_embeddings", LONGEST_CHECKED)) - taken)
+    room = int(getattr(config, "max_position_embeddings", LONGEST_CHECKED)) - taken
+    return room if at_most is None else min(at_most, room)
 
 
 def random_inputs(model: PreTrainedModel, batch: int, length: int, seed: int) -> dict[str, torch.Tensor]:
