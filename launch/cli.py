@@ -68,6 +68,8 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
     """Call `main` with the command line and exit with its code; turn users' errors into one plain message."""
     try:
         load_environment_file()
+        # torch reads it when it is imported: a name server without the hosts' names would cost a line per connection.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         code = main(sys.argv[1:])
     except (ValueError, OSError, RunError) as error:
         if os.environ.get("HALFLING_TRACEBACK"):

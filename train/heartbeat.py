@@ -4,6 +4,9 @@ Every rank's heartbeat thread writes a counter and where its main thread is into
 second. Rank 0 watches: a rank whose counter stands still is lost (killed, frozen, cut off); one whose main
 thread stays in the same place while its heart beats is stuck. Without this, the others would wait in a
 collective for its timeout, and then each name only the operation that failed.
+
+Rank 0 tells, and the others leave it to it. Those that have lost rank 0 itself, on however many hosts, agree on who
+tells by a file in the run folder.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import platform
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -24,6 +29,13 @@ from train.world import World
 
 BEAT_S = 1.0
 LATE_LOOKS = 2
+SECONDS_TO_NOTICE = 10.0
+"""So long rank 0 may take to find out what the others have found out."""
+SECONDS_TO_TELL = 5.0
+"""So long it may take to tell and end; its launcher ends the others on its host at once, but not on other hosts."""
+SECONDS_TO_CLAIM = 3.0
+"""A file system may hang for ever where its server was on the host that died."""
+ENDING = "ending"
 
 
 class Heartbeat:
@@ -33,17 +45,26 @@ class Heartbeat:
         where: a short text that changes whenever the main thread moves on; called from another thread.
         lost_after_s: a rank whose heart does not beat for that long is lost.
         stuck_after_s: ranks whose main threads all stay where they are for that long are stuck.
+        folder: one that all ranks share, for who tells that rank 0 is lost; without it, each does.
     """
 
     def __init__(
-        self, world: World, where: Callable[[], str], *, lost_after_s: float, stuck_after_s: float
+        self,
+        world: World,
+        where: Callable[[], str],
+        *,
+        lost_after_s: float,
+        stuck_after_s: float,
+        folder: Path | None = None,
     ) -> None:
-        self._world, self._where = world, where
+        self._world, self._where, self._folder = world, where, folder
         self._lost_after_s, self._stuck_after_s = lost_after_s, stuck_after_s
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._answered = time.monotonic()
         self._store: Any = None
+        self._job = ""
+        self._ending = threading.Lock()
 
     def __enter__(self) -> Heartbeat:
         if self._world.world_size > 1:
@@ -53,8 +74,13 @@ class Heartbeat:
                 default = default.underlying_store
             self._store = dist.PrefixStore("halfling-heartbeat", default.clone())
             self._store.set_timeout(timedelta(seconds=self._lost_after_s))
-            self._store.set(f"{self._world.rank}", self._message(0))
+            self._store.set(f"{self._world.rank}", self._message("0"))
+            if self._world.is_first:
+                self._store.set("job", uuid.uuid4().hex)
+                for old in self._folder.glob(".lost-rank-0-*") if self._folder else ():
+                    old.unlink(missing_ok=True)
             dist.barrier()
+            self._job = self._store.get("job").decode()
             self._answered = time.monotonic()
             self._thread.start()
             threading.Thread(target=self._watch_store, name="heartbeat-store", daemon=True).start()
@@ -66,6 +92,22 @@ class Heartbeat:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout=2 * BEAT_S)
+        if error is not None and self._world.is_first:
+            self._announce_end()
+
+    def lost_rank(self, error: str) -> str:
+        """What rank 0 tells of a collective that failed with `error`. On other ranks this does not return.
+
+        They end, and tell it themselves only where rank 0 does not.
+        """
+        lost = self.silent_ranks() or "another rank"
+        fault = f"rank {self._world.rank} lost the connection to {lost}, which ended or was cut off ({error})"
+        if not self._world.is_first:
+            if lost.split(" on ")[0] != "rank 0":
+                time.sleep(SECONDS_TO_NOTICE)  # the heart, which beats on, hears that rank 0 has told
+            self._end(fault)
+        with self._ending:  # unless the heart tells already
+            return f"{fault}; run again to go on from the newest checkpoint"
 
     def silent_ranks(self, wait_s: float = 3 * BEAT_S) -> str:
         """Who has died, for a message: the ranks whose hearts do not beat within `wait_s`; "" where all do."""
@@ -85,7 +127,7 @@ class Heartbeat:
         values = self._store.multi_get([str(rank) for rank in range(self._world.world_size)])
         return [tuple(value.decode().split("\n")) for value in values]
 
-    def _message(self, count: int) -> str:
+    def _message(self, count: str) -> str:
         return f"{count}\n{platform.node()}\n{self._where()}"
 
     def _beat(self) -> None:
@@ -94,17 +136,19 @@ class Heartbeat:
         while not self._stopping.wait(BEAT_S):
             count += 1
             try:
-                self._store.set(f"{self._world.rank}", self._message(count))
+                self._store.set(f"{self._world.rank}", self._message(str(count)))
                 # `set` only fills a socket's buffer: an answer alone shows that rank 0 can be reached.
-                self._store.get("0")
+                ending = self._store.get("0").decode().startswith(ENDING)
                 self._answered = time.monotonic()
+                if ending:
+                    self._leave_it_to_rank_0()
                 fault = self._look(watch) if self._world.is_first else None
             except Exception:  # whatever the store raises, it is that rank 0, which holds it, does not answer
                 if self._stopping.wait(2 * BEAT_S):
                     return
                 fault = f"rank {self._world.rank} has lost rank 0, which ended or cannot be reached"
             if fault is not None and not self._stopping.is_set():
-                _end(fault)
+                self._end(fault)
 
     def _watch_store(self) -> None:
         """A host that is cut off sees no error: its packets are sent again for a quarter of an hour."""
@@ -114,7 +158,7 @@ class Heartbeat:
             # More than one look: after a suspension of the whole job this thread may be the first to wake.
             late = late + 1 if silent_s > self._lost_after_s else 0
             if late > LATE_LOOKS:
-                _end(
+                self._end(
                     f"rank {self._world.rank} on {platform.node()} has had no answer from rank 0 for {silent_s:.0f} s: "
                     "that rank is frozen, or a host is down or cut off"
                 )
@@ -123,6 +167,52 @@ class Heartbeat:
         for rank, heart in enumerate(self._hearts()):
             watch.saw(rank, *heart)
         return watch.fault(self._lost_after_s, self._stuck_after_s)
+
+    def _announce_end(self) -> None:
+        """Let the others hear that rank 0 tells why the job ends, before the store ends with it."""
+        try:
+            if self._store is not None:
+                self._store.set("0", self._message(ENDING))
+                time.sleep(1.5 * BEAT_S)
+        except Exception:  # then they find out by themselves
+            return
+
+    def _leave_it_to_rank_0(self) -> None:
+        with self._ending:
+            time.sleep(SECONDS_TO_TELL)
+            os._exit(1)
+
+    def _end(self, fault: str) -> NoReturn:
+        """End this process at once: its main thread is waiting in a collective that will not return."""
+        with self._ending:
+            if self._world.is_first or self._may_tell():
+                print(
+                    f"error: {fault}. The job ends; run it again to go on from the newest checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            if self._world.is_first:
+                self._announce_end()
+            os._exit(1)
+
+    def _may_tell(self) -> bool:
+        """False where another rank that has lost rank 0 tells so."""
+        if self._folder is None:
+            return True
+        mine, path = [True], self._folder / f".lost-rank-0-{self._job}"
+
+        def claim() -> None:
+            try:
+                path.open("x").close()
+            except FileExistsError:
+                mine[0] = False
+            except OSError:  # twice told is better than not at all
+                return
+
+        thread = threading.Thread(target=claim, daemon=True)
+        thread.start()
+        thread.join(SECONDS_TO_CLAIM)
+        return mine[0]
 
 
 class _Watch:
@@ -154,12 +244,3 @@ class _Watch:
             places = ", ".join(f"rank {rank} in {place}" for rank, (place, _) in enumerate(self._places))
             return f"no rank has moved on for {stuck_after_s:.0f} s: {places}; the odd one out is the one to look at"
         return None
-
-
-def _end(message: str) -> None:
-    """End this process at once: its main thread is waiting in a collective that will not return."""
-    print(
-        f"error: {message}. The job ends; run it again to go on from the newest checkpoint", file=sys.stderr
-    )
-    sys.stderr.flush()
-    os._exit(1)

@@ -82,13 +82,14 @@ def run(config: Config) -> int:
         clock.where,
         lost_after_s=config.run.lost_rank_timeout_s,
         stuck_after_s=config.run.hang_timeout_s,
+        folder=run_dir,
     )
     with (
         StopRequest() as stop,
         LauncherWatch(stop),
         ExitStack() as opened,
         heartbeat,
-        _lost_ranks_told(world, heartbeat),
+        _lost_ranks_told(heartbeat),
     ):
         on_first_rank(world, lambda: opened.enter_context(hold(run_dir)))
         say = print_on_first(world)
@@ -131,18 +132,14 @@ def _open_run(config: Config, parts: Parts, inputs: Mapping[str, Any], state: Tr
 
 
 @contextmanager
-def _lost_ranks_told(world: World, heartbeat: Heartbeat) -> Iterator[None]:
+def _lost_ranks_told(heartbeat: Heartbeat) -> Iterator[None]:
     """Turn the error of a collective whose other end is gone into one plain message that names it."""
     try:
         yield
     except RuntimeError as error:
         if not _is_from_a_collective(error):
             raise
-        lost = heartbeat.silent_ranks() or "another rank"
-        raise LostRankError(
-            f"rank {world.rank} lost the connection to {lost}, which ended or was cut off "
-            f"({str(error).splitlines()[0]}); run again to go on from the newest checkpoint"
-        ) from None
+        raise LostRankError(heartbeat.lost_rank(str(error).splitlines()[0])) from None
 
 
 def _train(

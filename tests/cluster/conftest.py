@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from tests.cluster.hosts import Hosts
+from tests.cluster.needs import need
 from tests.distributed.pretraining import finish, losses, small_settings, start
 
 
@@ -19,3 +23,10 @@ def expected_losses(settings: list[str], tmp_path_factory: pytest.TempPathFactor
     code, output = finish(start(settings, run_dir, 2))
     assert code == 0, output
     return losses(run_dir)
+
+
+@pytest.fixture(scope="session")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    need("ip", "tc", "sshd", "ssh", "pdsh")
+    with Hosts(tmp_path_factory.mktemp("hosts") / "files") as opened:
+        yield opened

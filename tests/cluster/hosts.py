@@ -53,7 +53,7 @@ class Hosts:
 
     def __exit__(self, *_: object) -> None:
         for name in list(self._boots):
-            self._power_off(name)
+            self.kill_processes(name)
         for space in self._spaces:
             subprocess.run(["ip", "netns", "delete", space], capture_output=True, check=False)
         if self._made_directory:
@@ -70,20 +70,33 @@ class Hosts:
         path = os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"], "/usr/sbin", "/sbin"])
         return {"PATH": path, "HOME": str(self.folder / "home")}
 
+    def cut(self, name: str) -> None:
+        """Pull the host's cable."""
+        self.link(name, "down")
+
     def kill(self, name: str) -> None:
         """Power off: the host answers nobody any more, and all its processes end."""
-        self.link(name, "down")
-        self._power_off(name)
+        self.cut(name)
+        self.kill_processes(name)
+
+    def kill_processes(self, name: str) -> None:
+        """All of the host's processes end, sshd among them; its address still answers (that nobody listens)."""
+        boot = self._boots.pop(name)
+        for init in psutil.Process(boot.pid).children():
+            init.kill()  # a process namespace's first process takes all others with it
+        boot.wait()
 
     def start(self, name: str) -> None:
         """Power on."""
         self.link(name, "up")
         space = self._space(name)
-        boot = f"hostname {name} && exec {SSHD} -D -e -f {self.folder}/{name}.sshd_config"
+        boot = f"hostname {name} && mount --bind {self.folder}/{name}.etc_hosts /etc/hosts && "
+        boot += f"exec {SSHD} -D -e -f {self.folder}/{name}.sshd_config"
         own = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", boot]
         log = (self.folder / f"{name}.log").open("ab")
         self._boots[name] = subprocess.Popen(
-            ["taskset", "--cpu-list", self._core(name), "ip", "netns", "exec", space, *own],
+            # Not `ip netns exec`: it mounts a new /sys, without the control groups that slurmd looks for.
+            ["taskset", "--cpu-list", self._core(name), "nsenter", f"--net=/run/netns/{space}", *own],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -127,13 +140,6 @@ class Hosts:
             _run("ip", "-n", space, "address", "add", f"{address}/24", "dev", device)
             _run("ip", "-n", space, "link", "set", device, "up")
 
-    def _power_off(self, name: str) -> None:
-        """Killing a process namespace's first process kills all of it."""
-        boot = self._boots.pop(name)
-        for init in psutil.Process(boot.pid).children():
-            init.kill()
-        boot.wait()
-
     def _core(self, name: str) -> str:
         return str(self.names.index(name) % (os.cpu_count() or 1))
 
@@ -157,6 +163,11 @@ class Hosts:
         known, client = "", ""
         for name, address in zip(self.names, self.addresses, strict=True):
             _keygen(folder / f"{name}.key")
+            # As Debian's installer writes it: a host's own name leads to a loopback address.
+            others = "".join(
+                f"{a} {n}\n" for n, a in zip(self.names, self.addresses, strict=True) if n != name
+            )
+            (folder / f"{name}.etc_hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{others}")
             known += f"{address} {(folder / f'{name}.key.pub').read_text()}"
             client += f"Host {name}\n    HostName {address}\n"
             (folder / f"{name}.sshd_config").write_text(

@@ -1,19 +1,22 @@
-"""A whole Slurm on one machine: munged, slurmctld and slurmd with their files in a temporary folder."""
+"""A whole Slurm on two hosts (tests/cluster/hosts.py): munged, slurmctld and two slurmd, their files in one folder.
+
+Debian's Slurm is built without --enable-multiple-slurmd; in network namespaces of their own, two run side by side.
+"""
 
 from __future__ import annotations
 
 import os
-import platform
 import secrets
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-from tests.distributed.harness import free_port
+from tests.cluster.hosts import Hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 SBIN = os.pathsep.join(["/usr/sbin", "/sbin", os.environ.get("PATH", "")])
@@ -23,59 +26,58 @@ MPI_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 
 # cred_expire is also how long a requeued job waits before it may start; less than 5 means the default, 120.
 CONFIGURATION = """
 ClusterName=halfling
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={first}({address})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=6
 CredType=cred/munge
-SlurmctldPort={controller_port}
-SlurmdPort={daemon_port}
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/builtin
+SchedulerParameters=interval=2,sched_interval=2
 SlurmdParameters=config_overrides
 MpiDefault=none
-KillWait={kill_wait_s}
+KillWait=1
 ReturnToService=2
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs=4 Gres=gpu:4 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+NODE = "NodeName={name} NodeAddr={address} CPUs=2 Gres=gpu:2 State=UNKNOWN\n"
+PARTITION = "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
 
 
 class Slurm:
-    """Its daemons run while the context is open; the node says it has four cores and GPUs."""
+    """Its daemons run while the context is open; each host says it has two cores and two GPUs.
 
-    def __init__(self, folder: Path, kill_wait_s: int = 1) -> None:
-        self.folder = folder
-        configuration = CONFIGURATION.format(
-            host=platform.node(),
-            folder=folder,
-            controller_port=free_port(),
-            daemon_port=free_port(),
-            kill_wait_s=kill_wait_s,
-        )
+    Commands are typed on the first host, where the controller runs.
+    """
+
+    def __init__(self, hosts: Hosts, folder: Path) -> None:
+        self.hosts, self.folder = hosts, folder
+        nodes = dict(zip(hosts.names, hosts.addresses, strict=True))
+        text = CONFIGURATION.format(first=hosts.names[0], address=hosts.addresses[0], folder=folder)
+        text += "".join(NODE.format(name=name, address=address) for name, address in nodes.items())
         folder.mkdir(parents=True)
         folder.chmod(0o755)
-        for name in ("state", "spool"):
+        for name in ("state", *(f"spool-{name}" for name in hosts.names)):
             (folder / name).mkdir()
-        (folder / "slurm.conf").write_text(configuration)
-        devices = ("null", "zero", "full", "random")  # Slurm wants any device file for a GPU
+        (folder / "slurm.conf").write_text(text + PARTITION)
+        devices = ("null", "zero")  # Slurm wants any device file for a GPU
         lines = "".join(f"Name=gpu File=/dev/{name}\n" for name in devices)
         (folder / "gres.conf").write_text("AutoDetect=off\n" + lines)
         (folder / "munge.key").write_bytes(secrets.token_bytes(256))
         (folder / "munge.key").chmod(0o600)
         self.environment = {
             **os.environ,
+            "PATH": SBIN,
             "SLURM_CONF": str(folder / "slurm.conf"),
             "OMP_NUM_THREADS": "1",
             **MPI_AS_ROOT,
@@ -86,12 +88,15 @@ class Slurm:
         munge = [f"--{name}={self.folder}/munge.{name}" for name in ("socket", "key-file", "pid-file")]
         munge = [word.replace("munge.key-file", "munge.key") for word in munge]
         munge += [f"--{name}-file={self.folder}/munge.{name}" for name in ("log", "seed")]
+        first = self.hosts.names[0]
         try:
-            self._start("munged", "--foreground", "--force", *munge)
+            self._start(first, "munged", "--foreground", "--force", *munge)
             _wait(lambda: (self.folder / "munge.socket").exists(), self.logs)
-            self._start("slurmctld", "-D", "-c")
-            self._start("slurmd", "-D")
-            _wait(lambda: "idle" in self._ask("sinfo", "--noheader"), self.logs)
+            self._start(first, "slurmctld", "-D", "-c")
+            for name in self.hosts.names:
+                self._start(name, "slurmd", "-D", "-N", name)
+            ready = f"{len(self.hosts.names)} idle"
+            _wait(lambda: ready in self.type("sinfo", "--noheader", "--format=%D %t").stdout, self.logs)
         except BaseException:
             self.__exit__()
             raise
@@ -104,14 +109,25 @@ class Slurm:
         own = f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()
         left = [process for process in psutil.process_iter() if own in _environment(process)]
         for process in left:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # killed with another one of them
+                process.kill()
         psutil.wait_procs(left, timeout=10)
+
+    def type(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """A command typed on the first host, with environment `variables` beside the usual ones."""
+        return subprocess.run(
+            self.hosts.command(self.hosts.names[0], *words),
+            cwd=ROOT,
+            env={**self.environment, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
 
     def run(self, *words: str) -> str:
         """Output of a Slurm command that must succeed."""
-        done = subprocess.run(
-            words, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False
-        )
+        done = self.type(*words)
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout.strip()
 
@@ -134,12 +150,9 @@ class Slurm:
         """Of the daemons, for a failure's message."""
         return "\n".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("*log")))
 
-    def _ask(self, *words: str) -> str:
-        return subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False).stdout
-
-    def _start(self, name: str, *words: str) -> None:
-        command = [str(shutil.which(name, path=SBIN)), *words]
-        with (self.folder / f"{name}.out.log").open("wb") as log:
+    def _start(self, host: str, name: str, *words: str) -> None:
+        command = self.hosts.command(host, str(shutil.which(name, path=SBIN)), *words)
+        with (self.folder / f"{name}-{host}.out.log").open("wb") as log:
             self._daemons.append(
                 subprocess.Popen(
                     command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log

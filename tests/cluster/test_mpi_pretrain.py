@@ -1,14 +1,18 @@
-"""launch/pretrain.py under mpirun: the same job as under deepspeed, its exit codes and messages."""
+"""launch/pretrain.py under mpirun, by the PBS template and by hand: the same job as under deepspeed, its exit codes."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.cluster.hosts import Hosts
+from tests.cluster.slurm import MPI_AS_ROOT
 from tests.cluster.test_mpi_data_prep import ENV, MPIRUN, mpirun
 from tests.cluster.test_mpi_data_prep import pytestmark as needs_mpirun
 from tests.distributed.pretraining import ROOT, finish, losses, wait_for
@@ -16,39 +20,76 @@ from tests.distributed.pretraining import ROOT, finish, losses, wait_for
 pytestmark = [pytest.mark.slow, needs_mpirun]
 
 
-def launch(settings: list[str], run_dir: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "launch/pretrain.py", f"--run.dir={run_dir}", *settings]
+def start_pbs(folder: Path, arguments: str) -> subprocess.Popen[str]:
+    """The PBS script on this host, with a `qsub` that writes down what it is given."""
+    (folder / "nodes").write_text("localhost\nlocalhost\n")
+    (folder / "bin").mkdir()
+    qsub = folder / "bin" / "qsub"
+    qsub.write_text(f'#!/bin/sh\necho "$@" >> {folder}/submitted\n')
+    qsub.chmod(0o755)
+    environment = {**ENV, "PBS_O_WORKDIR": str(ROOT), "PBS_NODEFILE": str(folder / "nodes")}
+    environment |= {"ARGUMENTS": arguments, "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
-        mpirun(2, command),
-        cwd=ROOT,
-        env={**ENV, "OMP_NUM_THREADS": "1"},
+        ["bash", str(ROOT / "launch/pbs/pretrain.pbs")],
+        env=environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
 
 
-def test_signal_saves_and_the_next_call_ends_with_the_losses_of_deepspeed(
-    settings: list[str], expected_losses: list[float], tmp_path: Path
-) -> None:
-    """mpirun hands SIGUSR1 on to the ranks; SIGTERM and Ctrl-C it takes as an order to end them."""
-    run_dir = tmp_path / "run"
-    job = launch(settings, run_dir)
+@pytest.fixture(scope="module")
+def saved_under_pbs(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The PBS template, whose `timeout` is given the signal that it gives itself when the time is over.
+
+    Returns the run's folder and the output.
+    """
+    folder = tmp_path_factory.mktemp("pbs")
+    run_dir = folder / "run"
+    arguments = " ".join([*settings, f"--run.dir={run_dir}"])
+    job = start_pbs(folder, arguments)
     wait_for(run_dir / "checkpoints" / "step-00000004" / "complete.json", job)
-    job.send_signal(signal.SIGUSR1)
+    (timeout,) = psutil.Process(job.pid).children()
+    assert timeout.name() == "timeout"
+    timeout.send_signal(signal.SIGUSR1)
     code, output = finish(job)
     assert code == 75, output
+    expected = f"-v ARGUMENTS={arguments},SAVE_AFTER_S=86100 launch/pbs/pretrain.pbs\n"
+    assert (folder / "submitted").read_text() == expected
+    return run_dir, output
+
+
+def test_a_signal_to_mpirun_saves(saved_under_pbs: tuple[Path, str]) -> None:
+    """mpirun hands SIGUSR1 on to the ranks; SIGTERM and Ctrl-C it takes as an order to end them."""
+    run_dir, output = saved_under_pbs
     assert "which is saved; run again to continue" in output
-    code, output = finish(launch(settings, run_dir))
-    assert code == 0, output
-    assert f"continuing from {run_dir}/checkpoints/step-" in output
+    assert list((run_dir / "checkpoints").glob("step-*/complete.json"))
+
+
+def test_on_two_hosts_the_run_goes_on_and_ends_with_the_losses_of_one(
+    saved_under_pbs: tuple[Path, str], hosts: Hosts, settings: list[str], expected_losses: list[float]
+) -> None:
+    """mpirun starts its daemon on the other host by ssh."""
+    run_dir, _ = saved_under_pbs
+    command = [str(Path(sys.executable).with_name("python")), "launch/pretrain.py", f"--run.dir={run_dir}"]
+    done = subprocess.run(
+        hosts.command("host-a", *mpirun(2, ["--hostfile", str(hosts.hostfile), *command, *settings])),
+        env={**hosts.environment(), **MPI_AS_ROOT, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"continuing from {run_dir}/checkpoints/step-" in done.stdout
     assert losses(run_dir) == expected_losses
 
 
 def test_an_error_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
-    code, output = finish(launch(["--training.max_steps=-1"], tmp_path))
+    code, output = finish(start_pbs(tmp_path, "--training.max_steps=-1"))
     assert code == 2, output
     assert output.count("error: training.max_steps=-1") == 1, output
+    assert not (tmp_path / "submitted").exists()
 
 
 def test_another_mpi_than_mpirun_s_is_named(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,8 +14,9 @@ import psutil
 import pytest
 
 from data_prep.verify_shards import main as verify
+from tests.cluster.hosts import Hosts
 from tests.cluster.needs import need
-from tests.cluster.slurm import ROOT, Slurm
+from tests.cluster.slurm import Slurm
 from tests.conftest import WORDS
 from tests.distributed.data_prep_runs import write_corpus
 from tests.distributed.pretraining import losses
@@ -27,9 +27,9 @@ PRETRAIN = "launch/slurm/pretrain.sbatch"
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+def slurm(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     need("slurmctld", "slurmd", "srun", "munged")
-    with Slurm(tmp_path_factory.mktemp("slurm") / "files") as opened:
+    with Slurm(hosts, tmp_path_factory.mktemp("slurm") / "files") as opened:
         yield opened
 
 
@@ -59,9 +59,9 @@ def freeze_at_step(run_dir: Path, step: int) -> list[psutil.Process]:
     return ranks
 
 
-def submit(slurm: Slurm, run_dir: Path, ranks: int, settings: list[str], *options: str) -> str:
-    """The template as users submit it, on a node with `ranks` GPUs."""
-    node = [f"--ntasks-per-node={ranks}", f"--gpus-per-node={ranks}", "--cpus-per-task=1"]
+def submit(slurm: Slurm, run_dir: Path, nodes: int, settings: list[str], *options: str) -> str:
+    """The template as users submit it, on nodes with a GPU each."""
+    node = [f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
     script = [PRETRAIN, f"--run.dir={run_dir}", "--run.lost_rank_timeout_s=600", *settings]
     return slurm.submit(run_dir.with_suffix(".out"), *node, *options, *script)
 
@@ -140,10 +140,7 @@ def test_time_limit_loses_at_most_the_steps_since_the_last_save(
 
 def test_an_error_is_one_message_and_exit_code_2(slurm: Slurm, tmp_path: Path) -> None:
     command = ["srun", "--ntasks=3", sys.executable, "launch/pretrain.py", f"--data.shards={tmp_path}"]
-    command.append("--training.max_steps=-1")
-    done = subprocess.run(
-        command, cwd=ROOT, env=slurm.environment, capture_output=True, text=True, timeout=60
-    )
+    done = slurm.type(*command, "--training.max_steps=-1")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: training.max_steps=-1") == 1, done.stderr
 
@@ -151,16 +148,16 @@ def test_an_error_is_one_message_and_exit_code_2(slurm: Slurm, tmp_path: Path) -
 def test_contradicting_variables_are_one_message(slurm: Slurm) -> None:
     """RANK, left by an earlier job in the shell, goes with srun to every task."""
     call = "import os; from train.discovery import discover_ranks; discover_ranks(os.environ)"
-    command = ["srun", "--ntasks=2", sys.executable, "-c", call]
-    environment = {**slurm.environment, "RANK": "0"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    done = slurm.type("srun", "--ntasks=2", sys.executable, "-c", call, RANK="0")
     assert "RANK=0 but SLURM_PROCID=1: two launchers contradict each other" in done.stderr
 
 
 def test_data_preparation_as_a_batch_job(slurm: Slurm, tokenizer_folder: str, tmp_path: Path) -> None:
     corpus, out = write_corpus(tmp_path / "corpus", WORDS), tmp_path / "shards"
     arguments = [str(corpus), "--tokenizer", tokenizer_folder, "--out", str(out)]
-    job = slurm.submit(tmp_path / "out", "--ntasks-per-node=2", "launch/slurm/data-prep.sbatch", *arguments)
+    job = slurm.submit(
+        tmp_path / "out", "--nodes=2", "--ntasks-per-node=1", "launch/slurm/data-prep.sbatch", *arguments
+    )
     after = slurm.wait_for_state(job, "COMPLETED", "FAILED", "TIMEOUT")
     assert after["JobState"] == "COMPLETED", (tmp_path / "out").read_text()
     assert verify([str(out)]) == 0
