@@ -1,5 +1,7 @@
 # Two commands a new user needs: `make quickstart` and `make test`. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
+# Two files of tests at a time: most of them wait for ranks to start.
+TEST_WORKERS ?= 2
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -18,7 +20,7 @@ types: .venv/installed-dev
 	mypy
 
 tests: .venv/installed-dev
-	python -m pytest
+	python -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
