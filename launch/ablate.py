@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from train.ablation_table import Ablation
 
 FINETUNE = "--finetune."
+FINETUNING_SEEDS = 5
 
 
 class _StoppedError(Exception):
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from train.ablation import chosen_variants, variants_of
     from train.ablation_runs import refuse_other_runs, teacher_layers
+    from train.models import teacher_names
     from train.run_folder import hold
     from train.world import quiet_libraries
 
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.variants is not None:
         variants = chosen_variants(variants, left_out, _names(options.variants))
         left_out = {}
-    tasks = _tasks(options, finetune_words)
+    tasks, finetuning = _finetuning(options, finetune_words, teacher_names(base)[0])
     job = Job(
         out=options.out,
         words=words,
@@ -104,11 +106,9 @@ def main(arguments: Sequence[str]) -> int:
         left_out=left_out,
         launcher=_launcher(options),
         environment=dict(os.environ) if _has_gpu() or options.hostfile else cpu_environment(),
-        finetuning=["--task", *tasks, "--data", options.data, "--seeds", str(options.seeds), *finetune_words]
-        if tasks
-        else [],
+        finetuning=finetuning,
         tasks=tasks,
-        finetuning_seeds=options.seeds,
+        finetuning_seeds=options.seeds or FINETUNING_SEEDS,
     )
     for variant in variants:
         job.config_of(variant)
@@ -159,9 +159,9 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--tasks", metavar="A,B", help="fine-tune every student on these, for example sst2,rte"
     )
-    parser.add_argument("--data", metavar="DIR", help="folder of the tasks' data, as for launch/finetune.py")
+    parser.add_argument("--data", metavar="DIR", help="the tasks' data, as for launch/finetune.py")
     parser.add_argument(
-        "--seeds", type=int, default=5, metavar="N", help="fine-tuning seeds (default: %(default)s)"
+        "--seeds", type=int, metavar="N", help=f"fine-tuning seeds (default: {FINETUNING_SEEDS})"
     )
     options, words = parser.parse_known_args(arguments)
     if options.ranks is not None and options.ranks < 1:
@@ -178,23 +178,38 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _tasks(options: argparse.Namespace, finetune_words: Sequence[str]) -> list[str]:
-    """The tasks to score on; ValueError for what would only be found wrong after hours of training."""
-    if options.tasks is None:
-        if options.data is not None or finetune_words:
-            given = "--data" if options.data is not None else finetune_words[0].replace("--", FINETUNE, 1)
-            raise ValueError(f"{given} has no effect without --tasks; name tasks, or remove it")
-        return []
-    from train.finetuning.tasks import task_named
+def _finetuning(
+    options: argparse.Namespace, own_words: Sequence[str], stand_in: str
+) -> tuple[list[str], list[str]]:
+    """The tasks, and launch/finetune.py's flags for every student; both empty without --tasks.
 
-    tasks = [task_named(name).name for name in _names(options.tasks)]
-    if options.data is None:
-        raise ValueError("--tasks needs --data: the folder of the tasks' files")
-    if not Path(options.data).is_dir():
-        raise ValueError(f"--data {options.data}: no such folder")
-    if options.seeds < 1:
+    Args:
+        stand_in: a model whose check stands for that of the students, which are not there yet: the teacher.
+    Raises:
+        ValueError: what would otherwise only be found wrong after hours of training.
+    """
+    if options.tasks is None:
+        for name, given in (("--data", options.data), ("--seeds", options.seeds)):
+            if given is not None:
+                raise ValueError(f"{name} has no effect without --tasks; name tasks, or remove it")
+        if own_words:
+            raise ValueError(f"{FINETUNE}* has no effect without --tasks; name tasks, or remove it")
+        return [], []
+    from launch import finetune
+    from train.finetuning.runs import check_task
+
+    if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds {options.seeds}: give at least 1")
-    return tasks
+    flags = ["--task", *_names(options.tasks), "--seeds", str(options.seeds or FINETUNING_SEEDS)]
+    flags += [] if options.data is None else ["--data", options.data]
+    flags += own_words
+    parser = finetune.parser()
+    parser.prog = "launch/finetune.py"
+    parsed = parser.parse_args([*flags, "--model", stand_in, "--out", str(options.out / "full" / "scores")])
+    tasks = finetune.tasks_of(parsed.task)
+    for task in tasks:
+        check_task(finetune.job_of(task, parsed))
+    return [task.name for task in tasks], flags
 
 
 def _has_gpu() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,17 +13,18 @@ from train.finetuning.results import macro_average
 from train.text_table import text_table
 
 METRICS = {
-    "heldout_kl": ("KL to teacher\n(nats)", ".4f", 1.0),
-    "heldout_top1_agreement": ("top-1 agreement\n(%)", ".1f", 100.0),
+    "heldout_kl": ("KL\n(nats)", ".4f", 1.0),
+    "heldout_top1_agreement": ("agreement\n(%)", ".1f", 100.0),
     "heldout_mlm_loss": ("MLM loss\n(nats)", ".4f", 1.0),
     "heldout_accuracy": ("accuracy\n(%)", ".1f", 100.0),
 }
 """Key of a held-out row -> (heading, format, factor)."""
 SMALL_STUDENT, SMALL_CORPUS = 50_000_000, 1_000_000_000
 ALIKE = "~"
+LOG_ABOVE = 5.0
 PUBLISHED_NOTE = (
-    "published: GLUE points lost in Sanh et al. 2019, table 4 (DistilBERT-base from BERT-base, the whole Wikipedia "
-    "and the Toronto Book Corpus); not measured here, another scale and another score"
+    "the paper's column: GLUE points lost in Sanh et al. 2019, table 4 (DistilBERT-base from BERT-base, Wikipedia and "
+    "the Toronto Book Corpus); not measured here, another scale and another score"
 )
 
 
@@ -60,8 +62,8 @@ class Scale:
 
     def __str__(self) -> str:
         told = (
-            f"student of {self.student_parameters / 1e6:,.1f}M parameters, teacher of "
-            f"{self.teacher_parameters / 1e6:,.1f}M; {self.steps:,} steps, {self.tokens / 1e6:,.1f}M tokens each"
+            f"student of {_millions(self.student_parameters)} parameters, teacher of "
+            f"{_millions(self.teacher_parameters)}; {self.steps:,} steps, {_millions(self.tokens)} tokens each"
         )
         return f"SMALL SCALE: {told}" if self.is_small else told
 
@@ -111,6 +113,10 @@ class Ablation:
         }
 
 
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f}M" if count < 10**7 else f"{count / 1e6:,.0f}M"
+
+
 def is_full(result: Result) -> bool:
     """Whether this is the full recipe, with whatever seed."""
     return result.name == FULL or result.name.startswith(REPEAT)
@@ -141,40 +147,33 @@ def as_json(ablation: Ablation) -> dict[str, Any]:
     }
 
 
-def heldout_rows(ablation: Ablation) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the held-out scores."""
-    headings = ["variant"]
-    for heading, _, _ in METRICS.values():
-        headings += [heading, "to full"]
-    styles = {key: style for key, (_, style, _) in METRICS.items()}
-    return [*headings, "published\n(GLUE)"], _rows(ablation, styles)
+def cells(ablation: Ablation, result: Result, styles: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(value, difference to the full recipe) of each score; the second is empty for the full recipe itself.
+
+    Args:
+        styles: {key of `Ablation.values`: format}.
+    """
+    noise, found = ablation.noise(), []
+    values, differences = ablation.values(result), ablation.differences(result)
+    for key, style in styles.items():
+        if key not in values:
+            found.append(("missing", ""))
+            continue
+        difference = "" if result.name == FULL else f"{differences[key]:+{style}}"
+        if not is_full(result) and _alike(differences, noise, key):
+            difference += f" {ALIKE}"
+        found.append((format(values[key], style), difference))
+    return found
 
 
-def task_rows(ablation: Ablation) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the fine-tuned scores; no rows where none were asked for."""
-    if not ablation.tasks:
-        return [], []
-    styles = dict.fromkeys([*ablation.tasks, "mean"], ".1f")
-    headings = ["variant"]
-    for name in styles:
-        headings += [name, "to full"]
-    return [*headings, "published\n(GLUE)"], _rows(ablation, styles)
+def _published(result: Result) -> str:
+    return f"{PUBLISHED[result.name]:+.2f}" if result.name in PUBLISHED else ""
 
 
-def _rows(ablation: Ablation, styles: Mapping[str, str]) -> list[list[str]]:
-    noise, rows = ablation.noise(), []
-    for result in ablation.results:
-        row, values, differences = [result.name], ablation.values(result), ablation.differences(result)
-        for key, style in styles.items():
-            if key not in values:
-                row += ["missing", ""]
-                continue
-            row += [format(values[key], style), "" if result.name == FULL else f"{differences[key]:+{style}}"]
-            if noise is not None and not is_full(result):
-                row[-1] += f" {ALIKE}" if _alike(differences, noise, key) else "  "
-        published = PUBLISHED.get(result.name)
-        rows.append([*row, "" if published is None else f"{published:+.2f}"])
-    return rows
+def _styles(ablation: Ablation) -> tuple[dict[str, str], dict[str, str]]:
+    """Of the held-out scores, and of the tasks (empty without any)."""
+    heldout = {key: style for key, (_, style, _) in METRICS.items()}
+    return heldout, dict.fromkeys([*ablation.tasks, "mean"], ".1f") if ablation.tasks else {}
 
 
 def _alike(differences: Mapping[str, float], noise: Mapping[str, float] | None, key: str) -> bool:
@@ -202,24 +201,42 @@ def notes(ablation: Ablation) -> list[str]:
 
 def as_text(ablation: Ablation) -> str:
     """The table for a terminal."""
-    headings, rows = heldout_rows(ablation)
-    parts = [text_table(headings, rows, title=f"Held-out masked tokens, the same for all. {ablation.scale}")]
-    headings, rows = task_rows(ablation)
-    if rows:
-        parts.append(text_table(headings, rows, title=f"Fine-tuned. {ablation.scale}"))
+    heldout, tasks = _styles(ablation)
+    headings = ["variant"]
+    for heading, _, _ in METRICS.values():
+        headings += [heading, "to full"]
+    rows = [
+        [result.name, *itertools.chain(*cells(ablation, result, heldout)), _published(result)]
+        for result in ablation.results
+    ]
+    title = f"Held-out masked tokens, the same for all. {ablation.scale}"
+    parts = [text_table([*headings, "paper\n(GLUE)"], rows, title=title)]
+    if tasks:
+        rows = [
+            [result.name, *map("\n".join, cells(ablation, result, tasks)), _published(result)]
+            for result in ablation.results
+        ]
+        title = f"Fine-tuned; below, the difference to full. {ablation.scale}"
+        parts.append(text_table(["variant", *tasks, "paper\n(GLUE)"], rows, title=title))
     return "\n".join([*parts, *notes(ablation)])
 
 
 def as_markdown(ablation: Ablation) -> str:
     """The same for a document, with what each variant changes."""
-    changed = {result.name: f"`{result.changed}`" for result in ablation.results}
     parts = ["# Ablation", "", f"{ablation.scale}.", "", "![held-out scores of the variants](ablation.png)"]
-    for headings, rows in (heldout_rows(ablation), task_rows(ablation)):
-        if not rows:
+    heldout, tasks = _styles(ablation)
+    names = {key: METRICS[key][0] if key in METRICS else key for key in (*heldout, *tasks)}
+    for styles in (heldout, tasks):
+        if not styles:
             continue
-        columns = [headings[0], "changed", *headings[1:]]
-        parts += ["", _line(columns), "|" + "---|" * 2 + "---:|" * (len(columns) - 2)]
-        parts += [_line([row[0], changed[row[0]], *row[1:]]) for row in rows]
+        columns = ["variant", "changed", *(names[key] for key in styles), "published (GLUE points)"]
+        parts += ["", _line(columns), "|---|---|" + "---:|" * (len(columns) - 2)]
+        for result in ablation.results:
+            scores = [
+                f"{value} ({difference})" if difference else value
+                for value, difference in cells(ablation, result, styles)
+            ]
+            parts.append(_line([result.name, f"`{result.changed}`", *scores, _published(result)]))
     return "\n".join([*parts, "", *(f"* {note}" for note in notes(ablation))]) + "\n"
 
 
@@ -234,8 +251,9 @@ def plot(ablation: Ablation, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    titles = {key: heading.replace("\n", " ") for key, (heading, _, _) in METRICS.items()}
-    titles.pop("heldout_accuracy")
+    titles = {"heldout_kl": "KL to the teacher (nats), lower is better"}
+    titles["heldout_top1_agreement"] = "top-1 agreement with the teacher (%)"
+    titles["heldout_mlm_loss"] = "MLM loss (nats), lower is better"
     if ablation.tasks:
         titles["mean"] = f"mean of {', '.join(ablation.tasks)} (points)"
     shown = [result for result in ablation.results if not result.name.startswith(REPEAT)]
@@ -273,8 +291,11 @@ def _plot_panel(axes: Any, ablation: Ablation, shown: Sequence[Result], key: str
         label = format(value, style) if is_reference else f"{differences[key]:+{style}}"
         place = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8}
         axes.annotate(label, (value, row), (0, 6), **place)
-    if key == "heldout_kl" and axes.get_xlim()[0] > 0:
+    shown_values = [ablation.values(result)[key] for result in shown if key in ablation.values(result)]
+    if key == "heldout_kl" and max(shown_values) > LOG_ABOVE * min(shown_values) > 0:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axes.margins(x=0.18)
     axes.set_ylim(len(shown) - 0.5, -0.8)
     axes.grid(axis="x", alpha=0.3)
