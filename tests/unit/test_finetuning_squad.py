@@ -232,7 +232,8 @@ def test_smaller_windows_are_said(student: str, data: Path, tmp_path: Path) -> N
     said: list[str] = []
     span.prepare(replace(job(student, data, tmp_path), say=said.append))
     assert said == [
-        "squad: windows of 32 tokens that begin every 15, not 384 and 128: the model has no more positions"
+        "squad: windows of 32 tokens, not 384: there are no more positions",
+        "squad: windows begin every 15 tokens, not 128, so that none of the context is left out beside a long question",
     ]
     said.clear()
     span.prepare(
@@ -341,6 +342,12 @@ def test_what_cannot_be_is_refused_at_once(
         check_task(told_to_label)
     with pytest.raises(FileNotFoundError, match="no questions of SQuAD"):
         check_task(job(student, tmp_path, tmp_path))
+    with pytest.raises(ValueError, match="--doc-stride is 0; give at least 1"):
+        check_task(job(student, data, tmp_path, "--doc-stride", "0"))
+    with pytest.raises(ValueError, match="--max-answer-length is -3; give at least 1"):
+        check_task(job(student, data, tmp_path, "--max-answer-length", "-3"))
+    with pytest.raises(ValueError, match="windows of 4 tokens have no room for a question"):
+        check_task(job(student, data, tmp_path, "--max-length", "4"))
     with pytest.raises(ValueError, match="is not fine-tuned: qa_outputs"):
         span.prepare(job(student, data, tmp_path, "--teacher", bert))
 

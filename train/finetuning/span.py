@@ -55,8 +55,12 @@ def check(job: Job) -> None:
         raise ValueError(
             f"--unlabelled has no effect on {job.task.name}, whose teachers label the training questions; leave it out"
         )
+    for name in ("doc_stride", "max_answer_length"):
+        if getattr(job.settings, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(job.settings, name)}; give at least 1")
     if hub_name(job.task, job.data) is None:
-        find_squad_files(job.task, job.data or "")
+        assert job.data is not None
+        find_squad_files(job.task, job.data)
     _Reader(job)
 
 
@@ -123,11 +127,7 @@ class SpanRunner:
         self.train_examples = len(train)
         self.dev_examples = {"dev": len(self._questions)}
         self.metrics = job.task.metrics
-        self.fingerprints = {
-            "data": f"{questions_digest(train)} {questions_digest(self._questions)}",
-            "model": weights_digest(job.model),
-            **{f"teacher {name}": weights_digest(name) for name in job.teachers},
-        }
+        self.fingerprints = {"data": f"{questions_digest(train)} {questions_digest(self._questions)}"}
         self._soft, self._loss = None, None
         if job.teachers:
             assert job.settings.temperature is not None
@@ -221,15 +221,25 @@ class _Reader:
                 )
             positions.append(max_positions(teacher, tokenizer))
         self.max_length = min(settings.max_length, *positions)
-        self.doc_stride = max(1, min(settings.doc_stride, question_room(self.max_length, template)[1]))
+        longest_question, room = question_room(self.max_length, template)
+        if longest_question < 1 or room < 1:
+            raise ValueError(
+                f"windows of {self.max_length} tokens have no room for a question and a part of its context; give more "
+                "--max-length, or a model with more positions"
+            )
+        self.doc_stride = min(settings.doc_stride, room)
 
     def describe(self, job: Job) -> None:
-        """Say where windows are smaller than asked for."""
-        wanted = job.settings.max_length, job.settings.doc_stride
-        if (self.max_length, self.doc_stride) != wanted:
+        """Say where windows are not as asked for, and why."""
+        settings, name = job.settings, job.task.name
+        if self.max_length < settings.max_length:
             job.say(
-                f"{job.task.name}: windows of {self.max_length} tokens that begin every {self.doc_stride}, not "
-                f"{wanted[0]} and {wanted[1]}: the model has no more positions"
+                f"{name}: windows of {self.max_length} tokens, not {settings.max_length}: there are no more positions"
+            )
+        if self.doc_stride != settings.doc_stride:
+            job.say(
+                f"{name}: windows begin every {self.doc_stride} tokens, not {settings.doc_stride}, so that none of the "
+                "context is left out beside a long question"
             )
 
     def windows(self, job: Job, questions: Sequence[Question], what: str) -> Windows:
