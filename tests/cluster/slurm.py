@@ -50,12 +50,12 @@ KillWait=1
 ReturnToService=2
 GresTypes=gpu
 """
-NODE = "NodeName={name} NodeAddr={address} CPUs=2 Gres=gpu:2 State=UNKNOWN\n"
+NODE = "NodeName={name} NodeAddr={address} CPUs=4 Gres=gpu:4 State=UNKNOWN\n"
 PARTITION = "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
 
 
 class Slurm:
-    """Its daemons run while the context is open; each host says it has two cores and two GPUs.
+    """Its daemons run while the context is open; each host says it has four cores and four GPUs.
 
     Commands are typed on the first host, where the controller runs.
     """
@@ -70,7 +70,7 @@ class Slurm:
         for name in ("state", *(f"spool-{name}" for name in hosts.names)):
             (folder / name).mkdir()
         (folder / "slurm.conf").write_text(text + PARTITION)
-        devices = ("null", "zero")  # Slurm wants any device file for a GPU
+        devices = ("null", "zero", "full", "random")  # Slurm wants any device file for a GPU
         lines = "".join(f"Name=gpu File=/dev/{name}\n" for name in devices)
         (folder / "gres.conf").write_text("AutoDetect=off\n" + lines)
         (folder / "munge.key").write_bytes(secrets.token_bytes(256))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -43,20 +44,24 @@ class Ended(NamedTuple):
     steps_at_end: list[int]
 
 
-def freeze_at_step(run_dir: Path, step: int) -> list[psutil.Process]:
-    """Stop the run's ranks as soon as checkpoint `step` is whole: the machine's speed decides nothing."""
-    done = run_dir / "checkpoints" / f"step-{step:08d}" / "complete.json"
+def freeze(ready: Callable[[], bool], script: str, *words: str) -> list[psutil.Process]:
+    """Stop the processes of `script` with `words` as soon as `ready()`: the machine's speed decides nothing."""
     deadline = time.monotonic() + 150
-    while not done.exists():
-        assert time.monotonic() < deadline, f"{done} did not come"
+    while not ready():
+        assert time.monotonic() < deadline, f"{script} {words} did not get there"
         time.sleep(0.02)
-    ranks = []
+    found = []
     for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if f"--run.dir={run_dir}" in words and "launch/pretrain.py" in words and "srun" not in words[0]:
+        command = process.info["cmdline"] or []
+        if {script, *words} <= set(command) and "srun" not in command[0]:
             process.suspend()
-            ranks.append(process)
-    return ranks
+            found.append(process)
+    return found
+
+
+def freeze_at_step(run_dir: Path, step: int) -> list[psutil.Process]:
+    done = run_dir / "checkpoints" / f"step-{step:08d}" / "complete.json"
+    return freeze(done.exists, "launch/pretrain.py", f"--run.dir={run_dir}")
 
 
 def submit(slurm: Slurm, run_dir: Path, nodes: int, settings: list[str], *options: str) -> str:
@@ -100,18 +105,51 @@ def out_of_time(slurm: Slurm, run_dir: Path, settings: list[str]) -> Ended:
     return Ended(before, after, run_dir.with_suffix(".out").read_text(), run_dir, saved)
 
 
+def fine_tuned(slurm: Slurm, folder: Path, model: str) -> list[Ended]:
+    """An array of two tasks: index 0 is told to save, and is requeued without index 1."""
+    layouts = {
+        "SST-2": ("sentence\tlabel", "{0}\t{1}", ("0", "1")),
+        "RTE": ("sentence1\tsentence2\tlabel", "{0}\t{0}\t{1}", ("entailment", "not_entailment")),
+    }
+    for task, (columns, row, labels) in layouts.items():
+        (folder / task).mkdir(parents=True)
+        rows = [row.format(word, labels[number % 2]) for number, word in enumerate(WORDS)]
+        for name in ("train", "dev"):
+            (folder / task / f"{name}.tsv").write_text("\n".join([columns, *20 * rows, ""]))
+    out = folder / "scores"
+    arguments = ["--model", model, "--data", str(folder), "--out", str(out), "--max-length", "16"]
+    arguments += ["--epochs", "4", "--checkpoint-seconds", "0"]
+    script = ["--array=0-1", "--cpus-per-task=1", "launch/slurm/finetune-array.sbatch", *arguments]
+    job = slurm.submit(folder / "%a.out", "--export=ALL,HALFLING_TASKS=sst2 rte", *script)
+    processes = freeze(
+        lambda: any(out.glob("sst2/**/checkpoint-*/complete.json")), "launch/finetune.py", str(out), "sst2"
+    )
+    slurm.run("scancel", "--signal=USR1", f"{job}_0")
+    time.sleep(0.5)  # the signal comes by way of slurmd and slurmstepd
+    for process in processes:
+        process.resume()
+    ends = []
+    for index in range(2):
+        after = slurm.wait_for_state(f"{job}_{index}", "COMPLETED", "FAILED", "TIMEOUT")
+        ends.append(Ended(after, after, (folder / f"{index}.out").read_text(), out, []))
+    return ends
+
+
 @pytest.fixture(scope="module")
-def ended(slurm: Slurm, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Ended]:
-    """Both scenarios at once: they mostly wait for Slurm's clock."""
+def ended(
+    slurm: Slurm, settings: list[str], teacher_folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> list[Ended]:
+    """All scenarios at once: they mostly wait for Slurm's clock."""
     folder = tmp_path_factory.mktemp("runs")
     with ThreadPoolExecutor() as pool:
         first = pool.submit(signalled, slurm, folder / "signalled", settings)
         second = pool.submit(out_of_time, slurm, folder / "out-of-time", settings)
-        return first.result(), second.result()
+        third = pool.submit(fine_tuned, slurm, folder / "fine-tuned", teacher_folder)
+        return [first.result(), second.result(), *third.result()]
 
 
 def test_signal_before_the_time_limit_saves_requeues_and_goes_on(
-    ended: tuple[Ended, Ended], expected_losses: list[float]
+    ended: list[Ended], expected_losses: list[float]
 ) -> None:
     before, after, output, run_dir, saved = ended[0]
     print(output)
@@ -127,7 +165,7 @@ def test_signal_before_the_time_limit_saves_requeues_and_goes_on(
 
 
 def test_time_limit_loses_at_most_the_steps_since_the_last_save(
-    ended: tuple[Ended, Ended], expected_losses: list[float]
+    ended: list[Ended], expected_losses: list[float]
 ) -> None:
     before, after, output, run_dir, saved = ended[1]
     assert before["JobState"] == "TIMEOUT", output
@@ -136,6 +174,17 @@ def test_time_limit_loses_at_most_the_steps_since_the_last_save(
     assert saved[-1] % 4 == 0, "a kill saves nothing"
     assert f"continuing from {run_dir}/checkpoints/step-{saved[-1]:08d}" in output
     assert losses(run_dir) == pytest.approx(expected_losses, rel=1e-6)
+
+
+def test_an_array_fine_tunes_and_requeues_the_index_that_was_stopped(ended: list[Ended]) -> None:
+    stopped, other = ended[2:]
+    assert (stopped.after["JobState"], other.after["JobState"]) == ("COMPLETED", "COMPLETED"), stopped.output
+    assert (stopped.after["Restarts"], other.after["Restarts"]) == ("1", "0")
+    assert stopped.output.index("saved and requeued") < stopped.output.index("(sst2), start 2, on ")
+    for task in ("sst2", "rte"):
+        scores = json.loads((stopped.run_dir / task / "scores.json").read_text())
+        assert set(scores["seeds"]) == {"0"}
+        assert scores["dev_examples"] == {"dev": 320}
 
 
 def test_an_error_is_one_message_and_exit_code_2(slurm: Slurm, tmp_path: Path) -> None:
