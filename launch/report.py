@@ -1,59 +1,138 @@
-"""Compare finished runs with their teacher on the same held-out windows: table, loss curves, summary.json.
+"""One page about finished runs: held-out scores, loss curves, cost, and the DistilBERT paper's tables 1 to 4.
 
     python launch/report.py runs/student runs/control --out runs/report
+    python launch/report.py runs/student --out runs/report --scores teacher=scores/teacher student=scores/student \\
+        --inference inference.json --ablation runs/ablation/ablation.json
 
-The first run's teacher is the reference. --curves adds runs to the plot alone (the teacher's own, say).
+Out: DIR/report.html, self-contained, and the same as report.md; summary.json, loss.png, report.txt. The first run's
+teacher is the reference of the held-out scores; --curves adds runs to the plot alone (the teacher's own, say).
+
+  --scores     DIR/TASK/scores.json of launch/finetune.py: GLUE, IMDb, SQuAD, and what the student keeps of its teacher
+  --inference  of launch/benchmark.py inference --json FILE: parameters, size on disk, latency
+  --ablation   of launch/ablate.py
+
+Parts whose input is not given are left out, and the page names the command that makes them. Published figures stand
+in columns of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import parse_config, run_main
 from train.text_table import text_table
 
+if TYPE_CHECKING:
+    from train.comparison import ComparedModel
+    from train.report_runs import RunFacts
+
 
 def main(arguments: Sequence[str]) -> int:
-    """Parse, compare, write, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder of a finished run")
-    parser.add_argument("--out", type=Path, required=True, help="folder for summary.json and loss.png")
-    parser.add_argument(
-        "--curves", nargs="*", type=Path, default=[], metavar="RUN", help="runs for the plot alone"
-    )
-    options = parser.parse_args(arguments)
-    from train.comparison import as_json, compare, plot_losses, read_run_config
-    from train.run_folder import provenance, write_json
+    """Parse, read, compare, write, print."""
+    options = parse(arguments)
+    from train.report_build import Given, build
+    from train.report_inputs import named_folders, read_ablation, read_inference, read_model_scores
+    from train.report_page import as_html, as_markdown
+    from train.report_runs import read_curve, read_run_facts
+    from train.run_folder import provenance, write_atomically
     from train.world import quiet_libraries
 
     quiet_libraries()
+    refuse_unclear_names([*options.runs, *options.curves])
+    folders = named_folders(options.scores, "--scores")
+    given = Given(
+        runs=[read_run_facts(run) for run in options.runs],
+        curves=[read_curve(run) for run in [*options.curves, *options.runs]],
+        scores=[read_model_scores(name, folder) for name, folder in folders.items()],
+        reference=options.reference,
+        inference=read_inference(options.inference) if options.inference else None,
+        ablation=read_ablation(options.ablation) if options.ablation else None,
+        versions=provenance(),
+    )
+    report = build(given)  # refuses what does not fit together before anything is computed
+    lines = []
+    if options.runs:
+        compared = compare_runs(options.runs)
+        report = build(dataclasses.replace(given, compared=compared))
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.runs:
+        lines = write_comparison(options, compared, given.runs)
+    write_atomically(options.out / "report.html", as_html(report))
+    write_atomically(options.out / "report.md", as_markdown(report))
+    lines.append(f"page:        {options.out / 'report.html'}")
+    text = "\n".join(lines) + "\n"
+    (options.out / "report.txt").write_text(text)
+    print(text, end="")
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; ValueError where an option would have no effect."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder of a finished run")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument(
+        "--curves", nargs="*", type=Path, default=[], metavar="RUN", help="runs for the plot alone"
+    )
+    parser.add_argument("--scores", nargs="+", action="extend", default=[], metavar="NAME=DIR")
+    parser.add_argument(
+        "--reference",
+        metavar="NAME",
+        help="of --scores: what the others' retention is a share of (default: teacher, else the first)",
+    )
+    parser.add_argument("--inference", type=Path, metavar="FILE")
+    parser.add_argument("--ablation", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    if not (options.runs or options.scores or options.inference or options.ablation):
+        raise ValueError("nothing to report: give run folders, --scores, --inference or --ablation")
+    if options.curves and not options.runs:
+        raise ValueError("--curves adds to the plot of runs: give run folders too")
+    if options.reference and not options.scores:
+        raise ValueError(f"--reference {options.reference} names a model of --scores: give --scores too")
     options.runs, options.curves = (
         [run.resolve() for run in runs] for runs in (options.runs, options.curves)
     )
-    refuse_unclear_names([*options.runs, *options.curves])
-    configs = [read_run_config(run, lambda words: parse_config(words, "")) for run in options.runs]
-    compared = compare(options.runs, configs, say=lambda line: print(line, flush=True))
-    options.out.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def compare_runs(runs: Sequence[Path]) -> list[ComparedModel]:
+    """Score the models of finished runs and their teacher."""
+    from train.comparison import compare, read_run_config
+
+    configs = [read_run_config(run, lambda words: parse_config(words, "")) for run in runs]
+    return compare(runs, configs, say=lambda line: print(line, flush=True))
+
+
+def write_comparison(
+    options: argparse.Namespace, compared: Sequence[ComparedModel], facts: Sequence[RunFacts]
+) -> list[str]:
+    """Write loss.png and summary.json; the table and where things are, as lines."""
+    from train.comparison import as_json, plot_losses
+    from train.run_folder import provenance, write_json
+
     plot_losses([*options.curves, *options.runs], options.out / "loss.png")
-    write_json(options.out / "summary.json", {"models": as_json(compared), "versions": provenance()})
-    lines = [
+    cost = [
+        {**dataclasses.asdict(run), "tokens_per_s": run.tokens_per_s, "device_hours": run.process_hours}
+        for run in facts
+    ]
+    summary = {"models": as_json(compared), "cost": cost, "versions": provenance()}
+    write_json(options.out / "summary.json", summary)
+    return [
         table_of(as_json(compared)),
         f"loss curves: {options.out / 'loss.png'}",
         f"figures:     {options.out / 'summary.json'}",
         f"TensorBoard: tensorboard --logdir {os.path.commonpath([*options.curves, *options.runs])}",
     ]
-    text = "\n".join(lines) + "\n"
-    (options.out / "report.txt").write_text(text)
-    print(text, end="")
-    return 0
 
 
 def refuse_unclear_names(runs: Sequence[Path]) -> None:
