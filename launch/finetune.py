@@ -17,6 +17,7 @@ A path may contain {task}, which becomes the task's name: --teacher runs/teacher
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -97,7 +98,12 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--unlabelled-only", action="store_true", default=None, help="leave the labelled training set out"
     )
-    group.add_argument("--temperature", type=float, metavar="T", help="of the soft labels (default 2)")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="of the soft labels (default 2); STS-B, a regression, has none",
+    )
     group.add_argument(
         "--hard-weight", type=float, metavar="A", help="share of the loss on true labels (default 0.5)"
     )
@@ -121,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
         "--max-eval-examples", type=int, metavar="N", help="a fixed random part of each dev set"
     )
     group.add_argument(
-        "--doc-stride", type=int, metavar="TOKENS", help="SQuAD: overlap of windows (default 128)"
+        "--doc-stride", type=int, metavar="TOKENS", help="SQuAD: from window to window (default 128)"
     )
     group.add_argument(
         "--max-answer-length", type=int, metavar="TOKENS", help="SQuAD: longest answer (default 30)"
@@ -156,6 +162,8 @@ def job_of(task: Task, options: argparse.Namespace) -> Job:
         raise ValueError("--unlabelled has no effect without --teacher, who would label it; give both")
     if options.unlabelled_only and not options.unlabelled:
         raise ValueError("--unlabelled-only needs --unlabelled FILE")
+    if not options.checkpoint_seconds >= 0:
+        raise ValueError(f"--checkpoint-seconds is {options.checkpoint_seconds}; give 0 or more")
     given = {name: getattr(options, name) for name in SETTINGS}
     teachers = tuple(map(for_task, options.teacher))
     return Job(
@@ -186,6 +194,8 @@ def run_jobs(jobs: Sequence[Job], seeds: Sequence[int], out: Path) -> int:
     from train.world import quiet_libraries
 
     quiet_libraries()
+    # accelerate imports DeepSpeed, which speaks while it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     for job in jobs:
         check_task(job)
     results = []

@@ -16,7 +16,7 @@ Each kind of task ("sequence": one label for a text or a pair; "span": an answer
     runner.dev_examples: dict[str, int]
     runner.metrics: tuple[str, ...]        # names of the task's metrics, in the order of tables, without "score"
     runner.parameters: int
-    runner.fingerprints: dict[str, str]    # digest of the data, ...: other contents on a finished OUT are refused
+    runner.fingerprints: dict[str, str]    # digests of the data: an OUT begun with other contents is refused
     runner.run_seed(seed: int, work: Path, out: Path) -> dict[str, float]
         # trains in `work` (checkpoints; survives a kill), writes the model folder `out`, returns metrics and "score" in
         # points of 0..100; further keys ("seconds", "examples_per_s") are kept beside them

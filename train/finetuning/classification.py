@@ -68,7 +68,7 @@ class Classification:
         self.dev_examples = {name: len(examples) for name, examples in dev.items()}
         self.metrics = metric_names(task, dev)
         digests = [train.digest(), *(examples.digest() for examples in dev.values())]
-        self.fingerprints = {"data": " ".join(digests), "model": weights_digest(job.model)}
+        self.fingerprints = {"data": " ".join(digests)}
         config, self._tokenizer = _model_and_tokenizer(task, job.model)
         model = self._new_model(0)
         self.parameters = count_parameters(model)
@@ -88,11 +88,9 @@ class Classification:
 
     def _add_soft_labels(self, train: Examples) -> None:
         job = self._job
-        assert job.settings.temperature is not None
         assert job.settings.hard_weight is not None
         logits = []
         for teacher in job.teachers:
-            self.fingerprints[f"teacher {teacher}"] = weights_digest(teacher)
             logits.append(teacher_logits(job, teacher, train))
         for features, label in zip(
             self._train, soft_labels.mean_soft_labels(logits, job.settings.temperature), strict=True

@@ -28,7 +28,9 @@ def score_predictions(
     for dev, output in outputs.items():
         predicted = output.reshape(len(output)) if task.is_regression else output.argmax(axis=-1)
         for metric in task.metrics:
-            value = METRICS[metric](labels[dev], predicted)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # both libraries warn of what is not defined
+                value = METRICS[metric](labels[dev], predicted)
             found[_name(metric, dev, len(outputs))] = 100.0 * float(value)
     return {**found, "score": statistics.fmean(found.values())}
 
@@ -73,12 +75,10 @@ def _spearman(labels: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _correlation(function: Any, labels: np.ndarray, predicted: np.ndarray) -> float:
-    """0 where one side is constant, or is all but for rounding: scipy warns and gives NaN or noise."""
+    """0 where one side is constant: scipy gives NaN."""
     if len(labels) < 2:
         return 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        value = float(function(labels.astype(np.float64), predicted.astype(np.float64)).statistic)
+    value = float(function(labels.astype(np.float64), predicted.astype(np.float64)).statistic)
     return value if np.isfinite(value) else 0.0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from train.finetuning.tasks import GLUE
-from train.run_folder import write_json
+from train.run_folder import provenance, write_json
 
 FILE = "scores.json"
 NOT_SCORES = ("seconds", "examples_per_s")
@@ -24,15 +24,15 @@ def write_scores(folder: Path, scores: Mapping[str, Any], seeds: Mapping[int, Ma
     """Write folder/scores.json, atomically.
 
     Args:
-        scores: everything but "seeds", "median" and "spread".
+        scores: everything but "seeds", "median", "spread" and "versions".
         seeds: seed -> its metrics, "score" among them.
     Returns:
         What was written.
     """
     median, spread = median_and_spread(seeds)
     by_seed = {str(seed): dict(seeds[seed]) for seed in sorted(seeds)}
-    whole = {**scores, "seeds": by_seed, "median": median, "spread": spread}
-    write_json(folder / FILE, {**whole, "versions": whole.pop("versions")} if "versions" in whole else whole)
+    whole = {**scores, "seeds": by_seed, "median": median, "spread": spread, "versions": provenance()}
+    write_json(folder / FILE, whole)
     return whole
 
 

@@ -18,9 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from train.finetuning.encoders import weights_digest
 from train.finetuning.results import FILE, median_and_spread, read_scores, write_scores
 from train.finetuning.settings import Job
-from train.run_folder import hold, provenance, write_json
+from train.finetuning.training import Stopped
+from train.run_folder import hold, write_json
 
 KINDS = {"sequence": "train.finetuning.classification", "span": "train.finetuning.span"}
 OPTIONS = "options.json"
@@ -58,23 +60,28 @@ def run_task(job: Job, seeds: Sequence[int]) -> dict[str, Any]:
     """
     with hold(job.folder):
         options = _options(job)
-        _refuse_changes(job.folder, options)
+        contents = {"model": weights_digest(job.model)}
+        contents |= {f"teacher {teacher}": weights_digest(teacher) for teacher in job.teachers}
+        _refuse_changes(job.folder, {**options, "contents": contents})
         done = finished_seeds(job.folder)
         before = read_scores(job.folder)
         if before and all(str(seed) in before["seeds"] for seed in seeds):
             job.say(f"{job.task.name}: {_seeds(seeds)} finished before")
             return before
         runner: Runner = _module(job).prepare(job)
-        options["contents"] = runner.fingerprints
+        options["contents"] = {**runner.fingerprints, **contents}
         _refuse_changes(job.folder, options)
         write_json(job.folder / OPTIONS, options)
+        scores = None
         for seed in seeds:
             if seed in done:
                 job.say(f"{job.task.name} seed {seed}: finished before")
+            elif job.stop is not None and job.stop.requested:
+                raise Stopped(f"{job.task.name}: stopped before seed {seed}")
             else:
                 done[seed] = _run_seed(job, runner, seed)
-                write_scores(job.folder, _description(job, runner), done)
-        return write_scores(job.folder, _description(job, runner), done)
+                scores = write_scores(job.folder, _description(job, runner), done)
+        return scores or write_scores(job.folder, _description(job, runner), done)
 
 
 def finished_seeds(folder: Path) -> dict[int, dict[str, float]]:
@@ -123,7 +130,6 @@ def _description(job: Job, runner: Runner) -> dict[str, Any]:
         "train_examples": runner.train_examples,
         "dev_examples": runner.dev_examples,
         "metrics": list(runner.metrics),
-        "versions": provenance(),
     }
 
 
@@ -144,12 +150,12 @@ def _absolute(name: str) -> str:
 
 
 def _refuse_changes(folder: Path, options: Mapping[str, Any]) -> None:
-    """ValueError where the folder was begun with other options; those not in `options` yet are not compared."""
+    """ValueError where the folder was begun with other options; contents that are not known yet are not compared."""
     path = folder / OPTIONS
     if not path.exists():
         return
     before, now = _flat(json.loads(path.read_text())), _flat(options)
-    compared = [key for key in {**before, **now} if key.split(".")[0] in options]
+    compared = [key for key in {**before, **now} if key in now or not key.startswith("contents.")]
     changes = [
         f"contents of the {key.removeprefix('contents.')} differ"
         if key.startswith("contents.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -36,10 +37,10 @@ class Settings:
     max_train_examples: int | None = None
     max_eval_examples: int | None = None
     temperature: float | None = None
-    """Of the soft labels; None without a teacher."""
+    """Of the soft labels; None without a teacher, and for a regression, which has none."""
     hard_weight: float | None = None
     """alpha: share of the loss on the true labels, 1 - alpha on the teacher's; None without a teacher."""
-    unlabelled_only: bool = False
+    unlabelled_only: bool | None = None
     doc_stride: int | None = None
     max_answer_length: int | None = None
 
@@ -82,10 +83,17 @@ def settings_for(task: Task, options: Mapping[str, Any], teachers: Sequence[str]
         if name in given and task.kind != "span":
             raise ValueError(f"--{name.replace('_', '-')} has no effect on {task.name}; leave it out")
     for name in ("temperature", "hard_weight", "unlabelled_only"):
-        if given.get(name) and not teachers:
+        if name in given and not teachers:
             raise ValueError(f"--{name.replace('_', '-')} has no effect without --teacher; leave it out")
+    if given.get("unlabelled_only") and "hard_weight" in given:
+        raise ValueError(
+            "--hard-weight has no effect with --unlabelled-only: there are no true labels; leave it out"
+        )
     if teachers:
-        values = {"temperature": 2.0, "hard_weight": 0.5, **values}
+        hard_weight = 0.0 if given.get("unlabelled_only") else 0.5
+        values = {"temperature": 2.0, "hard_weight": hard_weight, **values}
+    if task.is_regression:
+        values["temperature"] = None
     known = {field.name for field in fields(Settings)}
     settings = Settings(**{key: value for key, value in values.items() if key in known})
     _check(settings)
@@ -103,5 +111,5 @@ def _check(settings: Settings) -> None:
 
 
 def _refuse_unless(name: str, value: Any, good: Callable[[Any], bool], wanted: str) -> None:
-    if value is not None and not good(value):
+    if value is not None and not (math.isfinite(value) and good(value)):
         raise ValueError(f"--{name.replace('_', '-')} is {value}; give {wanted}")

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 from train.finetuning.examples import NO_LABEL
 
 
-def mean_soft_labels(logits: list[np.ndarray], temperature: float) -> np.ndarray:
+def mean_soft_labels(logits: list[np.ndarray], temperature: float | None) -> np.ndarray:
     """The teachers' tempered probabilities, averaged; of regressions the mean number.
 
     Args:
@@ -30,6 +30,7 @@ def mean_soft_labels(logits: list[np.ndarray], temperature: float) -> np.ndarray
     """
     if logits[0].shape[1] == 1:
         return np.stack(logits).mean(axis=0, dtype=np.float32)
+    assert temperature is not None
     tempered = [torch.softmax(torch.from_numpy(each).double() / temperature, dim=-1) for each in logits]
     return torch.stack(tempered).mean(dim=0).float().numpy()
 
@@ -59,15 +60,15 @@ def soft_label_loss(
         hard = cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
         student = log_softmax(logits / temperature, dim=-1)
         soft = temperature**2 * kl_div(student, soft_labels, reduction="none").sum(dim=-1)
-    weight = hard_weight * known
+    weight = hard_weight * known.to(logits.dtype)
     return (weight * hard + (1 - weight) * soft).mean()
 
 
 class SoftLabelLoss:
     """`soft_label_loss` as train/finetuning/training.py takes it."""
 
-    def __init__(self, temperature: float, hard_weight: float) -> None:
-        self._temperature, self._hard_weight = temperature, hard_weight
+    def __init__(self, temperature: float | None, hard_weight: float) -> None:
+        self._temperature, self._hard_weight = temperature or 1.0, hard_weight
 
     def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         soft_labels, labels = batch.pop("soft_labels"), batch.pop("labels")
