@@ -5,10 +5,9 @@ epochs, 128 tokens, 5 epochs for the small MRPC and WNLI (transformers' examples
 successor of the script that DistilBERT, Sanh et al. 2019, was scored with), within what BERT's authors searched
 (Devlin et al. 2019, arXiv:1810.04805, appendix A.3: batch 16 or 32, 2e-5 to 5e-5, 2 to 4 epochs); warm-up over the
 first tenth of the steps and weight decay 0.01 as in BERT's own code (run_classifier.py, optimization.py). IMDb: 512
-tokens, the longest that BERT takes. SQuAD: 384 tokens, a window every
-128 and 3 epochs (Devlin et al. 2019, section 4.2, run_squad.py; the defaults of DistilBERT's
-run_squad_w_distillation.py too, beside 5e-5), batch 12 and 3e-5 as in the command that transformers' examples give for
-the teacher's 88.5 F1.
+tokens, the longest that BERT takes. SQuAD: 384 tokens, a window every 128, and 3 epochs, as in BERT's own run_squad.py
+and DistilBERT's run_squad_w_distillation.py; batch 12 and 3e-5 as in the command that transformers' examples give for
+the teacher's 88.5 F1 (the two scripts have 32 and 5e-5, 8 and 5e-5).
 """
 
 from __future__ import annotations
