@@ -6,6 +6,7 @@ without the answer is taught to point at [CLS], which in SQuAD 2.0 is also what 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -247,7 +248,16 @@ class _Reader:
 
         def watch(batches: Iterable[Any]) -> Iterable[Any]:
             name = f"{job.task.name} tokens of the {what}"
-            return tqdm(batches, desc=name, unit=" batches", leave=False, dynamic_ncols=True, delay=1.0)
+            every_s = 0.2 if sys.stderr.isatty() else 5.0
+            return tqdm(
+                batches,
+                desc=name,
+                unit=" batches",
+                leave=False,
+                dynamic_ncols=True,
+                delay=1.0,
+                mininterval=every_s,
+            )
 
         made = make_windows(questions, self.tokenizer, self.max_length, self.doc_stride, watch)
         if made.cut_questions:

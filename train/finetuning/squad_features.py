@@ -218,7 +218,8 @@ def widest_context(windows: Windows) -> list[np.ndarray[Any, np.dtype[np.bool_]]
             scores = np.full((len(parts), parts[-1][0] + parts[-1][1]), -1.0)
             for row, (first, count) in enumerate(parts):
                 place = np.arange(count)
-                scores[row, first : first + count] = np.minimum(place, count - 1 - place) + 0.01 * count
+                scores[row, first : first + count] = np.minimum(place, count - 1 - place)
+            # Of equals the first, which is the longest: what BERT's bonus for length comes to.
             best = scores.argmax(axis=0)
             chosen += [best[first : first + count] == row for row, (first, count) in enumerate(parts)]
         begin = end
