@@ -240,7 +240,8 @@ def _inference(given: Any, path: Path) -> InferenceFile:
         ): _number(ratio["times_faster"], '"times_faster"')
         for ratio in given["ratios"]
     }
-    return InferenceFile(f"{given['hardware']}, {given['threads']} threads", models, faster)
+    threads = f"{given['threads']} thread{'' if given['threads'] == 1 else 's'}"
+    return InferenceFile(f"{given['hardware']}, {threads}", models, faster)
 
 
 def _read(path: Path, parse: Callable[[Any, Path], Value]) -> Value:

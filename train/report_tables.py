@@ -136,10 +136,12 @@ def speed_table(speeds: InferenceFile) -> Table:
         columns += [Column("ms", model.name), Column("sentences/s", model.name)]
     columns += [Column(model.name, f"times faster than {reference.name}") for model in others]
     rows = []
+    devices = list(dict.fromkeys(row.device for row in reference.rows))
     for first in reference.rows:
         found = [next((row for row in model.rows if row.kind == first.kind), None) for model in speeds.models]
-        words = f"{first.workload} lengths" if first.workload else f"{first.sequence_length:g}"
-        cells = [f"{first.batch} x {words}, {first.runtime}, {first.device}"]
+        words = first.workload or f"{first.sequence_length:g}"
+        where = f", {first.device}" if len(devices) > 1 else ""
+        cells = [f"{first.batch} x {words}, {first.runtime}{where}"]
         for row in found:
             cells += [_digits(row.latency_ms), _digits(row.sentences_per_s)] if row else [DASH, DASH]
         ratios = [speeds.faster.get((model.name, *first.kind)) for model in others]

@@ -216,7 +216,7 @@ def test_numbers_are_the_inputs(everything: Path) -> None:
         "2.51",
         "1.63",
     ]
-    assert tables["Latency and throughput"]["8 x 128, eager, cpu"] == ["80", "12.5", "50", "20", DASH]
+    assert tables["Latency and throughput"]["8 x 128, eager"] == ["80", "12.5", "50", "20", DASH]
     assert tables["Table 4. Ablation"]["no-kd"] == [
         "a=<b>",
         "0.7500 (+0.2500)",
