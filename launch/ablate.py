@@ -22,58 +22,20 @@ the others are in the table; 2 bad usage, configuration or input; 75 stopped, ru
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from launch.ablation_job import Job, StoppedError, finetune_all, reason_of, train
 from launch.cli import BAD_USAGE, parse_config, run_main
-from launch.stages import AGAIN, RANKS, STOPPED, cpu_environment, deepspeed_words, run_stage
-from train.config import Config
-
-if TYPE_CHECKING:
-    from train.ablation import Variant
-    from train.ablation_table import Ablation
+from launch.stages import AGAIN, RANKS, STOPPED, cpu_environment, deepspeed_words
 
 FINETUNE = "--finetune."
 FINETUNING_SEEDS = 5
-
-
-class _StoppedError(Exception):
-    """A stage was stopped by a signal after saving."""
-
-
-@dataclasses.dataclass
-class Job:
-    """What is to be done, and what became of it so far."""
-
-    out: Path
-    words: list[str]
-    """Flags of launch/pretrain.py for every variant."""
-    base: Config
-    variants: list[Variant]
-    left_out: dict[str, str]
-    launcher: Callable[[], list[str]]
-    environment: dict[str, str]
-    finetuning: list[str]
-    """Flags of launch/finetune.py for every variant; empty without --tasks."""
-    tasks: list[str]
-    finetuning_seeds: int
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    """Of the stages of this call."""
-
-    def config_of(self, variant: Variant) -> Config:
-        """Its configuration, through the same parser as launch/pretrain.py's."""
-        return parse_config([*self.words, *variant.words, f"--run.dir={self.out / variant.name}"], "")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -119,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
         refuse_other_runs(options.out, variants, job.config_of)
         try:
             return _work(job)
-        except _StoppedError:
+        except StoppedError:
             print(f"\n{AGAIN}", file=sys.stderr)
             return STOPPED
 
@@ -234,13 +196,13 @@ def _listed(job: Job) -> str:
 
 
 def _work(job: Job) -> int:
-    _train(job)
+    train(job)
     if "full" in job.failed:
         print("without the full recipe there is nothing to compare with", file=sys.stderr)
-        return BAD_USAGE if job.failed["full"] == _reason(BAD_USAGE) else 1
+        return BAD_USAGE if job.failed["full"] == reason_of(BAD_USAGE) else 1
     if job.tasks:
         _show(job)  # what is known is worth keeping before the hours of fine-tuning
-        _finetune(job)
+        finetune_all(job)
     print("\n" + _show(job))
     print(f"\nfigure:  {job.out / 'ablation.png'}\ntable:   {job.out / 'ablation.md'}")
     print(f"figures: {job.out / 'ablation.json'}", flush=True)
@@ -249,86 +211,18 @@ def _work(job: Job) -> int:
     return 1 if job.failed else 0
 
 
-def _train(job: Job) -> None:
-    """Every variant that is not finished yet, the full recipe first."""
-    from train.ablation_runs import is_finished
-
-    open_ones = [variant for variant in job.variants if not is_finished(job.out / variant.name)]
-    for number, variant in enumerate(job.variants, start=1):
-        heading = f"[{number}/{len(job.variants)}] {variant.name}: {variant.title} ({_change(variant)})"
-        if variant not in open_ones:
-            print(f"{heading} - done before", flush=True)
-            continue
-        print(heading + _time_left(job.seconds, len(open_ones)), flush=True)
-        words = [str(ROOT / "launch" / "pretrain.py"), *job.words, *variant.words]
-        run_dir = job.out / variant.name
-        with _timed(job):
-            code = run_stage([*job.launcher(), *words, f"--run.dir={run_dir}"], job.environment)
-        open_ones.remove(variant)
-        if code == STOPPED:
-            raise _StoppedError
-        if code or not is_finished(run_dir):
-            job.failed[variant.name] = _reason(code)
-            print(f"{variant.name} FAILED: {_reason(code)}", file=sys.stderr, flush=True)
-            if variant.name == "full":
-                return
-
-
-def _finetune(job: Job) -> None:
-    """Every finished student on the tasks; launch/finetune.py skips what it has scored before."""
-    job.seconds.clear()
-    todo = [variant for variant in job.variants if variant.name not in job.failed]
-    for number, variant in enumerate(todo, start=1):
-        left = _time_left(job.seconds, len(todo) - number + 1)
-        print(f"[scores {number}/{len(todo)}] {variant.name}: {', '.join(job.tasks)}{left}", flush=True)
-        run_dir = job.out / variant.name
-        command = [sys.executable, str(ROOT / "launch" / "finetune.py"), *job.finetuning]
-        command += ["--model", str(run_dir / "student"), "--out", str(run_dir / "scores")]
-        with _timed(job):
-            code = run_stage(command, job.environment)
-        if code == STOPPED:
-            raise _StoppedError
-        if code:
-            job.failed[variant.name] = f"fine-tuning: {_reason(code)}"
-            print(f"{variant.name} FAILED: fine-tuning: {_reason(code)}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _timed(job: Job) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    job.seconds.append(time.monotonic() - start)
-
-
-def _change(variant: Variant) -> str:
-    return variant.changed if variant.changes else "nothing changed"
-
-
-def _time_left(seconds: Sequence[float], stages: int) -> str:
-    """From the stages of this call; nothing before the first has ended."""
-    if not seconds:
-        return ""
-    from tqdm import tqdm
-
-    return f"  about {tqdm.format_interval(sum(seconds) / len(seconds) * stages)} left for all"
-
-
-def _reason(code: int) -> str:
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}, see above" if code else "it ended without a student"
-
-
 def _show(job: Job) -> str:
     """Write ablation.json, .md and .png of what is finished; the table for the screen."""
-    from train.ablation_runs import is_finished, result_of, scale_of
-    from train.ablation_table import Ablation, as_json, as_markdown, as_text, plot
+    from train.ablation_figure import plot
+    from train.ablation_runs import is_finished, result_of, scale_of, teacher_scores
+    from train.ablation_table import Ablation, as_json, as_markdown, as_text
     from train.run_folder import provenance, write_atomically, write_json
 
     finished = [variant for variant in job.variants if is_finished(job.out / variant.name)]
-    ablation: Ablation = Ablation(
+    ablation = Ablation(
         results=[result_of(job.out, variant, job.base, job.tasks) for variant in finished],
         scale=scale_of(job.out / "full"),
+        teacher=teacher_scores(job.out / "full"),
         finetuning_seeds=job.finetuning_seeds if job.tasks else 0,
         failed=job.failed,
         left_out=job.left_out,

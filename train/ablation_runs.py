@@ -66,6 +66,12 @@ def scale_of(run_dir: Path) -> Scale:
     )
 
 
+def teacher_scores(run_dir: Path) -> dict[str, float]:
+    """The teacher's own held-out scores, as the run has measured them at its start; empty where it has not."""
+    before = _summary(run_dir)["heldout_before"]
+    return {key: before[f"teacher_{key}"] for key in METRICS if f"teacher_{key}" in before}
+
+
 def result_of(out: Path, variant: Variant, full: Config, tasks: Sequence[str]) -> Result:
     """What a finished variant scores, on the held-out windows and masks of the full recipe.
 

@@ -1,11 +1,10 @@
-"""The ablation's results side by side: differences to the full recipe, how large chance is, table and figure."""
+"""The ablation's results side by side: differences to the full recipe, how large chance is, the table."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from train.ablation import FULL, PUBLISHED, REPEAT
@@ -21,7 +20,6 @@ METRICS = {
 """Key of a held-out row -> (heading, format, factor)."""
 SMALL_STUDENT, SMALL_CORPUS = 50_000_000, 1_000_000_000
 ALIKE = "~"
-LOG_ABOVE = 5.0
 PUBLISHED_NOTE = (
     "the paper's column: GLUE points lost in Sanh et al. 2019, table 4 (DistilBERT-base from BERT-base, Wikipedia and "
     "the Toronto Book Corpus); not measured here, another scale and another score"
@@ -75,6 +73,8 @@ class Ablation:
     results: Sequence[Result]
     """The full recipe among them."""
     scale: Scale
+    teacher: Mapping[str, float] = field(default_factory=dict)
+    """The teacher's own held-out scores under the same keys, as far as they are known."""
     finetuning_seeds: int = 0
     failed: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
@@ -140,6 +140,7 @@ def as_json(ablation: Ablation) -> dict[str, Any]:
             for result in ablation.results
         ],
         "noise": ablation.noise(),
+        "teacher": dict(ablation.teacher),
         "finetuning_seeds": ablation.finetuning_seeds,
         "failed": dict(ablation.failed),
         "left_out": dict(ablation.left_out),
@@ -160,7 +161,7 @@ def cells(ablation: Ablation, result: Result, styles: Mapping[str, str]) -> list
             found.append(("missing", ""))
             continue
         difference = "" if result.name == FULL else f"{differences[key]:+{style}}"
-        if not is_full(result) and _alike(differences, noise, key):
+        if not is_full(result) and is_alike(differences, noise, key):
             difference += f" {ALIKE}"
         found.append((format(values[key], style), difference))
     return found
@@ -176,7 +177,8 @@ def _styles(ablation: Ablation) -> tuple[dict[str, str], dict[str, str]]:
     return heldout, dict.fromkeys([*ablation.tasks, "mean"], ".1f") if ablation.tasks else {}
 
 
-def _alike(differences: Mapping[str, float], noise: Mapping[str, float] | None, key: str) -> bool:
+def is_alike(differences: Mapping[str, float], noise: Mapping[str, float] | None, key: str) -> bool:
+    """Whether a difference to the full recipe is no larger than those between its own seeds."""
     return noise is not None and key in noise and abs(differences[key]) <= noise[key]
 
 
@@ -191,12 +193,22 @@ def notes(ablation: Ablation) -> list[str]:
             f"{ALIKE} not larger than the largest difference between {count} seeds of the full recipe: may be chance"
         )
     lines.append("all variants: same seed, data order, steps and learning rate; one run each")
+    if ablation.teacher:
+        told = (
+            f"{METRICS[key][0].splitlines()[0]} {_value(ablation.teacher, key)}" for key in ablation.teacher
+        )
+        lines.append(f"the teacher itself, on the same masked tokens: {', '.join(told)}")
     if ablation.tasks:
         lines.append(f"tasks: median of {ablation.finetuning_seeds} fine-tuning seeds, points of 100")
     lines.append(PUBLISHED_NOTE)
     lines += [f"left out: {name}: {reason}" for name, reason in ablation.left_out.items()]
     lines += [f"FAILED: {name}: {reason}" for name, reason in ablation.failed.items()]
     return lines
+
+
+def _value(heldout: Mapping[str, float], key: str) -> str:
+    heading, style, factor = METRICS[key]
+    return f"{heldout[key] * factor:{style}} {heading.split()[-1].strip('()')}"
 
 
 def as_text(ablation: Ablation) -> str:
@@ -242,60 +254,3 @@ def as_markdown(ablation: Ablation) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("\n", " ").strip() for cell in cells) + " |"
-
-
-def plot(ablation: Ablation, out: Path) -> None:
-    """One panel for each score, a point for each variant, the range of the full recipe's seeds as a band; PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    titles = {"heldout_kl": "KL to the teacher (nats), lower is better"}
-    titles["heldout_top1_agreement"] = "top-1 agreement with the teacher (%)"
-    titles["heldout_mlm_loss"] = "MLM loss (nats), lower is better"
-    if ablation.tasks:
-        titles["mean"] = f"mean of {', '.join(ablation.tasks)} (points)"
-    shown = [result for result in ablation.results if not result.name.startswith(REPEAT)]
-    figure, panels = pyplot.subplots(
-        1, len(titles), figsize=(1.6 + 3.7 * len(titles), 1.6 + 0.42 * len(shown)), sharey=True
-    )
-    for axes, (key, title) in zip(panels, titles.items(), strict=True):
-        _plot_panel(axes, ablation, shown, key)
-        axes.set_xlabel(title)
-    panels[0].set_yticks(range(len(shown)), [result.name for result in shown])
-    figure.suptitle(f"Ablation. {ablation.scale}", fontsize=11)
-    legend = "hollow: no further from the full recipe than its own seeds are from each other (grey band)"
-    figure.text(0.5, 0.01, legend if ablation.noise() else "one seed each", ha="center", fontsize=9)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    figure.savefig(out, dpi=130)
-    pyplot.close(figure)
-
-
-def _plot_panel(axes: Any, ablation: Ablation, shown: Sequence[Result], key: str) -> None:
-    full = [
-        values[key]
-        for result in ablation.results
-        if is_full(result) and key in (values := ablation.values(result))
-    ]
-    style = METRICS[key][1] if key in METRICS else ".1f"
-    axes.axvspan(min(full), max(full), color="0.85", zorder=0)
-    axes.axvline(full[0], color="0.45", linewidth=1, zorder=1)
-    for row, result in enumerate(shown):
-        if (value := ablation.values(result).get(key)) is None:
-            continue
-        differences, is_reference = ablation.differences(result), result.name == FULL
-        hollow = not is_reference and _alike(differences, ablation.noise(), key)
-        color = "black" if is_reference else "tab:blue"
-        axes.plot(value, row, "o", color=color, markerfacecolor="white" if hollow else color, zorder=3)
-        label = format(value, style) if is_reference else f"{differences[key]:+{style}}"
-        place = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8}
-        axes.annotate(label, (value, row), (0, 6), **place)
-    shown_values = [ablation.values(result)[key] for result in shown if key in ablation.values(result)]
-    if key == "heldout_kl" and max(shown_values) > LOG_ABOVE * min(shown_values) > 0:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-    axes.margins(x=0.18)
-    axes.set_ylim(len(shown) - 0.5, -0.8)
-    axes.grid(axis="x", alpha=0.3)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch import ablate
+from launch import ablate, ablation_job
 from launch.cli import parse_config
 from train.ablation import (
     FULL,
@@ -21,7 +21,8 @@ from train.ablation import (
     differing_keys,
     variants_of,
 )
-from train.ablation_table import Ablation, Result, Scale, as_json, as_markdown, as_text, plot
+from train.ablation_figure import plot
+from train.ablation_table import Ablation, Result, Scale, as_json, as_markdown, as_text
 from train.config import Config
 from train.finetuning.results import write_scores
 from train.finetuning.tasks import GLUE
@@ -223,14 +224,14 @@ def test_nothing_is_cut_off_on_a_terminal() -> None:
     results = [
         result(name, -12.3456, scores) for name in ("full", "every-other", "distilbert", "full-seed-10")
     ]
-    text = as_text(Ablation(results, SMALL, 3))
+    text = as_text(Ablation(results, SMALL, finetuning_seeds=3))
     assert "…" not in text
     assert text.count("full-seed-10") == 2
 
 
 def test_the_figure_is_a_png(tmp_path: Path) -> None:
     results = [dataclasses.replace(entry, scores={"rte": 60.0}) for entry in RESULTS]
-    plot(Ablation(results, SMALL, 3), tmp_path / "ablation.png")
+    plot(Ablation(results, SMALL, finetuning_seeds=3), tmp_path / "ablation.png")
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -268,6 +269,7 @@ class Stages:
             (run_dir / "student").mkdir(parents=True)
             (run_dir / "student" / "config.json").write_text("{}")
             summary = {"steps": 300, "tokens": 1228800, "tokens_per_s": 9.0, "heldout": HELDOUT}
+            summary["heldout_before"] = {**HELDOUT, "teacher_heldout_mlm_loss": 4.7}
             summary["parameters"] = {"student": 1461952, "teacher": 1858752}
             (run_dir / "summary.json").write_text(json.dumps(summary))
         return code
@@ -275,7 +277,7 @@ class Stages:
 
 def stages(monkeypatch: pytest.MonkeyPatch, **codes: int) -> Stages:
     stand_in = Stages({name.replace("_", "-"): code for name, code in codes.items()})
-    monkeypatch.setattr(ablate, "run_stage", stand_in)
+    monkeypatch.setattr(ablation_job, "run_stage", stand_in)
     return stand_in
 
 
@@ -290,6 +292,8 @@ def test_a_failed_variant_is_named_and_the_others_are_kept(
     names = [row["name"] for row in saved["variants"]]
     assert names == ["full", "no-kd", "no-cosine", "masked-kd", "first-half", "last-half"]
     assert list(saved["failed"]) == ["no-mlm", "random"]
+    assert saved["teacher"] == {"heldout_mlm_loss": 4.7}
+    assert "the teacher itself, on the same masked tokens: MLM loss 4.7000 nats" in printed.out
     again = stages(monkeypatch)
     assert ablate.main(words) == 0
     assert len(again.commands) == 2
