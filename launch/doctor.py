@@ -28,6 +28,7 @@ from train.config import Config
 from train.doctor_checks import (
     Finding,
     check_all_reduce,
+    check_keep_alive,
     check_variables,
     judge_hosts,
     watched_variables,
@@ -39,6 +40,7 @@ from train.doctor_hosts import (
     UnreachableError,
     all_reduce,
     is_here,
+    keep_alive_s,
     read_hostfile,
 )
 from train.text_table import text_table
@@ -60,7 +62,9 @@ def main(arguments: Sequence[str]) -> int:
     findings = examine(config, entries, options)
     print(table_of(findings))
     failed = [finding for finding in findings if not finding.ok]
-    print(f"{len(findings)} checks, {len(failed)} failed" if failed else f"{len(findings)} checks, all well")
+    warnings = [finding for finding in findings if finding.ok and finding.remedy]
+    end = f"{len(failed)} failed" if failed else "all well"
+    print(f"{len(findings)} checks, {end}" + (f", {len(warnings)} to look at" if warnings else ""))
     return 1 if failed else 0
 
 
@@ -151,6 +155,8 @@ def examine_hosts(
     )
     remote = [host.name for host in hosts if not is_here(host.name)]
     findings += check_variables(os.environ, read_env_files(), answers, remote)
+    if remote:
+        findings.append(check_keep_alive({name: keep_alive_s(name, options.ssh) for name in remote}))
     if len(hosts) > 1:
         findings.append(check_shared_folder(run_dir, hosts))
     address = meeting_address(hosts, answers)
@@ -239,11 +245,11 @@ def examine_here(config: Config, world_size: int) -> list[Finding]:
 
 
 def table_of(findings: Sequence[Finding]) -> str:
-    """One row a check; a failure's remedy below what was seen."""
+    """One row a check; a failure's or a warning's remedy below what was seen."""
     rows = [
         (
             finding.check,
-            "ok" if finding.ok else "FAILED",
+            ("look" if finding.remedy else "ok") if finding.ok else "FAILED",
             finding.result + (f"\n-> {finding.remedy}" if finding.remedy else ""),
         )
         for finding in findings

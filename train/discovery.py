@@ -106,7 +106,8 @@ def slurm_rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
         raise ValueError(
             f"SLURM_PROCID is set but not SLURM_JOB_NODELIST and SLURM_JOB_ID, which say where rank 0 is: {ADVICE}"
         )
-    job, step = _number(environment, "SLURM_JOB_ID"), int(environment.get("SLURM_STEP_ID", 0))
+    job = _number(environment, "SLURM_JOB_ID")
+    step = _number({"SLURM_STEP_ID": "0", **environment}, "SLURM_STEP_ID")
     return first_host(nodes), FIRST_JOB_PORT + (job + 7 * step) % NUM_JOB_PORTS
 
 
@@ -136,7 +137,7 @@ def _source(environment: Mapping[str, str], marked: str | None) -> _Source | Non
 
 
 def _refuse_batch_script_without_srun(environment: Mapping[str, str]) -> None:
-    if int(environment.get("SLURM_NTASKS", 1)) > 1:
+    if _number({"SLURM_NTASKS": "1", **environment}, "SLURM_NTASKS") > 1:
         raise ValueError(
             f"this Slurm job has SLURM_NTASKS={environment['SLURM_NTASKS']} tasks, but this process was not started by "
             "srun and would train alone: `srun python launch/pretrain.py`, or `unset SLURM_NTASKS` to mean it"
@@ -165,7 +166,7 @@ def _local_size(environment: Mapping[str, str], source: _Source, world_size: int
             return _number(environment, name)
     if source is _SRUN:
         tasks = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
-        node = int(environment.get("SLURM_NODEID", 0))
+        node = _number({"SLURM_NODEID": "0", **environment}, "SLURM_NODEID")
         return tasks[node] if node < len(tasks) else world_size
     return world_size
 

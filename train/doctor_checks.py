@@ -30,7 +30,7 @@ class Finding:
     result: str
     """What was seen; names the host where that matters."""
     remedy: str = ""
-    """What to do, where it is not ok."""
+    """What to do, where it is not ok; where it is, a warning: the run would start, but something may cost later."""
 
 
 def judge_hosts(
@@ -250,6 +250,21 @@ def check_variables(
             )
         )
     return findings
+
+
+def check_keep_alive(intervals: Mapping[str, int | None]) -> Finding:
+    """Would the launcher's ssh notice that a host has gone silent? A warning where it would not.
+
+    Args:
+        intervals: ServerAliveInterval by remote host, seconds; 0 is never, None is not known.
+    """
+    never = [host for host, interval in intervals.items() if interval == 0]
+    known = [interval for interval in intervals.values() if interval]
+    seen = f"ServerAliveInterval is at most {max(known)} s" if known else "not known: --ssh is no OpenSSH"
+    if never:
+        seen = f"ServerAliveInterval is 0 for {', '.join(never)}: `deepspeed` would wait for ever for a dead host"
+    remedy = "two lines for ~/.ssh/config on this host: `Host *` and `    ServerAliveInterval 5`"
+    return Finding("ssh keep-alive", True, seen, remedy if never else "")
 
 
 def watched_variables(environment: Mapping[str, str], remote_shards: bool) -> list[str]:

@@ -45,12 +45,21 @@ def read_hostfile(path: str) -> list[HostEntry]:
         raise ValueError(
             f"--hostfile {path}: {error.strerror}; write a line `NAME slots=GPUS` for each host"
         ) from None
+    if lines and lines[0].startswith("\ufeff"):
+        raise ValueError(
+            f"--hostfile {path} begins with a byte order mark, which deepspeed takes for a name; remove it"
+        )
     hosts = []
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].split()
         if not words:
             continue
-        count = words[1].removeprefix("slots=") if len(words) == 2 and words[1].startswith("slots=") else ""
+        if "[" in words[0] or "," in words[0]:
+            raise ValueError(
+                f"--hostfile {path}, line {number}: deepspeed takes {words[0]!r} for one host; give each a line"
+            )
+        # Like deepspeed, no look at what follows, such as mpirun's max_slots=.
+        count = words[1].removeprefix("slots=") if len(words) > 1 and words[1].startswith("slots=") else ""
         if not (count.isdecimal() and int(count) > 0):
             raise ValueError(f"--hostfile {path}, line {number}: {line.strip()!r} is not `NAME slots=GPUS`")
         hosts.append(HostEntry(words[0], int(count)))
@@ -66,6 +75,24 @@ def read_hostfile(path: str) -> list[HostEntry]:
 def is_here(name: str) -> bool:
     """Whether a host's name means the machine that this runs on."""
     return name in ("localhost", "127.0.0.1", platform.node())
+
+
+def keep_alive_s(name: str, ssh: str) -> int | None:
+    """ServerAliveInterval with which `ssh` reaches a host, as `ssh -G` tells it; None where it does not tell."""
+    try:
+        told = subprocess.run(
+            [*shlex.split(ssh), "-G", name],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    words = next(
+        (line.split() for line in told.stdout.splitlines() if line.startswith("serveraliveinterval ")), []
+    )
+    return int(words[1]) if len(words) == 2 and words[1].isdecimal() else None
 
 
 class Host:

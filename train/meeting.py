@@ -1,17 +1,26 @@
-"""The ranks meet at rank 0's store; one that does not come is named, instead of waited for in silence."""
+"""The ranks meet at rank 0's store; one that does not come is named, instead of waited for in silence.
+
+Then each opens a connection to the next, at a port of the system's choice, as gloo and NCCL will: behind a firewall
+that lets only rank 0's port through, gloo would try for five times its timeout without a word.
+"""
 
 from __future__ import annotations
 
 import errno
+import os
 import platform
+import socket
 from datetime import timedelta
 
+import psutil
 import torch.distributed as dist
 
 from train.errors import LostRankError
 
 # Between the first rank's and the last rank's arrival: a slow file system takes minutes to import torch.
 WAIT_S = 600.0
+CONNECT_S = 20.0
+"""A lost packet of a TCP handshake is sent again after 1, 3, 7 and 15 s."""
 
 
 def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WAIT_S) -> dist.Store:
@@ -19,7 +28,7 @@ def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WA
 
     Raises:
         ValueError: rank 0's port is taken.
-        LostRankError: a rank did not come, or rank 0 cannot be reached, within `wait_s`.
+        LostRankError: a rank did not come, or rank 0 or another rank cannot be reached, within `wait_s`.
     """
     wait = timedelta(seconds=wait_s)
     try:
@@ -40,7 +49,50 @@ def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WA
         store.wait(keys, wait)
     except dist.DistError:
         raise LostRankError(_who_is_missing(store, keys, rank, wait_s)) from None
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")  # train/world.py sets it where there are several hosts
+    if interface:
+        _try_connections(store, rank, world_size, interface.split(",")[0], wait)
     return store
+
+
+def _try_connections(store: dist.Store, rank: int, world_size: int, interface: str, wait: timedelta) -> None:
+    """Each rank connects to the next; all raise the same LostRankError where one of them cannot."""
+    address = _address_of(interface)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family) as server:
+        store.set(f"halfling-at/{rank}", f"{address} {server.getsockname()[1]}")
+        other = (rank + 1) % world_size
+        store.wait([f"halfling-at/{other}"], wait)
+        where, port = store.get(f"halfling-at/{other}").decode().split()
+        try:
+            socket.create_connection((where, int(port)), timeout=CONNECT_S).close()
+            fault = ""
+        except OSError as error:
+            fault = (
+                f"rank {rank} on {platform.node()} cannot connect to rank {other} on "
+                f"{store.get(f'halfling-here/{other}').decode()} at {where}, port {port} ({error.strerror or error}): "
+                "open all ports between the hosts (firewall, security group), or set GLOO_SOCKET_IFNAME to another "
+                "network interface; launch/doctor.py --hostfile tries this too"
+            )
+        store.set(f"halfling-fault/{rank}", fault)
+        keys = [f"halfling-fault/{number}" for number in range(world_size)]
+        store.wait(keys, wait)  # and so nobody's server closes too early
+    faults = [found.decode() for found in store.multi_get(keys) if found]
+    if faults:
+        raise LostRankError(faults[0])
+
+
+def _address_of(interface: str) -> str:
+    """ValueError where this host has no such interface, or it has no address."""
+    entries = psutil.net_if_addrs().get(interface, [])
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for entry in entries:
+            if entry.family == family and not entry.address.startswith("fe80:"):
+                return entry.address
+    raise ValueError(
+        f"GLOO_SOCKET_IFNAME={interface}: {platform.node()} has no such network interface with an address; it has "
+        f"{', '.join(psutil.net_if_addrs())}"
+    )
 
 
 def _who_is_missing(store: dist.Store, keys: list[str], rank: int, wait_s: float) -> str:

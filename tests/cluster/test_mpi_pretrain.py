@@ -70,12 +70,14 @@ def test_a_signal_to_mpirun_saves(saved_under_pbs: tuple[Path, str]) -> None:
 def test_on_two_hosts_the_run_goes_on_and_ends_with_the_losses_of_one(
     saved_under_pbs: tuple[Path, str], hosts: Hosts, settings: list[str], expected_losses: list[float]
 ) -> None:
-    """mpirun starts its daemon on the other host by ssh."""
+    """The command of docs/CLUSTER.md: mpirun starts its daemon on the other host by ssh, where no .venv is active."""
     run_dir, _ = saved_under_pbs
-    command = [str(Path(sys.executable).with_name("python")), "launch/pretrain.py", f"--run.dir={run_dir}"]
+    command = ["-x", "PATH", "python", "launch/pretrain.py", f"--run.dir={run_dir}", *settings]
+    environment = {**hosts.environment(), **MPI_AS_ROOT, "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(
-        hosts.command("host-a", *mpirun(2, ["--hostfile", str(hosts.hostfile), *command, *settings])),
-        env={**hosts.environment(), **MPI_AS_ROOT, "OMP_NUM_THREADS": "1"},
+        hosts.command("host-a", *mpirun(2, ["--hostfile", str(hosts.hostfile), *command])),
+        env=environment,
         capture_output=True,
         text=True,
         timeout=240,

@@ -1,6 +1,7 @@
 """In ssh's place: runs the command on this machine, as another host, and lies where FAULTS (JSON, by host) says so.
 
 {"hostb": {"shards": "/other", "clock": 120, "package": ["torch", "2.0.0"], "disk": 0.01}, "hostc": "unreachable"}
+{"hostb": {"alive": 0}}                     what `ssh -G` says of ServerAliveInterval
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from typing import Any
 
 
 def main() -> int:
-    host, command = sys.argv[1:]
+    question = sys.argv[1] == "-G"
+    host, command = [*sys.argv[2:], ""] if question else sys.argv[1:]
     faults = json.loads(os.environ.get("FAULTS", "{}")).get(host, {})
     if faults == "unreachable":
         print(f"ssh: connect to host {host} port 22: No route to host", file=sys.stderr)
         return 255
+    if question:
+        print(f"user root\nserveraliveinterval {faults.get('alive', 15)}")
+        return 0
     process = subprocess.Popen(
         ["sh", "-c", command], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
     )

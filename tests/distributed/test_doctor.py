@@ -74,7 +74,8 @@ def test_two_hosts_all_well(settings: list[str], tmp_path: Path) -> None:
     assert "32 = 8 x 2 x 2 ranks" in table["batch arithmetic"]
     assert "MLM head; float16 against fp32" in table["teacher"]
     assert "seen by every host" in table["shared run folder"]
-    assert len(table) == 18
+    assert "ServerAliveInterval is at most 15 s" in table["ssh keep-alive"]
+    assert len(table) == 19
     assert not (tmp_path / "runs").exists()  # it leaves nothing behind
     assert not done.stderr.strip()
 
@@ -99,6 +100,7 @@ def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str
             "package": ["torch", "2.0.0"],
             "disk": 0.01,
             "blind": True,
+            "alive": 0,
         },
         "hostc": "unreachable",
     }
@@ -134,4 +136,9 @@ def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str
             assert words.replace(" ", "") in table[check].replace(" ", ""), (check, table[check])
     well = ("code", "memory", "run folder", "GPUs and drivers", "tokenizer and shards", "teacher's files")
     assert [name for name in well if not table[name].startswith("ok")] == []
-    assert set(table) == {*told, *well, "forwarded variables"}
+    assert table["ssh keep-alive"].startswith(
+        "look ServerAliveInterval is 0 for hostb: `deepspeed` would wait"
+    ), table
+    assert "ServerAliveInterval 5" in table["ssh keep-alive"]
+    assert set(table) == {*told, *well, "forwarded variables", "ssh keep-alive"}
+    assert "10 failed, 1 to look at" in done.stdout

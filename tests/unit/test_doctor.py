@@ -17,6 +17,7 @@ from train.doctor_checks import (
     check_disk,
     check_equal,
     check_gpus,
+    check_keep_alive,
     check_memory,
     check_run_folder,
     check_shards,
@@ -25,7 +26,7 @@ from train.doctor_checks import (
     check_versions,
     watched_variables,
 )
-from train.doctor_hosts import HostEntry, read_hostfile
+from train.doctor_hosts import HostEntry, keep_alive_s, read_hostfile
 
 GPU = {"name": "NVIDIA A100", "driver": "550.54", "memory": "81920 MiB", "used": "0 MiB"}
 HEALTHY: dict[str, Any] = {
@@ -145,6 +146,22 @@ def test_variables_that_do_not_arrive() -> None:
     assert [f.check for f in check_variables(own, {"f": "\n"}, answers, []) if not f.ok] == [".deepspeed_env"]
 
 
+def test_ssh_that_does_not_look_is_a_warning(tmp_path: Path) -> None:
+    fine = check_keep_alive({"b": 5, "c": 15})
+    assert (fine.ok, fine.remedy, fine.result) == (True, "", "ServerAliveInterval is at most 15 s")
+    warned = check_keep_alive({"b": 0, "c": 15})
+    assert warned.ok
+    assert "is 0 for b:" in warned.result
+    assert "~/.ssh/config" in warned.remedy
+    assert check_keep_alive({"b": None}).remedy == ""
+    stand_in = tmp_path / "ssh"
+    for says, expected in (("port 22\\nserveraliveinterval 7", 7), ("usage", None)):
+        stand_in.write_text(f"#!/bin/sh\nprintf '{says}\\n'\n")
+        stand_in.chmod(0o755)
+        assert keep_alive_s("b", f"{stand_in} -o X=y") == expected
+    assert keep_alive_s("b", "no-such-ssh") is None
+
+
 def test_all_reduce_results() -> None:
     good = {"code": 0, "output": 'noise\n{"right": true, "gb_per_s": 2.0, "megabytes": 17}'}
     slow = {"code": 0, "output": '{"right": true, "gb_per_s": 0.5, "megabytes": 17}'}
@@ -163,6 +180,10 @@ def test_all_reduce_results() -> None:
         ("a slots=0\n", "is not `NAME"),
         ("a slots=1\na slots=2\n", "names a twice"),
         ("# none\n", "names no host"),
+        ("\ufeffa slots=1\n", "begins with a byte order mark"),
+        ("# all\na[1-2] slots=1\n", r"line 2: deepspeed takes 'a\[1-2\]' for one host; give each a line"),
+        ("a slots=2x\n", "is not `NAME"),
+        ("a slots= 2\n", "is not `NAME"),
     ],
 )
 def test_hostfiles_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -174,6 +195,14 @@ def test_hostfiles_refused(text: str, message: str, tmp_path: Path) -> None:
 def test_hostfile(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("# mine\n\na slots=8\nb slots=4 # smaller\n")
     assert read_hostfile(str(tmp_path / "hosts")) == [HostEntry("a", 8), HostEntry("b", 4)]
+    (tmp_path / "windows").write_bytes(
+        b"a\tslots=8\r\n\r\n  10.0.0.2   slots=4 max_slots=8\r\nfd00::3 slots=1#c"
+    )
+    assert read_hostfile(str(tmp_path / "windows")) == [
+        HostEntry("a", 8),
+        HostEntry("10.0.0.2", 4),
+        HostEntry("fd00::3", 1),
+    ]
     with pytest.raises(ValueError, match="No such file"):
         doctor.main(["--hostfile", str(tmp_path / "none")])
     with pytest.raises(ValueError, match="has no effect beside --hostfile"):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import platform
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from tests.distributed.harness import free_port
 from train.errors import LostRankError
-from train.meeting import meet
+from train.meeting import _try_connections, meet
 
 
 def test_all_come() -> None:
@@ -19,6 +22,47 @@ def test_all_come() -> None:
         stores = [pool.submit(meet, rank, 3, "127.0.0.1", port, 20) for rank in range(3)]
         for rank, store in enumerate(stores):
             assert store.result().get(f"halfling-here/{rank}") == platform.node().encode()
+
+
+def test_ranks_that_cannot_connect_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A firewall that lets rank 0's port through and no other: here rank 2's server takes nobody."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,other")
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        stores = [pool.submit(meet, rank, 3, "127.0.0.1", port, 20) for rank in range(3)]
+        assert all(store.result() for store in stores)
+
+        connect = socket.create_connection
+
+        def blocked(where: tuple[str, int], timeout: float) -> socket.socket:
+            if where[1] == port_of_2():
+                raise TimeoutError("timed out")
+            return connect(where, timeout=timeout)
+
+        def port_of_2() -> int:
+            return int(store_of_0.result().get("halfling-at/2").split()[1])
+
+        monkeypatch.setattr("train.meeting.socket.create_connection", blocked)
+        port = free_port()
+        store_of_0 = pool.submit(dist.TCPStore, "127.0.0.1", port, 3, True, wait_for_workers=False)
+        found = [pool.submit(rest_of_meeting, rank, port) for rank in range(3)]
+        said = {str(one.exception()) for one in found}
+    (message,) = said
+    expected = (
+        rf"rank 1 on {platform.node()} cannot connect to rank 2 on {platform.node()} at 127.0.0.1, port \d+ "
+    )
+    assert re.match(expected + r"\(timed out\): open all ports between the hosts", message), message
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib9")
+    with pytest.raises(
+        ValueError, match=r"GLOO_SOCKET_IFNAME=ib9: \S+ has no such network interface .* it has lo"
+    ):
+        meet(0, 1, "127.0.0.1", free_port(), 20)
+
+
+def rest_of_meeting(rank: int, port: int) -> None:
+    store = dist.TCPStore("127.0.0.1", port, 3, False)
+    store.set(f"halfling-here/{rank}", platform.node())
+    _try_connections(store, rank, 3, "lo", timedelta(seconds=20))
 
 
 def test_the_missing_rank_is_named() -> None:

@@ -90,6 +90,8 @@ def test_the_inner_launcher_counts(environment: dict[str, str]) -> None:
         (SRUN | {"LOCAL_RANK": "3"}, "LOCAL_RANK=3 but SLURM_LOCALID=1"),
         (OPEN_MPI | {"WORLD_SIZE": "2"}, "WORLD_SIZE=2 but OMPI_COMM_WORLD_SIZE=8"),
         (BATCH_SCRIPT | {"SLURM_NTASKS": "8"}, "was not started by srun and would train alone"),
+        (BATCH_SCRIPT | {"SLURM_NTASKS": ""}, "SLURM_NTASKS='' is no whole number"),
+        (SRUN | {"SLURM_NODEID": "n1"}, "SLURM_NODEID='n1' is no whole number"),
     ],
 )
 def test_missing_or_contradicting_variables_are_named(environment: dict[str, str], message: str) -> None:
@@ -140,6 +142,34 @@ def test_steps_of_one_job_meet_at_different_ports() -> None:
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+def test_hosts_with_different_numbers_of_tasks() -> None:
+    """srun --ntasks=7 on nodes of 4, 2 and 1 GPUs, dealt out in turn (--distribution=cyclic)."""
+    given = SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4,2,1", "SLURM_STEP_NUM_TASKS": "7"}
+    assert discover_ranks(given | {"SLURM_NODEID": "1", "SLURM_PROCID": "4"}) == Ranks(4, 1, 7, 2, "srun")
+    assert (
+        discover_ranks(given | {"SLURM_NODEID": "0", "SLURM_PROCID": "6", "SLURM_LOCALID": "3"}).local_size
+        == 4
+    )
+    assert (
+        discover_ranks(given | {"SLURM_NODEID": "2", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}).local_size
+        == 1
+    )
+
+
+def test_an_interactive_shell_of_salloc_starts_deepspeed_by_hand() -> None:
+    """The allocation's variables are there, and DeepSpeed's own count."""
+    shell = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "8",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "gpu[07-08]",
+    }
+    started = shell | TORCH | {"CROSS_RANK": "1", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
+    ranks = discover_ranks(started)
+    assert ranks == Ranks(5, 1, 8, 4, "deepspeed")
+    assert rendezvous(started, ranks) == ("10.0.0.7", 29500)
 
 
 def test_tasks_per_node() -> None:
