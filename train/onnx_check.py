@@ -17,6 +17,8 @@ from train.encoders import SEQUENCE, head_of, longest_input, random_inputs
 INSTALL = "python -m pip install -r requirements-onnx.txt"
 # Outputs may differ by this share of the largest of them: fp32 sums in another order. 1e-6 is usual.
 TOLERANCE = 1e-4
+ERRORS = 3
+"""ONNX Runtime's level of log that leaves warnings out."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,10 @@ def open_session(path: Path, num_threads: int | None = None) -> Any:
     """An ONNX Runtime session on the CPU; torch's number of threads unless told otherwise."""
     import onnxruntime
 
+    onnxruntime.set_default_logger_severity(ERRORS)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads or torch.get_num_threads()
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = ERRORS
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
