@@ -86,10 +86,10 @@ def test_figures_follow_from_the_seconds() -> None:
     model = torch.nn.Linear(2, 2)
     contenders = [Contender(name, "", model, "", {"eager": 24}) for name in ("slow", "quick")]  # type: ignore[arg-type]
     workloads = [Workload("", 8, 16.0, {})]
-    times = {(0, "eager", "slow"): [0.4, 0.8, 0.5], (0, "eager", "quick"): [0.1, 0.4, 0.125]}
+    times = {(0, "eager", "slow"): [1.0, 2.0, 3.0], (0, "eager", "quick"): [1.0, 0.5, 1.0]}
     report = inference.summarise(contenders, workloads, times, options())
     row = report["models"][0]["rows"][0]
-    assert (row["latency_ms"], row["latency_ms_range"], row["sentences_per_s"]) == (500, [400, 800], 16)
+    assert (row["latency_ms"], row["latency_ms_range"], row["sentences_per_s"]) == (2000, [1000, 3000], 4)
     assert [ratio["times_faster"] for ratio in report["ratios"]] == [
         4.0
     ]  # of 4, 2 and 4: each round by itself
