@@ -19,6 +19,8 @@ from tests.unit.squad_tokenizers import byte_pairs, wordpiece
 from train.finetuning import span
 from train.finetuning.runs import check_task, run_task
 from train.finetuning.settings import Job
+from train.finetuning.squad_data import Question
+from train.finetuning.squad_features import make_windows
 from train.finetuning.squad_files import find_squad_files, read_questions, sample
 from train.finetuning.tasks import task_named
 from train.finetuning.training import Stopped
@@ -195,6 +197,34 @@ def test_soft_labels_are_what_the_teacher_says(
     # The teacher knows these answers by heart: it is nearly sure of where they begin and end.
     places = windows.bounds[:-1, None] + windows.answer
     assert np.median(runner._soft[[[0], [1]], places.T]) > 0.5
+
+
+def test_a_batch_is_what_the_stock_tokenizer_gives() -> None:
+    tokenizer = wordpiece()
+    questions = [
+        Question("a", "fast?", "the model reads", ("the model",), (0,)),
+        Question("b", "which?", "a student", ("student",), (2,)),
+    ]
+    windows = make_windows(questions, tokenizer, 32, 8)
+    soft = np.arange(2 * len(windows.input_ids), dtype=np.float32).reshape(2, -1)
+    examples = span.WindowExamples(windows, token_types=True, labelled=True, soft=soft)
+    batch = span.SpanPadding(tokenizer.pad_token_id)([*examples])
+    stock = tokenizer(
+        ["fast?", "which?"],
+        ["the model reads", "a student"],
+        padding=True,
+        return_token_type_ids=True,
+        return_tensors="pt",
+    )
+    for name, expected in stock.items():
+        assert batch[name].tolist() == expected.tolist(), name
+    for row, words in enumerate((("the", "model"), ("student", "student"))):
+        for name, word in zip(("start_positions", "end_positions"), words, strict=True):
+            assert batch["input_ids"][row, int(batch[name][row])] == tokenizer.convert_tokens_to_ids(word)
+        own = slice(int(windows.bounds[row]), int(windows.bounds[row + 1]))
+        length = own.stop - own.start
+        assert batch["soft_spans"][row, :, :length].tolist() == soft[:, own].tolist()
+        assert not batch["soft_spans"][row, :, length:].any()
 
 
 class StopAfter:

@@ -131,3 +131,14 @@ def test_n_best_probabilities() -> None:
     first, second = answers.n_best()["q"]
     assert (first["probability"], second["probability"]) == pytest.approx((0.75, 0.25))
     assert first["text"] == "a"
+
+
+def test_a_text_found_twice_counts_once_at_its_best(case: tuple[list[Question], Windows]) -> None:
+    questions, windows = case
+    start = np.zeros(len(windows.input_ids), np.float32)
+    the = np.flatnonzero(windows.input_ids == wordpiece().convert_tokens_to_ids("the"))
+    start[the] = 4.0, 3.0
+    best = find_answers(questions, windows, start, start, 1).best["q"]
+    assert best[0] == Span("the", 8.0)
+    assert len({span.text for span in best}) == len(best)
+    assert [span.score for span in best] == sorted((span.score for span in best), reverse=True)

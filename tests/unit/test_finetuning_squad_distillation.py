@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,3 +112,5 @@ def test_a_cache_of_other_windows_is_another(windows: Windows) -> None:
     other = make_windows([Question("a", "why?", "the model reads", (), ())], wordpiece(), 24, 10)
     assert windows_digest(windows) == windows_digest(windows)
     assert windows_digest(windows) != windows_digest(other)
+    same_shape = replace(windows, input_ids=windows.input_ids[::-1].copy())
+    assert windows_digest(windows) != windows_digest(same_shape)
