@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a sentence per line, or a pair with a tab between, in place of STS-B's lengths; {MAX_TEXTS} are taken",
     )
     parser.add_argument(
-        "--rounds", type=int, default=6, help="at batch 1; larger batches half of it (default 6)"
+        "--rounds", type=int, default=4, help="at batch 1; larger batches half of it (default 4)"
     )
     parser.add_argument("--threads", type=int, default=None, help="default: torch's own")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -28,7 +28,7 @@ from train.onnx_export import quantise, trace
 # Tokens of STS-B's 1,500 dev pairs in BERT's uncased vocabulary: 20 equally frequent lengths (mean 31.4; of all 31.5).
 STSB_LENGTHS = (15, 16, 17, 18, 19, 21, 21, 23, 24, 26, 29, 32, 34, 37, 39, 42, 45, 49, 55, 65)
 MAX_TEXTS = 100
-SINGLE_BATCHES = 10
+SINGLE_BATCHES = 5
 """Batches of one sequence are quick: so many are timed together."""
 Inputs = dict[str, torch.Tensor]
 
