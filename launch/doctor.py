@@ -237,6 +237,10 @@ def check_sums(
 
 def examine_here(config: Config, world_size: int) -> list[Finding]:
     """What is the same for every host."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would say that it found none
     from train.doctor_local import check_batch, check_teacher, check_tokenizer
     from train.world import quiet_libraries
 

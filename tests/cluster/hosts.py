@@ -19,7 +19,6 @@ import psutil
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/sbin:" + os.environ.get("PATH", "")) or "sshd"
 ROOT = Path(__file__).resolve().parents[2]
-PRIVILEGE_SEPARATION = Path("/run/sshd")
 SECONDS_TO_START = 20
 
 
@@ -34,7 +33,6 @@ class Hosts:
         self.hostfile = folder / "hosts"
         self._spaces = [f"halfling-{os.getpid()}-{name}" for name in self.names]
         self._boots: dict[str, subprocess.Popen[bytes]] = {}
-        self._made_directory = False
         self._device = "eth0"
 
     def __enter__(self) -> Hosts:
@@ -56,8 +54,6 @@ class Hosts:
             self.kill_processes(name)
         for space in self._spaces:
             subprocess.run(["ip", "netns", "delete", space], capture_output=True, check=False)
-        if self._made_directory:
-            PRIVILEGE_SEPARATION.rmdir()
 
     def command(self, name: str, *words: str) -> list[str]:
         """`words` as a command on that host."""
@@ -91,6 +87,7 @@ class Hosts:
         self.link(name, "up")
         space = self._space(name)
         boot = f"hostname {name} && mount --bind {self.folder}/{name}.etc_hosts /etc/hosts && "
+        boot += "mount -t tmpfs tmpfs /run && mkdir -m 755 /run/sshd && "  # sshd wants it; systemd makes it elsewhere
         boot += f"exec {SSHD} -D -e -f {self.folder}/{name}.sshd_config"
         own = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", boot]
         log = (self.folder / f"{name}.log").open("ab")
@@ -155,9 +152,6 @@ class Hosts:
 
     def _write_ssh_files(self) -> None:
         folder = self.folder
-        if not PRIVILEGE_SEPARATION.exists():  # sshd wants it; systemd makes it where there is one
-            PRIVILEGE_SEPARATION.mkdir(mode=0o755)
-            self._made_directory = True
         _keygen(folder / "user_key")
         shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
         known, client = "", ""
