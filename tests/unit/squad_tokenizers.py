@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tests.conftest import SPECIAL, WORDS
 
 
-def wordpiece(with_pairs: bool = True, cls_token: str = "[CLS]") -> Any:
+def wordpiece(with_pairs: bool = True, cls_token: str = "[CLS]", words: Sequence[str] = tuple(WORDS)) -> Any:
     """Lower-cases and strips accents; single letters for what it does not know."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,.?'"
-    pieces = dict.fromkeys([*SPECIAL, *WORDS, *letters, *("##" + letter for letter in letters)])
+    pieces = dict.fromkeys([*SPECIAL, *words, *letters, *("##" + letter for letter in letters)])
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()

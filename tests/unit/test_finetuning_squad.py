@@ -40,7 +40,7 @@ def squad(path: Path, count: int, share_impossible: float = 0.0, seed: int = 0) 
     rng = random.Random(seed)
     paragraphs = []
     for key in range(count):
-        words = [*rng.sample(FILLERS[:6], 4)]
+        words = rng.sample(FILLERS[:6], rng.randint(3, 6))
         asked = FILLERS[6] if rng.random() < share_impossible else words[rng.randrange(3)]
         if asked in words:
             words.insert(words.index(asked) + 1, rng.choice(ANSWERS))
@@ -391,6 +391,10 @@ def test_a_teacher_of_another_tokenizer_is_refused(student: str, data: Path, tmp
     teacher = saved(tmp_path / "teacher", RobertaForQuestionAnswering(config), tokenizer)
     with pytest.raises(ValueError, match=r"--teacher .*teacher has another tokenizer than .*student"):
         check_task(job(student, data, tmp_path, "--teacher", teacher))
+    wordpiece(words=WORDS[::-1]).save_pretrained(tmp_path / "teacher")  # as many tokens, in another order
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        check_task(job(student, data, tmp_path, "--teacher", teacher))
+    tokenizer.save_pretrained(tmp_path / "teacher")
     # As a model of its own it does: no token types, two separators, its first positions are not used.
     scores = run_task(
         job(teacher, data, tmp_path, "--max-train-examples", "8", "--max-eval-examples", "4"), [0]
