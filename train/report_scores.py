@@ -51,7 +51,7 @@ def glue_table(models: Sequence[ModelScores]) -> Table | None:
         for task in tasks
     ]
     common = [task for task in tasks if all(task in model.tasks for model in models)]
-    if common:
+    if len(common) > 1:
         rows.append(
             [
                 f"mean of {'these' if len(common) == len(tasks) else 'the'} {len(common)}"
@@ -68,7 +68,7 @@ def glue_table(models: Sequence[ModelScores]) -> Table | None:
         "Pearson and Spearman for STS-B, mean of both dev sets for MNLI, else accuracy.",
         *_score_notes(models, tasks),
     ]
-    if len(common) < len(GLUE):
+    if 1 < len(common) < len(GLUE):
         notes.append(
             f"GLUE has {len(GLUE)} tasks, over which the published means are {published.GLUE_AVERAGE[theirs[0]]} and "
             f"{published.GLUE_AVERAGE[theirs[1]]}; the means here are over the same {len(common)} for every column."
@@ -98,7 +98,7 @@ def retention_table(models: Sequence[ModelScores], reference: str) -> Table | No
         for task in sorted(tasks, key=_by_title)
     ]
     common = [task for task in tasks if task in GLUE and all(task in model.tasks for model in others)]
-    if common:
+    if len(common) > 1:
         theirs = [
             statistics.fmean(published.GLUE[name][task] for task in common)
             for name in (published.STUDENT, published.TEACHER)
@@ -108,6 +108,7 @@ def retention_table(models: Sequence[ModelScores], reference: str) -> Table | No
     notes = [
         f"The model's median score over that of {reference}; a dash where that is 0 or less, or missing."
     ]
+    notes += _differences(models, tasks)
     columns = columns_of("task", [f"{model.name} / {reference}" for model in others])
     columns.append(Column(f"{published.STUDENT} / {published.TEACHER}", published.LABEL))
     return Table("Retention", columns, rows, notes)
@@ -148,7 +149,7 @@ def _score(scores: TaskScores | None, metric: str) -> str:
 
 
 def _score_notes(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[str]:
-    """Seeds, and what keeps two columns from being compared."""
+    """Seeds, soft labels, and what keeps two columns from being compared."""
     shown = [model.tasks[task] for model in models for task in tasks if task in model.tasks]
     seeds = sorted({scores.num_seeds for scores in shown})
     many = " to ".join(str(count) for count in dict.fromkeys((seeds[0], seeds[-1])))
@@ -165,6 +166,12 @@ def _score_notes(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[st
         ]
         if taught:
             notes.append(f"{model.name}: with a fine-tuned teacher's soft labels on {', '.join(taught)}.")
+    return notes + _differences(models, tasks)
+
+
+def _differences(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[str]:
+    """What keeps two scores of a task from being compared."""
+    notes = []
     for task in dict.fromkeys(tasks):
         for words, sizes in (
             ("dev", [sorted(model.tasks[task].dev_examples.items()) for model in models if task in model.tasks]),

@@ -147,8 +147,9 @@ def speed_table(speeds: InferenceFile) -> Table:
         ratios = [speeds.faster.get((model.name, *first.kind)) for model in others]
         rows.append([*cells, *(DASH if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
     notes = [
-        f"On {' and '.join(devices)}; medians over rounds in which all took turns. STS-B: sequences as long as its pairs. "
-        "eager and compile: torch; onnx: ONNX Runtime, fp32; onnx-int8: with int8 weights."
+        f"On {' and '.join(devices)}; medians over rounds in which all took turns. "
+        "STS-B: sequences as long as its pairs. eager and compile: torch; onnx: ONNX Runtime, fp32; "
+        "onnx-int8: with int8 weights."
     ]
     return Table("Latency and throughput", columns, rows, notes)
 
