@@ -2,7 +2,8 @@
 
 The launchers of DeepSpeed and MPI end the other ranks as soon as rank 0 has ended, so these only have to wait. srun
 lets them run on (made to end them, with --kill-on-bad-exit, it would also end ranks that are just about to report 75,
-and report a kill instead): there they ask rank 0, at a port that follows from the job's id.
+and report a kill instead), and so do DeepSpeed's and torchrun's on other hosts than rank 0's: there they ask rank 0, at
+a port that follows from the job's id, or from the one at which the ranks meet.
 """
 
 from __future__ import annotations
@@ -19,35 +20,41 @@ from train.rendezvous import rendezvous
 
 SECONDS_FOR_RANK_0 = 10.0
 ASK_EVERY_S = 0.1
+LAST_PRIVILEGED_PORT = 1023
 
 
-def tell(message: str, environment: Mapping[str, str]) -> None:
-    """Print `message` to stderr on rank 0, and on another rank only where rank 0 has not told the same."""
+def tell(message: str, environment: Mapping[str, str], others_know: bool = False) -> None:
+    """Print `message` to stderr on rank 0, and on another rank only where rank 0 has not told the same.
+
+    `others_know` on rank 0: nobody will ask (train/heartbeat.py has let them know).
+    """
     rank = probable_rank(environment)
-    place = _place_under_srun(environment)
+    place = _place_to_ask(environment)
     if rank != 0 and place is not None:
         if _rank_0_told(message, place[:2]):
             return
     elif rank != 0:
         time.sleep(SECONDS_FOR_RANK_0)
     print(message, file=sys.stderr, flush=True)
-    if rank == 0 and place is not None:
+    if rank == 0 and place is not None and not others_know:
         _answer(message, *place)
 
 
-def _place_under_srun(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
-    """Rank 0's address, its port for questions, and how many may ask; None where srun did not start this."""
+def _place_to_ask(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
+    """Rank 0's address, its port for questions, and how many may ask; None where its end ends the others."""
     try:
         ranks = discover_ranks(environment)
-        if ranks.launcher != "srun":
+        several_hosts = ranks.local_size < ranks.world_size
+        if ranks.launcher == "srun":
+            given = ("MASTER_ADDR", "MASTER_PORT")
+            environment = {name: value for name, value in environment.items() if name not in given}
+        elif ranks.launcher not in ("deepspeed", "torchrun") or not several_hosts:
             return None
-        own = {
-            name: value for name, value in environment.items() if name not in ("MASTER_ADDR", "MASTER_PORT")
-        }
-        address, port = rendezvous(own, ranks)
+        address, port = rendezvous(environment, ranks)
     except ValueError:  # then that is the error to be told
         return None
-    return address, port - NUM_JOB_PORTS, ranks.world_size - 1
+    port += -NUM_JOB_PORTS if port > LAST_PRIVILEGED_PORT + NUM_JOB_PORTS else NUM_JOB_PORTS
+    return address, port, ranks.world_size - 1
 
 
 def _digest(message: str) -> bytes:

@@ -94,6 +94,7 @@ class Heartbeat:
             self._thread.join(timeout=2 * BEAT_S)
         if error is not None and self._world.is_first:
             self._announce_end()
+            vars(error)["others_know"] = True
 
     def lost_rank(self, error: str) -> str:
         """What rank 0 tells of a collective that failed with `error`. On other ranks this does not return.

@@ -1,4 +1,4 @@
-"""One message for one error under srun: the other ranks ask rank 0."""
+"""One message for one error under srun and on several hosts: the other ranks ask rank 0."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch import telling
+from tests.distributed.harness import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 CALL = "import os, sys; from launch.telling import tell; tell(sys.argv[1], os.environ)"
@@ -42,6 +43,32 @@ def test_the_same_message_is_told_by_rank_0_alone(messages: list[str], told: lis
         for rank, message in enumerate(messages)
     ]
     assert [rank.communicate(timeout=30)[1].strip() for rank in ranks] == told
+
+
+def test_on_other_hosts_than_rank_0_s_deepspeed_ends_nobody() -> None:
+    """Rank 0 alone on its host, two ranks on another; its launcher's own port is taken by nobody yet."""
+    port = free_port()
+    variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CROSS_RANK": "0"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CALL, "no shards"],
+            cwd=ROOT,
+            env={**os.environ, **variables, "RANK": rank, "LOCAL_RANK": local, "LOCAL_SIZE": size},
+            text=True,
+            stderr=subprocess.PIPE,
+        )
+        for rank, local, size in (("0", "0", "1"), ("1", "0", "2"), ("2", "1", "2"))
+    ]
+    begun = time.monotonic()
+    assert [rank.communicate(timeout=30)[1].strip() for rank in ranks] == ["no shards", "", ""]
+    assert time.monotonic() - begun < telling.SECONDS_FOR_RANK_0
+
+
+def test_rank_0_whose_others_know_waits_for_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    begun = time.monotonic()
+    telling.tell("rank 1 is lost", srun_variables(0, os.getpid() + 3), others_know=True)
+    assert time.monotonic() - begun < 2
+    assert capsys.readouterr().err == "rank 1 is lost\n"
 
 
 def test_a_rank_that_failed_alone_tells_it(
