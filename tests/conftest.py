@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.parent.name
         item.add_marker(pytest.mark.xdist_group(folder if folder == "cluster" else item.path.name))
 
+
 WORDS = ["the", "a", "model", "layer", "token", "student", "teacher", "learns", "reads", "writes"]
 WORDS += ["small", "large", "fast", "slow", "shard", "batch"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

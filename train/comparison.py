@@ -17,8 +17,7 @@ from train.assembly import build_heldout, load_manifest
 from train.config import Config
 from train.evaluation import HeldoutEvaluation
 from train.metrics import read_rows
-from train.models import build_student, teacher_names
-from train.run import count_parameters
+from train.models import build_student, count_parameters, teacher_names
 from train.run_data import build_masker
 from train.teacher import Teacher, load_teacher
 from train.world import World

@@ -131,3 +131,8 @@ def tokenizer_source(config: Config) -> str:
     beside_shards = Path(without_scheme(config.data.shards), "tokenizer")
     names = teacher_names(config)
     return str(beside_shards) if beside_shards.is_dir() or not names else names[0]
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Parameters of a model, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

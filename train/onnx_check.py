@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from train.encoders import SEQUENCE, head_of, longest_input, random_inputs
+from train.saved_heads import SEQUENCE, head_of, longest_input, random_inputs
 
 INSTALL = "python -m pip install -r requirements-onnx.txt"
 # Outputs may differ by this share of the largest of them: fp32 sums in another order. 1e-6 is usual.

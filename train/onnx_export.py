@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from train.encoders import (
+from train.onnx_check import Check, check_fp32, compare, open_session, require_onnx
+from train.saved_heads import (
     BATCH,
     SEQUENCE,
     head_of,
@@ -28,7 +29,6 @@ from train.encoders import (
     random_inputs,
     text_inputs,
 )
-from train.onnx_check import Check, check_fp32, compare, open_session, require_onnx
 
 FP32_NAME, INT8_NAME = "model.onnx", "model_int8.onnx"
 OPSET = 17

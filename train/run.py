@@ -28,6 +28,7 @@ from train.heartbeat import Heartbeat
 from train.launcher_watch import LauncherWatch
 from train.metrics import Events, NoEvents, RunEvents, read_rows
 from train.micro_batch import find_micro_batch_size
+from train.models import count_parameters
 from train.observers import (
     Checkpointing,
     Evaluating,
@@ -227,6 +228,7 @@ def summarise(config: Config, parts: Parts, run_dir: Path) -> dict[str, Any]:
         "loss": logged[-1]["loss"],
         "tokens_per_s": sorted(row["tokens_per_s"] for row in logged)[len(logged) // 2],
         "parameters": {"student": count_parameters(parts.student)},
+        "device": parts.student.device.type,
         "model_flops_per_token": parts.flops_per_token,
         "matrix_flops_per_s_of_a_rank": parts.matrix_rate,
         "heldout_before": {key: value for key, value in heldout[0].items() if key != "step"}
@@ -239,11 +241,6 @@ def summarise(config: Config, parts: Parts, run_dir: Path) -> dict[str, Any]:
     if parts.teacher is not None:
         figures["parameters"]["teacher"] = sum(count_parameters(model) for model in parts.teacher.models)
     return json.loads(json.dumps(figures))
-
-
-def count_parameters(model: Any) -> int:
-    """Parameters of a model, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _is_from_a_collective(error: RuntimeError) -> bool:

@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from train.encoders import head_of, input_names, load_encoder, longest_input
 from train.onnx_check import open_session, run_session
 from train.onnx_export import quantise, trace
+from train.saved_heads import head_of, input_names, load_encoder, longest_input
 
 # Tokens of STS-B's 1,500 dev pairs in BERT's uncased vocabulary: 20 equally frequent lengths (mean 31.4; of all 31.5).
 STSB_LENGTHS = (15, 16, 17, 18, 19, 21, 21, 23, 24, 26, 29, 32, 34, 37, 39, 42, 45, 49, 55, 65)

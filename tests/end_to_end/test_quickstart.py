@@ -124,6 +124,7 @@ def test_summary_and_table(finished: tuple[Path, str]) -> None:
     first = next(row for row in read_rows(out / "student") if row["step"] == 0)
     assert rows["student before training"]["mlm_loss"] == pytest.approx(first["heldout_mlm_loss"], rel=1e-5)
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "SMALL SCALE" in (out / "report.html").read_text()
     assert f"tensorboard --logdir {out}" in output
 
 

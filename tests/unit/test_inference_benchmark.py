@@ -21,7 +21,7 @@ from launch.benchmarks.inference_models import (
     load_contenders,
     make_workloads,
 )
-from train.encoders import load_encoder
+from train.saved_heads import load_encoder
 
 
 def options(*words: str) -> argparse.Namespace:

@@ -26,8 +26,8 @@ from transformers import (
 
 from launch.export import main
 from train import onnx_export
-from train.encoders import load_encoder
 from train.loading import load_masked_lm
+from train.saved_heads import load_encoder
 from train.students import make_student
 
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -14,7 +14,6 @@ from train.finetuning import hub, readers, soft_labels
 from train.finetuning.batches import Features, Padding
 from train.finetuning.encoders import (
     check_encoder,
-    count_parameters,
     load_encoder,
     load_finetuned,
     load_tokenizer,
@@ -28,6 +27,7 @@ from train.finetuning.metrics import metric_names, score_predictions
 from train.finetuning.settings import Job
 from train.finetuning.tasks import Task
 from train.finetuning.training import fit, predict
+from train.models import count_parameters
 
 
 def check(job: Job) -> None:

@@ -170,10 +170,6 @@ def takes_token_types(model: PreTrainedModel) -> bool:
     return "token_type_ids" in known and getattr(model.config, "type_vocab_size", 0) > 1
 
 
-def count_parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def weights_digest(name: str) -> str:
     """SHA-256 over a folder's config, tokenizer and weights; of a hub name, the name itself."""
     digest = hashlib.sha256(b"" if Path(name).is_dir() else name.encode())

@@ -22,7 +22,6 @@ from train.errors import NonFiniteError
 from train.finetuning.batches import Features, Padding
 from train.finetuning.encoders import (
     check_encoder,
-    count_parameters,
     load_encoder,
     load_finetuned,
     load_tokenizer,
@@ -40,6 +39,7 @@ from train.finetuning.squad_features import Windows, make_windows, pair_template
 from train.finetuning.squad_files import find_squad_files, questions_digest, read_questions
 from train.finetuning.squad_scores import score_v1, score_v2
 from train.finetuning.training import fit, predict
+from train.models import count_parameters
 from train.run_folder import write_json
 
 NULL_THRESHOLD = 0.0  # --null_score_diff_threshold of BERT's run_squad.py
