@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.tiny_tasks import job_for, save_encoder, sentences, write_pairs, write_sst2
 from train.errors import NonFiniteError
-from train.finetuning import classification
+from train.finetuning import batches, classification
 from train.finetuning.batches import Padding, epoch_batches
 from train.finetuning.runs import check_task, run_task
 from train.finetuning.soft_labels import class_order, mean_soft_labels, soft_label_loss
@@ -62,16 +62,16 @@ def weights(out: Path, task: str = "sst2", seed: int = 0) -> dict[str, torch.Ten
 
 def test_a_batch_holds_texts_of_like_length_and_an_epoch_all_of_them() -> None:
     lengths = np.random.default_rng(0).integers(2, 100, 1003)
-    batches = epoch_batches(lengths, 8, seed=0, epoch=0, group_by_length=True)
-    assert sorted(np.concatenate(batches)) == list(range(1003))
-    assert sorted(map(len, batches)) == [3] + [8] * 125
-    padded = sum(lengths[batch].max() * len(batch) for batch in batches)
+    found = epoch_batches(lengths, 8, seed=0, epoch=0, group_by_length=True)
+    assert sorted(np.concatenate(found)) == list(range(1003))
+    assert sorted(map(len, found)) == [3] + [8] * 125
+    padded = sum(lengths[batch].max() * len(batch) for batch in found)
     mixed = epoch_batches(lengths, 8, seed=0, epoch=0, group_by_length=False)
     assert padded < 1.1 * lengths.sum() < 1.5 * lengths.sum() < sum(lengths[b].max() * len(b) for b in mixed)
     again, other = (epoch_batches(lengths, 8, 0, epoch, True) for epoch in (0, 1))
-    assert all((one == two).all() for one, two in zip(batches, again, strict=True))
-    assert (np.concatenate(other) != np.concatenate(batches)).any()
-    firsts = [lengths[batch].max() for batch in batches]
+    assert all((one == two).all() for one, two in zip(found, again, strict=True))
+    assert (np.concatenate(other) != np.concatenate(found)).any()
+    firsts = [lengths[batch].max() for batch in found]
     assert sorted(firsts, reverse=True) != firsts  # long texts do not come first
 
 
@@ -188,12 +188,18 @@ def test_without_a_whole_checkpoint_a_seed_begins_again(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stop_between_seeds_and_during_the_evaluation(tmp_path: Path, model: str, data: Path) -> None:
+def test_a_stop_between_seeds_and_during_the_evaluation(
+    tmp_path: Path, model: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs = []
+    real = batches.epoch_batches
+    monkeypatch.setattr(batches, "epoch_batches", lambda *words: epochs.append(words[3]) or real(*words))
     job, _ = job_for(tmp_path, model, "sst2", data, *QUICK, "--checkpoint-seconds", "0")
     with pytest.raises(
         Stopped, match="sst2 dev: stopped"
     ):  # 1 look before the seed, 47 steps before the last
         run_task(dataclasses.replace(job, stop=StopAfter(48)), range(1))
+    assert epochs == [0, 1, 2, 3]
     with pytest.raises(Stopped, match="sst2: stopped before seed 0"):
         run_task(dataclasses.replace(job, stop=StopAfter(0)), range(1))
     job, said = job_for(tmp_path, model, "sst2", data, *QUICK, "--checkpoint-seconds", "0")
