@@ -21,11 +21,10 @@ from train.finetuning.encoders import (
     takes_token_types,
     weights_digest,
 )
-from train.finetuning.encoding import check_pairs, encode
+from train.finetuning.encoding import check_pairs, check_room, encode
 from train.finetuning.examples import Examples
 from train.finetuning.metrics import metric_names, score_predictions
 from train.finetuning.settings import Job
-from train.finetuning.tasks import Task
 from train.finetuning.training import fit, predict
 from train.models import count_parameters
 
@@ -36,14 +35,14 @@ def check(job: Job) -> None:
     Raises:
         ValueError, FileNotFoundError: what is missing or does not fit.
     """
-    _model_and_tokenizer(job.task, job.model)
+    _model_and_tokenizer(job, job.model)
     if hub.hub_name(job.task, job.data) is None:
         assert job.data is not None
         readers.find_files(job.task, job.data)
     if job.unlabelled and not Path(job.unlabelled).is_file():
         raise FileNotFoundError(f"--unlabelled {job.unlabelled}: there is no such file")
     for teacher in job.teachers:
-        config, _ = _model_and_tokenizer(job.task, teacher)
+        config, _ = _model_and_tokenizer(job, teacher)
         soft_labels.class_order(teacher, config, job.task.labels)
 
 
@@ -69,7 +68,7 @@ class Classification:
         self.metrics = metric_names(task, dev)
         digests = [train.digest(), *(examples.digest() for examples in dev.values())]
         self.fingerprints = {"data": " ".join(digests)}
-        config, self._tokenizer = _model_and_tokenizer(task, job.model)
+        config, self._tokenizer = _model_and_tokenizer(job, job.model)
         model = self._new_model(0)
         self.parameters = count_parameters(model)
         length = _clipped(job, job.model, max_positions(config, self._tokenizer))
@@ -121,7 +120,10 @@ class Classification:
             for name, features in self._dev.items()
         }
         if not all(np.isfinite(output).all() for output in outputs.values()):
-            raise NonFiniteError(f"{job.task.name} seed {seed}: the model's outputs are no numbers any more")
+            raise NonFiniteError(
+                f"{job.task.name} seed {seed}: the model's outputs are no numbers any more; give a lower "
+                f"--learning-rate than {job.settings.learning_rate:g}"
+            )
         model.save_pretrained(out)
         self._tokenizer.save_pretrained(out)
         return {
@@ -136,7 +138,7 @@ def teacher_logits(job: Job, teacher: str, examples: Examples) -> np.ndarray:
 
     The teacher reads with its own tokenizer: nothing of it has to match the student's but the labels.
     """
-    config, tokenizer = _model_and_tokenizer(job.task, teacher)
+    config, tokenizer = _model_and_tokenizer(job, teacher)
     order = soft_labels.class_order(teacher, config, job.task.labels)
     length = _clipped(job, teacher, max_positions(config, tokenizer))
     path = soft_labels.cached_logits(job.folder, weights_digest(teacher), examples.digest(), str(length))
@@ -160,11 +162,12 @@ def _read(job: Job) -> tuple[Examples, dict[str, Examples]]:
     return readers.read_examples(job.task, readers.find_files(job.task, job.data), job.say)
 
 
-def _model_and_tokenizer(task: Task, name: str) -> tuple[Any, Any]:
+def _model_and_tokenizer(job: Job, name: str) -> tuple[Any, Any]:
     config = check_encoder(name)
     tokenizer = load_tokenizer(name, config)
-    if task.is_pair:
+    if job.task.is_pair:
         check_pairs(name, tokenizer)
+    check_room(name, tokenizer, job.settings.max_length, job.task.is_pair)
     return config, tokenizer
 
 

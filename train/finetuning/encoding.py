@@ -45,3 +45,13 @@ def check_pairs(name: str, tokenizer: Any) -> None:
             f"{name}: its tokenizer gives a pair of texts as {tokenizer.convert_ids_to_tokens(ids)}, with nothing "
             "between them; give its tokenizer.json a pair template, as BERT's [CLS] A [SEP] B [SEP]"
         )
+
+
+def check_room(name: str, tokenizer: Any, max_length: int, is_pair: bool) -> None:
+    """ValueError where `max_length` is all special tokens, and the model would see nothing of the texts."""
+    special = tokenizer.num_special_tokens_to_add(pair=is_pair)
+    least = special + (2 if is_pair else 1)
+    if max_length < least:
+        raise ValueError(
+            f"--max-length is {max_length}, of which {name} takes {special} for special tokens; give at least {least}"
+        )

@@ -7,6 +7,7 @@ GLUE (Wang et al. 2019, arXiv:1804.07461, section 5) makes one number of a task 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,14 +46,38 @@ def read_scores(folder: Path) -> dict[str, Any] | None:
     path = folder / FILE
     try:
         scores = json.loads(path.read_text())
-        scores["median"]["score"], scores["seeds"], scores["task"]
+        for found in (scores["median"], *scores["seeds"].values()):
+            _refuse_without_score(found)
+        scores["task"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no file of scores ({error!r}); delete it and run launch/finetune.py again"
         ) from None
     return scores
+
+
+def read_seed_scores(folder: Path) -> dict[str, float]:
+    """The scores of a finished seed, from its model folder.
+
+    Raises:
+        ValueError: the file is not such a file.
+    """
+    path = folder / FILE
+    try:
+        scores = json.loads(path.read_text())
+        _refuse_without_score(scores)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no file of a seed's scores ({error!r}); delete {folder} and run launch/finetune.py again"
+        ) from None
+    return scores
+
+
+def _refuse_without_score(scores: Mapping[str, float]) -> None:
+    if not math.isfinite(scores["score"]):
+        raise ValueError(f"its score is {scores['score']}")
 
 
 def median_and_spread(

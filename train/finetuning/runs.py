@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from train.finetuning.encoders import weights_digest
-from train.finetuning.results import FILE, median_and_spread, read_scores, write_scores
+from train.finetuning.results import FILE, median_and_spread, read_scores, read_seed_scores, write_scores
 from train.finetuning.settings import Job
 from train.finetuning.training import Stopped
 from train.run_folder import hold, write_json
@@ -89,7 +89,7 @@ def finished_seeds(folder: Path) -> dict[int, dict[str, float]]:
     found = {}
     for path in folder.glob(f"seed-*/{FILE}"):
         if number := re.fullmatch(r"seed-(\d+)", path.parent.name):
-            found[int(number[1])] = json.loads(path.read_text())
+            found[int(number[1])] = read_seed_scores(path.parent)
     return dict(sorted(found.items()))
 
 
@@ -154,7 +154,11 @@ def _refuse_changes(folder: Path, options: Mapping[str, Any]) -> None:
     path = folder / OPTIONS
     if not path.exists():
         return
-    before, now = _flat(json.loads(path.read_text())), _flat(options)
+    try:
+        before = _flat(json.loads(path.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete {folder} or give another --out") from None
+    now = _flat(options)
     compared = [key for key in {**before, **now} if key in now or not key.startswith("contents.")]
     changes = [
         f"contents of the {key.removeprefix('contents.')} differ"

@@ -146,7 +146,10 @@ class SpanRunner:
         model.eval()
         logits = self._logits(model, self._dev_windows, f"{job.task.name} dev")
         if not np.isfinite(logits).all():
-            raise NonFiniteError(f"{job.task.name} seed {seed}: the model's outputs are no numbers any more")
+            raise NonFiniteError(
+                f"{job.task.name} seed {seed}: the model's outputs are no numbers any more; give a lower "
+                f"--learning-rate than {job.settings.learning_rate:g}"
+            )
         assert job.settings.max_answer_length is not None
         longest = job.settings.max_answer_length
         answers = find_answers(self._questions, self._dev_windows, logits[0], logits[1], longest)
