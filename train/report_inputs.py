@@ -70,7 +70,12 @@ def read_model_scores(name: str, folder: Path) -> ModelScores:
     paths = sorted(folder.glob(f"*/{FILE}"))
     if not paths:
         raise ValueError(f"{folder} holds no TASK/{FILE} (--scores {name}={folder}); {FINETUNE} makes them")
-    read = {task_named(path.parent.name).name: _read(path, _task_scores) for path in paths}
+    read: dict[str, tuple[TaskScores, int]] = {}
+    for path in paths:
+        found = _read(path, _task_scores)
+        if found[0].task in read:
+            raise ValueError(f"{folder} holds two folders of scores of {found[0].task}; move one away")
+        read[found[0].task] = found
     tasks = {task: read[task][0] for task in TASKS if task in read}
     return ModelScores(name, max(parameters for _, parameters in read.values()), tasks)
 

@@ -442,3 +442,12 @@ def test_command_is_quiet(tmp_path: Path) -> None:
     command = [sys.executable, "launch/report.py", "--out", str(tmp_path / "out"), "--scores", f"a={folder}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_folder_of_no_task_is_named_and_a_task_stands_there_once(tmp_path: Path) -> None:
+    write_scores(tmp_path / "copy", sst2_old=scores("sst2", 1.0))
+    with pytest.raises(ValueError, match=r"sst2_old/scores.json: there is no task 'sst2_old'"):
+        read_model_scores("m", tmp_path / "copy")
+    write_scores(tmp_path, **{"sst2": scores("sst2", 1.0), "SST-2": scores("sst2", 2.0)})
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds two folders of scores of sst2; move one away"):
+        read_model_scores("m", tmp_path)
