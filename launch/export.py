@@ -89,8 +89,11 @@ def refuse_idle_options(options: argparse.Namespace) -> None:
 
 
 def read_texts(path: Path) -> list[str]:
-    """The lines of a file that hold anything; ValueError where none does."""
-    texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The lines of a file that hold anything; ValueError where none does, or it is no text."""
+    try:
+        texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8: give a text file with one sentence per line") from None
     if not texts:
         raise ValueError(f"{path} holds no sentences: give a file with one per line")
     return texts

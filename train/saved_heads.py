@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from train.families import FAMILIES
 
@@ -52,7 +53,8 @@ def head_of(model: PreTrainedModel) -> Head:
 
 def _head_of_class(class_name: str, where: str) -> Head:
     for suffix, head in HEADS.items():
-        if class_name.endswith(suffix):
+        # BertLMHeadModel is no BertModel: its head would be lost.
+        if class_name.endswith(suffix) and not class_name.endswith("LMHeadModel"):
             return head
     raise ValueError(f"{where}: {class_name} is not among the heads known here: {', '.join(HEADS)}")
 
@@ -65,7 +67,14 @@ def load_encoder(folder: Path) -> PreTrainedModel:
     """
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} is not a Hugging Face folder: it holds no config.json")
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder}: its config cannot be read: {' '.join(str(error).split())[:300]}"
+        ) from None
+    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise ValueError(f"{folder} is a {config.model_type}, which is no encoder of text")
     if config.is_encoder_decoder or getattr(config, "is_decoder", False):
         raise ValueError(f"{folder}: {config.model_type} is a decoder; only encoders are read here")
     class_name = next(iter(config.architectures or []), "")
