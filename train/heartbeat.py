@@ -21,11 +21,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch.distributed as dist
 
-from train.world import World
+if TYPE_CHECKING:
+    from train.world import World
 
 BEAT_S = 1.0
 LATE_LOOKS = 2
