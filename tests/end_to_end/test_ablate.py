@@ -1,4 +1,4 @@
-"""launch/ablate.py for real on small shards: killed while the second variant trains, gone on with, compared."""
+"""launch/ablate.py for real on small shards: killed after the first variant, gone on with, compared."""
 
 from __future__ import annotations
 
@@ -41,11 +41,9 @@ def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> t
     """The folder, and the output of the call after the kill."""
     out = tmp_path_factory.mktemp("ablation") / "out"
     job = start(settings, out)
-    checkpoints = out / "no-kd" / "checkpoints"
     try:
         for path in (out / "full" / "metrics.jsonl", out / "full" / "summary.json"):
             wait_for(path, job)
-        wait_for(checkpoints, job, lambda: any(checkpoints.glob("step-*/complete.json")))
         started = psutil.Process(job.pid).children(recursive=True)
     finally:
         job.send_signal(signal.SIGKILL)
@@ -61,7 +59,6 @@ def test_goes_on_where_it_was_killed(finished: tuple[Path, str]) -> None:
     out, output = finished
     assert "[1/2] full: the recipe as it is (nothing changed) - done before" in output
     assert "[2/2] no-kd: without the soft targets (objective.kd_weight=0.0)" in output
-    assert "no-kd/checkpoints/step-000000" in output.partition("continuing from ")[2]
     assert (out / "no-kd" / "student" / "model.safetensors").exists()
 
 
