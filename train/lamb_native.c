@@ -18,8 +18,6 @@ typedef struct {
 #define LANES 16
 /* Elements ahead of use: half a page; the processor's own prefetching stops at its end. */
 #define AHEAD 512
-/* Elements that the second pass takes forwards at a time; a multiple of LANES. */
-#define BLOCK 16384
 
 /* Prefetching past the end of an array is harmless: it never faults. */
 static inline void prefetch(const float *at) { __builtin_prefetch(at + AHEAD, 0, 3); }
@@ -78,22 +76,20 @@ static inline void second_element(const Span *s, float *restrict p, const float 
     *p = fmaf(-s->factor, direction(s, *p, *m, *v), *p);
 }
 
-/* Backwards, a block at a time: what the first pass touched last is what the caches still hold. */
 void lamb_second_pass(const Span *spans, int64_t count) {
-    for (int64_t k = count - 1; k >= 0; --k) {
+    for (int64_t k = 0; k < count; ++k) {
         const Span s = spans[k];
         float *restrict p = s.p;
         const float *restrict m = s.m, *restrict v = s.v;
-        for (int64_t stop = s.numel, i; stop > 0; stop = (stop - 1) / BLOCK * BLOCK) {
-            for (i = (stop - 1) / BLOCK * BLOCK; i + LANES <= stop; i += LANES) {
-                prefetch(p + i);
-                prefetch(m + i);
-                prefetch(v + i);
-                for (int j = 0; j < LANES; ++j)
-                    second_element(&s, p + i + j, m + i + j, v + i + j);
-            }
-            for (; i < stop; ++i)
-                second_element(&s, p + i, m + i, v + i);
+        int64_t i = 0;
+        for (; i + LANES <= s.numel; i += LANES) {
+            prefetch(p + i);
+            prefetch(m + i);
+            prefetch(v + i);
+            for (int j = 0; j < LANES; ++j)
+                second_element(&s, p + i + j, m + i + j, v + i + j);
         }
+        for (; i < s.numel; ++i)
+            second_element(&s, p + i, m + i, v + i);
     }
 }
