@@ -1,6 +1,6 @@
 # Two commands a new user needs: `make quickstart` and `make test`. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
-# Two files of tests at a time: most of them wait for ranks to start.
+# Files of unit tests at a time. The other tests start ranks, which want the cores for themselves.
 TEST_WORKERS ?= 2
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -20,7 +20,8 @@ types: .venv/installed-dev
 	mypy
 
 tests: .venv/installed-dev
-	python -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 python -m pytest tests/unit -n $(TEST_WORKERS) --dist loadfile
+	python -m pytest tests/distributed tests/end_to_end tests/cluster tests/gpu
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -24,15 +24,6 @@ if os.environ.get("CI"):
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What one worker of `pytest -n 2 --dist loadgroup` runs in a row: a file, for its fixtures; all of
-    tests/cluster, whose hosts and daemons have addresses and ports of their own."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "cluster" else item.path.name))
-
-
 WORDS = ["the", "a", "model", "layer", "token", "student", "teacher", "learns", "reads", "writes"]
 WORDS += ["small", "large", "fast", "slow", "shard", "batch"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
