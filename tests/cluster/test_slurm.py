@@ -155,7 +155,7 @@ def test_signal_before_the_time_limit_saves_requeues_and_goes_on(
     step = saved[-1]
     assert 4 <= step < 24
     assert f"stopped after step {step}, which is saved; run again to continue" in output
-    assert output.index("saved and requeued") < output.index("start 2, on ")
+    assert output.index("saved; requeueing") < output.index("start 2, on ")
     assert f"continuing from {run_dir}/checkpoints/step-{step:08d}" in output
     assert losses(run_dir) == expected_losses
 
@@ -176,7 +176,7 @@ def test_an_array_fine_tunes_and_requeues_the_index_that_was_stopped(ended: list
     stopped, other = ended[2:]
     assert (stopped.after["JobState"], other.after["JobState"]) == ("COMPLETED", "COMPLETED"), stopped.output
     assert (stopped.after["Restarts"], other.after["Restarts"]) == ("1", "0")
-    assert stopped.output.index("saved and requeued") < stopped.output.index("(sst2), start 2, on ")
+    assert stopped.output.index("saved; requeueing") < stopped.output.index("(sst2), start 2, on ")
     for task in ("sst2", "imdb"):
         scores = json.loads((stopped.run_dir / task / "scores.json").read_text())
         assert set(scores["seeds"]) == {"0"}

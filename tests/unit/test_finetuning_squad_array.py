@@ -86,7 +86,7 @@ def test_a_saved_index_is_requeued_alone(folder: Path) -> None:
     done = submit(folder, 3, *GIVEN, FAKE_CODE="75", SLURM_RESTART_COUNT="1")
     assert done.returncode == 75
     assert called(folder, "scontrol") == ["requeue", "40_3"]
-    assert done.stdout.splitlines() == ["job 40_3 (stsb), start 2, on node1", "saved and requeued"]
+    assert done.stdout.splitlines() == ["job 40_3 (stsb), start 2, on node1", "saved; requeueing"]
 
 
 def test_a_failed_index_is_not_requeued(folder: Path) -> None:
