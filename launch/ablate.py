@@ -32,7 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 from launch.ablation_job import Job, StoppedError, finetune_all, reason_of, train
 from launch.cli import BAD_USAGE, parse_config, run_main
-from launch.stages import AGAIN, RANKS, STOPPED, cpu_environment, deepspeed_words
+from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words
+from train.signals import STOPPED_AFTER_SAVING
 
 FINETUNE = "--finetune."
 FINETUNING_SEEDS = 5
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
             return _work(job)
         except StoppedError:
             print(f"\n{AGAIN}", file=sys.stderr)
-            return STOPPED
+            return STOPPED_AFTER_SAVING
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.cli import parse_config
-from launch.stages import ROOT, STOPPED, run_stage
+from launch.stages import ROOT, run_stage
 from train.config import Config
+from train.signals import STOPPED_AFTER_SAVING
 
 if TYPE_CHECKING:
     from train.ablation import Variant
@@ -68,7 +69,7 @@ def train(job: Job) -> None:
         with _timed(job):
             code = run_stage([*job.launcher(), *words, f"--run.dir={run_dir}"], job.environment)
         open_ones.remove(variant)
-        if code == STOPPED:
+        if code == STOPPED_AFTER_SAVING:
             raise StoppedError
         if code or not is_finished(run_dir):
             job.failed[variant.name] = reason_of(code)
@@ -93,7 +94,7 @@ def finetune_all(job: Job) -> None:
         command += ["--model", str(run_dir / "student"), "--out", str(run_dir / "scores")]
         with _timed(job):
             code = run_stage(command, job.environment)
-        if code == STOPPED:
+        if code == STOPPED_AFTER_SAVING:
             raise StoppedError
         if code:
             job.failed[variant.name] = f"fine-tuning: {reason_of(code)}"

@@ -162,6 +162,10 @@ def job_of(task: Task, options: argparse.Namespace) -> Job:
         raise ValueError("--unlabelled has no effect without --teacher, who would label it; give both")
     if options.unlabelled_only and not options.unlabelled:
         raise ValueError("--unlabelled-only needs --unlabelled FILE")
+    if options.teacher and options.hard_weight == 1.0 and not options.unlabelled:
+        raise ValueError(
+            "--hard-weight 1 leaves the soft labels out, so that --teacher has no effect; give less, or no --teacher"
+        )
     if not options.checkpoint_seconds >= 0:
         raise ValueError(f"--checkpoint-seconds is {options.checkpoint_seconds}; give 0 or more")
     given = {name: getattr(options, name) for name in SETTINGS}

@@ -32,7 +32,7 @@ from train.text_table import text_table
 
 if TYPE_CHECKING:
     from train.comparison import ComparedModel
-    from train.report_runs import RunFacts
+    from train.report_build import Given
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         report = build(dataclasses.replace(given, compared=compared))
     options.out.mkdir(parents=True, exist_ok=True)
     if options.runs:
-        lines = write_comparison(options, compared, given.runs)
+        lines = write_comparison(options, compared, given)
     write_atomically(options.out / "report.html", as_html(report))
     write_atomically(options.out / "report.md", as_markdown(report))
     lines.append(f"page:        {options.out / 'report.html'}")
@@ -114,16 +114,16 @@ def compare_runs(runs: Sequence[Path]) -> list[ComparedModel]:
 
 
 def write_comparison(
-    options: argparse.Namespace, compared: Sequence[ComparedModel], facts: Sequence[RunFacts]
+    options: argparse.Namespace, compared: Sequence[ComparedModel], given: Given
 ) -> list[str]:
     """Write loss.png and summary.json; the table and where things are, as lines."""
     from train.comparison import as_json, plot_losses
     from train.run_folder import provenance, write_json
 
-    plot_losses([*options.curves, *options.runs], options.out / "loss.png")
+    plot_losses(given.curves, options.out / "loss.png")
     cost = [
         {**dataclasses.asdict(run), "tokens_per_s": run.tokens_per_s, "device_hours": run.process_hours}
-        for run in facts
+        for run in given.runs
     ]
     summary = {"models": as_json(compared), "cost": cost, "versions": provenance()}
     write_json(options.out / "summary.json", summary)

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from train.signals import STOPPED_AFTER_SAVING
+
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
-STOPPED = 75
 AGAIN = "stopped: run the same command again to go on where it stopped"
 
 
@@ -57,8 +58,8 @@ def run_stage(command: Sequence[str], environment: Mapping[str, str], folder: Pa
         except KeyboardInterrupt:  # the terminal has sent it to the stage as well
             stopped.append(signal.SIGINT)
             code = process.wait()
-    if code and (stopped or code in (STOPPED, -signal.SIGINT, 128 + signal.SIGINT)):
-        return STOPPED
+    if code and (stopped or code in (STOPPED_AFTER_SAVING, -signal.SIGINT, 128 + signal.SIGINT)):
+        return STOPPED_AFTER_SAVING
     return code
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 from train.assembly import build_heldout, load_manifest
 from train.config import Config
 from train.evaluation import HeldoutEvaluation
-from train.metrics import read_rows
 from train.models import build_student, count_parameters, teacher_names
+from train.report_runs import Curve
 from train.run_data import build_masker
 from train.teacher import Teacher, load_teacher
 from train.world import World
@@ -127,7 +127,7 @@ def sentences_per_second(
     return [batch_size / statistics.median(spent[1:]) for spent in seconds]
 
 
-def plot_losses(run_dirs: Sequence[Path], out: Path) -> None:
+def plot_losses(curves: Sequence[Curve], out: Path) -> None:
     """Held-out and training MLM loss of each run over its tokens, as a PNG."""
     import matplotlib
 
@@ -135,27 +135,11 @@ def plot_losses(run_dirs: Sequence[Path], out: Path) -> None:
     from matplotlib import pyplot
 
     figure, (heldout, training) = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    teacher_loss = None
-    for run_dir in run_dirs:
-        rows = read_rows(run_dir)
-        tokens_at = {row["step"]: row["tokens"] for row in rows if "tokens" in row} | {0: 0}
-        scored = [row for row in rows if "heldout_mlm_loss" in row and row["step"] in tokens_at]
-        heldout.plot(
-            [tokens_at[row["step"]] / 1e6 for row in scored],
-            [row["heldout_mlm_loss"] for row in scored],
-            marker="o",
-            markersize=3,
-            label=run_dir.name,
-        )
-        logged = [row for row in rows if "loss_mlm" in row]
-        training.plot(
-            [row["tokens"] / 1e6 for row in logged], [row["loss_mlm"] for row in logged], label=run_dir.name
-        )
-        teacher_loss = next(
-            (row["teacher_heldout_mlm_loss"] for row in rows if "teacher_heldout_mlm_loss" in row),
-            teacher_loss,
-        )
-    if teacher_loss is not None:
+    for curve in curves:
+        for axes, points, marker in ((heldout, curve.heldout, "o"), (training, curve.training, "")):
+            tokens = [count / 1e6 for count, _ in points]
+            axes.plot(tokens, [loss for _, loss in points], marker=marker, markersize=3, label=curve.name)
+    for teacher_loss in [curve.teacher_loss for curve in curves if curve.teacher_loss is not None][-1:]:
         heldout.axhline(teacher_loss, color="grey", linestyle="--", linewidth=1, label="teacher, finished")
     heldout.set_title("held-out windows")
     training.set_title("training batches")

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import AutoTokenizer, PreTrainedModel
 
-from train.families import FAMILIES
+from train.encoders import max_positions, one_line, read_encoder_config, takes_token_types
 
 # Names of dynamic axes, as in Hugging Face's optimum.
 BATCH, SEQUENCE = "batch_size", "sequence_length"
@@ -67,16 +66,7 @@ def load_encoder(folder: Path) -> PreTrainedModel:
     """
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} is not a Hugging Face folder: it holds no config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{folder}: its config cannot be read: {' '.join(str(error).split())[:300]}"
-        ) from None
-    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        raise ValueError(f"{folder} is a {config.model_type}, which is no encoder of text")
-    if config.is_encoder_decoder or getattr(config, "is_decoder", False):
-        raise ValueError(f"{folder}: {config.model_type} is a decoder; only encoders are read here")
+    config = read_encoder_config(folder)
     class_name = next(iter(config.architectures or []), "")
     if not class_name:
         raise ValueError(f"{folder}/config.json names no architectures: save the model with save_pretrained")
@@ -84,9 +74,7 @@ def load_encoder(folder: Path) -> PreTrainedModel:
     try:
         model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # of every kind, where files are cut off or do not belong together
-        raise ValueError(
-            f"{folder}: its weights cannot be read: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise ValueError(f"{folder}: its weights cannot be read: {one_line(error)}") from None
     if info["missing_keys"]:
         raise ValueError(
             f"{folder} is incomplete: {', '.join(sorted(info['missing_keys'])[:4])} missing from its weights"
@@ -96,17 +84,13 @@ def load_encoder(folder: Path) -> PreTrainedModel:
 
 def input_names(model: PreTrainedModel) -> tuple[str, ...]:
     """What the model reads: token types only where it tells them apart."""
-    types = getattr(model.config, "type_vocab_size", 1) or 1
-    return ("input_ids", "attention_mask", *(("token_type_ids",) if types > 1 else ()))
+    return ("input_ids", "attention_mask", *(("token_type_ids",) if takes_token_types(model) else ()))
 
 
 def longest_input(model: PreTrainedModel, at_most: int | None = LONGEST_CHECKED) -> int:
     """Tokens that the position table (or the config) allows, `at_most` unless that is None."""
-    config = model.config
-    family = FAMILIES.get(config.model_type)
-    taken = family.first_position(config) if family else 0
-    room = int(getattr(config, "max_position_embeddings", LONGEST_CHECKED)) - taken
-    return room if at_most is None else min(at_most, room)
+    positions = max_positions(model.config) or LONGEST_CHECKED
+    return positions if at_most is None else min(at_most, positions)
 
 
 def random_inputs(model: PreTrainedModel, batch: int, length: int, seed: int) -> dict[str, torch.Tensor]:

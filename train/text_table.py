@@ -13,7 +13,8 @@ def text_table(
 
     Args:
         columns: headings; "\\n" breaks one. The first column stands to the left.
-        right: whether the others stand to the right, as numbers do; else to the left.
+        right: whether the others stand to the right, as numbers do; else all stand to the left, the first two, such as
+            a host and a check, unbroken.
     """
     from rich.console import Console
     from rich.table import Table

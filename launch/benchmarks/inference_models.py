@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from train.models import count_parameters
 from train.onnx_check import open_session, run_session
 from train.onnx_export import quantise, trace
 from train.saved_heads import head_of, input_names, load_encoder, longest_input
@@ -48,7 +49,7 @@ class Contender:
 
     @property
     def parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return count_parameters(self.model)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from transformers import AutoModelForSequenceClassification, GPT2Config
 
 from tests.tiny_tasks import save_encoder
 from tests.unit.squad_tokenizers import wordpiece
+from train.encoders import takes_token_types
 from train.finetuning.encoders import (
     check_encoder,
     load_encoder,
     load_finetuned,
     load_tokenizer,
-    max_positions,
-    takes_token_types,
+    longest_input,
     weights_digest,
 )
 from train.finetuning.encoding import check_pairs, encode
@@ -74,7 +74,7 @@ def test_the_encoder_is_the_folders_and_the_head_is_the_seeds(
     assert heads
     assert not set(heads) & shared
     config = check_encoder(name)
-    assert max_positions(config, load_tokenizer(name, config)) == positions
+    assert longest_input(config, load_tokenizer(name, config)) == positions
     assert takes_token_types(first) == (family == "bert")
     ids = torch.randint(5, 30, (1, positions))
     first(ids)  # all positions can be used
@@ -128,7 +128,7 @@ def test_folders_that_are_no_encoder_are_refused(tmp_path: Path, bert: str) -> N
     with pytest.raises(ValueError, match="its tokenizer cannot be read"):
         load_tokenizer(str(folder), check_encoder(str(folder)))
     GPT2Config().save_pretrained(folder)
-    with pytest.raises(ValueError, match="is a gpt2, which is no encoder; give a BERT"):
+    with pytest.raises(ValueError, match="is a gpt2, which is no encoder of text; give a BERT"):
         check_encoder(str(folder))
 
 

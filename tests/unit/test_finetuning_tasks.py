@@ -65,6 +65,7 @@ def test_settings_that_cannot_be_or_do_nothing_are_refused(given: dict, teachers
     [
         (["--unlabelled", "x"], "--unlabelled has no effect without --teacher"),
         (["--teacher", "t", "--unlabelled-only"], "--unlabelled-only needs --unlabelled FILE"),
+        (["--teacher", "t", "--hard-weight", "1"], "--hard-weight 1 leaves the soft labels out"),
         (["--checkpoint-seconds", "-1"], "--checkpoint-seconds is -1.0; give 0 or more"),
     ],
 )

@@ -229,7 +229,7 @@ def test_what_is_no_encoder_is_named(exported: dict[str, Path], tmp_path: Path) 
     with pytest.raises(ValueError, match=r"nowhere is not a Hugging Face folder: it holds no config.json"):
         load_encoder(tmp_path / "nowhere")
     BertLMHeadModel(BertConfig(vocab_size=72, is_decoder=True, **BERT)).save_pretrained(tmp_path / "decoder")
-    with pytest.raises(ValueError, match="decoder: bert is a decoder; only encoders are read here"):
+    with pytest.raises(ValueError, match="decoder is a bert decoder, which is no encoder of text"):
         load_encoder(tmp_path / "decoder")
     shutil.copytree(exported["classifier"] / "model", tmp_path / "headless")
     encoder = load_encoder(exported["classifier"] / "model").base_model

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForSequenceClassification
 
+from train.encoders import takes_token_types
 from train.errors import NonFiniteError
 from train.finetuning import hub, readers, soft_labels
 from train.finetuning.batches import Features, Padding
@@ -17,8 +18,7 @@ from train.finetuning.encoders import (
     load_encoder,
     load_finetuned,
     load_tokenizer,
-    max_positions,
-    takes_token_types,
+    longest_input,
     weights_digest,
 )
 from train.finetuning.encoding import check_pairs, check_room, encode
@@ -71,7 +71,7 @@ class Classification:
         config, self._tokenizer = _model_and_tokenizer(job, job.model)
         model = self._new_model(0)
         self.parameters = count_parameters(model)
-        length = _clipped(job, job.model, max_positions(config, self._tokenizer))
+        length = _clipped(job, job.model, longest_input(config, self._tokenizer))
         token_types = takes_token_types(model)
         self._padding = Padding(self._tokenizer.pad_token_id)
         self._train: list[dict[str, Any]] = [*encode(self._tokenizer, train, length, token_types)]
@@ -140,7 +140,7 @@ def teacher_logits(job: Job, teacher: str, examples: Examples) -> np.ndarray:
     """
     config, tokenizer = _model_and_tokenizer(job, teacher)
     order = soft_labels.class_order(teacher, config, job.task.labels)
-    length = _clipped(job, teacher, max_positions(config, tokenizer))
+    length = _clipped(job, teacher, longest_input(config, tokenizer))
     path = soft_labels.cached_logits(job.folder, weights_digest(teacher), examples.digest(), str(length))
     logits = soft_labels.read_logits(path, (len(examples), len(order)))
     if logits is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from train.families import FAMILIES
+from train.encoders import max_positions, one_line, read_encoder_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -32,19 +30,7 @@ def check_encoder(name: str) -> Any:
         _check_files(folder)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
         raise FileNotFoundError(f"there is no model folder {name}")
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name}: its config cannot be read: {_line(error)}") from None
-    if (
-        config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        or getattr(config, "is_encoder_decoder", False)
-        or getattr(config, "is_decoder", False)
-    ):
-        raise ValueError(
-            f"{name} is a {config.model_type}, which is no encoder; give a BERT, DistilBERT, RoBERTa or the like"
-        )
-    return config
+    return read_encoder_config(name)
 
 
 def _check_files(folder: Path) -> None:
@@ -67,7 +53,7 @@ def load_tokenizer(name: str, config: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name)
     # Of a broken file come KeyErrors, and bare Exceptions from tokenizers.
     except Exception as error:
-        raise ValueError(f"{name}: its tokenizer cannot be read: {_line(error)}") from None
+        raise ValueError(f"{name}: its tokenizer cannot be read: {one_line(error)}") from None
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{name}: its tokenizer has no padding token; texts cannot be batched")
     largest = max(tokenizer.get_vocab().values())
@@ -94,7 +80,7 @@ def load_encoder(name: str, kind: Any, seed: int, head: Mapping[str, Any]) -> Pr
         )
     # safetensors, pickle and torch have an error each for a damaged file.
     except Exception as error:
-        raise ValueError(f"{name}: its weights cannot be read: {_line(error)}") from None
+        raise ValueError(f"{name}: its weights cannot be read: {one_line(error)}") from None
     missing = sorted(info["missing_keys"])
     _refuse_gaps(name, [key for key in missing if "pooler." not in key], info)
     torch.manual_seed(seed)
@@ -122,7 +108,7 @@ def load_finetuned(name: str, kind: Any) -> PreTrainedModel:
             name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:
-        raise ValueError(f"{name}: its weights cannot be read: {_line(error)}") from None
+        raise ValueError(f"{name}: its weights cannot be read: {one_line(error)}") from None
     missing = sorted(info["missing_keys"])
     if missing and all(
         not key.startswith(f"{model.base_model_prefix}.") or "pooler." in key for key in missing
@@ -153,21 +139,11 @@ def _refuse_gaps(name: str, missing: list[str], info: Mapping[str, Any]) -> None
         )
 
 
-def max_positions(config: Any, tokenizer: Any) -> int:
-    """The longest input in tokens, special ones included."""
-    family = FAMILIES.get(config.model_type)
-    positions = int(getattr(config, "max_position_embeddings", 0) or tokenizer.model_max_length)
-    if family is not None:
-        positions -= family.first_position(config)
-    elif config.model_type in ("camembert", "xlm-roberta-xl", "roberta-prelayernorm", "longformer", "mpnet"):
-        positions -= config.pad_token_id + 1
-    return min(positions, int(tokenizer.model_max_length))
-
-
-def takes_token_types(model: PreTrainedModel) -> bool:
-    """Whether the two texts of a pair are told apart by token types."""
-    known = inspect.signature(model.forward).parameters
-    return "token_type_ids" in known and getattr(model.config, "type_vocab_size", 0) > 1
+def longest_input(config: Any, tokenizer: Any) -> int:
+    """Tokens, special ones included, that both the model and its tokenizer allow."""
+    longest = int(tokenizer.model_max_length)
+    positions = max_positions(config)
+    return longest if positions is None else min(longest, positions)
 
 
 def weights_digest(name: str) -> str:
@@ -189,7 +165,3 @@ def _listed(names: Iterable[str]) -> str:
     names = list(names)
     rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"{', '.join(names[:4])}{rest} {'is' if len(names) == 1 else 'are'}"
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -27,6 +27,16 @@ class Files:
     """Without the sets that are not there; empty where the dev set is to be split off."""
 
 
+def data_folder(data: str) -> Path:
+    """The folder that `--data` names; ValueError for a file, FileNotFoundError where there is none."""
+    folder = Path(data)
+    if folder.is_file():
+        raise ValueError(f"--data {data} is a file; give the folder that holds the train and dev sets")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {data}")
+    return folder
+
+
 def find_files(task: Task, data: str) -> Files:
     """The task's files below `data`, which is its own folder or the one of all tasks.
 
@@ -34,11 +44,7 @@ def find_files(task: Task, data: str) -> Files:
         FileNotFoundError: none are there, with what was looked for.
         ValueError: `data` is a file.
     """
-    folder = Path(data)
-    if folder.is_file():
-        raise ValueError(f"--data {data} is a file; give the folder that holds the train and dev sets")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {data}")
+    folder = data_folder(data)
     plain = {_plain(name) for name in task.folders}
     folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and _plain(path.name) in plain]
     for place in (*folders, folder):

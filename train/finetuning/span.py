@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import AutoModelForQuestionAnswering
 
 from data_prep.shard_format import tokenizer_fingerprint
+from train.encoders import takes_token_types
 from train.errors import NonFiniteError
 from train.finetuning.batches import Features, Padding
 from train.finetuning.encoders import (
@@ -25,8 +26,7 @@ from train.finetuning.encoders import (
     load_encoder,
     load_finetuned,
     load_tokenizer,
-    max_positions,
-    takes_token_types,
+    longest_input,
     weights_digest,
 )
 from train.finetuning.hub import hub_name
@@ -213,7 +213,7 @@ class _Reader:
         config = check_encoder(job.model)
         self.tokenizer = load_tokenizer(job.model, config)
         template = pair_template(self.tokenizer)
-        positions = [max_positions(config, self.tokenizer)]
+        positions = [longest_input(config, self.tokenizer)]
         own = tokenizer_fingerprint(self.tokenizer)
         for name in job.teachers:
             teacher = check_encoder(name)
@@ -223,7 +223,7 @@ class _Reader:
                     f"--teacher {name} has another tokenizer than {job.model}: where answers begin and end is told in "
                     "tokens, so both must have the same; GLUE and IMDb can do without"
                 )
-            positions.append(max_positions(teacher, tokenizer))
+            positions.append(longest_input(teacher, tokenizer))
         self.max_length = min(settings.max_length, *positions)
         longest_question, room = question_room(self.max_length, template)
         if longest_question < 1 or room < 1:

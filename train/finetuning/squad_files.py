@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from train.finetuning.hub import hub_name, load_hub
+from train.finetuning.readers import data_folder
 from train.finetuning.settings import Job
 from train.finetuning.squad_data import (
     Question,
@@ -34,11 +35,7 @@ def find_squad_files(task: Task, data: str) -> dict[str, Path]:
         FileNotFoundError: they are not there, with what was looked for.
         ValueError: `data` is a file.
     """
-    folder = Path(data)
-    if folder.is_file():
-        raise ValueError(f"--data {data} is a file; give the folder that holds the train and dev sets")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {data}")
+    folder = data_folder(data)
     names = {
         split: [f"{stem}{version}.json{ending}" for version in (f"-{VERSIONS[task.name]}", "") for stem in stems
                 for ending in ("", ".gz")]
