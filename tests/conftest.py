@@ -13,13 +13,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
-from hypothesis import settings
+
+from tests.distributed.pretraining import finish, small_settings, start
 
 # Random examples are for people at work; a machine that judges a change must judge it twice alike.
-settings.register_profile("same-every-time", derandomize=True)
+hypothesis.settings.register_profile("same-every-time", derandomize=True)
 if os.environ.get("CI"):
-    settings.load_profile("same-every-time")
+    hypothesis.settings.load_profile("same-every-time")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -103,3 +105,27 @@ def shards_folder(
     command += ["--shard-tokens", "5000", "--heldout-fraction", "0.1"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return str(folder / "shards")
+
+
+@pytest.fixture(scope="session")
+def settings(shards_folder: str, teacher_folder: str) -> list[str]:
+    """Of a short distillation, for launch/pretrain.py."""
+    return small_settings(shards_folder, teacher_folder)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks from beginning to end, whose folder nobody changes."""
+    return _finished(settings, tmp_path_factory.mktemp("runs") / "undisturbed", 2)
+
+
+@pytest.fixture(scope="session")
+def on_one_rank(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on one rank."""
+    return _finished(settings, tmp_path_factory.mktemp("runs") / "single", 1)
+
+
+def _finished(settings: list[str], run_dir: Path, ranks: int) -> Path:
+    code, output = finish(start(settings, run_dir, ranks))
+    assert code == 0, output
+    return run_dir

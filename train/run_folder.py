@@ -78,7 +78,7 @@ def hold(folder: Path, wait_s: float = 20.0) -> Iterator[None]:
     """Keep every other job out of a folder; a killed job's hold ends with it.
 
     Args:
-        wait_s: how long to wait for a job that is just stopping and saving.
+        wait_s: how long to wait for a job that is just stopping and saving; from the second second on, this is said.
     Raises:
         ValueError: another process holds the folder, or it cannot be made.
     """
@@ -87,14 +87,18 @@ def hold(folder: Path, wait_s: float = 20.0) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"{folder} cannot be used as a folder: {error.strerror}; choose another") from None
     with (folder / ".lock").open("a+") as lock:
-        deadline = time.monotonic() + wait_s
+        started, said = time.monotonic(), False
         while not _locked(lock):
-            if time.monotonic() > deadline:
-                lock.seek(0)
-                holder = lock.read().strip() or "unknown"
+            waited_s = time.monotonic() - started
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            if waited_s > wait_s:
                 raise ValueError(
                     f"{folder} is in use by another job ({holder}): wait for its end, stop it, or choose another folder"
                 )
+            if waited_s > 1.0 and not said:
+                print(f"waiting {wait_s:.0f} s for another job ({holder}) to leave {folder}", flush=True)
+                said = True
             time.sleep(0.2)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")

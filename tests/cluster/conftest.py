@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.hosts import Hosts
 from tests.cluster.needs import need
-from tests.distributed.pretraining import finish, losses, small_settings, start
+from tests.distributed.pretraining import losses
 
 
 @pytest.fixture(scope="session")
-def settings(shards_folder: str, teacher_folder: str) -> list[str]:
-    return small_settings(shards_folder, teacher_folder)
-
-
-@pytest.fixture(scope="session")
-def expected_losses(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+def expected_losses(undisturbed: Path) -> list[float]:
     """Losses under `deepspeed` on one host with two ranks."""
-    run_dir = tmp_path_factory.mktemp("deepspeed") / "run"
-    code, output = finish(start(settings, run_dir, 2))
-    assert code == 0, output
-    return losses(run_dir)
+    return losses(undisturbed)
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,12 @@ import os
 import pickle
 import socket
 import subprocess
-import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.distributed.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,10 +35,11 @@ def run_ranks(target: str, world_size: int, *args: Any, timeout_s: float = 240, 
         AssertionError: a rank failed or ran out of time; the message holds the output of every rank.
     """
     with tempfile.TemporaryDirectory() as folder:
-        call = Path(folder, "call.pickle")
-        call.write_bytes(pickle.dumps((target, args, kwargs)))
         port = free_port()
-        ranks = [_start_rank(rank, world_size, port, folder) for rank in range(world_size)]
+        ranks = [
+            Forked(_main, target, args, kwargs, folder, environment=rank_environment(rank, world_size, port))
+            for rank in range(world_size)
+        ]
         try:
             outputs = [rank.communicate(timeout=timeout_s)[0] for rank in ranks]
         except subprocess.TimeoutExpired:
@@ -49,34 +52,27 @@ def run_ranks(target: str, world_size: int, *args: Any, timeout_s: float = 240, 
         return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def _start_rank(rank: int, world_size: int, port: int, folder: str) -> subprocess.Popen[str]:
-    env = {
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """This process's variables and those that a launcher gives to a rank on this host."""
+    return {
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
-    command = [sys.executable, "-m", "tests.distributed.harness", folder]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
 
 
-def _main(folder: str) -> None:
+def _main(target: str, args: Sequence[Any], kwargs: Mapping[str, Any], folder: str) -> None:
     import torch.distributed as dist
 
-    target, args, kwargs = pickle.loads(Path(folder, "call.pickle").read_bytes())
     module, function = target.split(":")
     dist.init_process_group("gloo")
     result = getattr(importlib.import_module(module), function)(*args, **kwargs)
     Path(folder, f"result-{dist.get_rank()}").write_bytes(pickle.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1])

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.distributed.harness import free_port
+from tests.distributed.forked import Forked, run_script
+from tests.distributed.harness import free_port, rank_environment
 from train.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,33 +56,35 @@ def start(
 
 def start_without_launcher(
     settings: list[str], run_dir: Path, *own: list[str], folders: Sequence[Path] | None = None
-) -> list[subprocess.Popen[str]]:
+) -> list[Forked]:
     """One process per entry of `own`, each with its own further flags; nobody ends the others when one dies.
 
     `folders` are the working directories, by rank.
     """
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(len(own)), "LOCAL_SIZE": str(len(own))}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    port = free_port()
     return [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "launch/pretrain.py"), f"--run.dir={run_dir}", *settings, *flags],
-            cwd=folders[rank] if folders else ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        Forked(
+            run_script,
+            str(ROOT / "launch/pretrain.py"),
+            f"--run.dir={run_dir}",
+            *settings,
+            *flags,
+            environment=rank_environment(rank, len(own), port),
+            folder=folders[rank] if folders else ROOT,
         )
         for rank, flags in enumerate(own)
     ]
 
 
-def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
+def finish(job: subprocess.Popen[str] | Forked) -> tuple[int, str]:
     """Exit code and all output."""
     output, _ = job.communicate(timeout=240)
     return job.returncode, output
 
 
-def wait_for(path: Path, job: subprocess.Popen[str], ready: Callable[[], bool] = lambda: True) -> None:
+def wait_for(
+    path: Path, job: subprocess.Popen[str] | Forked, ready: Callable[[], bool] = lambda: True
+) -> None:
     """Until `path` exists and `ready()`; AssertionError with the job's output where the job ends first."""
     deadline = time.monotonic() + 120
     while not (path.exists() and ready()):

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import ROOT, free_port
+from tests.distributed.forked import Forked
+from tests.distributed.harness import free_port, rank_environment
+from tests.distributed.workers_heartbeat import beat
 
 BEAT_S = 1.0
-
-
-def start_rank(rank: int, port: int, folder: Path) -> subprocess.Popen[str]:
-    env = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "3",
-        "OMP_NUM_THREADS": "1",
-    }
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.distributed.workers_heartbeat", str(folder)],
-        cwd=ROOT,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +25,7 @@ def test_one_of_the_surviving_ranks_tells(
     tmp_path: Path, victim: int, speakers: set[int], message: str
 ) -> None:
     port = free_port()
-    ranks = [start_rank(rank, port, tmp_path) for rank in range(3)]
+    ranks = [Forked(beat, tmp_path, environment=rank_environment(rank, 3, port)) for rank in range(3)]
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("ready-*"))) < 3:
         assert time.monotonic() < deadline, [rank.poll() for rank in ranks]

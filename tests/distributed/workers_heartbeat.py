@@ -14,10 +14,9 @@ import torch.distributed as dist
 from train.heartbeat import Heartbeat
 
 
-def main(folder: Path) -> None:
+def beat(folder: Path) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
-    # A World without the seconds that importing transformers takes.
     world: Any = SimpleNamespace(rank=rank, world_size=world_size, is_first=rank == 0)
     with Heartbeat(world, lambda: "here", lost_after_s=5, stuck_after_s=600, folder=folder) as heartbeat:
         (folder / f"ready-{rank}").touch()
@@ -27,7 +26,3 @@ def main(folder: Path) -> None:
         except RuntimeError as error:
             print("error:", heartbeat.lost_rank(str(error).splitlines()[0]), flush=True)
             sys.exit(1)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
