@@ -2,8 +2,8 @@
 
 The launchers of DeepSpeed and MPI end the other ranks as soon as rank 0 has ended, so these only have to wait. srun
 lets them run on (made to end them, with --kill-on-bad-exit, it would also end ranks that are just about to report 75,
-and report a kill instead), and so do DeepSpeed's and torchrun's on other hosts than rank 0's: there they ask rank 0, at
-a port that follows from the job's id, or from the one at which the ranks meet.
+and report a kill instead), DeepSpeed's and torchrun's do so on other hosts than rank 0's, and ranks started by hand have
+none: there they ask rank 0, at a port that follows from the job's id, or from the one at which they meet.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _place_to_ask(environment: Mapping[str, str]) -> tuple[str, int, int] | None
         if ranks.launcher == "srun":
             given = ("MASTER_ADDR", "MASTER_PORT")
             environment = {name: value for name, value in environment.items() if name not in given}
-        elif ranks.launcher not in ("deepspeed", "torchrun") or not several_hosts:
+        elif ranks.launcher in ("none", "mpirun") or (ranks.launcher != "environment" and not several_hosts):
             return None
         address, port = rendezvous(environment, ranks)
     except ValueError:  # then that is the error to be told

@@ -92,7 +92,7 @@ def run(config: Config) -> int:
         heartbeat,
         _lost_ranks_told(heartbeat),
     ):
-        on_first_rank(world, lambda: opened.enter_context(hold(run_dir)))
+        on_first_rank(world, lambda: stop.when_asked(opened.enter_context(hold(run_dir))))
         say = print_on_first(world)
         checkpoint = agree_on_checkpoint(run_dir / "checkpoints", say)
         refuse_differences(start_up_facts(config, inputs["data.shards"]), world)

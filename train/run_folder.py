@@ -18,7 +18,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +28,7 @@ from train.config import Config
 from train.versions import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
+STOPPING = ", stopping"
 # These say how a run is watched or continued, not what it computes: they may change on resume.
 FREE_TO_CHANGE = (
     "checkpoint.",
@@ -74,11 +75,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder: Path, wait_s: float = 20.0) -> Iterator[None]:
+def hold(
+    folder: Path, wait_s: float = 120.0, wait_if_not_stopping_s: float = 3.0
+) -> Iterator[Callable[[], None]]:
     """Keep every other job out of a folder; a killed job's hold ends with it.
 
+    Yields:
+        What a job calls when it is asked to stop: others then wait for it to save.
     Args:
-        wait_s: how long to wait for a job that is just stopping and saving; from the second second on, this is said.
+        wait_s: how long to wait for a job that is stopping.
+        wait_if_not_stopping_s: how long for one that is not, or does not know yet that its launcher was killed.
     Raises:
         ValueError: another process holds the folder, or it cannot be made.
     """
@@ -86,24 +92,30 @@ def hold(folder: Path, wait_s: float = 20.0) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{folder} cannot be used as a folder: {error.strerror}; choose another") from None
+    name = f"process {os.getpid()} on {platform.node()}"
     with (folder / ".lock").open("a+") as lock:
         started, said = time.monotonic(), False
         while not _locked(lock):
-            waited_s = time.monotonic() - started
             lock.seek(0)
             holder = lock.read().strip() or "unknown"
-            if waited_s > wait_s:
+            stopping = holder.endswith(STOPPING)
+            if time.monotonic() - started > (wait_s if stopping else wait_if_not_stopping_s):
                 raise ValueError(
                     f"{folder} is in use by another job ({holder}): wait for its end, stop it, or choose another folder"
                 )
-            if waited_s > 1.0 and not said:
-                print(f"waiting {wait_s:.0f} s for another job ({holder}) to leave {folder}", flush=True)
+            if stopping and not said:
+                print(f"waiting for another job ({holder}) to leave {folder}", flush=True)
                 said = True
             time.sleep(0.2)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
-        yield
+
+        def write(text: str) -> None:
+            if not lock.closed:  # asked after the end
+                lock.truncate(0)
+                lock.write(text)
+                lock.flush()
+
+        write(name)
+        yield lambda: write(name + STOPPING)
 
 
 def _locked(file: IO[str]) -> bool:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 STOPPED_AFTER_SAVING = 75
@@ -24,6 +25,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._first: float | None = None
+        self._acts: list[Callable[[], None]] = []
 
     @property
     def requested(self) -> bool:
@@ -33,6 +35,14 @@ class StopRequest:
         """Ask for a stop as a first signal does."""
         if self._first is None:
             self._first = time.monotonic()
+            for act in self._acts:
+                act()
+
+    def when_asked(self, act: Callable[[], None]) -> None:
+        """Have `act` called, from another thread, as soon as a stop is asked for."""
+        self._acts.append(act)
+        if self.requested:
+            act()
 
     def __enter__(self) -> StopRequest:
         self._listened, self._woken = os.pipe()
@@ -59,10 +69,9 @@ class StopRequest:
                 self._receive(number[0])
 
     def _receive(self, number: int) -> None:
-        now = time.monotonic()
         if self._first is None:
-            self._first = now
-        elif now - self._first > SAME_REQUEST_S:
+            self.ask()
+        elif time.monotonic() - self._first > SAME_REQUEST_S:
             os._exit(128 + number)
 
 

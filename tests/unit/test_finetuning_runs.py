@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +55,9 @@ class StopAfter:
     def requested(self) -> bool:
         self.looks -= 1
         return self.looks < 0
+
+    def when_asked(self, act: Callable[[], None]) -> None:
+        pass
 
 
 def weights(out: Path, task: str = "sst2", seed: int = 0) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +237,9 @@ class StopAfter:
     def requested(self) -> bool:
         self._left -= 1
         return self._left < 0
+
+    def when_asked(self, act: Callable[[], None]) -> None:
+        pass
 
 
 def test_stopped_and_continued_is_the_same(student: str, data: Path, tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from train.config import Config, OptimizerConfig, RunConfig
 from train.metrics import RunEvents, board_tag, read_rows
 from train.profiling import profiling
 from train.run_folder import changed_config, changed_inputs, hold, refuse_changes, write_configs
+from train.signals import StopRequest
 from train.world import World
 
 
@@ -230,13 +233,32 @@ def test_resolved_config_parses_back(tmp_path: Path) -> None:
 
 def test_a_folder_is_held_by_one_job(tmp_path: Path) -> None:
     code = "from pathlib import Path; from train.run_folder import hold\n"
-    code += f"with hold(Path({str(tmp_path)!r}), wait_s=0.5): pass"
+    code += f"with hold(Path({str(tmp_path)!r}), wait_if_not_stopping_s=0.5): pass"
     command = [sys.executable, "-c", code]
     root = Path(__file__).resolve().parents[2]
     with hold(tmp_path):
         refused = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert "is in use by another job (process" in refused.stderr
     assert subprocess.run(command, cwd=root).returncode == 0
+
+
+def test_a_job_that_stops_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StopRequest() as stop, hold(tmp_path) as stopping:
+        stop.when_asked(stopping)
+        with pytest.raises(ValueError, match=r"is in use by another job \(process \d+ on \S+\): "):
+            hold(tmp_path, wait_if_not_stopping_s=0.1).__enter__()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.monotonic() + 5
+        while not stop.requested and time.monotonic() < deadline:
+            time.sleep(0.01)
+        begun = time.monotonic()
+        with pytest.raises(ValueError, match=r"\(process \d+ on \S+, stopping\)"):
+            hold(tmp_path, wait_s=1.0, wait_if_not_stopping_s=0.1).__enter__()
+        assert time.monotonic() - begun > 1.0
+    assert capsys.readouterr().out.count("waiting for another job (process ") == 1
+    stopping()  # too late to matter
+    with hold(tmp_path, wait_s=0.1, wait_if_not_stopping_s=0.1):
+        pass
 
 
 def test_a_fault_on_the_first_rank_is_a_users_or_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:

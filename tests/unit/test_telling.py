@@ -45,10 +45,12 @@ def test_the_same_message_is_told_by_rank_0_alone(messages: list[str], told: lis
     assert [rank.communicate(timeout=30)[1].strip() for rank in ranks] == told
 
 
-def test_on_other_hosts_than_rank_0_s_deepspeed_ends_nobody() -> None:
+@pytest.mark.parametrize("by_hand", [False, True], ids=["deepspeed on two hosts", "by hand"])
+def test_where_no_launcher_ends_the_others_they_ask(by_hand: bool) -> None:
     """Rank 0 alone on its host, two ranks on another; its launcher's own port is taken by nobody yet."""
     port = free_port()
-    variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CROSS_RANK": "0"}
+    variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables |= {} if by_hand else {"CROSS_RANK": "0"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", CALL, "no shards"],

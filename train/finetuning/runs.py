@@ -58,7 +58,9 @@ def run_task(job: Job, seeds: Sequence[int]) -> dict[str, Any]:
         ValueError, OSError: bad input, or a folder of another run.
         train.finetuning.training.Stopped: a signal came; a checkpoint was left.
     """
-    with hold(job.folder):
+    with hold(job.folder) as stopping:
+        if job.stop is not None:
+            job.stop.when_asked(stopping)
         options = _options(job)
         contents = {"model": weights_digest(job.model)}
         contents |= {f"teacher {teacher}": weights_digest(teacher) for teacher in job.teachers}

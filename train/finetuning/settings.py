@@ -19,6 +19,8 @@ class MayStop(Protocol):
     @property
     def requested(self) -> bool: ...
 
+    def when_asked(self, act: Callable[[], None]) -> None: ...
+
 
 @dataclass(frozen=True)
 class Settings:
