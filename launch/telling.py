@@ -2,7 +2,7 @@
 
 The launchers of DeepSpeed and MPI end the other ranks as soon as rank 0 has ended, so these only have to wait. srun
 lets them run on (made to end them, with --kill-on-bad-exit, it would also end ranks that are just about to report 75,
-and report a kill instead), DeepSpeed's and torchrun's do so on other hosts than rank 0's, and ranks started by hand have
+and report a kill instead), those of DeepSpeed and torchrun do so on other hosts, and ranks started by hand have
 none: there they ask rank 0, at a port that follows from the job's id, or from the one at which they meet.
 """
 
