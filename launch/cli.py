@@ -74,7 +74,7 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
     except (ValueError, OSError, RunError) as error:
         if os.environ.get("HALFLING_TRACEBACK"):
             raise
-        tell(f"error: {error}", os.environ, others_know=getattr(error, "others_know", False))
+        tell(f"error: {error}", os.environ, others_know=isinstance(error, RunError) and error.others_know)
         code = BAD_USAGE if isinstance(error, (ValueError, *BAD_PATHS)) else 1
     except KeyboardInterrupt:
         if probable_rank(os.environ) == 0:

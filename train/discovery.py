@@ -78,13 +78,17 @@ def discover_ranks(environment: Mapping[str, str]) -> Ranks:
         given = {name: environment[name] for name in source.names if name in environment}
         raise ValueError(f"the launcher set {given} but not {', '.join(missing)}: {ADVICE}")
     rank, local_rank, world_size = (_number(environment, name) for name in source.names)
-    if not (0 <= local_rank <= rank < world_size):
-        given = {name: environment[name] for name in source.names}
-        needed = f"0 <= {source.local_rank} <= {source.rank} < {source.world_size}"
-        raise ValueError(f"{given}: needs {needed}; unset what an earlier job left")
+    local_size = _local_size(environment, source, world_size)
+    # A local rank may lie above the rank: mpirun may deal the ranks out to a host in any order.
+    if not (0 <= rank < world_size and 0 <= local_rank < local_size <= world_size):
+        names = [name for name in (*source.names, *source.local_size) if name in environment]
+        given = {name: environment[name] for name in names}
+        needed = f"0 <= {source.rank} < {source.world_size} and 0 <= {source.local_rank} < {local_size}"
+        raise ValueError(
+            f"{given}: needs {needed}, the ranks of this host, <= {source.world_size}; unset what an earlier job left"
+        )
     if source is not _TORCH:
         _refuse_contradictions(environment, source)
-    local_size = _local_size(environment, source, world_size)
     return Ranks(rank, local_rank, world_size, local_size, marked or source.launcher)
 
 
@@ -167,7 +171,7 @@ def _local_size(environment: Mapping[str, str], source: _Source, world_size: int
     if source is _SRUN:
         tasks = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
         node = _number({"SLURM_NODEID": "0", **environment}, "SLURM_NODEID")
-        return tasks[node] if node < len(tasks) else world_size
+        return tasks[node] if 0 <= node < len(tasks) else world_size
     return world_size
 
 

@@ -6,6 +6,9 @@ from __future__ import annotations
 class RunError(Exception):
     """Something that ended a run; its text says what, and what to do."""
 
+    others_know = False
+    """Whether rank 0 alone meets it, and has let the others hear so (train/heartbeat.py): none asks what it tells."""
+
 
 class NonFiniteError(RunError):
     """The loss or the gradients stopped being numbers."""
@@ -15,5 +18,11 @@ class CheckpointNotWrittenError(RunError):
     """A rank could not write its part (a full disk, say). The checkpoints before are intact."""
 
 
+class NotMetError(RunError):
+    """A rank did not come, or cannot be reached."""
+
+
 class LostRankError(RunError):
     """A collective failed because another rank is gone."""
+
+    others_know = True

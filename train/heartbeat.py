@@ -6,7 +6,8 @@ thread stays in the same place while its heart beats is stuck. Without this, the
 collective for its timeout, and then each name only the operation that failed.
 
 Rank 0 tells, and the others leave it to it. Those that have lost rank 0 itself, on however many hosts, agree on who
-tells by a file in the run folder.
+tells by a file in the run folder. A rank that ends with an error of its own tells that (launch/telling.py), and rank 0,
+which may be on its way to the same error, ends without a word some time later.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ SECONDS_TO_TELL = 5.0
 SECONDS_TO_CLAIM = 3.0
 """A file system may hang for ever where its server was on the host that died."""
 ENDING = "ending"
+FAILED = "failed"
+SECONDS_TO_FAIL_TOO = 15.0
+"""So long after another rank's own error rank 0 may meet it too; the other rank tells it sooner (launch/telling.py)."""
 
 
 class Heartbeat:
@@ -93,9 +97,8 @@ class Heartbeat:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout=2 * BEAT_S)
-        if error is not None and self._world.is_first:
-            self._announce_end()
-            vars(error)["others_know"] = True
+        if error is not None:
+            self._announce(ENDING if self._world.is_first else FAILED)
 
     def lost_rank(self, error: str) -> str:
         """What rank 0 tells of a collective that failed with `error`. On other ranks this does not return.
@@ -103,6 +106,8 @@ class Heartbeat:
         They end, and tell it themselves only where rank 0 does not.
         """
         lost = self.silent_ranks() or "another rank"
+        if self._world.is_first and self._another_failed():
+            self._end(None)
         fault = f"rank {self._world.rank} lost the connection to {lost}, which ended or was cut off ({error})"
         if not self._world.is_first:
             if lost.split(" on ")[0] != "rank 0":
@@ -110,6 +115,9 @@ class Heartbeat:
             self._end(fault)
         with self._ending:  # unless the heart tells already
             return f"{fault}; run again to go on from the newest checkpoint"
+
+    def _another_failed(self) -> bool:
+        return any(count == FAILED for count, _, _ in self._hearts())
 
     def silent_ranks(self, wait_s: float = 3 * BEAT_S) -> str:
         """Who has died, for a message: the ranks whose hearts do not beat within `wait_s`; "" where all do."""
@@ -168,14 +176,16 @@ class Heartbeat:
     def _look(self, watch: _Watch) -> str | None:
         for rank, heart in enumerate(self._hearts()):
             watch.saw(rank, *heart)
+        if watch.failed(SECONDS_TO_FAIL_TOO) and not self._stopping.is_set():
+            self._end(None)
         return watch.fault(self._lost_after_s, self._stuck_after_s)
 
-    def _announce_end(self) -> None:
-        """Let the others hear that rank 0 tells why the job ends, before the store ends with it."""
+    def _announce(self, how: str) -> None:
+        """Let the others hear how this rank ends; rank 0's store stays long enough for that."""
         try:
             if self._store is not None:
-                self._store.set("0", self._message(ENDING))
-                time.sleep(1.5 * BEAT_S)
+                self._store.set(f"{self._world.rank}", self._message(how))
+                time.sleep(1.5 * BEAT_S if self._world.is_first else 0.0)
         except Exception:  # then they find out by themselves
             return
 
@@ -184,17 +194,20 @@ class Heartbeat:
             time.sleep(SECONDS_TO_TELL)
             os._exit(1)
 
-    def _end(self, fault: str) -> NoReturn:
-        """End this process at once: its main thread is waiting in a collective that will not return."""
+    def _end(self, fault: str | None) -> NoReturn:
+        """End this process at once: its main thread is waiting in a collective that will not return.
+
+        Without a word where `fault` is None: another rank tells its own.
+        """
         with self._ending:
-            if self._world.is_first or self._may_tell():
+            if fault is not None and (self._world.is_first or self._may_tell()):
                 print(
                     f"error: {fault}. The job ends; run it again to go on from the newest checkpoint",
                     file=sys.stderr,
                     flush=True,
                 )
             if self._world.is_first:
-                self._announce_end()
+                self._announce(ENDING)
             os._exit(1)
 
     def _may_tell(self) -> bool:
@@ -225,14 +238,22 @@ class _Watch:
         self._beats = [("", now)] * world_size
         self._places = [("", now)] * world_size
         self._hosts = [""] * world_size
+        self._failed_at: float | None = None
 
     def saw(self, rank: int, count: str, host: str, place: str) -> None:
         now = time.monotonic()
+        if count == FAILED:
+            self._failed_at = self._failed_at or now
+            count = f"{now}"  # it is not lost
         self._hosts[rank] = host
         if self._beats[rank][0] != count:
             self._beats[rank] = (count, now)
         if self._places[rank][0] != place:
             self._places[rank] = (place, now)
+
+    def failed(self, since_s: float) -> bool:
+        """Whether a rank ended with an error of its own so long ago."""
+        return self._failed_at is not None and time.monotonic() - self._failed_at > since_s
 
     def fault(self, lost_after_s: float, stuck_after_s: float) -> str | None:
         now = time.monotonic()

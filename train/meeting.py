@@ -10,15 +10,18 @@ import errno
 import os
 import platform
 import socket
+import time
 from datetime import timedelta
 
 import psutil
 import torch.distributed as dist
 
-from train.errors import LostRankError
+from train.errors import NotMetError
 
 # Between the first rank's and the last rank's arrival: a slow file system takes minutes to import torch.
 WAIT_S = 600.0
+RESOLVE_S = 5.0
+"""A name server may be slow to answer when a cluster has just started."""
 CONNECT_S = 20.0
 """A lost packet of a TCP handshake is sent again after 1, 3, 7 and 15 s."""
 
@@ -27,10 +30,11 @@ def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WA
     """The job's store, when all ranks are there.
 
     Raises:
-        ValueError: rank 0's port is taken.
-        LostRankError: a rank did not come, or rank 0 or another rank cannot be reached, within `wait_s`.
+        ValueError: rank 0's port is taken, or its host's name is not known.
+        NotMetError: a rank did not come, or rank 0 or another rank cannot be reached, within `wait_s`.
     """
     wait = timedelta(seconds=wait_s)
+    _resolve(address)
     try:
         store = dist.TCPStore(address, port, world_size, rank == 0, timeout=wait, wait_for_workers=False)
     except dist.DistError as error:
@@ -39,7 +43,7 @@ def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WA
                 f"port {port} of {platform.node()}, where the ranks should meet, is in use, perhaps by another job: "
                 "choose another (deepspeed --master_port, or MASTER_PORT)"
             ) from None
-        raise LostRankError(
+        raise NotMetError(
             f"rank {rank} on {platform.node()} could not reach rank 0 at {address}, port {port}, within "
             f"{wait_s:.0f} s: did it start, does a firewall stand between (docs/CLUSTER.md)? Run again"
         ) from None
@@ -48,15 +52,31 @@ def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WA
         store.set(keys[rank], platform.node())
         store.wait(keys, wait)
     except dist.DistError:
-        raise LostRankError(_who_is_missing(store, keys, rank, wait_s)) from None
+        raise NotMetError(_who_is_missing(store, keys, rank, wait_s)) from None
     interface = os.environ.get("GLOO_SOCKET_IFNAME")  # train/world.py sets it where there are several hosts
     if interface:
         _try_connections(store, rank, world_size, interface.split(",")[0], wait)
     return store
 
 
+def _resolve(address: str) -> None:
+    """ValueError where nothing here knows rank 0's host by that name: torch would ask again and again, in silence."""
+    deadline = time.monotonic() + RESOLVE_S
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{platform.node()} does not know the host {address}, at which the ranks should meet "
+                    f"({error.strerror}): correct MASTER_ADDR, or the hosts' names in /etc/hosts or the name server"
+                ) from None
+            time.sleep(1.0)
+
+
 def _try_connections(store: dist.Store, rank: int, world_size: int, interface: str, wait: timedelta) -> None:
-    """Each rank connects to the next; all raise the same LostRankError where one of them cannot."""
+    """Each rank connects to the next; all raise the same NotMetError where one of them cannot."""
     address = _address_of(interface)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, 0), family=family) as server:
@@ -79,7 +99,7 @@ def _try_connections(store: dist.Store, rank: int, world_size: int, interface: s
         store.wait(keys, wait)  # and so nobody's server closes too early
     faults = [found.decode() for found in store.multi_get(keys) if found]
     if faults:
-        raise LostRankError(faults[0])
+        raise NotMetError(faults[0])
 
 
 def _address_of(interface: str) -> str:

@@ -69,8 +69,8 @@ def join_world(log_level: str = "error") -> World:
     """Discover this process's rank and join the process group: NCCL on GPUs, gloo elsewhere.
 
     Raises:
-        ValueError: contradicting variables, a taken port.
-        LostRankError: a rank did not come.
+        ValueError: contradicting variables, a taken port, a host name that nobody knows.
+        NotMetError: a rank did not come.
     """
     ranks = discover_ranks(os.environ)
     world = _world_of(ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -53,3 +54,13 @@ def test_kubernetes_manifest_agrees_with_itself() -> None:
     script = command.index("launch/pretrain.py")
     assert (ROOT / command[script]).is_file()
     assert parse_config(command[script + 1 :], "").data.shards == "/data/shards"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_an_installation_a_job_ends_with_the_remedy(script: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PBS_O_WORKDIR": str(tmp_path), "SLURM_ARRAY_TASK_ID": "0"}
+    ended = subprocess.run(
+        ["bash", str(ROOT / script)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert "submit this from the repository's folder, after `make quickstart`" in ended.stderr

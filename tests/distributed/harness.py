@@ -67,6 +67,13 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
+def srun_variables(rank: int, job: int) -> dict[str, str]:
+    """What srun gives to one of three tasks on this host."""
+    numbers = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": 3, "SLURM_JOB_ID": job}
+    numbers |= {"SLURM_STEP_TASKS_PER_NODE": 3, "SLURM_NODEID": 0}
+    return {name: str(value) for name, value in numbers.items()} | {"SLURM_JOB_NODELIST": "localhost"}
+
+
 def _main(target: str, args: Sequence[Any], kwargs: Mapping[str, Any], folder: str) -> None:
     import torch.distributed as dist
 

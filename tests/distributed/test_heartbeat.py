@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.forked import Forked
-from tests.distributed.harness import free_port, rank_environment
-from tests.distributed.workers_heartbeat import beat
+from tests.distributed.harness import free_port, rank_environment, srun_variables
+from tests.distributed.workers_heartbeat import beat, fail
 
 BEAT_S = 1.0
 
@@ -25,6 +26,7 @@ def test_one_of_the_surviving_ranks_tells(
     tmp_path: Path, victim: int, speakers: set[int], message: str
 ) -> None:
     port = free_port()
+    (tmp_path / ".lost-rank-0-of-an-earlier-job").touch()
     ranks = [Forked(beat, tmp_path, environment=rank_environment(rank, 3, port)) for rank in range(3)]
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("ready-*"))) < 3:
@@ -43,3 +45,26 @@ def test_one_of_the_surviving_ranks_tells(
     assert [rank.returncode for rank in ranks if rank is not ranks[victim]] == [1, 1]
     print(f"rank {victim} killed: the others ended within {took:.1f} s")
     assert took < 20
+    assert not (tmp_path / ".lost-rank-0-of-an-earlier-job").exists()
+
+
+@pytest.mark.parametrize(("failing", "speaker"), [((0, 1, 2), 0), ((1,), 1)], ids=["all", "one"])
+def test_an_error_is_told_once(tmp_path: Path, failing: tuple[int, ...], speaker: int) -> None:
+    """Under srun, which ends nobody: by rank 0 what all meet, by another rank what it alone meets."""
+    port, job = free_port(), os.getpid()
+    ranks = [
+        Forked(
+            fail,
+            tmp_path,
+            failing,
+            environment={**rank_environment(rank, 3, port), **srun_variables(rank, job)},
+        )
+        for rank in range(3)
+    ]
+    begun = time.monotonic()
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    expected = ["", "", ""]
+    expected[speaker] = "error: this teacher has no head\n"
+    assert outputs == expected
+    assert [rank.returncode for rank in ranks] == [2 if rank in failing else 1 for rank in range(3)]
+    assert time.monotonic() - begun < (8 if len(failing) == 3 else 30)

@@ -1,9 +1,10 @@
-"""One rank that only communicates, under a heartbeat, as train/run.py has it."""
+"""One rank that communicates, or fails, under a heartbeat, as train/run.py has it."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,18 +12,42 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.cli import run_main
 from train.heartbeat import Heartbeat
+from train.run import _lost_ranks_told
 
 
 def beat(folder: Path) -> None:
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo")
-    world: Any = SimpleNamespace(rank=rank, world_size=world_size, is_first=rank == 0)
-    with Heartbeat(world, lambda: "here", lost_after_s=5, stuck_after_s=600, folder=folder) as heartbeat:
-        (folder / f"ready-{rank}").touch()
+    """Communicate until another rank is lost."""
+    with joined(folder) as heartbeat:
         try:
-            while True:
-                dist.all_reduce(torch.ones(1))
+            communicate()
         except RuntimeError as error:
             print("error:", heartbeat.lost_rank(str(error).splitlines()[0]), flush=True)
             sys.exit(1)
+
+
+def fail(folder: Path, failing: Sequence[int]) -> None:
+    """End with an error of the user's on the ranks `failing`; communicate on the others."""
+
+    def main(_: Sequence[str]) -> int:
+        with joined(folder) as heartbeat, _lost_ranks_told(heartbeat):
+            if int(os.environ["RANK"]) in failing:
+                raise ValueError("this teacher has no head")
+            communicate()
+        return 0
+
+    run_main(main)
+
+
+def joined(folder: Path) -> Heartbeat:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo")
+    world: Any = SimpleNamespace(rank=rank, world_size=world_size, is_first=rank == 0)
+    (folder / f"ready-{rank}").touch()
+    return Heartbeat(world, lambda: "here", lost_after_s=5, stuck_after_s=600, folder=folder)
+
+
+def communicate() -> None:
+    while True:
+        dist.all_reduce(torch.ones(1))

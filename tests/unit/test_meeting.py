@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.distributed.harness import free_port
-from train.errors import LostRankError
+from train.errors import NotMetError
 from train.meeting import _try_connections, meet
 
 
@@ -69,15 +69,15 @@ def test_the_missing_rank_is_named() -> None:
     port = free_port()
     with ThreadPoolExecutor() as pool:
         found = [pool.submit(meet, rank, 3, "127.0.0.1", port, 2) for rank in (0, 2)]
-        with pytest.raises(LostRankError, match=r"rank 1 did not come within 2 s of the start \(rank 2, on "):
+        with pytest.raises(NotMetError, match=r"rank 1 did not come within 2 s of the start \(rank 2, on "):
             found[0].result()
-        with pytest.raises(LostRankError, match=r"rank 1 did not come|lost rank 0"):
+        with pytest.raises(NotMetError, match=r"rank 1 did not come|lost rank 0"):
             found[1].result()
 
 
 def test_rank_0_that_is_not_there() -> None:
     with pytest.raises(
-        LostRankError, match=r"rank 1 on \S+ could not reach rank 0 at 127\.0\.0\.1, port \d+, within 1"
+        NotMetError, match=r"rank 1 on \S+ could not reach rank 0 at 127\.0\.0\.1, port \d+, within 1"
     ):
         meet(1, 2, "127.0.0.1", free_port(), 1)
 
@@ -87,3 +87,11 @@ def test_a_taken_port() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"port {port} of .* is in use, perhaps by another job"):
             meet(0, 2, "127.0.0.1", port, 1)
+
+
+def test_a_host_that_nobody_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.meeting.RESOLVE_S", 0.0)
+    with pytest.raises(
+        ValueError, match=r"does not know the host nosuch\.invalid, at which the ranks should meet \("
+    ):
+        meet(1, 2, "nosuch.invalid", free_port(), 20)

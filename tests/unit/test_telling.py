@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,16 +12,10 @@ from pathlib import Path
 import pytest
 
 from launch import telling
-from tests.distributed.harness import free_port
+from tests.distributed.harness import srun_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 CALL = "import os, sys; from launch.telling import tell; tell(sys.argv[1], os.environ)"
-
-
-def srun_variables(rank: int, job: int) -> dict[str, str]:
-    names = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": 3, "SLURM_JOB_ID": job}
-    names |= {"SLURM_STEP_TASKS_PER_NODE": 3, "SLURM_NODEID": 0}
-    return {name: str(value) for name, value in names.items()} | {"SLURM_JOB_NODELIST": "localhost"}
 
 
 @pytest.mark.parametrize(
@@ -45,12 +40,16 @@ def test_the_same_message_is_told_by_rank_0_alone(messages: list[str], told: lis
     assert [rank.communicate(timeout=30)[1].strip() for rank in ranks] == told
 
 
-@pytest.mark.parametrize("by_hand", [False, True], ids=["deepspeed on two hosts", "by hand"])
-def test_where_no_launcher_ends_the_others_they_ask(by_hand: bool) -> None:
-    """Rank 0 alone on its host, two ranks on another; its launcher's own port is taken by nobody yet."""
-    port = free_port()
-    variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    variables |= {} if by_hand else {"CROSS_RANK": "0"}
+@pytest.mark.parametrize(
+    "launcher",
+    [{"CROSS_RANK": "0"}, {"TORCHELASTIC_RUN_ID": "none"}, {}],
+    ids=["deepspeed", "torchrun", "by hand"],
+)
+def test_where_no_launcher_ends_the_others_they_ask(launcher: dict[str, str]) -> None:
+    """Rank 0 alone on its host, two ranks on another; the port at which they met is taken, as by rank 0's store."""
+    store = socket.create_server(("127.0.0.1", 0))
+    port = store.getsockname()[1]
+    variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **launcher}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", CALL, "no shards"],
@@ -62,7 +61,8 @@ def test_where_no_launcher_ends_the_others_they_ask(by_hand: bool) -> None:
         for rank, local, size in (("0", "0", "1"), ("1", "0", "2"), ("2", "1", "2"))
     ]
     begun = time.monotonic()
-    assert [rank.communicate(timeout=30)[1].strip() for rank in ranks] == ["no shards", "", ""]
+    with store:
+        assert [rank.communicate(timeout=30)[1].strip() for rank in ranks] == ["no shards", "", ""]
     assert time.monotonic() - begun < telling.SECONDS_FOR_RANK_0
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
 
 from train.discovery import Ranks, discover_ranks, first_host, probable_rank, slurm_rendezvous, tasks_per_node
 from train.rendezvous import interface_towards, own_address, rendezvous
-from train.world import _device, discover_world
+from train.world import World, _device, _tell_torch, discover_world
 
 TORCH = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"}
 OPEN_MPI = {
@@ -51,6 +52,35 @@ def test_every_launcher_gives_the_same_ranks(environment: dict[str, str], launch
     assert (world.rank, world.local_rank, world.world_size, world.local_size) == (5, 1, 8, 4)
 
 
+@pytest.mark.parametrize("local_ranks", [(0, 2, 1, 3), (0, 2, 4, 6, 1, 3, 5, 7)])
+def test_mpirun_may_deal_the_ranks_out_in_another_order(local_ranks: tuple[int, ...]) -> None:
+    """As Open MPI 5 did with --oversubscribe."""
+    size = str(len(local_ranks))
+    given = OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": size, "OMPI_COMM_WORLD_LOCAL_SIZE": size}
+    for rank, local_rank in enumerate(local_ranks):
+        given |= {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_RANK": str(local_rank)}
+        ranks = discover_ranks(given)
+        assert (ranks.rank, ranks.local_rank) == (rank, local_rank)
+
+
+@pytest.mark.parametrize("node", ["-3", "7"])
+def test_a_node_that_is_not_in_the_list_has_all_tasks(node: str) -> None:
+    assert discover_ranks(SRUN | {"SLURM_NODEID": node}).local_size == 8
+
+
+def test_between_hosts_gloo_is_told_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", TORCH | {"MASTER_ADDR": own_address(), "MASTER_PORT": "29500"})
+    ranks = discover_ranks(os.environ)
+    _tell_torch(World(5, 1, 8, 4, "cpu"), ranks)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == interface_towards(own_address())
+    os.environ["GLOO_SOCKET_IFNAME"] = "ib0"
+    _tell_torch(World(5, 1, 8, 4, "cpu"), ranks)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+    del os.environ["GLOO_SOCKET_IFNAME"]
+    _tell_torch(World(5, 5, 8, 8, "cpu"), ranks)
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
 def test_local_world_size_of_torchrun() -> None:
     given = {name: value for name, value in TORCH.items() if name != "LOCAL_SIZE"}
     assert discover_ranks({**given, "LOCAL_WORLD_SIZE": "2"}).local_size == 2
@@ -84,8 +114,19 @@ def test_the_inner_launcher_counts(environment: dict[str, str]) -> None:
             {"OMPI_COMM_WORLD_RANK": "0"},
             "but not OMPI_COMM_WORLD_LOCAL_RANK, OMPI_COMM_WORLD_SIZE",
         ),
-        (TORCH | {"RANK": "8"}, "needs 0 <= LOCAL_RANK <= RANK < WORLD_SIZE"),
-        (SRUN | {"SLURM_PROCID": "9"}, "needs 0 <= SLURM_LOCALID <= SLURM_PROCID < SLURM_STEP_NUM_TASKS"),
+        (
+            TORCH | {"RANK": "8"},
+            "'LOCAL_SIZE': '4'}: needs 0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK < 4, the ranks",
+        ),
+        (TORCH | {"RANK": "-1"}, "needs 0 <= RANK < WORLD_SIZE"),
+        (TORCH | {"LOCAL_RANK": "4"}, "0 <= LOCAL_RANK < 4, the ranks of this host, <= WORLD_SIZE; unset"),
+        (TORCH | {"LOCAL_RANK": "-1"}, "0 <= LOCAL_RANK < 4"),
+        (TORCH | {"LOCAL_SIZE": "0", "LOCAL_RANK": "0"}, "0 <= LOCAL_RANK < 0"),
+        (TORCH | {"LOCAL_SIZE": "9"}, "0 <= LOCAL_RANK < 9, the ranks of this host, <= WORLD_SIZE"),
+        (
+            SRUN | {"SLURM_PROCID": "9"},
+            "needs 0 <= SLURM_PROCID < SLURM_STEP_NUM_TASKS and 0 <= SLURM_LOCALID < 4",
+        ),
         (SRUN | {"RANK": "3"}, "RANK=3 but SLURM_PROCID=5: two launchers contradict each other"),
         (SRUN | {"LOCAL_RANK": "3"}, "LOCAL_RANK=3 but SLURM_LOCALID=1"),
         (OPEN_MPI | {"WORLD_SIZE": "2"}, "WORLD_SIZE=2 but OMPI_COMM_WORLD_SIZE=8"),
