@@ -78,12 +78,9 @@ def run(config: Config) -> int:
     changes += changed_inputs(run_dir, inputs)
     refuse_changes(run_dir, [] if may_change else changes)
     clock = Clock(world.device)
+    lost_after_s, stuck_after_s = config.run.lost_rank_timeout_s, config.run.hang_timeout_s
     heartbeat = Heartbeat(
-        world,
-        clock.where,
-        lost_after_s=config.run.lost_rank_timeout_s,
-        stuck_after_s=config.run.hang_timeout_s,
-        folder=run_dir,
+        world, clock.where, lost_after_s=lost_after_s, stuck_after_s=stuck_after_s, folder=run_dir
     )
     with (
         StopRequest() as stop,
@@ -96,10 +93,7 @@ def run(config: Config) -> int:
         say = print_on_first(world)
         checkpoint = agree_on_checkpoint(run_dir / "checkpoints", say)
         refuse_differences(start_up_facts(config, inputs["data.shards"]), world)
-        if config.training.micro_batch_size == "auto":
-            manifest = load_manifest(config.data.shards)
-            config = find_micro_batch_size(config, manifest, world, inputs["deepspeed.config"])
-            say(f"training.micro_batch_size: {config.training.micro_batch_size} sequences fit")
+        config = _with_micro_batch_size(config, world, inputs["deepspeed.config"], say)
         universal = needs_conversion(checkpoint, world.world_size)
         parts = assemble(config, world, clock, start_up, load_universal=universal)
         state = load_checkpoint(parts.trainer.engine, checkpoint, world.world_size, say)
@@ -122,6 +116,17 @@ def run(config: Config) -> int:
         on_first_rank(world, lambda: finish(config, parts, run_dir))
     dist.destroy_process_group()
     return 0
+
+
+def _with_micro_batch_size(
+    config: Config, world: World, template: dict[str, Any], say: Callable[[str], None]
+) -> Config:
+    """`config`, in which "auto" is replaced by what fits."""
+    if config.training.micro_batch_size != "auto":
+        return config
+    config = find_micro_batch_size(config, load_manifest(config.data.shards), world, template)
+    say(f"training.micro_batch_size: {config.training.micro_batch_size} sequences fit")
+    return config
 
 
 def _open_run(config: Config, parts: Parts, inputs: Mapping[str, Any], state: TrainState) -> Events:
@@ -168,20 +173,11 @@ def _train(
             first_step=state.step,
         ),
     ]
-    heldout_at: Callable[[int], float | None] = lambda step: None  # noqa: E731
-    if parts.heldout is not None:
-        heldout, student, teacher = parts.heldout, parts.student, parts.teacher
-        evaluating = Evaluating(
-            lambda: heldout(student, teacher),
-            events,
-            trainer.clock,
-            every_steps=config.evaluation.every_steps,
-            total_steps=total_steps,
-        )
+    evaluating = _evaluating(config, parts, events, total_steps)
+    if evaluating is not None:
         evaluating.before_first_step(state)
         start_up.ended("evaluation")
         observers.append(evaluating)
-        heldout_at = evaluating.loss_at
     observers.append(
         Checkpointing(
             trainer.engine,
@@ -194,7 +190,7 @@ def _train(
             retention=Retention(config.checkpoint.keep_last, config.checkpoint.milestone_every_steps),
             stop_after_failures=config.checkpoint.stop_after_failures,
             total_steps=total_steps,
-            heldout=heldout_at,
+            heldout=evaluating.loss_at if evaluating is not None else lambda step: None,
             description=description_folder(Path(config.run.dir)),
             losses=trainer.losses,
             spikes=spikes,
@@ -206,6 +202,19 @@ def _train(
         profiling(profile_dir, world.rank, config.run.profile_steps, events) as profilers,
     ):
         return trainer.train(state, [StartUpReport(start_up, events), *observers, *profilers])
+
+
+def _evaluating(config: Config, parts: Parts, events: Events, total_steps: int) -> Evaluating | None:
+    if parts.heldout is None:
+        return None
+    heldout, student, teacher = parts.heldout, parts.student, parts.teacher
+    return Evaluating(
+        lambda: heldout(student, teacher),
+        events,
+        parts.trainer.clock,
+        every_steps=config.evaluation.every_steps,
+        total_steps=total_steps,
+    )
 
 
 def finish(config: Config, parts: Parts, run_dir: Path) -> None:
