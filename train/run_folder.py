@@ -62,11 +62,16 @@ def _commit() -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader finds the old file or the whole new one, also after a crash."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

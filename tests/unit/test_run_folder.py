@@ -21,7 +21,14 @@ from train.checkpoint import TrainState, _complete, _remove, newest_checkpoint
 from train.config import Config, OptimizerConfig, RunConfig
 from train.metrics import RunEvents, board_tag, read_rows
 from train.profiling import profiling
-from train.run_folder import changed_config, changed_inputs, hold, refuse_changes, write_configs
+from train.run_folder import (
+    changed_config,
+    changed_inputs,
+    hold,
+    refuse_changes,
+    write_atomically,
+    write_configs,
+)
 from train.signals import StopRequest
 from train.world import World
 
@@ -272,3 +279,14 @@ def test_a_fault_on_the_first_rank_is_a_users_or_the_machines(monkeypatch: pytes
         on_first_rank(world, lambda: fail(errno.ENOSPC))
     with pytest.raises(ValueError, match="Permission denied"):  # exit code 2
         on_first_rank(world, lambda: fail(errno.EACCES))
+
+
+def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_atomically(tmp_path / "folder", "text")
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "none" / "file", "text")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(tmp_path / "file", "\ud800")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
