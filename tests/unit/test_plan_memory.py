@@ -23,6 +23,7 @@ from train.plan_memory import (
     largest_fitting_micro_batch,
     logits_chunk_bytes,
     model_state_bytes,
+    teacher_bytes,
 )
 from train.plan_shapes import PUBLISHED, model_from_config, named_model, num_parameters, student_of
 from train.students import make_student
@@ -151,6 +152,21 @@ def test_activations_of_head_and_objective(kd_positions: str) -> None:
     shape, objective = planned(student), Objective(kd_positions, masked, mlm=True, cosine=True)
     predicted = activation_bytes(shape, micro, length, 4, 4) + head_bytes(shape, objective, micro, length, 4)
     assert predicted == pytest.approx(measured, rel=0.003)
+
+
+@pytest.mark.parametrize(("kd_rows", "rows"), [("all", 4 * 64), ("masked", 4 * 10), ("none", 0)])
+def test_what_teachers_hold(kd_rows: str, rows: int) -> None:
+    """Weights; last hidden states of all tokens, decoder inputs of those whose logits are compared."""
+    models = [make_models("bert", 64, 256)[0], make_models("bert", 32)[0]]
+    output = Teacher(models)(make_batch(4, 64, 10).input_ids)
+    outputs = [member.last_hidden for member in output.members]
+    outputs += [decoder.features for decoder in output.rows(torch.arange(rows))]
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    objective = Objective(kd_rows, 10, mlm=True, cosine=True)
+    assert teacher_bytes(tuple(map(planned, models)), objective, 4, 64, 4) == {
+        "teacher weights": sum(parameter.nbytes for parameter in parameters),
+        "teacher outputs": sum(tensor.nbytes for tensor in outputs),
+    }
 
 
 @pytest.mark.parametrize("kd_weight", [5.0, 0.0])
