@@ -1,4 +1,4 @@
-"""Common GPUs, as their makers' datasheets describe them: matrix rate, memory, link inside a node."""
+"""Common GPUs: matrix rate and link inside a node from their makers' datasheets, memory as nvidia-smi shows it."""
 
 from __future__ import annotations
 
@@ -18,30 +18,56 @@ class Gpu:
     """Dense fp16 matrix products with fp32 sums, 1e12 FLOP/s; never the figure "with sparsity"."""
     bf16: bool
     """Whether bf16 runs at that rate."""
-    memory_gib: float
+    memory_mib: int
+    """All of it, as nvidia-smi shows it (the smallest figure where its versions differ): below the nominal size."""
     link_gb_per_s: float
     """Nominal rate of its link to the others in a node, one direction (half the datasheet's figure), 1e9 bytes/s."""
     link: str
     source: str
+    """Of the rate."""
+
+    @property
+    def memory_gib(self) -> float:
+        return round(self.memory_mib / 1024, 1)
 
 
-_A100 = "NVIDIA A100 Tensor Core GPU datasheet (2021)"
+_A100 = "NVIDIA A100 Tensor Core GPU datasheet (2021), SXM"
+_V100 = "NVIDIA V100 datasheet (2020), SXM2"
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("V100-16GB", 125, False, 16, 150, "NVLink 2", "NVIDIA V100 datasheet (2020), SXM2"),
-        Gpu("V100-32GB", 125, False, 32, 150, "NVLink 2", "NVIDIA V100 datasheet (2020), SXM2"),
-        Gpu("A100-40GB", 312, True, 40, 300, "NVLink 3", _A100 + ", SXM"),
-        Gpu("A100-80GB", 312, True, 80, 300, "NVLink 3", _A100 + ", SXM"),
+        Gpu("T4", 65, False, 15109, 16, "PCIe 3 x16", "NVIDIA T4 datasheet (2019)"),
+        Gpu("V100-16GB", 125, False, 16160, 150, "NVLink 2", _V100),
+        Gpu("V100-32GB", 125, False, 32510, 150, "NVLink 2", _V100),
+        Gpu("A10G", 70, True, 22731, 32, "PCIe 4 x16", "NVIDIA A10G datasheet (2021): 140 with sparsity"),
+        Gpu("A100-40GB", 312, True, 40536, 300, "NVLink 3", _A100),
+        Gpu("A100-80GB", 312, True, 81251, 300, "NVLink 3", _A100),
+        Gpu("L4", 121, True, 22731, 32, "PCIe 4 x16", "NVIDIA L4 datasheet (2023): 242 with sparsity"),
+        Gpu("L40S", 362.05, True, 46068, 32, "PCIe 4 x16", "NVIDIA L40S datasheet (2023): 733 with sparsity"),
         Gpu(
-            "H100", 989.4, True, 80, 450, "NVLink 4", "NVIDIA H100 datasheet (2022), SXM: 1,979 with sparsity"
+            "RTX4090",
+            165.2,
+            True,
+            24564,
+            32,
+            "PCIe 4 x16",
+            "NVIDIA Ada GPU architecture whitepaper v2, appendix A: fp32 sums; 330.3 with fp16 sums",
+        ),
+        Gpu(
+            "H100",
+            989.4,
+            True,
+            81559,
+            450,
+            "NVLink 4",
+            "NVIDIA H100 datasheet (2022), SXM: 1,979 with sparsity",
         ),
         Gpu(
             "H200",
             989.4,
             True,
-            141,
+            143771,
             450,
             "NVLink 4",
             "NVIDIA H200 datasheet (2023), SXM: 1,979 with sparsity",
@@ -50,20 +76,10 @@ GPUS = {
             "B200",
             2250,
             True,
-            180,
+            183359,
             900,
             "NVLink 5",
             "NVIDIA Blackwell datasheet (2024), HGX: 4,500 with sparsity",
-        ),
-        Gpu("L40S", 362.05, True, 48, 32, "PCIe 4 x16", "NVIDIA L40S datasheet (2023): 733 with sparsity"),
-        Gpu(
-            "RTX4090",
-            165.2,
-            True,
-            24,
-            32,
-            "PCIe 4 x16",
-            "NVIDIA Ada GPU architecture whitepaper v2, appendix A: fp32 sums; 330.3 with fp16 sums",
         ),
     )
 }

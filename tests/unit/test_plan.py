@@ -91,13 +91,24 @@ def test_communication_hides_behind_the_backward_pass() -> None:
 
 
 def test_every_gpu_has_a_source_and_dense_figures() -> None:
-    assert len(GPUS) >= 9
+    assert len(GPUS) >= 12
     for gpu in GPUS.values():
         assert "NVIDIA" in gpu.source
         assert gpu.tflops < 2500
     assert find_gpu("h100").tflops == 989.4
     assert find_gpu("RTX 4090").name == "RTX4090"
+    assert (find_gpu("t4").tflops, find_gpu("a10g").tflops, find_gpu("l4").tflops) == (65, 70, 121)
+    assert not find_gpu("t4").bf16
     assert all(run.source for run in PUBLISHED_RUNS)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("V100-16GB", 15.8), ("L40S", 45.0), ("B200", 179.1), ("T4", 14.8), ("H100", 79.6)]
+)
+def test_memory_is_what_nvidia_smi_shows(name: str, shown: float, capsys: pytest.CaptureFixture[str]) -> None:
+    assert find_gpu(name).memory_gib == shown
+    assert main(["--gpu", name]) == 0
+    assert f"% of {shown:g} GiB" in capsys.readouterr().out
 
 
 def test_local_teacher_and_shards(
@@ -139,7 +150,7 @@ def test_too_large_a_micro_batch_is_said_with_one_that_fits(capsys: pytest.Captu
     ("words", "message"),
     [
         (["--nodes", "3"], "use a world size of 1, 2, 4, 8, 16, 32, 64"),
-        (["--gpu", "H1000"], "not in the table, which has V100-16GB"),
+        (["--gpu", "H1000"], "not in the table, which has T4, V100-16GB"),
         (["--mfu", "1.5"], "give a number up to 1"),
         (["--price", "-1"], "--price -1.0: give a number above 0"),
         (["--model.teacher=nobody/knows"], "nothing is downloaded here"),
