@@ -151,10 +151,12 @@ class PublishedRun:
     phases: tuple[tuple[float, int], ...]
     """(tokens, sequence length) of each phase."""
     gpu_hours: float | None
-    """As published, on `gpu`; None where none was."""
-    gpu: str
+    """On V100, as published; None where none were."""
     gpu_gib: int
+    """Nominal memory of these V100."""
     source: str
+    hours_of_phases: bool = True
+    """Whether the hours are those of these phases; where others' hours stand beside them, no MFU follows."""
 
     @property
     def tokens(self) -> float:
@@ -189,9 +191,10 @@ PUBLISHED_RUNS = (
         None,
         ((900_000 * 256 * 128, 128), (100_000 * 256 * 512, 512)),
         64 * 79.2,
-        "V100",
-        16,
-        "steps: Devlin et al. 2019, A.2; 64 V100 for 79 h: Strubell et al. 2019, table 3",
+        32,
+        "steps: Devlin et al. 2019, A.2; hours: another run, NVIDIA's on 64 V100 (32 GB, 4 DGX-2H) for 79.2 h, "
+        "Strubell et al. 2019, section 2.1 and table 3; its steps are not given, so that no MFU follows",
+        hours_of_phases=False,
     ),
     PublishedRun(
         _ROBERTA_LARGE,
@@ -199,7 +202,6 @@ PUBLISHED_RUNS = (
         None,
         ((100_000 * 8192 * 512, 512),),
         1024 * 24.0,
-        "V100",
         32,
         "1,024 V100 for about a day: Liu et al. 2019, section 5; what Sanh et al. 2019 compare with",
     ),
@@ -209,7 +211,6 @@ PUBLISHED_RUNS = (
         None,
         ((500_000 * 8192 * 512, 512),),
         None,
-        "V100",
         32,
         "steps: Liu et al. 2019, table 9; no time published",
     ),
@@ -219,7 +220,6 @@ PUBLISHED_RUNS = (
         "google-bert/bert-base-uncased",
         ((3 * PUBLISHED_CORPUS_TOKENS, 512),),
         8 * 90.0,
-        "V100",
         16,
         "8 V100 for about 90 h: Sanh et al. 2019, section 3; 3 epochs: default of the original code",
     ),

@@ -92,22 +92,24 @@ def curve_table(curve: Sequence[Plan], price: float | None) -> str:
 
 def comparison_table(plan: Plan) -> str:
     """What the paper's claims about cost can be read off."""
-    rows = []
-    for row in comparison(plan):
-        hours = row["published_gpu_hours"]
-        rows.append(
-            (
-                row["name"],
-                f"{row['tokens'] / 1e9:,.1f}e9",
-                f"{row['flops']:.1e}",
-                f"{row['v100_hours_at_mfu']:,.0f}",
-                "" if hours is None else f"{hours:,.0f}",
-                "" if hours is None else f"{row['published_mfu']:.1%}",
-                f"{row['share_of_flops']:.1%}",
-                "" if hours is None else f"{row['share_of_gpu_hours']:.1%}",
-                "" if hours is None else f"{row['share_of_gib_hours']:.1%}",
-            )
+
+    def cell(number: float | None, layout: str) -> str:
+        return "" if number is None else format(number, layout)
+
+    rows = [
+        (
+            row["name"],
+            f"{row['tokens'] / 1e9:,.1f}e9",
+            f"{row['flops']:.1e}",
+            f"{row['v100_hours_at_mfu']:,.0f}",
+            cell(row["published_gpu_hours"], ",.0f"),
+            cell(row["published_mfu"], ".1%"),
+            f"{row['share_of_flops']:.1%}",
+            cell(row["share_of_gpu_hours"], ".1%"),
+            cell(row["share_of_gib_hours"], ".1%"),
         )
+        for row in comparison(plan)
+    ]
     text = text_table(
         (
             "run",

@@ -7,7 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from train.order import check_fit, num_lanes
-from train.plan_cost import PUBLISHED_RUNS, REFERENCE_RUN, Machines, StepTime, Traffic, step_time, traffic
+from train.plan_cost import (
+    PUBLISHED_RUNS,
+    REFERENCE_RUN,
+    Machines,
+    PublishedRun,
+    StepTime,
+    Traffic,
+    step_time,
+    traffic,
+)
 from train.plan_memory import GIB, largest_fitting_micro_batch, memory_parts
 from train.plan_recipe import Recipe
 from train.plan_shapes import num_parameters
@@ -136,29 +145,33 @@ def comparison(plan: Plan) -> list[dict[str, Any]]:
     """This run beside the published ones: work, hours on V100 at the plan's efficiency, and as published."""
     recipe, mfu = plan.recipe, plan.machines.mfu
 
-    def row(
-        name: str, tokens: float, flops: float, hours: float | None, gib: int, source: str
-    ) -> dict[str, Any]:
-        reference = REFERENCE_RUN
-        assert reference.gpu_hours is not None
+    def work(name: str, tokens: float, flops: float) -> dict[str, Any]:
         return {
             "name": name,
             "tokens": tokens,
             "flops": flops,
             "v100_hours_at_mfu": flops / (mfu * V100_TFLOPS * 1e12) / 3600,
-            "published_gpu_hours": hours,
-            "published_mfu": None if hours is None else flops / (hours * 3600 * V100_TFLOPS * 1e12),
-            "share_of_flops": flops / reference.flops,
-            "share_of_gpu_hours": None if hours is None else hours / reference.gpu_hours,
-            "share_of_gib_hours": None
-            if hours is None
-            else hours * gib / (reference.gpu_hours * reference.gpu_gib),
-            "source": source,
+            "published_gpu_hours": None,
+            "published_mfu": None,
+            "share_of_flops": flops / REFERENCE_RUN.flops,
+            "share_of_gpu_hours": None,
+            "share_of_gib_hours": None,
+            "source": "",
         }
 
-    rows = [row("this recipe", recipe.tokens, recipe.total_flops, None, 0, "")]
-    rows += [row(r.name, r.tokens, r.flops, r.gpu_hours, r.gpu_gib, r.source) for r in PUBLISHED_RUNS]
-    return rows
+    def published(run: PublishedRun) -> dict[str, Any]:
+        row = {**work(run.name, run.tokens, run.flops), "source": run.source}
+        hours, reference = run.gpu_hours, REFERENCE_RUN
+        assert reference.gpu_hours is not None
+        if hours is not None:
+            row["published_gpu_hours"] = hours
+            row["share_of_gpu_hours"] = hours / reference.gpu_hours
+            row["share_of_gib_hours"] = hours * run.gpu_gib / (reference.gpu_hours * reference.gpu_gib)
+        if hours is not None and run.hours_of_phases:
+            row["published_mfu"] = run.flops / (hours * 3600 * V100_TFLOPS * 1e12)
+        return row
+
+    return [work("this recipe", recipe.tokens, recipe.total_flops), *map(published, PUBLISHED_RUNS)]
 
 
 def as_json(plan: Plan, curve: Sequence[Plan], price: float | None) -> dict[str, Any]:

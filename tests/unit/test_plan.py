@@ -60,7 +60,12 @@ def test_cost_claims_can_be_read_off(figures: dict) -> None:
     assert original["share_of_gib_hours"] == pytest.approx(0.0146, abs=1e-4)
     assert rows["RoBERTa-large, 100K steps"]["share_of_flops"] == 1
     assert rows["this recipe"]["share_of_flops"] == pytest.approx(original["share_of_flops"], rel=0.01)
-    assert rows["BERT-base"]["tokens"] == 900_000 * 256 * 128 + 100_000 * 256 * 512
+    bert = rows["BERT-base"]
+    assert bert["tokens"] == 900_000 * 256 * 128 + 100_000 * 256 * 512
+    assert bert["share_of_gpu_hours"] == bert["share_of_gib_hours"]  # 32 GB both
+    assert bert["share_of_gib_hours"] == pytest.approx(64 * 79.2 / (1024 * 24))
+    assert bert["published_mfu"] is None  # the steps of one run, the hours of another
+    assert original["published_mfu"] == pytest.approx(original["flops"] / (720 * 3600 * 125e12))
 
 
 def test_scaling_curve(figures: dict) -> None:
