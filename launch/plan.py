@@ -10,6 +10,7 @@ downloaded, loaded or started. What the predictions were checked against is in d
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,20 +20,23 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import parse_config, run_main
-from train.config import Config
+from train.config import Config, DataConfig
 
 if TYPE_CHECKING:
     from train.plan_cost import Machines
     from train.plan_memory import EngineSettings
 
+SMALLEST, LARGEST = 1e-9, 1e15
+"""Of any number that is given: beyond them products overflow."""
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, plan, print."""
     options, rest = build_parser().parse_known_args(arguments)
-    if options.shards is not None:
-        rest.append(f"--data.shards={options.shards}")
-    config = parse_config(rest, "")
     refuse_impossible(options)
+    rest += [f"--data.shards={shards}" for shards in options.shards]
+    config = parse_config(rest, "")
     # Only now the seconds that transformers takes to import.
     from train.plan_recipe import read_recipe
     from train.plan_tables import (
@@ -105,7 +109,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="share of the matrix rate that models reach (0.30; its reason: train/plan_cost.py)",
     )
     add("--tokens", type=float, help="tokens in the corpus, in place of shards")
-    add("--shards", help="short for --data.shards: a folder whose manifest says how large the corpus is")
+    add(
+        "--shards",
+        "--data.shards",
+        action="append",
+        default=[],
+        help="a folder whose manifest says how large the corpus is",
+    )
     add("--price", type=float, help="money per GPU-hour")
     add(
         "--plot",
@@ -113,24 +123,40 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const=Path("plan.png"),
         metavar="FILE",
-        help="draw the curve (plan.png)",
+        help="draw the curve (plan.png); ends in .png, .svg or .pdf",
     )
     add("--json", type=Path, metavar="FILE", help="write all figures")
     return parser
 
 
 def refuse_impossible(options: argparse.Namespace) -> None:
-    """ValueError for a number that cannot be, naming its flag."""
+    """ValueError for a number that cannot be, a file that cannot be written or a second corpus, naming the flag."""
     for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
-        if isinstance(value, (int, float)) and value <= 0:
-            raise ValueError(f"{flag} {value}: give a number above 0")
+        if isinstance(value, (int, float)) and not SMALLEST <= value <= LARGEST:  # NaN too
+            raise ValueError(f"{flag} {value}: give a number above 0, from {SMALLEST:g} to {LARGEST:g}")
+        if isinstance(value, Path):
+            refuse_unwritable(flag, value)
     if options.mfu is not None and options.mfu > 1:
         raise ValueError(f"--mfu {options.mfu}: a share of the matrix rate; give a number up to 1")
-    if options.tokens is not None and options.shards is not None:
+    if options.plot is not None and options.plot.suffix not in PLOT_SUFFIXES:
+        raise ValueError(f"--plot {options.plot}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
+    corpora = [] if options.tokens is None else [f"--tokens {options.tokens:g}"]
+    corpora += [f"--shards {shards}" for shards in options.shards]
+    if len(corpora) > 1:
         raise ValueError(
-            f"--tokens {options.tokens:g} has no effect beside --shards {options.shards}; remove one"
+            f"{' and '.join(corpora)}: only one can say how large the corpus is; remove the rest"
         )
+
+
+def refuse_unwritable(flag: str, path: Path) -> None:
+    """ValueError where no file can be written, before the plan is made."""
+    if path.is_dir():
+        raise ValueError(f"{flag} {path}: a folder; give a file's name")
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag} {path}: there is no folder {path.parent}; make it, or choose another")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(f"{flag} {path}: cannot be written to; choose another place")
 
 
 def machines_of(options: argparse.Namespace) -> tuple[Machines, float, list[str]]:
@@ -184,22 +210,24 @@ def check_precision(options: argparse.Namespace, precision: str) -> None:
 
 def corpus_of(options: argparse.Namespace, config: Config) -> tuple[list[int], int | None, str]:
     """(tokens of every shard, vocabulary if known, a line that says where that comes from)."""
-    from train.agreement import manifest_digest
     from train.assembly import load_manifest
     from train.plan_cost import PUBLISHED_CORPUS_TOKENS
 
+    shards = config.data.shards
+    named = bool(options.shards) or shards != DataConfig.shards
     if options.tokens is not None:
-        return [int(options.tokens)], None, f"corpus: {options.tokens / 1e9:g}e9 tokens (--tokens)"
-    if options.shards is None and manifest_digest(config.data.shards) == "unreadable":
+        line = f"corpus: {options.tokens / 1e9:g}e9 tokens (--tokens{f', not {shards}' if named else ''})"
+        return [int(options.tokens)], None, line
+    try:
+        manifest = load_manifest(shards)
+    except FileNotFoundError as error:
+        if named:
+            raise FileNotFoundError(f"{error}\nor plan without shards: --tokens N") from None
         words = "Wikipedia and the Book Corpus, as published; give --tokens or --shards for yours"
-        return (
-            [int(PUBLISHED_CORPUS_TOKENS)],
-            None,
-            f"corpus: {PUBLISHED_CORPUS_TOKENS / 1e9:g}e9 tokens ({words})",
-        )
-    manifest = load_manifest(config.data.shards)
+        line = f"corpus: {PUBLISHED_CORPUS_TOKENS / 1e9:g}e9 tokens ({words})"
+        return [int(PUBLISHED_CORPUS_TOKENS)], None, line
     tokens = [shard.tokens for shard in manifest.splits["train"]]
-    line = f"corpus: {sum(tokens) / 1e9:g}e9 tokens in {len(tokens)} shards of {config.data.shards}"
+    line = f"corpus: {sum(tokens) / 1e9:g}e9 tokens in {len(tokens)} shards of {shards}"
     return tokens, manifest.tokenizer.vocab_size, line
 
 

@@ -84,7 +84,7 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> PlannedModel:
     """The shape that a Hugging Face config describes.
 
     Raises:
-        ValueError: a family without a formula here, or a config without a needed entry.
+        ValueError: a family without a formula here, or a config without a needed entry or with an impossible one.
     """
     kind = config.get("model_type")
     if kind not in FAMILIES:
@@ -97,23 +97,36 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> PlannedModel:
     wanted = (*names, "vocab_size", "max_position_embeddings")
     missing = [entry for entry in wanted if entry not in config]
     if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}; save the model anew with transformers")
+    sizes = {entry: config[entry] for entry in wanted}
+    sizes["type_vocab_size"] = 0 if kind == "distilbert" else config.get("type_vocab_size", 2)
+    wrong = [
+        f"{entry}={size!r}"
+        for entry, size in sizes.items()
+        if not isinstance(size, int) or size < (0 if entry == "type_vocab_size" else 1)
+    ]
+    if wrong:
         raise ValueError(
-            f"the config of {name} lacks {', '.join(missing)}; save the model anew with transformers"
+            f"{name} has {', '.join(wrong)}, where whole numbers above 0 belong; save the model anew with transformers"
         )
-    layers, width, heads, feed_forward, vocabulary, positions = (int(config[entry]) for entry in wanted)
-    token_types = 0 if kind == "distilbert" else int(config.get("type_vocab_size", 2))
-    return PlannedModel(kind, layers, width, heads, feed_forward, vocabulary, positions, token_types)
+    return PlannedModel(kind, *sizes.values())
 
 
 def named_model(name: str) -> PlannedModel:
     """A model by the name a recipe gives it: a local folder, or one of the published ones.
 
     Raises:
-        ValueError: neither; nothing is downloaded to find out.
+        ValueError: neither (nothing is downloaded to find out), or a config.json that describes no model.
     """
     path = Path(name, "config.json")
     if path.is_file():
-        return model_from_config(name, json.loads(path.read_text()))
+        try:
+            config = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error}); save the model anew with transformers") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} holds no JSON object; save the model anew with transformers")
+        return model_from_config(str(path), config)
     known = {key.rpartition("/")[2]: key for key in PUBLISHED}
     if name.rpartition("/")[2] in known and not Path(name).exists():
         key = known[name.rpartition("/")[2]]

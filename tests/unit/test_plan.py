@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from launch.plan import main
 from train.plan_cost import PUBLISHED_RUNS, FlopsPerToken, Machines, StepTime, Traffic, step_time
 from train.plan_hardware import GPUS, find_gpu
 from train.plan_memory import EngineSettings
+from train.plan_shapes import PUBLISHED
 
 ENGINE = EngineSettings(2, 2, 4, 50_000_000, overlap=True, precision="fp16")
 
@@ -159,15 +161,116 @@ def test_too_large_a_micro_batch_is_said_with_one_that_fits(capsys: pytest.Captu
         (["--mfu", "1.5"], "give a number up to 1"),
         (["--price", "-1"], "--price -1.0: give a number above 0"),
         (["--model.teacher=nobody/knows"], "nothing is downloaded here"),
-        (["--tokens", "1e9", "--shards", "x"], "has no effect beside --shards"),
+        (["--tokens", "1e9", "--shards", "x"], "^--tokens 1e\\+09 and --shards x: only one can say"),
+        (["--tokens", "1e9", "--data.shards=x"], "^--tokens 1e\\+09 and --shards x: only one can say"),
+        (["--shards", "x", "--data.shards", "y"], "^--shards x and --shards y: only one can say"),
         (["--tokens", "1e5"], "fewer than one batch of 4096"),
         (["--deepspeed.config=ds_configs/cpu.json"], "asks for fp32"),
         (["--gpu", "V100", "--deepspeed.config=ds_configs/bf16.json"], "asks for bf16"),
         (["--data.sequence_length=1024"], "positions for 512 tokens"),
         (["--shards", "no/such/folder"], "holds no manifest.json"),
+        (
+            ["--plot", "no/such/folder/plan.png"],
+            "^--plot no/such/folder/plan.png: there is no folder no/such",
+        ),
+        (["--json", "no/such/folder/p.json"], "^--json no/such/folder/p.json: there is no folder no/such"),
+        (["--plot", "plan"], "^--plot plan: give a name that ends in .png, .svg, .pdf"),
         (["--training.nonsense=1"], "nonsense"),
     ],
 )
 def test_refusals(words: list[str], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(words)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e+30", "0.0", "1e-320"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--price",
+        "--mfu",
+        "--memory-gib",
+        "--matrix-rate",
+        "--tokens",
+        "--intra-node-gb-per-s",
+        "--inter-node-gb-per-s",
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_by_their_flag(flag: str, number: str) -> None:
+    line = f"{flag} {number}: give a number above 0, from 1e-09 to 1e+15"
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        main([flag, number])
+
+
+@pytest.mark.parametrize("words", [["--tokens", "1e15"], ["--matrix-rate", "1e15"], ["--price", "1e15"]])
+def test_the_largest_numbers_are_planned(words: list[str]) -> None:
+    assert main([*words, "--mfu", "1e-9", "--memory-gib", "1e15"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "holds no JSON object"),
+        ('"bert"', "holds no JSON object"),
+        ("{}", "is of model type None"),
+        ('{"model_type": "bert"}', "lacks num_hidden_layers"),
+        ({"num_hidden_layers": "x"}, "has num_hidden_layers='x', where whole numbers"),
+        (
+            {"hidden_size": None, "num_attention_heads": 0},
+            "has hidden_size=None, num_attention_heads=0, where",
+        ),
+        ({"type_vocab_size": -1}, "has type_vocab_size=-1, where"),
+    ],
+)
+def test_a_teachers_config_that_describes_no_model_is_named(
+    config: str | dict, message: str, tmp_path: Path
+) -> None:
+    if isinstance(config, dict):
+        config = json.dumps({**PUBLISHED["google-bert/bert-base-uncased"], **config})
+    path = tmp_path / "config.json"
+    path.write_text(config)
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path} {message}')}.*; (save|it knows)"):
+        main([f"--model.teacher={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    "words", [["--data.shards=shards"], ["--data.shards", "none"], ["--config", "r.yaml"]]
+)
+def test_shards_that_are_named_and_not_there(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Never the published corpus in their place, but what is asked for by --tokens, and said."""
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("data: {shards: none}")
+    with pytest.raises(
+        FileNotFoundError, match=r"(?s)holds no manifest\.json.*or plan without shards: --tokens N"
+    ):
+        main(words)
+    assert main(["--config", "r.yaml", "--tokens", "5e9"]) == 0
+    assert "corpus: 5e9 tokens (--tokens, not none)" in capsys.readouterr().out
+    assert main([]) == 0
+    assert "corpus: 4.3e9 tokens (Wikipedia" in capsys.readouterr().out
+
+
+def test_data_shards_is_shards(shards_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--training.global_batch_size=32", "--training.micro_batch_size=4", "--data.sequence_length=32"]
+    lines = []
+    for flag in ("--shards", "--data.shards"):
+        assert main([*words, flag, shards_folder]) == 0
+        lines.append(capsys.readouterr().out)
+    assert lines[0] == lines[1]
+    assert f"shards of {shards_folder}" in lines[0]
+
+
+def test_nothing_is_printed_before_an_output_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for flag in ("--plot", "--json"):
+        with pytest.raises(ValueError, match=f"^{flag} {tmp_path}: a folder; give a file's name$"):
+            main([flag, str(tmp_path)])
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match=r"p\.json: cannot be written to; choose another place$"):
+        main(["--json", str(tmp_path / "p.json")])
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
