@@ -192,8 +192,9 @@ PUBLISHED_RUNS = (
         ((900_000 * 256 * 128, 128), (100_000 * 256 * 512, 512)),
         64 * 79.2,
         32,
-        "steps: Devlin et al. 2019, A.2; hours: another run, NVIDIA's on 64 V100 (32 GB, 4 DGX-2H) for 79.2 h, "
-        "Strubell et al. 2019, section 2.1 and table 3; its steps are not given, so that no MFU follows",
+        # A DGX-2H has V100 of 32 GB.
+        "steps: Devlin et al. 2019, A.2; hours: NVIDIA's own run, 4 DGX-2H, Strubell et al. 2019, 2.1 and table 3; "
+        "no MFU, two runs",
         hours_of_phases=False,
     ),
     PublishedRun(

@@ -16,7 +16,10 @@ def memory_table(plan: Plan, memory_gib: float) -> str:
     rows = [(name, f"{size / GIB:.3f}") for name, size in plan.memory.items()]
     share = plan.memory_gib / memory_gib
     rows.append((f"all, {share:.0%} of {memory_gib:g} GiB", f"{plan.memory_gib:.3f}"))
-    return text_table(("part", "GiB"), rows, title=f"Memory of each of {plan.machines.world_size} GPUs")
+    gpus = plan.machines.world_size
+    return text_table(
+        ("part", "GiB"), rows, title="Memory of one GPU" if gpus == 1 else f"Memory of each of {gpus} GPUs"
+    )
 
 
 def work_table(plan: Plan) -> str:
