@@ -100,10 +100,10 @@ def teacher(folder: str) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def variables(names: list[str]) -> dict[str, str | None]:
-    """What a rank here would find in its environment: cluster.env counts where the shell says nothing."""
+def variables(names: list[str], folder: Path) -> dict[str, str | None]:
+    """What a rank in `folder` would find in its environment: cluster.env counts where the shell says nothing."""
     given = dict(os.environ)
-    load_environment_file(given, ROOT)
+    load_environment_file(given, folder)
     return {name: given.get(name) for name in names}
 
 
@@ -118,7 +118,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
     """Everything that is looked at on every host; {"error": ...} where a fact could not be had.
 
     Args:
-        request: run_dir, shards; teachers (local folders); variables (names).
+        request: run_dir, shards; teachers (local folders); variables (names); folder (where the job is started).
     """
     questions: dict[str, Callable[[], Any]] = {
         "address": address,
@@ -130,7 +130,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
         "run_folder": lambda: run_folder(request["run_dir"]),
         "shards": lambda: shards(request["shards"]),
         "teachers": lambda: {folder: teacher(folder) for folder in request["teachers"]},
-        "variables": lambda: variables(request["variables"]),
+        "variables": lambda: variables(request["variables"], Path(request["folder"])),
     }
     answers = {}
     for name, question in questions.items():
@@ -154,6 +154,8 @@ class Listener:
             self.socket.bind(("", port))
         except OSError as error:
             return {"error": error.strerror}
+        except OverflowError:
+            return {"error": "no port: give a number from 1 to 65535"}
         self.socket.listen(64)
         return {"port": self.socket.getsockname()[1]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from train.doctor_checks import (
     watched_variables,
 )
 from train.doctor_hosts import HostEntry, keep_alive_s, read_hostfile
+from train.rendezvous import free_port
 
 GPU = {"name": "NVIDIA A100", "driver": "550.54", "memory": "81920 MiB", "used": "0 MiB"}
 HEALTHY: dict[str, Any] = {
@@ -144,6 +146,8 @@ def test_variables_that_do_not_arrive() -> None:
     listed = check_variables(own, {"f": "GLOO_SOCKET_IFNAME=eth0\n"}, answers, ["b"])
     assert all(finding.ok for finding in listed)
     assert [f.check for f in check_variables(own, {"f": "\n"}, answers, []) if not f.ok] == [".deepspeed_env"]
+    answers["b"]["variables"] = {"error": "/here/cluster.env is a folder"}
+    assert check_variables({}, {}, answers, ["a", "b"])[1].result == "b: /here/cluster.env is a folder"
 
 
 def test_ssh_that_does_not_look_is_a_warning(tmp_path: Path) -> None:
@@ -158,8 +162,8 @@ def test_ssh_that_does_not_look_is_a_warning(tmp_path: Path) -> None:
     for says, expected in (("port 22\\nserveraliveinterval 7", 7), ("usage", None)):
         stand_in.write_text(f"#!/bin/sh\nprintf '{says}\\n'\n")
         stand_in.chmod(0o755)
-        assert keep_alive_s("b", f"{stand_in} -o X=y") == expected
-    assert keep_alive_s("b", "no-such-ssh") is None
+        assert keep_alive_s("b", [str(stand_in), "-o", "X=y"]) == expected
+    assert keep_alive_s("b", ["no-such-ssh"]) is None
 
 
 def test_all_reduce_results() -> None:
@@ -207,14 +211,52 @@ def test_hostfile(tmp_path: Path) -> None:
         doctor.main(["--hostfile", str(tmp_path / "none")])
     with pytest.raises(ValueError, match="has no effect beside --hostfile"):
         doctor.main(["--hostfile", str(tmp_path / "hosts"), "--num-gpus", "2"])
+    (tmp_path / "utf-16").write_bytes("a slots=8\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"--hostfile .*/utf-16 is not UTF-8 .*; save it as UTF-8"):
+        doctor.main(["--hostfile", str(tmp_path / "utf-16")])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--ssh", "'x", '--ssh "\'x": no closing quotation; give a command'),
+        ("--ssh", "", "--ssh '' is empty; give a command"),
+        ("--master-port", "0", "--master-port 0 is no port: give a number from 1 to 65535"),
+        ("--master-port", "65536", "--master-port 65536 is no port"),
+        ("--master-port", "-1", "--master-port -1 is no port"),
+    ],
+)
+def test_flags_refused(flag: str, value: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        doctor.main(["--hostfile", str(tmp_path / "hosts"), f"{flag}={value}"])
+
+
+def test_ssh_without_a_hostfile_is_refused() -> None:
+    with pytest.raises(ValueError, match="--ssh 'ssh -p 7' has no effect without --hostfile"):
+        doctor.main(["--ssh", "ssh -p 7"])
+
+
+def test_env_file_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "variables").write_bytes(b"A=\xff\n")
+    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "variables"))
+    with pytest.raises(ValueError, match=r"/variables is not UTF-8 \(byte 0xff at offset 2\)"):
+        doctor.read_env_files()
+
+
+def test_listener_refuses_what_is_no_port() -> None:
+    listener = doctor_probe.Listener()
+    try:
+        assert listener.open(65536) == {"error": "no port: give a number from 1 to 65535"}
+    finally:
+        listener.close()
 
 
 def test_cluster_env_counts_as_a_ranks_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cluster.env").write_text("# for all hosts\nexport HF_HOME=/there\nHF_TOKEN=file\n")
-    monkeypatch.setattr(doctor_probe, "ROOT", tmp_path)
     monkeypatch.delenv("HF_HOME", raising=False)
     monkeypatch.setenv("HF_TOKEN", "shell")
-    found = doctor_probe.variables(["HF_HOME", "HF_TOKEN", "HF_NONE"])
+    found = doctor_probe.variables(["HF_HOME", "HF_TOKEN", "HF_NONE"], tmp_path)
     assert found == {"HF_HOME": "/there", "HF_TOKEN": "shell", "HF_NONE": None}
 
 
@@ -233,7 +275,7 @@ def test_this_machine_with_a_run_folder_in_a_file(
         "--training.global_batch_size=32",
         "--training.micro_batch_size=8",
     ]
-    words += [f"--run.dir={tmp_path / 'file' / 'run'}", "--skip-all-reduce", "--master-port", "0"]
+    words += [f"--run.dir={tmp_path / 'file' / 'run'}", "--skip-all-reduce", f"--master-port={free_port()}"]
     assert doctor.main(words) == 1
     said = capsys.readouterr().out
     failed = [line for line in said.splitlines() if "FAILED" in line]
