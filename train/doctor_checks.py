@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -277,8 +278,6 @@ def watched_variables(environment: Mapping[str, str], remote_shards: bool) -> li
 
 def check_all_reduce(results: Sequence[Mapping[str, Any]], name: str, several_hosts: bool) -> Finding:
     """The ranks' results; the slowest rank's rate counts."""
-    import json
-
     remedy = "the ranks did not find each other: " + (
         "open all ports between the hosts, and set NCCL_SOCKET_IFNAME / GLOO_SOCKET_IFNAME to the right interface"
         if several_hosts

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launch import doctor
+from launch.cli import parse_config
 from train import doctor_probe
 from train.doctor_checks import (
     Finding,
@@ -28,6 +31,7 @@ from train.doctor_checks import (
     watched_variables,
 )
 from train.doctor_hosts import HostEntry, keep_alive_s, read_hostfile
+from train.doctor_local import CPU_TOKENS, check_teacher, needed_disk_gib
 from train.rendezvous import free_port
 
 GPU = {"name": "NVIDIA A100", "driver": "550.54", "memory": "81920 MiB", "used": "0 MiB"}
@@ -250,6 +254,63 @@ def test_listener_refuses_what_is_no_port() -> None:
         assert listener.open(65536) == {"error": "no port: give a number from 1 to 65535"}
     finally:
         listener.close()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "data_prep/write_shards.py",
+        "train/lamb_native.c",
+        "train/finetuning/__init__.py",
+        "train/report_page.html",
+        "launch/pretrain.py",
+        "launch/recipes/distilbert-base.yaml",
+        "ds_configs/fp16.json",
+    ],
+)
+def test_code_is_all_that_a_run_needs(changed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A byte more in any of them is other code; what Python leaves beside them is not."""
+    for name in ("data_prep", "train", "launch", "ds_configs"):
+        shutil.copytree(doctor_probe.ROOT / name, tmp_path / name)
+    before = doctor_probe.code_digest()
+    monkeypatch.setattr(doctor_probe, "ROOT", tmp_path)
+    (tmp_path / "train" / "left.pyc").write_bytes(b"compiled")
+    assert doctor_probe.code_digest() == before
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n")
+    assert doctor_probe.code_digest() != before
+
+
+def test_every_fact_is_judged(tmp_path: Path) -> None:
+    request = {"run_dir": str(tmp_path), "shards": str(tmp_path), "teachers": [], "variables": []}
+    answered = doctor_probe.facts({**request, "folder": str(tmp_path)})
+    assert answered.keys() == {*HEALTHY, "address"}  # where the ranks meet
+
+
+def test_disk_is_for_every_checkpoint_that_is_kept(tmp_path: Path) -> None:
+    """fp16 weights, an fp32 master and two moments in each, and one in the making; the student in fp32 once."""
+    from transformers import BertConfig, DistilBertConfig, DistilBertForMaskedLM
+
+    BertConfig().save_pretrained(tmp_path)
+    with torch.device("meta"):
+        student = DistilBertForMaskedLM(DistilBertConfig())
+    parameters = student.num_parameters()
+    for keep_last in (1, 5):
+        config = parse_config([f"--model.teacher={tmp_path}", f"--checkpoint.keep_last={keep_last}"], "")
+        expected = parameters * (14 * (keep_last + 1) + 4) / 2**30
+        assert needed_disk_gib(config) == pytest.approx(expected, rel=1e-6)
+
+
+def test_teacher_that_overflows_at_a_late_token(teacher_folder: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    model = AutoModelForMaskedLM.from_pretrained(teacher_folder)
+    with torch.no_grad():
+        model.bert.embeddings.position_embeddings.weight[CPU_TOKENS - 1] = 1e6
+    model.save_pretrained(tmp_path)
+    (finding,) = check_teacher(parse_config([f"--model.teacher={tmp_path}", "--data.sequence_length=32"], ""))
+    assert not finding.ok
+    assert "infinite or NaN logits in float16" in finding.result
 
 
 def test_cluster_env_counts_as_a_ranks_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
