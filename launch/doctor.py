@@ -261,10 +261,13 @@ def examine_here(config: Config, world_size: int) -> list[Finding]:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would say that it found none
+    from huggingface_hub.utils import logging as hub_logging
+
     from train.doctor_local import check_batch, check_teacher, check_tokenizer
     from train.world import quiet_libraries
 
     quiet_libraries()
+    hub_logging.set_verbosity_error()  # it tells of every question that it repeats
     return [check_batch(config, world_size), check_tokenizer(config), *check_teacher(config)]
 
 

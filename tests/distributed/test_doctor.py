@@ -8,6 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,43 @@ def test_one_host_in_the_hostfile(settings: list[str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all well\n" in done.stdout
     assert not {"forwarded variables", "ssh keep-alive"} & set(rows(done.stdout))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(shards_folder: str, tmp_path: Path) -> None:
+    """Not six times with 23 s of waiting, and no word but the table's."""
+    asked = []
+
+    class Unwell(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Unwell) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "launch/doctor.py", "--skip-all-reduce", "--master-port", str(free_port())]
+        command += [f"--data.shards={shards_folder}", "--model.teacher=some/teacher"]
+        command += [f"--run.dir={tmp_path / 'run'}"]
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment, timeout=240)
+        server.shutdown()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert not done.stderr.strip()
+    assert asked == ["/some/teacher/resolve/main/config.json"] * 2  # for the tokenizer and for the teacher
+    table = rows(done.stdout)
+    for check in ("teacher", "tokenizer and shards"):
+        assert (
+            "FAILED model.teacher='some/teacher': no folder of that name here, not in the hub's cache, and "
+            in (table[check])
+        )
+        assert endpoint in table[check]
+        assert (
+            "-> give a folder, or download it where there is internet: hf download some/teacher"
+            in table[check]
+        )
 
 
 def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str, shards_folder: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import logging as hub_logging
 
 from launch import doctor
 from launch.cli import parse_config
@@ -337,7 +338,9 @@ def test_this_machine_with_a_run_folder_in_a_file(
         "--training.micro_batch_size=8",
     ]
     words += [f"--run.dir={tmp_path / 'file' / 'run'}", "--skip-all-reduce", f"--master-port={free_port()}"]
+    hub_logging.set_verbosity_warning()
     assert doctor.main(words) == 1
+    assert hub_logging.get_verbosity() == hub_logging.ERROR  # no line for every question that is repeated
     said = capsys.readouterr().out
     failed = [line for line in said.splitlines() if "FAILED" in line]
     assert [line.split("│")[1].strip() for line in failed] == ["run folder", "disk"]
