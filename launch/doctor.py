@@ -3,9 +3,10 @@
     python launch/doctor.py                                    this machine alone
     python launch/doctor.py --hostfile hosts --config R.yaml   every host of a job
 
-Takes the same --config and --section.key=value as launch/pretrain.py. Asks every host (over ssh; this one plainly)
-for its Python and packages, code, clock, GPUs, memory, disk, shards and run folder, compares the answers, lets the
-ranks sum numbers over the network, and loads the teacher. It leaves nothing behind.
+Takes the same --config and --section.key=value as launch/pretrain.py. Asks every host of the hostfile (over ssh, this
+one too, as deepspeed starts the ranks) for its Python and packages, code, clock, GPUs, memory, disk, shards and run
+folder, compares the answers, lets the ranks sum numbers over the network, and loads the teacher. It leaves nothing
+behind.
 
 Exit codes: 0 all well; 1 something failed; 2 bad usage.
 """
@@ -39,10 +40,11 @@ from train.doctor_hosts import (
     HostEntry,
     UnreachableError,
     all_reduce,
-    is_here,
     keep_alive_s,
     read_hostfile,
+    read_ssh,
 )
+from train.text_files import read_utf8
 from train.text_table import text_table
 
 ALL_REDUCE_TIMEOUT_S = 90.0
@@ -56,10 +58,17 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"--num-gpus {options.num_gpus}: give a number above 0")
     if options.hostfile is not None and options.num_gpus is not None:
         raise ValueError(f"--num-gpus {options.num_gpus} has no effect beside --hostfile, whose slots= count")
-    entries = [HostEntry("localhost", options.num_gpus or 1)]
+    if options.hostfile is None and options.ssh is not None:
+        raise ValueError(
+            f"--ssh {options.ssh!r} has no effect without --hostfile: this machine is asked plainly"
+        )
+    if not 0 < options.master_port < 65536:
+        raise ValueError(f"--master-port {options.master_port} is no port: give a number from 1 to 65535")
+    entries, ssh = [HostEntry("localhost", options.num_gpus or 1)], None
     if options.hostfile is not None:
         entries = read_hostfile(options.hostfile)
-    findings = examine(config, entries, options)
+        ssh = read_ssh(DEFAULT_SSH if options.ssh is None else options.ssh)
+    findings = examine(config, entries, ssh, options)
     print(table_of(findings))
     failed = [finding for finding in findings if not finding.ok]
     warnings = [finding for finding in findings if finding.ok and finding.remedy]
@@ -78,19 +87,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--hostfile", help="the job's hosts, a line `NAME slots=GPUS` for each; this machine alone without it"
     )
     add("--num-gpus", type=int, help="ranks on this machine, where there is no hostfile; its GPUs by default")
-    add("--ssh", default=DEFAULT_SSH, help="command that runs another on a host (%(default)s)")
+    add("--ssh", help=f"command that runs another on a host ({DEFAULT_SSH})")
     add("--master-port", type=int, default=29500, help="port at which the ranks meet (%(default)s)")
     add("--skip-all-reduce", action="store_true", help="do not start ranks")
     return parser
 
 
-def examine(config: Config, entries: list[HostEntry], options: argparse.Namespace) -> list[Finding]:
+def examine(
+    config: Config, entries: list[HostEntry], ssh: Sequence[str] | None, options: argparse.Namespace
+) -> list[Finding]:
     """Every check, the hosts first; those of hosts that cannot be reached are left out."""
-    hosts = [Host(entry, options.ssh) for entry in entries]
+    hosts = [Host(entry, ssh) for entry in entries]
     try:
         findings, reached = greet(hosts)
         if reached:
-            examine_hosts(config, reached, options, findings)
+            # For a single host deepspeed uses ssh only to see whether it can; the ranks get this shell's variables.
+            examine_hosts(config, reached, ssh if len(hosts) > 1 else None, options, findings)
     except UnreachableError as error:
         findings.append(
             Finding("reach", False, f"a host stopped answering: {error}", "look at its log; try again")
@@ -120,9 +132,17 @@ def greet(hosts: Sequence[Host]) -> tuple[list[Finding], list[Host]]:
 
 
 def examine_hosts(
-    config: Config, hosts: list[Host], options: argparse.Namespace, findings: list[Finding]
+    config: Config,
+    hosts: list[Host],
+    ssh: Sequence[str] | None,
+    options: argparse.Namespace,
+    findings: list[Finding],
 ) -> None:
-    """Add what the hosts say of themselves, and whether they hear each other, to `findings`."""
+    """Add what the hosts say of themselves, and whether they hear each other, to `findings`.
+
+    Args:
+        ssh: the command that ranks are started with on every host; None where they start without.
+    """
     from data_prep.shard_format import is_remote
     from train.doctor_local import needed_disk_gib
     from train.models import teacher_names
@@ -134,6 +154,7 @@ def examine_hosts(
         "shards": shards,
         "teachers": [os.path.abspath(name) for name in teacher_names(config) if Path(name).is_dir()],
         "variables": watched_variables(os.environ, is_remote(config.data.shards)),
+        "folder": os.getcwd(),
     }
     with ThreadPoolExecutor(len(hosts)) as pool:
         asked = {host.name: pool.submit(host.ask, "facts", **request) for host in hosts}
@@ -153,10 +174,10 @@ def examine_hosts(
         run_dir=run_dir,
         shards=shards,
     )
-    remote = [host.name for host in hosts if not is_here(host.name)]
+    remote = [host.name for host in hosts] if ssh else []
     findings += check_variables(os.environ, read_env_files(), answers, remote)
-    if remote:
-        findings.append(check_keep_alive({name: keep_alive_s(name, options.ssh) for name in remote}))
+    if ssh:
+        findings.append(check_keep_alive({name: keep_alive_s(name, ssh) for name in remote}))
     if len(hosts) > 1:
         findings.append(check_shared_folder(run_dir, hosts))
     address = meeting_address(hosts, answers)
@@ -169,7 +190,7 @@ def read_env_files() -> dict[str, str]:
     """Text of the files that deepspeed takes variables from (DeepSpeed 0.19, launcher/runner.py)."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     paths = {Path(folder, name).resolve() for folder in (Path.home(), Path.cwd())}
-    return {str(path): path.read_text() for path in sorted(paths) if path.is_file()}
+    return {str(path): read_utf8(path, str(path)) for path in sorted(paths) if path.is_file()}
 
 
 def check_shared_folder(run_dir: str, hosts: Sequence[Host]) -> Finding:
@@ -221,12 +242,11 @@ def check_port(hosts: Sequence[Host], address: str, port: int) -> Finding:
 def check_sums(
     hosts: Sequence[Host], answers: Mapping[str, Mapping[str, Any]], address: str, port: int
 ) -> list[Finding]:
-    """All-reduces: between two ranks of this machine without GPUs, else between a rank per slot on every host."""
+    """All-reduces: between a rank per slot on every host; where that is one rank, between two on its CPU."""
     gpus = answers[hosts[0].name]["gpus"]
     backend = "nccl" if isinstance(gpus, list) and gpus else "gloo"
-    alone = len(hosts) == 1 and is_here(hosts[0].name)
     slots = hosts[0].slots
-    if alone and slots == 1:
+    if len(hosts) == 1 and slots == 1:
         backend, hosts[0].slots = "gloo", 2
     try:
         results = all_reduce(hosts, address, port, backend, ALL_REDUCE_TIMEOUT_S)
@@ -241,10 +261,13 @@ def examine_here(config: Config, world_size: int) -> list[Finding]:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would say that it found none
+    from huggingface_hub.utils import logging as hub_logging
+
     from train.doctor_local import check_batch, check_teacher, check_tokenizer
     from train.world import quiet_libraries
 
     quiet_libraries()
+    hub_logging.set_verbosity_error()  # it tells of every question that it repeats
     return [check_batch(config, world_size), check_tokenizer(config), *check_teacher(config)]
 
 

@@ -42,12 +42,7 @@ def main() -> None:
         right = right and torch.equal(values, expected)
     middle = sorted(seconds[1:])[REPEATS // 2]
     sent = 2 * (world_size - 1) / world_size * elements * 4
-    result = {
-        "right": right,
-        "gb_per_s": sent / middle / 1e9,
-        "megabytes": elements * 4 / 1e6,
-        "seconds": middle,
-    }
+    result = {"right": right, "gb_per_s": sent / middle / 1e9, "megabytes": elements * 4 / 1e6}
     print(json.dumps(result), flush=True)
     dist.destroy_process_group()
 

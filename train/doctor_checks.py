@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,12 +213,12 @@ def check_disk(answers: Answers, needed_gib: float, run_dir: str) -> Finding:
 def check_variables(
     own: Mapping[str, str], env_files: Mapping[str, str], answers: Answers, remote: Sequence[str]
 ) -> list[Finding]:
-    """Do the other hosts' ranks get the variables that are set here?
+    """Do the hosts' ranks get the variables that are set here?
 
     Args:
         own: environment of this process.
         env_files: text of each .deepspeed_env that deepspeed reads, by path.
-        remote: names of the hosts that ranks are started on over the network.
+        remote: names of the hosts that ranks are started on over ssh.
     """
     bad = [
         f"{path}, line {number}: {line.strip()!r}"
@@ -237,11 +238,13 @@ def check_variables(
     ]
     if remote:
         listed = {line.partition("=")[0].strip() for text in env_files.values() for line in text.splitlines()}
-        lost = [
+        broken = [host for host in remote if "error" in answers[host]["variables"]]
+        lost = [f"{host}: {answers[host]['variables']['error']}" for host in broken] + [
             f"{name} on {host}"
-            for name in next(iter(answers.values()))["variables"]
             for host in remote
-            if name in own and name not in listed and answers[host]["variables"].get(name) != own[name]
+            if host not in broken
+            for name, value in answers[host]["variables"].items()
+            if name in own and name not in listed and value != own[name]
         ]
         remedy = "put NAME=VALUE lines for these into cluster.env in this folder on every host, or unset them"
         findings.append(
@@ -256,7 +259,7 @@ def check_keep_alive(intervals: Mapping[str, int | None]) -> Finding:
     """Would the launcher's ssh notice that a host has gone silent? A warning where it would not.
 
     Args:
-        intervals: ServerAliveInterval by remote host, seconds; 0 is never, None is not known.
+        intervals: ServerAliveInterval by host, seconds; 0 is never, None is not known.
     """
     never = [host for host, interval in intervals.items() if interval == 0]
     known = [interval for interval in intervals.values() if interval]
@@ -275,8 +278,6 @@ def watched_variables(environment: Mapping[str, str], remote_shards: bool) -> li
 
 def check_all_reduce(results: Sequence[Mapping[str, Any]], name: str, several_hosts: bool) -> Finding:
     """The ranks' results; the slowest rank's rate counts."""
-    import json
-
     remedy = "the ranks did not find each other: " + (
         "open all ports between the hosts, and set NCCL_SOCKET_IFNAME / GLOO_SOCKET_IFNAME to the right interface"
         if several_hosts

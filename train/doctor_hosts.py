@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import queue
 import shlex
 import subprocess
@@ -14,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from train.text_files import read_utf8
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 30.0
@@ -37,10 +38,10 @@ def read_hostfile(path: str) -> list[HostEntry]:
     """`NAME slots=GPUS` a line, as DeepSpeed reads it; blank lines and comments are passed over.
 
     Raises:
-        ValueError: no such file, no host, a line that is none, a host twice.
+        ValueError: no such file, no UTF-8, no host, a line that is none, a host twice.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = read_utf8(Path(path), f"--hostfile {path}").splitlines()
     except OSError as error:
         raise ValueError(
             f"--hostfile {path}: {error.strerror}; write a line `NAME slots=GPUS` for each host"
@@ -72,16 +73,27 @@ def read_hostfile(path: str) -> list[HostEntry]:
     return hosts
 
 
-def is_here(name: str) -> bool:
-    """Whether a host's name means the machine that this runs on."""
-    return name in ("localhost", "127.0.0.1", platform.node())
+def read_ssh(text: str) -> list[str]:
+    """The words of a --ssh.
+
+    Raises:
+        ValueError: no words, or an open quote.
+    """
+    remedy = "give a command that runs another on a host, such as `ssh -p 2222`"
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"--ssh {text!r}: {str(error).lower()}; {remedy}") from None
+    if not words:
+        raise ValueError(f"--ssh {text!r} is empty; {remedy}")
+    return words
 
 
-def keep_alive_s(name: str, ssh: str) -> int | None:
+def keep_alive_s(name: str, ssh: Sequence[str]) -> int | None:
     """ServerAliveInterval with which `ssh` reaches a host, as `ssh -G` tells it; None where it does not tell."""
     try:
         told = subprocess.run(
-            [*shlex.split(ssh), "-G", name],
+            [*ssh, "-G", name],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -99,16 +111,17 @@ class Host:
     """A probe on one host; close it when done.
 
     Args:
-        ssh: the command that runs a command on a host; the host's name and the command are appended.
+        ssh: the command that runs a command on a host; the host's name and the command are appended. None: a plain
+            process of this machine.
     """
 
-    def __init__(self, entry: HostEntry, ssh: str) -> None:
+    def __init__(self, entry: HostEntry, ssh: Sequence[str] | None) -> None:
         self.name, self.slots = entry.name, entry.slots
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._said: list[str] = []
         command = [sys.executable, "-m", "train.doctor_probe"]
-        if not is_here(self.name):
-            command = [*shlex.split(ssh), self.name, f"cd {shlex.quote(str(ROOT))} && {shlex.join(command)}"]
+        if ssh is not None:
+            command = [*ssh, self.name, f"cd {shlex.quote(str(ROOT))} && {shlex.join(command)}"]
         try:
             self._process: subprocess.Popen[str] | None = subprocess.Popen(
                 command,

@@ -69,10 +69,41 @@ def check_tokenizer(config: Config) -> Finding:
                 f"{beside} is not the tokenizer that the shards were made with; make the shards again"
             )
         for name in teacher_names(config):
+            ask_hub(name)
             check_vocabulary(name, teacher_config(name), folder_fingerprint(name), tokenizer)
         return f"{tokenizer.vocab_size} entries, fingerprint {tokenizer.fingerprint[:12]}"
 
     return _told("tokenizer and shards", question, "write the shards with --tokenizer TEACHER")
+
+
+def ask_hub(name: str) -> None:
+    """One question to the hub for a model that is neither a folder nor in its cache.
+
+    Loading asks again and again, for 23 s, where nothing answers.
+
+    Raises:
+        ValueError: the hub does not answer, or has no such model.
+    """
+    from huggingface_hub import constants, file_exists, try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError
+
+    try:
+        if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        found = file_exists(name, "config.json")
+    except HFValidationError:  # a path: loading says that there is no such folder
+        return
+    except Exception as error:  # of whichever HTTP library the hub's client uses
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model.teacher={name!r}: no folder of that name here, not in the hub's cache, and {constants.ENDPOINT} "
+            f"cannot be asked ({reason}); give a folder, or download it where there is internet: hf download {name}"
+        ) from None
+    if not found:
+        raise ValueError(
+            f"model.teacher={name!r}: no folder of that name here, and no model at {constants.ENDPOINT} (or "
+            "HF_TOKEN may not see it); give the folder of a masked language model, or the name of one on the hub"
+        )
 
 
 def check_teacher(config: Config) -> list[Finding]:
@@ -96,6 +127,7 @@ def _compare(config: Config, name: str) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # fp16 also where only a CPU is at hand: it is what the GPUs of the run will compute in.
     dtype = TEACHER_DTYPES[config.model.teacher_dtype] or torch.float16
+    ask_hub(name)
     teacher = load_teacher(name, device=device, dtype=dtype)
     teacher.check_sequence_length(config.data.sequence_length)
     shape = (

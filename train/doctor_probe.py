@@ -27,16 +27,15 @@ from train.versions import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
+CODE = ("data_prep", "train", "launch", "ds_configs")
+CODE_SUFFIXES = (".py", ".c", ".json", ".yaml", ".html")
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def code_digest() -> str:
-    """Of every Python and JSON file that a run executes or reads; twelve hex digits."""
+    """Of every file of this repository that a run executes, compiles or reads; twelve hex digits."""
     digest = hashlib.sha256()
-    folders = ("data_prep", "train", "launch", "ds_configs")
-    for path in sorted(
-        p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".json")
-    ):
+    for path in sorted(p for name in CODE for p in (ROOT / name).rglob("*") if p.suffix in CODE_SUFFIXES):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -100,10 +99,10 @@ def teacher(folder: str) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def variables(names: list[str]) -> dict[str, str | None]:
-    """What a rank here would find in its environment: cluster.env counts where the shell says nothing."""
+def variables(names: list[str], folder: Path) -> dict[str, str | None]:
+    """What a rank in `folder` would find in its environment: cluster.env counts where the shell says nothing."""
     given = dict(os.environ)
-    load_environment_file(given, ROOT)
+    load_environment_file(given, folder)
     return {name: given.get(name) for name in names}
 
 
@@ -118,7 +117,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
     """Everything that is looked at on every host; {"error": ...} where a fact could not be had.
 
     Args:
-        request: run_dir, shards; teachers (local folders); variables (names).
+        request: run_dir, shards; teachers (local folders); variables (names); folder (where the job is started).
     """
     questions: dict[str, Callable[[], Any]] = {
         "address": address,
@@ -126,11 +125,10 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
         "code": code_digest,
         "memory": memory,
         "gpus": gpus,
-        "cores": lambda: len(os.sched_getaffinity(0)),
         "run_folder": lambda: run_folder(request["run_dir"]),
         "shards": lambda: shards(request["shards"]),
         "teachers": lambda: {folder: teacher(folder) for folder in request["teachers"]},
-        "variables": lambda: variables(request["variables"]),
+        "variables": lambda: variables(request["variables"], Path(request["folder"])),
     }
     answers = {}
     for name, question in questions.items():
@@ -154,6 +152,8 @@ class Listener:
             self.socket.bind(("", port))
         except OSError as error:
             return {"error": error.strerror}
+        except OverflowError:
+            return {"error": "no port: give a number from 1 to 65535"}
         self.socket.listen(64)
         return {"port": self.socket.getsockname()[1]}
 
@@ -164,13 +164,12 @@ class Listener:
 
 
 def connect(address: str, port: int) -> dict[str, Any]:
-    """Seconds to open a TCP connection."""
-    start = time.perf_counter()
+    """Open a TCP connection; empty where that works."""
     try:
         socket.create_connection((address, port), timeout=10).close()
     except OSError as error:
         return {"error": error.strerror or str(error)}
-    return {"seconds": time.perf_counter() - start}
+    return {}
 
 
 def run_ranks(environments: list[dict[str, str]], timeout_s: float) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 `deepspeed --hostfile` hands on only a few variables of the shell that it is typed in. DeepSpeed's own way, a file
 .deepspeed_env, ends the launcher with a traceback at an empty line or a comment, is not read on a single host, and
-takes quotes and `export` literally. This file is read by each rank itself, from the folder the job was started in:
+takes quotes and `export` literally. This file is read by each rank itself, from its working directory: under all
+launchers the one that the command is typed in, so that jobs in different folders may have files of their own. The
+doctor reads it there too.
 
     # a comment; empty lines, `export` and quotes are fine
     HF_HOME=/scratch/hf
@@ -18,6 +20,8 @@ import shlex
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from train.text_files import read_utf8
+
 FILE = "cluster.env"
 BY_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CUDA_VISIBLE_DEVICES")
 TOO_LATE = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH", "PYTHONHOME")
@@ -27,11 +31,13 @@ def load_environment_file(environment: MutableMapping[str, str] = os.environ, fo
     """Add what folder/cluster.env says, if there is one.
 
     Raises:
-        ValueError: a line that is not NAME=value, or a variable that would have no effect.
+        ValueError: a line that is not NAME=value, a variable that would have no effect, no UTF-8, a folder.
     """
     path = folder / FILE
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; rename it: ranks read a file of NAME=value lines of that name")
     if path.is_file():
-        for name, value in parse_environment(path.read_text(), str(path)).items():
+        for name, value in parse_environment(read_utf8(path, str(path)), str(path)).items():
             environment.setdefault(name, value)
 
 

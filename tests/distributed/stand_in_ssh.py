@@ -2,6 +2,7 @@
 
 {"hostb": {"shards": "/other", "clock": 120, "package": ["torch", "2.0.0"], "disk": 0.01}, "hostc": "unreachable"}
 {"hostb": {"alive": 0}}                     what `ssh -G` says of ServerAliveInterval
+{"hostb": {"forget": ["HF_TOKEN"]}}         variables that do not arrive, as with sshd; all others do
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ def main() -> int:
         print(f"user root\nserveraliveinterval {faults.get('alive', 15)}")
         return 0
     process = subprocess.Popen(
-        ["sh", "-c", command], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
+        ["sh", "-c", command],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=1,
+        env={name: value for name, value in os.environ.items() if name not in faults.get("forget", [])},
     )
     asked: list[dict[str, Any]] = []
     threading.Thread(target=forward, args=(process, faults, asked), daemon=True).start()

@@ -8,6 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ STAND_IN = f"{sys.executable} {ROOT / 'tests' / 'distributed' / 'stand_in_ssh.py
 def run_doctor(
     folder: Path, hosts: str, settings: list[str], faults: dict[str, Any], *more: str
 ) -> subprocess.CompletedProcess[str]:
+    """Typed in `folder`, where the hostfile is."""
     hostfile = folder / "hosts"
     hostfile.write_text(hosts)
     command = [
         sys.executable,
-        "launch/doctor.py",
+        str(ROOT / "launch" / "doctor.py"),
         "--hostfile",
         str(hostfile),
         "--ssh",
@@ -36,7 +39,7 @@ def run_doctor(
     ]
     return subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=folder,
         text=True,
         capture_output=True,
         timeout=240,
@@ -62,9 +65,17 @@ def rows(output: str) -> dict[str, str]:
 
 
 def test_two_hosts_all_well(settings: list[str], tmp_path: Path) -> None:
+    """The variable arrives by the file alone that lies where the command is typed."""
+    (tmp_path / "cluster.env").write_text("HF_HUB_DISABLE_TELEMETRY=1\n")
+    faults = {name: {"forget": ["HF_HUB_DISABLE_TELEMETRY"]} for name in ("localhost", "hostb")}
     port = str(free_port())
     done = run_doctor(
-        tmp_path, "localhost slots=1\nhostb slots=1  # by stand-in\n", settings, {}, "--master-port", port
+        tmp_path,
+        "localhost slots=1\nhostb slots=1  # by stand-in\n",
+        settings,
+        faults,
+        "--master-port",
+        port,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     table = rows(done.stdout)
@@ -80,8 +91,73 @@ def test_two_hosts_all_well(settings: list[str], tmp_path: Path) -> None:
     assert not done.stderr.strip()
 
 
+def test_own_host_must_be_reached_over_ssh(settings: list[str], tmp_path: Path) -> None:
+    """`deepspeed` with several hosts starts nothing on its own host otherwise."""
+    hosts = "localhost slots=1\nhostb slots=1\n"
+    port = str(free_port())
+    more = ("--skip-all-reduce", "--master-port", port)
+    done = run_doctor(tmp_path, hosts, settings, {"localhost": "unreachable"}, *more)
+    assert done.returncode == 1, done.stdout + done.stderr
+    table = rows(done.stdout)
+    assert table["reach"].startswith("FAILED localhost: ssh: connect to host localhost port 22: No route")
+    assert "ssh-copy-id localhost" in table["reach"]
+    assert "ssh keep-alive" in table
+    assert "1 failed" in done.stdout
+
+
+def test_one_host_in_the_hostfile(settings: list[str], tmp_path: Path) -> None:
+    """`deepspeed` wants ssh to it, but starts its ranks without, with the variables that are set here."""
+    os.environ["HF_PLANTED"] = "1"
+    faults: dict[str, Any] = {"localhost": {"alive": 0, "forget": ["HF_PLANTED"]}}
+    more = ("--skip-all-reduce", "--master-port", str(free_port()))
+    try:
+        done = run_doctor(tmp_path, "localhost slots=1\n", settings, faults, *more)
+    finally:
+        del os.environ["HF_PLANTED"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all well\n" in done.stdout
+    assert not {"forwarded variables", "ssh keep-alive"} & set(rows(done.stdout))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(shards_folder: str, tmp_path: Path) -> None:
+    """Not six times with 23 s of waiting, and no word but the table's."""
+    asked = []
+
+    class Unwell(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Unwell) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "launch/doctor.py", "--skip-all-reduce", "--master-port", str(free_port())]
+        command += [f"--data.shards={shards_folder}", "--model.teacher=some/teacher"]
+        command += [f"--run.dir={tmp_path / 'run'}"]
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment, timeout=240)
+        server.shutdown()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert not done.stderr.strip()
+    assert asked == ["/some/teacher/resolve/main/config.json"] * 2  # for the tokenizer and for the teacher
+    table = rows(done.stdout)
+    for check in ("teacher", "tokenizer and shards"):
+        assert (
+            "FAILED model.teacher='some/teacher': no folder of that name here, not in the hub's cache, and "
+            in (table[check])
+        )
+        assert endpoint in table[check]
+        assert (
+            "-> give a folder, or download it where there is internet: hf download some/teacher"
+            in table[check]
+        )
+
+
 def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str, shards_folder: str) -> None:
-    """Ten at once, each told with its remedy."""
+    """Eleven at once, each told with its remedy."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -94,6 +170,7 @@ def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str
     (other_shards / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "deepspeed_env").write_text("# a comment\nA=1\n")
     faults = {
+        "localhost": {"alive": 0, "forget": ["HF_PLANTED"]},
         "hostb": {
             "shards": str(other_shards),
             "clock": -120,
@@ -104,7 +181,9 @@ def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str
         },
         "hostc": "unreachable",
     }
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # as a user may have it here; the stand-in passes it on
+    os.environ.update(
+        GLOO_SOCKET_IFNAME="lo", HF_PLANTED="1"
+    )  # as a user may have them; the stand-in passes them on
     settings = [*settings, f"--model.teacher={headless}"]
     try:
         os.environ["DS_ENV_FILE"] = str(tmp_path / "deepspeed_env")
@@ -115,7 +194,7 @@ def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str
             hosts = "localhost slots=1\nhostb slots=1\nhostc slots=1\n"
             done = run_doctor(tmp_path, hosts, settings, faults, "--skip-all-reduce", "--master-port", port)
     finally:
-        del os.environ["GLOO_SOCKET_IFNAME"], os.environ["DS_ENV_FILE"]
+        del os.environ["GLOO_SOCKET_IFNAME"], os.environ["HF_PLANTED"], os.environ["DS_ENV_FILE"]
     assert done.returncode == 1, done.stdout + done.stderr
     table = rows(done.stdout)
     told = {
@@ -127,6 +206,7 @@ def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str
         "shared run folder": ("hostb cannot see", "must be one folder"),
         "port": ("Address already in use", "--master_port"),
         ".deepspeed_env": ("line 1: '# a comment'", "NAME=VALUE lines alone"),
+        "forwarded variables": ("HF_PLANTED on localhost ", "into cluster.env"),
         "batch arithmetic": ("a world size of 3 does not fit", "use a world size of 1, 2, 4"),
         "teacher": ("has no MLM head", "saved with its masked-language-model head"),
     }
@@ -137,8 +217,8 @@ def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str
     well = ("code", "memory", "run folder", "GPUs and drivers", "tokenizer and shards", "teacher's files")
     assert [name for name in well if not table[name].startswith("ok")] == []
     assert table["ssh keep-alive"].startswith(
-        "look ServerAliveInterval is 0 for hostb: `deepspeed` would wait"
+        "look ServerAliveInterval is 0 for localhost, hostb: `deepspeed` would wait"
     ), table
     assert "ServerAliveInterval 5" in table["ssh keep-alive"]
-    assert set(table) == {*told, *well, "forwarded variables", "ssh keep-alive"}
-    assert "10 failed, 1 to look at" in done.stdout
+    assert set(table) == {*told, *well, "ssh keep-alive"}
+    assert "11 failed, 1 to look at" in done.stdout

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from huggingface_hub.utils import logging as hub_logging
 
 from launch import doctor
+from launch.cli import parse_config
 from train import doctor_probe
 from train.doctor_checks import (
     Finding,
@@ -27,6 +32,8 @@ from train.doctor_checks import (
     watched_variables,
 )
 from train.doctor_hosts import HostEntry, keep_alive_s, read_hostfile
+from train.doctor_local import CPU_TOKENS, check_teacher, needed_disk_gib
+from train.rendezvous import free_port
 
 GPU = {"name": "NVIDIA A100", "driver": "550.54", "memory": "81920 MiB", "used": "0 MiB"}
 HEALTHY: dict[str, Any] = {
@@ -144,6 +151,8 @@ def test_variables_that_do_not_arrive() -> None:
     listed = check_variables(own, {"f": "GLOO_SOCKET_IFNAME=eth0\n"}, answers, ["b"])
     assert all(finding.ok for finding in listed)
     assert [f.check for f in check_variables(own, {"f": "\n"}, answers, []) if not f.ok] == [".deepspeed_env"]
+    answers["b"]["variables"] = {"error": "/here/cluster.env is a folder"}
+    assert check_variables({}, {}, answers, ["a", "b"])[1].result == "b: /here/cluster.env is a folder"
 
 
 def test_ssh_that_does_not_look_is_a_warning(tmp_path: Path) -> None:
@@ -158,8 +167,8 @@ def test_ssh_that_does_not_look_is_a_warning(tmp_path: Path) -> None:
     for says, expected in (("port 22\\nserveraliveinterval 7", 7), ("usage", None)):
         stand_in.write_text(f"#!/bin/sh\nprintf '{says}\\n'\n")
         stand_in.chmod(0o755)
-        assert keep_alive_s("b", f"{stand_in} -o X=y") == expected
-    assert keep_alive_s("b", "no-such-ssh") is None
+        assert keep_alive_s("b", [str(stand_in), "-o", "X=y"]) == expected
+    assert keep_alive_s("b", ["no-such-ssh"]) is None
 
 
 def test_all_reduce_results() -> None:
@@ -207,14 +216,109 @@ def test_hostfile(tmp_path: Path) -> None:
         doctor.main(["--hostfile", str(tmp_path / "none")])
     with pytest.raises(ValueError, match="has no effect beside --hostfile"):
         doctor.main(["--hostfile", str(tmp_path / "hosts"), "--num-gpus", "2"])
+    (tmp_path / "utf-16").write_bytes("a slots=8\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"--hostfile .*/utf-16 is not UTF-8 .*; save it as UTF-8"):
+        doctor.main(["--hostfile", str(tmp_path / "utf-16")])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--ssh", "'x", '--ssh "\'x": no closing quotation; give a command'),
+        ("--ssh", "", "--ssh '' is empty; give a command"),
+        ("--master-port", "0", "--master-port 0 is no port: give a number from 1 to 65535"),
+        ("--master-port", "65536", "--master-port 65536 is no port"),
+        ("--master-port", "-1", "--master-port -1 is no port"),
+    ],
+)
+def test_flags_refused(flag: str, value: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        doctor.main(["--hostfile", str(tmp_path / "hosts"), f"{flag}={value}"])
+
+
+def test_ssh_without_a_hostfile_is_refused() -> None:
+    with pytest.raises(ValueError, match="--ssh 'ssh -p 7' has no effect without --hostfile"):
+        doctor.main(["--ssh", "ssh -p 7"])
+
+
+def test_env_file_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "variables").write_bytes(b"A=\xff\n")
+    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "variables"))
+    with pytest.raises(ValueError, match=r"/variables is not UTF-8 \(byte 0xff at offset 2\)"):
+        doctor.read_env_files()
+
+
+def test_listener_refuses_what_is_no_port() -> None:
+    listener = doctor_probe.Listener()
+    try:
+        assert listener.open(65536) == {"error": "no port: give a number from 1 to 65535"}
+    finally:
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "data_prep/write_shards.py",
+        "train/lamb_native.c",
+        "train/finetuning/__init__.py",
+        "train/report_page.html",
+        "launch/pretrain.py",
+        "launch/recipes/distilbert-base.yaml",
+        "ds_configs/fp16.json",
+    ],
+)
+def test_code_is_all_that_a_run_needs(changed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A byte more in any of them is other code; what Python leaves beside them is not."""
+    for name in ("data_prep", "train", "launch", "ds_configs"):
+        shutil.copytree(doctor_probe.ROOT / name, tmp_path / name)
+    before = doctor_probe.code_digest()
+    monkeypatch.setattr(doctor_probe, "ROOT", tmp_path)
+    (tmp_path / "train" / "left.pyc").write_bytes(b"compiled")
+    assert doctor_probe.code_digest() == before
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n")
+    assert doctor_probe.code_digest() != before
+
+
+def test_every_fact_is_judged(tmp_path: Path) -> None:
+    request = {"run_dir": str(tmp_path), "shards": str(tmp_path), "teachers": [], "variables": []}
+    answered = doctor_probe.facts({**request, "folder": str(tmp_path)})
+    assert answered.keys() == {*HEALTHY, "address"}  # where the ranks meet
+
+
+def test_disk_is_for_every_checkpoint_that_is_kept(tmp_path: Path) -> None:
+    """fp16 weights, an fp32 master and two moments in each, and one in the making; the student in fp32 once."""
+    from transformers import BertConfig, DistilBertConfig, DistilBertForMaskedLM
+
+    BertConfig().save_pretrained(tmp_path)
+    with torch.device("meta"):
+        student = DistilBertForMaskedLM(DistilBertConfig())
+    parameters = student.num_parameters()
+    for keep_last in (1, 5):
+        config = parse_config([f"--model.teacher={tmp_path}", f"--checkpoint.keep_last={keep_last}"], "")
+        expected = parameters * (14 * (keep_last + 1) + 4) / 2**30
+        assert needed_disk_gib(config) == pytest.approx(expected, rel=1e-6)
+
+
+def test_teacher_that_overflows_at_a_late_token(teacher_folder: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    model = AutoModelForMaskedLM.from_pretrained(teacher_folder)
+    with torch.no_grad():
+        model.bert.embeddings.position_embeddings.weight[CPU_TOKENS - 1] = 1e6
+    model.save_pretrained(tmp_path)
+    (finding,) = check_teacher(parse_config([f"--model.teacher={tmp_path}", "--data.sequence_length=32"], ""))
+    assert not finding.ok
+    assert "infinite or NaN logits in float16" in finding.result
 
 
 def test_cluster_env_counts_as_a_ranks_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cluster.env").write_text("# for all hosts\nexport HF_HOME=/there\nHF_TOKEN=file\n")
-    monkeypatch.setattr(doctor_probe, "ROOT", tmp_path)
     monkeypatch.delenv("HF_HOME", raising=False)
     monkeypatch.setenv("HF_TOKEN", "shell")
-    found = doctor_probe.variables(["HF_HOME", "HF_TOKEN", "HF_NONE"])
+    found = doctor_probe.variables(["HF_HOME", "HF_TOKEN", "HF_NONE"], tmp_path)
     assert found == {"HF_HOME": "/there", "HF_TOKEN": "shell", "HF_NONE": None}
 
 
@@ -233,8 +337,10 @@ def test_this_machine_with_a_run_folder_in_a_file(
         "--training.global_batch_size=32",
         "--training.micro_batch_size=8",
     ]
-    words += [f"--run.dir={tmp_path / 'file' / 'run'}", "--skip-all-reduce", "--master-port", "0"]
+    words += [f"--run.dir={tmp_path / 'file' / 'run'}", "--skip-all-reduce", f"--master-port={free_port()}"]
+    hub_logging.set_verbosity_warning()
     assert doctor.main(words) == 1
+    assert hub_logging.get_verbosity() == hub_logging.ERROR  # no line for every question that is repeated
     said = capsys.readouterr().out
     failed = [line for line in said.splitlines() if "FAILED" in line]
     assert [line.split("│")[1].strip() for line in failed] == ["run folder", "disk"]

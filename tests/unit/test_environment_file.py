@@ -30,6 +30,20 @@ def test_a_bad_line_is_named(line: str, message: str) -> None:
     assert message in str(refused.value)
 
 
+def test_what_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cluster.env").write_bytes("A=1\n".encode("utf-16"))
+    with pytest.raises(
+        ValueError, match=r"/cluster\.env is not UTF-8 \(byte 0xff at offset 0\); save it as UTF-8"
+    ):
+        load_environment_file({}, tmp_path)
+    (tmp_path / "cluster.env").unlink()
+    (tmp_path / "cluster.env").mkdir()
+    with pytest.raises(
+        ValueError, match=r"/cluster\.env is a folder; rename it: ranks read a file of NAME=value"
+    ):
+        load_environment_file({}, tmp_path)
+
+
 def test_what_is_set_already_stays(tmp_path: Path) -> None:
     environment = {"A": "shell"}
     load_environment_file(environment, tmp_path)
