@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from train.doctor_checks import (
     Finding,
     check_all_reduce,
     check_keep_alive,
+    check_pdsh,
     check_variables,
     judge_hosts,
     watched_variables,
@@ -178,11 +180,13 @@ def examine_hosts(
     findings += check_variables(os.environ, read_env_files(), answers, remote)
     if ssh:
         findings.append(check_keep_alive({name: keep_alive_s(name, ssh) for name in remote}))
+        findings.append(check_pdsh(shutil.which("pdsh")))
     if len(hosts) > 1:
         findings.append(check_shared_folder(run_dir, hosts))
     address = meeting_address(hosts, answers)
     findings.append(check_port(hosts, address, options.master_port))
-    if not options.skip_all_reduce:
+    # Ranks that cannot meet would only fail late.
+    if findings[-1].ok and not options.skip_all_reduce:
         findings += check_sums(hosts, answers, address, options.master_port)
 
 

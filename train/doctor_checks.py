@@ -270,6 +270,14 @@ def check_keep_alive(intervals: Mapping[str, int | None]) -> Finding:
     return Finding("ssh keep-alive", True, seen, remedy if never else "")
 
 
+def check_pdsh(path: str | None) -> Finding:
+    """A warning where the command is missing with which deepspeed starts the ranks of several hosts."""
+    seen = path or "not found: `deepspeed` starts the ranks of several hosts with it"
+    return Finding(
+        "pdsh", True, seen, "" if path else "install it (apt install pdsh), or start with srun or mpirun"
+    )
+
+
 def watched_variables(environment: Mapping[str, str], remote_shards: bool) -> list[str]:
     """Variables that are set and matter, and that deepspeed does not export by itself."""
     watched = (*WATCHED, *WATCHED_FOR_URLS) if remote_shards else WATCHED

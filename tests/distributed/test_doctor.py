@@ -24,7 +24,9 @@ STAND_IN = f"{sys.executable} {ROOT / 'tests' / 'distributed' / 'stand_in_ssh.py
 def run_doctor(
     folder: Path, hosts: str, settings: list[str], faults: dict[str, Any], *more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Typed in `folder`, where the hostfile is."""
+    """Typed in `folder`, where the hostfile is; a pdsh is there that nobody calls."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "pdsh").touch(mode=0o755)
     hostfile = folder / "hosts"
     hostfile.write_text(hosts)
     command = [
@@ -43,7 +45,12 @@ def run_doctor(
         text=True,
         capture_output=True,
         timeout=240,
-        env={**os.environ, "FAULTS": json.dumps(faults), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "FAULTS": json.dumps(faults),
+            "OMP_NUM_THREADS": "1",
+        },
     )
 
 
@@ -86,7 +93,7 @@ def test_two_hosts_all_well(settings: list[str], tmp_path: Path) -> None:
     assert "MLM head; float16 against fp32" in table["teacher"]
     assert "seen by every host" in table["shared run folder"]
     assert "ServerAliveInterval is at most 15 s" in table["ssh keep-alive"]
-    assert len(table) == 19
+    assert len(table) == 20
     assert not (tmp_path / "runs").exists()  # it leaves nothing behind
     assert not done.stderr.strip()
 
@@ -192,7 +199,7 @@ def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str
             busy.listen()
             port = str(busy.getsockname()[1])
             hosts = "localhost slots=1\nhostb slots=1\nhostc slots=1\n"
-            done = run_doctor(tmp_path, hosts, settings, faults, "--skip-all-reduce", "--master-port", port)
+            done = run_doctor(tmp_path, hosts, settings, faults, "--master-port", port)
     finally:
         del os.environ["GLOO_SOCKET_IFNAME"], os.environ["HF_PLANTED"], os.environ["DS_ENV_FILE"]
     assert done.returncode == 1, done.stdout + done.stderr
@@ -220,5 +227,5 @@ def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str
         "look ServerAliveInterval is 0 for localhost, hostb: `deepspeed` would wait"
     ), table
     assert "ServerAliveInterval 5" in table["ssh keep-alive"]
-    assert set(table) == {*told, *well, "ssh keep-alive"}
+    assert set(table) == {*told, *well, "ssh keep-alive", "pdsh"}  # no ranks where the port is taken
     assert "11 failed, 1 to look at" in done.stdout

@@ -24,6 +24,7 @@ from train.doctor_checks import (
     check_gpus,
     check_keep_alive,
     check_memory,
+    check_pdsh,
     check_run_folder,
     check_shards,
     check_teachers,
@@ -169,6 +170,13 @@ def test_ssh_that_does_not_look_is_a_warning(tmp_path: Path) -> None:
         stand_in.chmod(0o755)
         assert keep_alive_s("b", [str(stand_in), "-o", "X=y"]) == expected
     assert keep_alive_s("b", ["no-such-ssh"]) is None
+
+
+def test_a_missing_pdsh_is_a_warning() -> None:
+    assert check_pdsh("/usr/bin/pdsh").remedy == ""
+    warned = check_pdsh(None)
+    assert warned.ok
+    assert "apt install pdsh" in warned.remedy
 
 
 def test_all_reduce_results() -> None:
