@@ -37,7 +37,8 @@ class Profiling:
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces itself on every rank
-            self._profile = profile(activities=activities)
+            # torch 2.11 warns otherwise that a next cycle, of which there is none, would clear the events.
+            self._profile = profile(activities=activities, acc_events=True)
             self._profile.start()
         elif self._done == SKIPPED_STEPS + self.steps:
             self.finish()

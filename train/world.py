@@ -6,7 +6,6 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -38,20 +37,6 @@ class World:
         return self.rank == 0
 
 
-def discover_world(environment: Mapping[str, str]) -> World:
-    """The ranks as the launcher's variables tell them (train/discovery.py); one rank where there are none.
-
-    Raises:
-        ValueError: some of the variables are missing, or they contradict each other, or GPUs are too few.
-    """
-    return _world_of(discover_ranks(environment))
-
-
-def _world_of(ranks: Ranks) -> World:
-    device = _device(ranks, torch.cuda.device_count())
-    return World(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_size, device)
-
-
 def _device(ranks: Ranks, num_visible: int) -> str:
     """The local rank's GPU. Where Slurm or MPI shows each task a GPU of its own, that one is number 0."""
     if num_visible == 0:
@@ -73,7 +58,8 @@ def join_world(log_level: str = "error") -> World:
         NotMetError: a rank did not come.
     """
     ranks = discover_ranks(os.environ)
-    world = _world_of(ranks)
+    device = _device(ranks, torch.cuda.device_count())
+    world = World(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_size, device)
     address, port = _tell_torch(world, ranks)
     if world.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -54,6 +54,13 @@ def start(
     )
 
 
+def start_alone(settings: list[str], run_dir: Path, *more: str) -> Forked:
+    """One rank, sooner than `start` starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "launch/pretrain.py")
+    return Forked(run_script, script, f"--run.dir={run_dir}", *settings, *more, environment=environment)
+
+
 def start_without_launcher(
     settings: list[str], run_dir: Path, *own: list[str], folders: Sequence[Path] | None = None
 ) -> list[Forked]:

@@ -20,6 +20,7 @@ from tests.distributed.pretraining import (
     losses,
     ranks_of,
     start,
+    start_alone,
     wait_for,
     weights,
 )
@@ -116,7 +117,7 @@ def test_sigterm_saves_exits_75_and_the_next_call_continues(
     settings: list[str], on_one_rank: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "stopped"
-    job = start(settings, run_dir, 1, "--checkpoint.every_steps=1000")
+    job = start_alone(settings, run_dir, "--checkpoint.every_steps=1000")
     wait_for(run_dir / "metrics.jsonl", job, lambda: any("loss" in row for row in read_rows(run_dir)))
     job.send_signal(signal.SIGTERM)
     code, output = finish(job)
@@ -124,21 +125,21 @@ def test_sigterm_saves_exits_75_and_the_next_call_continues(
     assert "run again to continue" in output
     (saved,) = (run_dir / "checkpoints").glob("step-*")
     assert 4 <= json.loads((saved / "complete.json").read_text())["step"] < STEPS
-    code, output = finish(start(settings, run_dir, 1, "--checkpoint.every_steps=1000"))
+    code, output = finish(start_alone(settings, run_dir, "--checkpoint.every_steps=1000"))
     assert code == 0, output
     assert weights(run_dir) == weights(on_one_rank)
 
 
 def test_a_finished_run_is_left_alone(settings: list[str], on_one_rank: Path) -> None:
     before = (on_one_rank / "metrics.jsonl").read_bytes()
-    code, output = finish(start(settings, on_one_rank, 1))
+    code, output = finish(start_alone(settings, on_one_rank))
     assert code == 0
     assert "is finished: 24 steps" in output
     assert (on_one_rank / "metrics.jsonl").read_bytes() == before
 
 
 def test_changed_settings_are_refused(settings: list[str], on_one_rank: Path) -> None:
-    code, output = finish(start(settings, on_one_rank, 1, "--optimizer.lr=0.5"))
+    code, output = finish(start_alone(settings, on_one_rank, "--optimizer.lr=0.5"))
     assert code == 2
     assert "optimizer.lr: 0.01 -> 0.5" in output
     assert "Traceback" not in output
@@ -154,11 +155,11 @@ def test_changed_settings_that_are_allowed_are_told_and_begin_a_new_row(
         "--checkpoint.every_steps=6",
         "--evaluation.every_steps=1000",
     ]
-    code, output = finish(start(words, tmp_path, 1))
+    code, output = finish(start_alone(words, tmp_path))
     assert code == 0, output
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000008")
     changed = [*words, "--objective.cosine_weight=0", "--checkpoint.allow_changed_config=true"]
-    code, output = finish(start(changed, tmp_path, 1))
+    code, output = finish(start_alone(changed, tmp_path))
     assert code == 0, output
     assert "changed configuration:\n  objective.cosine_weight: 1.0 -> 0.0\n" in output
     before, after = (row for row in read_rows(tmp_path) if "loss" in row)
@@ -173,9 +174,9 @@ def test_short_sequences_first_then_long_ones(settings: list[str], tmp_path: Pat
     words = [*settings, "--schedule.short_sequence_length=16", "--schedule.short_share=0.8"]
     words += ["--training.max_steps=60", "--checkpoint.every_steps=1000", "--evaluation.every_steps=1000"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    code, output = finish(start(words, whole, 1))
+    code, output = finish(start_alone(words, whole))
     assert code == 0, output
-    job = start(words, stopped, 1)
+    job = start_alone(words, stopped)
     wait_for(stopped / "metrics.jsonl", job, lambda: any("loss" in row for row in read_rows(stopped)))
     job.send_signal(signal.SIGUSR1)
     code, output = finish(job)
@@ -183,7 +184,7 @@ def test_short_sequences_first_then_long_ones(settings: list[str], tmp_path: Pat
     (saved,) = (stopped / "checkpoints").glob("step-*")
     states = torch.load(saved / "mp_rank_00_model_states.pt", weights_only=False)["halfling"]
     assert len(states["loss_history"]) == states["step"] // 4 * 4  # as many as were logged
-    code, output = finish(start(words, stopped, 1))
+    code, output = finish(start_alone(words, stopped))
     assert code == 0, output
     assert losses(stopped) == losses(whole)
     assert weights(stopped) == weights(whole)
@@ -221,7 +222,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     run_dir = tmp_path / "run"
     shutil.copytree(on_one_rank, run_dir)
     words = ["--model.student_layers=1", "--model.layer_map=[0]", "--checkpoint.allow_changed_config=true"]
-    code, output = finish(start(settings, run_dir, 1, *words))
+    code, output = finish(start_alone(settings, run_dir, *words))
     assert code == 2, output
     assert "holds another model than the configuration describes" in output
     assert "Traceback" not in output
@@ -231,7 +232,7 @@ def test_what_deepspeed_refuses_is_one_message(settings: list[str], tmp_path: Pa
     engine = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
     engine["zero_optimization"]["reduce_bucket_size"] = "many"
     (tmp_path / "ds.json").write_text(json.dumps(engine))
-    code, output = finish(start(settings, tmp_path / "run", 1, f"--deepspeed.config={tmp_path}/ds.json"))
+    code, output = finish(start_alone(settings, tmp_path / "run", f"--deepspeed.config={tmp_path}/ds.json"))
     assert code == 2, output
     assert "error: deepspeed.config: DeepSpeed refuses reduce_bucket_size" in output
     assert "Traceback" not in output
@@ -247,7 +248,7 @@ def test_without_shards_one_message_says_how_to_make_them(tmp_path: Path) -> Non
 
 def test_control_needs_the_teachers_shape_alone(settings: list[str], tmp_path: Path) -> None:
     control = ["--model.layer_map=random", "--objective.kd_weight=0", "--objective.cosine_weight=0"]
-    code, output = finish(start(settings, tmp_path, 1, *control, "--training.max_steps=4"))
+    code, output = finish(start_alone(settings, tmp_path, *control, "--training.max_steps=4"))
     assert code == 0, output
     (row,) = (row for row in read_rows(tmp_path) if "loss" in row)
     assert "loss_kd" not in row
@@ -258,11 +259,11 @@ def test_control_needs_the_teachers_shape_alone(settings: list[str], tmp_path: P
 
 def test_narrow_student_with_a_projection_and_logit_mse(settings: list[str], tmp_path: Path) -> None:
     words = ["--model.layer_map=random", "--model.student_width=16", "--objective.mse_weight=0.01"]
-    code, output = finish(start([*settings, *words], tmp_path / "refused", 1))
+    code, output = finish(start_alone([*settings, *words], tmp_path / "refused"))
     assert code == 2
     assert "objective.projection=true" in output
     words.append("--objective.projection=true")
-    code, output = finish(start([*settings, *words], tmp_path / "run", 1, "--training.max_steps=4"))
+    code, output = finish(start_alone([*settings, *words], tmp_path / "run", "--training.max_steps=4"))
     assert code == 0, output
     (row,) = (row for row in read_rows(tmp_path / "run") if "loss" in row)
     total = 5 * row["loss_kd"] + 2 * row["loss_mlm"] + row["loss_cos"] + 0.01 * row["loss_mse"]
@@ -279,7 +280,7 @@ def test_ensemble_and_mapped_layers(settings: list[str], teacher_folder: str, tm
     words = [f'--model.teacher=["{teacher_folder}", "{tmp_path}/other"]', "--model.teacher_weights=[1,2]"]
     words += ["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[1,2],[2,4]]"]
     words += ["--objective.mlm_weight=0", "--objective.cosine_weight=0", "--model.layer_map=random"]
-    code, output = finish(start([*settings, *words], tmp_path / "run", 1))
+    code, output = finish(start_alone([*settings, *words], tmp_path / "run"))
     assert code == 0, output
     rows = [row for row in read_rows(tmp_path / "run") if "loss" in row]
     for term in ("loss_kd", "loss_layer_cos"):

@@ -23,6 +23,7 @@ from tests.distributed.pretraining import (
     losses,
     ranks_of,
     start,
+    start_alone,
     start_without_launcher,
     wait_for,
     weights,
@@ -37,7 +38,7 @@ def test_from_2_to_1_to_2_ranks(settings: list[str], tmp_path: Path) -> None:
     # The learning rate depends on the run's length, so a part of it is made by a stop, not by fewer steps; there
     # are many, so that none of the stops comes after the end.
     settings = [*settings, "--training.max_steps=160", "--checkpoint.every_steps=1000"]
-    code, output = finish(start(settings, tmp_path / "undisturbed", 1))
+    code, output = finish(start_alone(settings, tmp_path / "undisturbed"))
     assert code == 0, output
     run_dir = tmp_path / "run"
     resumed_at = []
@@ -162,7 +163,7 @@ def test_ranks_stop_after_saving_when_their_launcher_is_killed(settings: list[st
 def test_weights_that_are_no_numbers_are_not_saved(settings: list[str], tmp_path: Path) -> None:
     words = ["--optimizer.lr=1e38", "--optimizer.weight_decay=1e30"]
     words += ["--run.log_every_steps=20", "--evaluation.every_steps=20"]
-    code, output = finish(start([*settings, *words], tmp_path, 1, "--checkpoint.every_steps=2"))
+    code, output = finish(start_alone([*settings, *words], tmp_path, "--checkpoint.every_steps=2"))
     assert code == 1, output
     assert output.count("error:") == 1
     assert "infinite or NaN by step 2;" in output
@@ -175,12 +176,12 @@ def test_shards_rewritten_under_a_run_are_refused(
     shards = tmp_path / "shards"
     shutil.copytree(shards_folder, shards)
     words = [word for word in settings if "data.shards" not in word] + [f"--data.shards={shards}"]
-    code, output = finish(start(words, tmp_path / "run", 1, "--training.max_steps=4"))
+    code, output = finish(start_alone(words, tmp_path / "run", "--training.max_steps=4"))
     assert code == 0, output
     manifest = json.loads((shards / "manifest.json").read_text())
     manifest["options"]["seed"] = 7
     (shards / "manifest.json").write_text(json.dumps(manifest))
-    code, output = finish(start(words, tmp_path / "run", 1, "--training.max_steps=4"))
+    code, output = finish(start_alone(words, tmp_path / "run", "--training.max_steps=4"))
     assert code == 2
     assert "other contents of data.shards" in output
 

@@ -9,7 +9,7 @@ import pytest
 
 from train.discovery import Ranks, discover_ranks, first_host, probable_rank, slurm_rendezvous, tasks_per_node
 from train.rendezvous import interface_towards, own_address, rendezvous
-from train.world import World, _device, _tell_torch, discover_world
+from train.world import World, _device, _tell_torch
 
 TORCH = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"}
 OPEN_MPI = {
@@ -27,8 +27,7 @@ SRUN |= {"SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
 
 
 def test_no_launcher_is_one_rank() -> None:
-    world = discover_world({})
-    assert (world.rank, world.local_rank, world.world_size, world.local_size) == (0, 0, 1, 1)
+    assert discover_ranks({}) == Ranks(0, 0, 1, 1, "none")
     assert rendezvous({}, discover_ranks({}))[0] == "127.0.0.1"
 
 
@@ -48,8 +47,6 @@ def test_no_launcher_is_one_rank() -> None:
 def test_every_launcher_gives_the_same_ranks(environment: dict[str, str], launcher: str) -> None:
     assert discover_ranks(environment) == Ranks(5, 1, 8, 4, launcher)
     assert probable_rank(environment) == 5
-    world = discover_world(environment)
-    assert (world.rank, world.local_rank, world.world_size, world.local_size) == (5, 1, 8, 4)
 
 
 @pytest.mark.parametrize("local_ranks", [(0, 2, 1, 3), (0, 2, 4, 6, 1, 3, 5, 7)])
@@ -137,7 +134,7 @@ def test_the_inner_launcher_counts(environment: dict[str, str]) -> None:
 )
 def test_missing_or_contradicting_variables_are_named(environment: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError) as refused:
-        discover_world(environment)
+        discover_ranks(environment)
     assert message in str(refused.value)
     assert isinstance(probable_rank(environment), int)
 
