@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch.distributed as dist
 
+from train.errors import LostRankError
+
 if TYPE_CHECKING:
     from train.world import World
 
@@ -38,7 +40,9 @@ SECONDS_TO_TELL = 5.0
 SECONDS_TO_CLAIM = 3.0
 """A file system may hang for ever where its server was on the host that died."""
 ENDING = "ending"
+HEARD = "heard"
 FAILED = "failed"
+SILENT_BEATS = 2.5
 SECONDS_TO_FAIL_TOO = 15.0
 """So long after another rank's own error rank 0 may meet it too; the other rank tells it sooner (launch/telling.py)."""
 
@@ -73,30 +77,42 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         if self._world.world_size > 1:
-            # A connection of its own: the main thread's may be held by a wait.
-            default: Any = dist.distributed_c10d._get_default_store()
-            while hasattr(default, "underlying_store"):
-                default = default.underlying_store
-            self._store = dist.PrefixStore("halfling-heartbeat", default.clone())
-            self._store.set_timeout(timedelta(seconds=self._lost_after_s))
-            self._store.set(f"{self._world.rank}", self._message("0"))
-            if self._world.is_first:
-                self._store.set("job", uuid.uuid4().hex)
-                for old in self._folder.glob(".lost-rank-0-*") if self._folder else ():
-                    old.unlink(missing_ok=True)
-            dist.barrier()
-            self._job = self._store.get("job").decode()
+            try:
+                self._join()
+            except RuntimeError as error:  # torch's errors of stores and collectives
+                raise LostRankError(
+                    f"rank {self._world.rank} on {platform.node()} lost another rank while the job started "
+                    f"({str(error).splitlines()[0]}); run again"
+                ) from None
             self._answered = time.monotonic()
             self._thread.start()
             threading.Thread(target=self._watch_store, name="heartbeat-store", daemon=True).start()
         return self
 
+    def _join(self) -> None:
+        default: Any = dist.distributed_c10d._get_default_store()
+        while hasattr(default, "underlying_store"):
+            default = default.underlying_store
+        patience, soon = default.timeout, timedelta(seconds=self._lost_after_s)
+        default.set_timeout(soon)  # all ranks were there: one that does not answer is gone
+        try:
+            # A connection of its own: the main thread's may be held by a wait.
+            self._store = dist.PrefixStore("halfling-heartbeat", default.clone())
+        finally:
+            default.set_timeout(patience)
+        self._store.set_timeout(soon)
+        self._store.set(f"{self._world.rank}", self._message("0"))
+        if self._world.is_first:
+            self._store.set("job", uuid.uuid4().hex)
+            for old in self._folder.glob(".lost-rank-0-*") if self._folder else ():
+                old.unlink(missing_ok=True)
+        dist.barrier()
+        self._job = self._store.get("job").decode()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=2 * BEAT_S)
+        self._stop_beating()
         if error is not None:
             self._announce(ENDING if self._world.is_first else FAILED)
 
@@ -151,6 +167,7 @@ class Heartbeat:
                 ending = self._store.get("0").decode().startswith(ENDING)
                 self._answered = time.monotonic()
                 if ending:
+                    self._store.set(f"{self._world.rank}", self._message(HEARD))
                     self._leave_it_to_rank_0()
                 fault = self._look(watch) if self._world.is_first else None
             except Exception:  # whatever the store raises, it is that rank 0, which holds it, does not answer
@@ -180,14 +197,35 @@ class Heartbeat:
             self._end(None)
         return watch.fault(self._lost_after_s, self._stuck_after_s)
 
+    def _stop_beating(self) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2 * BEAT_S)
+
     def _announce(self, how: str) -> None:
         """Let the others hear how this rank ends; rank 0's store stays long enough for that."""
         try:
             if self._store is not None:
                 self._store.set(f"{self._world.rank}", self._message(how))
-                time.sleep(1.5 * BEAT_S if self._world.is_first else 0.0)
+                if self._world.is_first:
+                    self._wait_until_heard()
         except Exception:  # then they find out by themselves
             return
+
+    def _wait_until_heard(self) -> None:
+        """The store ends with rank 0: wait for those that beat on to hear why, but for no dead rank."""
+        begun, before = time.monotonic(), self._hearts()
+        late_s = 0.0
+        while late_s < SECONDS_TO_TELL:
+            time.sleep(BEAT_S / 10)
+            late_s = time.monotonic() - begun
+            waited_for = [
+                count
+                for (count, _, _), (at_first, _, _) in zip(self._hearts()[1:], before[1:], strict=True)
+                if count not in (HEARD, FAILED) and (count != at_first or late_s < SILENT_BEATS * BEAT_S)
+            ]
+            if not waited_for:
+                return
 
     def _leave_it_to_rank_0(self) -> None:
         with self._ending:
@@ -199,6 +237,8 @@ class Heartbeat:
 
         Without a word where `fault` is None: another rank tells its own.
         """
+        if self._world.is_first and threading.current_thread() is not self._thread:
+            self._stop_beating()  # a beat would write over what is announced
         with self._ending:
             if fault is not None and (self._world.is_first or self._may_tell()):
                 print(

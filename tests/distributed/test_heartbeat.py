@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests.distributed.forked import Forked
 from tests.distributed.harness import free_port, rank_environment, srun_variables
-from tests.distributed.workers_heartbeat import beat, fail
+from tests.distributed.workers_heartbeat import beat, fail, lose_rank_0_at_start
 
 BEAT_S = 1.0
 
@@ -68,3 +69,17 @@ def test_an_error_is_told_once(tmp_path: Path, failing: tuple[int, ...], speaker
     assert outputs == expected
     assert [rank.returncode for rank in ranks] == [2 if rank in failing else 1 for rank in range(3)]
     assert time.monotonic() - begun < (8 if len(failing) == 3 else 30)
+
+
+def test_rank_0_that_dies_at_the_start_is_not_waited_for(tmp_path: Path) -> None:
+    port = free_port()
+    ranks = [
+        Forked(lose_rank_0_at_start, tmp_path, environment=rank_environment(rank, 3, port))
+        for rank in range(3)
+    ]
+    outputs = [rank.communicate(timeout=40)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [-9, 1, 1], outputs
+    for output in outputs[1:]:
+        assert re.search(
+            r"error: rank [12] on \S+ lost another rank while the job started \(.+\); run again\n$", output
+        )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from launch.cli import run_main
+from train.errors import LostRankError
 from train.heartbeat import Heartbeat
 from train.run import _lost_ranks_told
 
@@ -20,6 +23,7 @@ from train.run import _lost_ranks_told
 def beat(folder: Path) -> None:
     """Communicate until another rank is lost."""
     with joined(folder) as heartbeat:
+        (folder / f"ready-{os.environ['RANK']}").touch()
         try:
             communicate()
         except RuntimeError as error:
@@ -40,11 +44,23 @@ def fail(folder: Path, failing: Sequence[int]) -> None:
     run_main(main)
 
 
+def lose_rank_0_at_start(folder: Path) -> None:
+    """Rank 0 dies between the ranks' meeting and their hearts' first beat."""
+    heartbeat = joined(folder)
+    if os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+    try:
+        heartbeat.__enter__()
+    except LostRankError as error:
+        print("error:", error, flush=True)
+        sys.exit(1)
+
+
 def joined(folder: Path) -> Heartbeat:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
     world: Any = SimpleNamespace(rank=rank, world_size=world_size, is_first=rank == 0)
-    (folder / f"ready-{rank}").touch()
     return Heartbeat(world, lambda: "here", lost_after_s=5, stuck_after_s=600, folder=folder)
 
 
