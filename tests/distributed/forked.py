@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = ["launch.cli", "train.run", "train.lamb"]
 # Read while they are imported.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+# Killed processes leave tqdm's semaphore behind, which the tracker removes at the end, and would say.
+ENVIRONMENT["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
 
 
 class Forked:
