@@ -19,7 +19,7 @@ class CheckpointNotWrittenError(RunError):
 
 
 class NotMetError(RunError):
-    """A rank did not come, or cannot be reached."""
+    """A rank did not come, cannot be reached, or was lost before the hearts beat (train/heartbeat.py)."""
 
 
 class LostRankError(RunError):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch.distributed as dist
 
-from train.errors import LostRankError
+from train.errors import NotMetError
 
 if TYPE_CHECKING:
     from train.world import World
@@ -43,6 +43,7 @@ ENDING = "ending"
 HEARD = "heard"
 FAILED = "failed"
 SILENT_BEATS = 2.5
+"""After so many beats without a change a rank is taken for dead, and not waited for."""
 SECONDS_TO_FAIL_TOO = 15.0
 """So long after another rank's own error rank 0 may meet it too; the other rank tells it sooner (launch/telling.py)."""
 
@@ -80,7 +81,7 @@ class Heartbeat:
             try:
                 self._join()
             except RuntimeError as error:  # torch's errors of stores and collectives
-                raise LostRankError(
+                raise NotMetError(
                     f"rank {self._world.rank} on {platform.node()} lost another rank while the job started "
                     f"({str(error).splitlines()[0]}); run again"
                 ) from None

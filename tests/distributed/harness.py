@@ -14,8 +14,6 @@ from typing import Any
 
 from tests.distributed.forked import Forked
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def free_port() -> int:
     with socket.socket() as probe:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import psutil
 
-from tests.distributed.forked import Forked, run_script
+from tests.distributed.forked import ROOT, Forked, run_script
 from tests.distributed.harness import free_port, rank_environment
 from train.metrics import read_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 STEPS = 24
 

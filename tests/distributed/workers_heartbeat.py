@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from launch.cli import run_main
-from train.errors import LostRankError
+from train.errors import NotMetError
 from train.heartbeat import Heartbeat
 from train.run import _lost_ranks_told
 
@@ -52,7 +52,7 @@ def lose_rank_0_at_start(folder: Path) -> None:
     time.sleep(0.5)
     try:
         heartbeat.__enter__()
-    except LostRankError as error:
+    except NotMetError as error:
         print("error:", error, flush=True)
         sys.exit(1)
 
