@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import ROOT, free_port
+from tests.distributed.forked import ROOT
+from tests.distributed.harness import free_port
 from tests.distributed.pretraining import small_settings
 
 STAND_IN = f"{sys.executable} {ROOT / 'tests' / 'distributed' / 'stand_in_ssh.py'}"
