@@ -29,9 +29,9 @@ from train.lamb_arguments import check_arguments, check_mode
 from train.lamb_binding import Binding, bind_engine
 from train.lamb_eager import EagerPasses
 from train.lamb_geometry import Piece, optimized_parameters, tensor_rules
-from train.lamb_math import Part, step_coefficients, trust_ratios
+from train.lamb_math import Part, Passes, step_coefficients, trust_ratios
 from train.lamb_parts import check_updatable, one_kind, ready_state
-from train.lamb_passes import Passes, all_ranks_have, choose_passes
+from train.lamb_passes import all_ranks_have, choose_passes
 from train.lamb_refusals import SharedRefusals, raise_together
 
 Entry = tuple[str, torch.Tensor, tuple[Piece, ...]]
@@ -169,22 +169,14 @@ class Lamb(torch.optim.Optimizer):
         assert self._kind is not None
         device, dtype = self._kind
         grad_norm = self._grad_norm(parts, device).to(dtype) if self._prenormalize else None
-        # A row per tensor, and one that counts the ranks which refuse.
-        sums = torch.zeros(len(self._rules) + 1, 2, dtype=torch.float64, device=device)
-        if refusal is None:
-            self._passes.first(parts, self._rules, sums[:-1], grad_norm)
-        else:
-            sums[-1, 0] = 1
-        self._add_over_ranks(sums)
         if self.adapted.device != device:
             self.adapted = self.adapted.to(device)
-        self.trust_ratios = trust_ratios(sums[:-1], self.adapted, self._clamp)
-        if self._refusals is not None:
-            self._refusals.settle(sums[-1, 0], refusal)
-            self.trust_ratios = torch.where(sums[-1, 0] > 0, 0.0, self.trust_ratios)
-        if refusal is not None:
-            return loss
-        self._passes.second(parts, self._rules, self.trust_ratios)
+        if self._refusals is None:  # no tensor is cut among ranks
+            self.trust_ratios = self._passes.both(parts, self._rules, self.adapted, self._clamp, grad_norm)
+        else:
+            self._both_over_ranks(parts, grad_norm, refusal, device)
+            if refusal is not None:
+                return loss
         for _, parameter, _ in entries:
             self.state[parameter]["step"] = int(self.state[parameter]["step"]) + 1
         # The fused kernels write behind autograd's back.
@@ -271,8 +263,10 @@ class Lamb(torch.optim.Optimizer):
             ready_state(name, parameter, state)
             c = coefficients(step=int(state["step"]) + 1)  # another optimizer's checkpoint may hold a tensor
             # Copies, where a tensor is not contiguous; the parameter's is written back after the step.
-            p, g = (x.detach().contiguous().view(-1) for x in (parameter, gradient))
-            parts.append(Part(p, g, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), pieces, c))
+            p, g, m, v = (
+                x.contiguous().view(-1) for x in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
+            )
+            parts.append(Part(p, g, m, v, pieces, c))
         return parts
 
     def _settle_passes(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -284,6 +278,29 @@ class Lamb(torch.optim.Optimizer):
                     f"{kind[1]} on {kind[0]}: call bind(engine) again, on every rank"
                 )
             self._passes, self._kind = choose_passes(self._fused, *kind), kind
+
+    def _both_over_ranks(
+        self,
+        parts: Sequence[Part],
+        grad_norm: torch.Tensor | None,
+        refusal: Exception | None,
+        device: torch.device,
+    ) -> None:
+        """Both passes, with the sums of squares added over the ranks between them; `refusal` is shared there."""
+        assert self._passes is not None
+        assert self._refusals is not None
+        # A row per tensor, and one that counts the ranks which refuse.
+        sums = torch.zeros(len(self._rules) + 1, 2, dtype=torch.float64, device=device)
+        if refusal is None:
+            self._passes.first(parts, self._rules, sums[:-1], grad_norm)
+        else:
+            sums[-1, 0] = 1
+        self._add_over_ranks(sums)
+        self.trust_ratios = trust_ratios(sums[:-1], self.adapted, self._clamp)
+        self._refusals.settle(sums[-1, 0], refusal)
+        self.trust_ratios = torch.where(sums[-1, 0] > 0, 0.0, self.trust_ratios)
+        if refusal is None:
+            self._passes.second(parts, self._rules, self.trust_ratios)
 
     def _grad_norm(self, parts: list[Part], device: torch.device) -> torch.Tensor:
         total = EagerPasses().sum_squares(parts, self._rules, device)

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from train.lamb_geometry import TensorRule
-from train.lamb_math import Part, StepCoefficients, pieces_of
+from train.lamb_math import Part, Passes, StepCoefficients, pieces_of
 
 CHUNK_PER_THREAD = 65_536
 """Elements per core and operation: seven fp32 buffers of it are 1.8 MB, about one core's second-level cache."""
 
 
-class EagerPasses:
+class EagerPasses(Passes):
     """Both passes over any device and dtype, with torch operations that round alike at any offset."""
 
     name = "eager"
@@ -34,11 +34,6 @@ class EagerPasses:
         sums: torch.Tensor,
         grad_norm: torch.Tensor | None,
     ) -> None:
-        """Update the moments; add the sums of squares of p and u to `sums` ((T, 2) fp64).
-
-        Args:
-            grad_norm: 0-dimensional; gradients are divided by it. None: they are taken as they are.
-        """
         for part, piece, rule, decay in pieces_of(parts, rules):
             for a, b, u, w, wide in self._chunks(part.p, piece.start, piece.stop):
                 p, g, m, v = part.p[a:b], part.g[a:b], part.m[a:b], part.v[a:b]
@@ -52,7 +47,6 @@ class EagerPasses:
                     sums[piece.tensor, 1] += _sum_squares(u, wide)
 
     def second(self, parts: Sequence[Part], rules: Sequence[TensorRule], ratios: torch.Tensor) -> None:
-        """p = p - step_size x ratio x u."""
         for part, piece, _, decay in pieces_of(parts, rules):
             factor = (ratios[piece.tensor].double() * part.c.step_size).to(part.p.dtype)
             for a, b, u, _, _ in self._chunks(part.p, piece.start, piece.stop):

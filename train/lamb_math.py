@@ -18,6 +18,7 @@ which saves two divisions, and their rounding, per element. `lamb_reference.py` 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -107,3 +108,43 @@ def pieces_of(
         for piece in part.pieces:
             rule = rules[piece.tensor]
             yield part, piece, rule, part.c.weight_decay if rule.decay else 0.0
+
+
+class Passes(ABC):
+    """Both passes over the parameters, for tensors of one kind of device."""
+
+    name: str
+
+    @abstractmethod
+    def first(
+        self,
+        parts: Sequence[Part],
+        rules: Sequence[TensorRule],
+        sums: torch.Tensor,
+        grad_norm: torch.Tensor | None,
+    ) -> None:
+        """Update the moments; add the sums of squares of p and u to `sums`, where a tensor is adapted.
+
+        Args:
+            sums: (T, 2) fp64.
+            grad_norm: 0-dimensional; gradients are divided by it. None: they are taken as they are.
+        """
+
+    @abstractmethod
+    def second(self, parts: Sequence[Part], rules: Sequence[TensorRule], ratios: torch.Tensor) -> None:
+        """p = p - step_size x ratio x u, after `first` of the same parts; ratios: (T,) fp32."""
+
+    def both(
+        self,
+        parts: Sequence[Part],
+        rules: Sequence[TensorRule],
+        adapted: torch.Tensor,
+        clamp: tuple[float, float] | None,
+        grad_norm: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One pass after the other, where this rank holds all of every tensor: (T,) fp32 trust ratios."""
+        sums = torch.zeros(len(rules), 2, dtype=torch.float64, device=adapted.device)
+        self.first(parts, rules, sums, grad_norm)
+        ratios = trust_ratios(sums, adapted, clamp)
+        self.second(parts, rules, ratios)
+        return ratios

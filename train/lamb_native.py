@@ -1,7 +1,7 @@
 """The two passes as C loops, built on first use by the machine's own compiler (a tenth of a second).
 
 Nothing is compiled at install time, and where there is no compiler `build` returns None: the eager passes
-then do the same in about twice the time. The library is built anew by each process, for its own processor,
+then do the same in three times the time. The library is built anew by each process, for its own processor,
 in a temporary folder: nothing stale or foreign is ever loaded.
 """
 
@@ -9,38 +9,42 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from train.lamb_geometry import Piece, TensorRule
-from train.lamb_math import Part
+from train.lamb_math import Part, Passes
 
 SOURCE = Path(__file__).with_name("lamb_native.c")
 # -ffp-contract=off keeps each element's rounding the same in vector bodies and scalar tails.
 FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno")
+# Symbols of OpenMP are found in torch's own library of it, which is loaded before and open to all.
+THREADS = (("-fopenmp",), ())
 TUNING = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
 FP32_BYTES = 4
-GRAIN = 16
-"""Spans are cut among threads at multiples of so many elements."""
+NO_LIMITS = (-math.inf, math.inf)
+KEPT = 1 << 21
+"""Updates that each thread keeps from the first pass to the second, where both run: 8 MiB. Of a larger share of a
+tensor they are computed anew."""
 
 
-# Mirror of the C struct.
+# Mirrors of the C structs.
 SPAN = np.dtype(
     [
         *((name, np.uintp) for name in ("p", "g", "m", "v")),
-        ("numel", np.int64),
-        *((name, np.float64) for name in ("sum_p", "sum_u")),
+        *((name, np.int64) for name in ("numel", "adapt")),
+        *((name, np.float64) for name in ("sum_p", "sum_u", "step_size")),
         *(
             (name, np.float32)
             for name in (
@@ -51,46 +55,19 @@ SPAN = np.dtype(
                 "stretch",
                 "shift",
                 "decay",
-                "factor",
+                "ratio",
             )
         ),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Cuts:
-    """The pieces of a step, cut into one equal share of elements per thread; int64 arrays of one length."""
-
-    part: np.ndarray
-    """Which of the step's parts the span lies in."""
-    tensor: np.ndarray
-    start: np.ndarray
-    """Its first element in the part."""
-    numel: np.ndarray
-    bounds: tuple[int, ...]
-    """Thread k has the spans bounds[k] to bounds[k + 1]."""
-
-
-@functools.lru_cache(maxsize=4)
-def cut(pieces: tuple[tuple[Piece, ...], ...], threads: int) -> Cuts:
-    """Cut the pieces of each part among `threads`; where no tensor moves, every step's cut is the same."""
-    quota = -(-sum(piece.stop - piece.start for part in pieces for piece in part) // threads)
-    rows: list[tuple[int, int, int, int]] = []
-    bounds, room = [0], quota
-    for part, its_pieces in enumerate(pieces):
-        for piece in its_pieces:
-            start = piece.start
-            while start < piece.stop:
-                if room <= 0:
-                    bounds.append(len(rows))
-                    room = quota
-                stop = min(piece.stop, start + -(-room // GRAIN) * GRAIN)
-                rows.append((part, piece.tensor, start, stop - start))
-                room -= stop - start
-                start = stop
-    columns = np.array(rows, dtype=np.int64).reshape(-1, 4).T
-    return Cuts(columns[0], columns[1], columns[2], columns[3], (*bounds, len(rows)))
+STEP = np.dtype(
+    [
+        *((name, np.uintp) for name in ("sums", "updates")),
+        ("room", np.int64),
+        *((name, np.float64) for name in ("low", "high")),
+        ("threads", np.int64),
+    ]
+)
 
 
 @functools.cache
@@ -115,31 +92,31 @@ def _compiler() -> list[str]:
 def _compile(compiler: list[str]) -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "lamb_native.so")
-        for tuning in TUNING:
-            command = [*compiler, *FLAGS, *tuning, "-o", str(library), str(SOURCE), "-lm"]
+        for flags in itertools.product(THREADS, TUNING):
+            command = [*compiler, *FLAGS, *itertools.chain(*flags), "-o", str(library), str(SOURCE), "-lm"]
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 loaded = ctypes.CDLL(str(library))
-                functions = loaded.lamb_first_pass, loaded.lamb_second_pass
+                functions = loaded.lamb_first, loaded.lamb_second, loaded.lamb_both
             except (OSError, AttributeError, subprocess.SubprocessError):
                 continue  # AttributeError: what was built is not ours
             for function in functions:
-                function.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+                function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
                 function.restype = None
             return loaded
     return None
 
 
-class NativePasses:
-    """Both passes over fp32 CPU tensors; the same contract as lamb_eager.EagerPasses."""
+class NativePasses(Passes):
+    """Both passes over fp32 CPU tensors."""
 
     name = "native"
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self._pool: ThreadPoolExecutor | None = None
-        self._of_step: tuple[np.ndarray, Cuts] | None = None  # from the first pass to the second
-        self._threads = self._pid = 0
+        self._spans: np.ndarray | None = None  # from the first pass to the second
+        self._updates = np.empty(0, dtype=np.float32)
+        self._pid = os.getpid()
 
     def first(
         self,
@@ -148,52 +125,102 @@ class NativePasses:
         sums: torch.Tensor,
         grad_norm: torch.Tensor | None,
     ) -> None:
-        cuts = cut(tuple(part.pieces for part in parts), torch.get_num_threads())
-        spans = spans_of(parts, rules, cuts)
-        spans["grad_norm"] = 1.0 if grad_norm is None else float(grad_norm)
-        self._run(self._library.lamb_first_pass, spans, cuts.bounds)
-        adapt = np.array([rule.adapt for rule in rules])[cuts.tensor]
+        layout = lay_out(tuple(part.pieces for part in parts), tuple(rules))
+        spans = spans_of(parts, layout, grad_norm)
+        self._run(self._library.lamb_first, spans)
         for column, name in enumerate(("sum_p", "sum_u")):
-            totals = np.bincount(cuts.tensor, weights=np.where(adapt, spans[name], 0.0), minlength=len(rules))
+            of_adapted = np.where(layout.adapt, spans[name], 0.0)
+            totals = np.bincount(layout.tensor, weights=of_adapted, minlength=len(rules))
             sums[:, column] += torch.from_numpy(totals)
-        self._of_step = spans, cuts
+        self._spans = spans
 
     def second(self, parts: Sequence[Part], rules: Sequence[TensorRule], ratios: torch.Tensor) -> None:
-        assert self._of_step is not None, "the second pass follows the first one of the same step"
-        (spans, cuts), self._of_step = self._of_step, None
-        step_sizes = np.array([part.c.step_size for part in parts])
-        spans["factor"] = ratios.numpy()[cuts.tensor].astype(np.float64) * step_sizes[cuts.part]
-        self._run(self._library.lamb_second_pass, spans, cuts.bounds)
+        assert self._spans is not None, "the second pass follows the first one of the same step"
+        spans, self._spans = self._spans, None
+        layout = lay_out(tuple(part.pieces for part in parts), tuple(rules))
+        spans["ratio"] = ratios.numpy()[layout.tensor]
+        self._run(self._library.lamb_second, spans)
 
-    def _run(self, function: ctypes._NamedFuncPointer, spans: np.ndarray, bounds: Sequence[int]) -> None:
-        calls = [
-            (spans.ctypes.data + SPAN.itemsize * start, stop - start) for start, stop in pairwise(bounds)
-        ]
-        if len(calls) == 1:
-            function(*calls[0])
-            return
-        # Threads do not survive a fork: a child makes its own.
-        if self._pool is None or self._threads < len(calls) or self._pid != os.getpid():
-            self._threads, self._pid = len(calls), os.getpid()
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="lamb")
-        # ctypes releases the interpreter's lock for the length of a call.
-        list(self._pool.map(lambda call: function(*call), calls))
+    def both(
+        self,
+        parts: Sequence[Part],
+        rules: Sequence[TensorRule],
+        adapted: torch.Tensor,
+        clamp: tuple[float, float] | None,
+        grad_norm: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Tensor by tensor in one call, so that the second pass meets what the first one left in the caches."""
+        layout = lay_out(tuple(part.pieces for part in parts), tuple(rules))
+        spans = spans_of(parts, layout, grad_norm)
+        self._run(self._library.lamb_both, spans, KEPT, clamp or NO_LIMITS)
+        ratios = torch.ones(len(rules))
+        ratios.numpy()[layout.tensor] = spans["ratio"]
+        return ratios
+
+    def _run(
+        self,
+        function: ctypes._NamedFuncPointer,
+        spans: np.ndarray,
+        room: int = 0,
+        limits: tuple[float, float] = NO_LIMITS,
+    ) -> None:
+        # OpenMP's threads do not survive a fork: a child works alone.
+        threads = torch.get_num_threads() if os.getpid() == self._pid else 1
+        if self._updates.size < threads * room:
+            self._updates = np.empty(threads * room, dtype=np.float32)
+        sums = np.empty((len(spans), threads, 2))
+        step = np.array((sums.ctypes.data, self._updates.ctypes.data, room, *limits, threads), dtype=STEP)
+        # ctypes releases the interpreter's lock for the length of the call.
+        function(spans.ctypes.data, len(spans), step.ctypes.data)
 
 
-def spans_of(parts: Sequence[Part], rules: Sequence[TensorRule], cuts: Cuts) -> np.ndarray:
-    """What the first pass is told of each span: addresses and scalars, (spans,) of SPAN."""
-    spans = np.zeros(len(cuts.part), dtype=SPAN)
+@dataclass(frozen=True)
+class Layout:
+    """Where the pieces of a step lie; arrays with one element per piece."""
+
+    part: np.ndarray
+    """Which of the step's parts it lies in, int64."""
+    tensor: np.ndarray
+    start: np.ndarray
+    """Its first element in the part."""
+    numel: np.ndarray
+    decay: np.ndarray
+    """bool, as adapt."""
+    adapt: np.ndarray
+
+
+@functools.lru_cache(maxsize=4)
+def lay_out(pieces: tuple[tuple[Piece, ...], ...], rules: tuple[TensorRule, ...]) -> Layout:
+    """Tabulate the pieces of each part; where no tensor moves, every step's layout is the same."""
+    rows = [
+        (part, piece.tensor, piece.start, piece.stop - piece.start)
+        for part, its_pieces in enumerate(pieces)
+        for piece in its_pieces
+    ]
+    part, tensor, start, numel = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+    decay, adapt = (np.array([getattr(rule, name) for rule in rules])[tensor] for name in ("decay", "adapt"))
+    return Layout(part, tensor, start, numel, decay, adapt)
+
+
+def spans_of(parts: Sequence[Part], layout: Layout, grad_norm: torch.Tensor | None) -> np.ndarray:
+    """What the passes are told of each piece: addresses and scalars, (pieces,) of SPAN."""
+    spans = np.zeros(len(layout.part), dtype=SPAN)
     for name in ("p", "g", "m", "v"):
         addresses = np.array([getattr(part, name).data_ptr() for part in parts], dtype=np.uintp)
-        spans[name] = addresses[cuts.part] + (FP32_BYTES * cuts.start).astype(np.uintp)
-    spans["numel"] = cuts.numel
+        spans[name] = addresses[layout.part] + (FP32_BYTES * layout.start).astype(np.uintp)
+    spans["numel"] = layout.numel
+    spans["adapt"] = layout.adapt
+    spans["grad_norm"] = 1.0 if grad_norm is None else float(grad_norm)
     scalars = np.array(
-        [(1 - c.beta1, c.beta2, 1 - c.beta2, c.stretch, c.shift) for c in (x.c for x in parts)]
+        [
+            (1 - c.beta1, c.beta2, 1 - c.beta2, c.stretch, c.shift, c.step_size, c.weight_decay)
+            for c in (x.c for x in parts)
+        ]
     )
+    *columns, decay = scalars.T[:, layout.part]
     for name, column in zip(
-        ("beta1_weight", "beta2", "beta2_weight", "stretch", "shift"), scalars.T, strict=True
+        ("beta1_weight", "beta2", "beta2_weight", "stretch", "shift", "step_size"), columns, strict=True
     ):
-        spans[name] = column[cuts.part]
-    decays = np.array([rule.decay for rule in rules])[cuts.tensor]
-    spans["decay"] = np.where(decays, np.array([part.c.weight_decay for part in parts])[cuts.part], 0.0)
+        spans[name] = column
+    spans["decay"] = np.where(layout.decay, decay, 0.0)
     return spans

@@ -81,7 +81,7 @@ def ready_state(name: str, parameter: torch.Tensor, state: dict[str, Any]) -> No
                 "model that it was saved with"
             )
     for key in MOMENTS:
-        state[key] = state[key].to(parameter.device, parameter.dtype).contiguous()
+        state[key] = state[key].to(parameter).contiguous()
 
 
 def _describe(tensor: torch.Tensor) -> str:

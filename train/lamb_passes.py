@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from train import lamb_native
 from train.lamb_eager import EagerPasses
-from train.lamb_geometry import TensorRule
-from train.lamb_math import Part
-
-
-class Passes(Protocol):
-    """First pass: moments and sums of squares. Second: the update. See lamb_eager.EagerPasses."""
-
-    name: str
-
-    def first(
-        self,
-        parts: Sequence[Part],
-        rules: Sequence[TensorRule],
-        sums: torch.Tensor,
-        grad_norm: torch.Tensor | None,
-    ) -> None: ...
-
-    def second(self, parts: Sequence[Part], rules: Sequence[TensorRule], ratios: torch.Tensor) -> None: ...
+from train.lamb_math import Passes
 
 
 def choose_passes(

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from train.lamb_geometry import TensorRule
-from train.lamb_math import Part, pieces_of
+from train.lamb_math import Part, Passes, pieces_of
 
 BLOCK = 4096
 SUM_BLOCK = 1024
@@ -108,8 +108,8 @@ def _second_kernel(rows, scalars, blocks, ratios, BLOCK: tl.constexpr):
     tl.store(p_at, tl.fma(-factor, u, p), mask=inside)
 
 
-class TritonPasses:
-    """Both passes over fp32 tensors on one device; the same contract as lamb_eager.EagerPasses."""
+class TritonPasses(Passes):
+    """Both passes over fp32 tensors on one device."""
 
     name = "triton"
 

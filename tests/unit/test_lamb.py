@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import pickle
-import shutil
-import signal
-import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -336,37 +331,6 @@ def test_autograd_notices_the_update(fused: bool | None) -> None:
         loss.backward()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_can_step() -> None:
-    """Threads do not survive a fork; a child with its parent's thread pool would wait for ever."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        weight = torch.nn.Parameter(torch.ones(500, 500))
-        weight.grad = torch.ones_like(weight)
-        optimizer = Lamb([("weight", weight)], lr=0.01)
-        optimizer.step()
-        if optimizer.kernel != "native":
-            pytest.skip("no C compiler")
-        child = os.fork()
-        if child == 0:
-            try:
-                optimizer.step()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        deadline = time.monotonic() + 10
-        while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if done[0] == 0:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        assert done[0] == child, "the child hangs"
-        assert os.waitstatus_to_exitcode(done[1]) == 0
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_fp64_parameters() -> None:
     weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
     weight.grad = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
@@ -443,53 +407,6 @@ def test_closure_and_learning_rate() -> None:
     assert torch.equal(weight.detach(), torch.ones(2, 2))
     scheduler = torch.optim.lr_scheduler.LambdaLR(Lamb([("weight", weight)], lr=0.1), lambda step: 0.5)
     assert scheduler.get_last_lr() == [0.05]
-
-
-def test_without_a_compiler_the_eager_passes_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CC", "/nonexistent/cc")
-    lamb_native.build.cache_clear()
-    try:
-        weight = torch.nn.Parameter(torch.ones(2, 2))
-        weight.grad = torch.ones(2, 2)
-        Lamb([("weight", weight)], lr=0.1).step()
-        assert weight[0, 0] < 1
-        with pytest.raises(
-            ValueError, match=r"fused=True, but there is no fused LAMB for torch.float32 on cpu"
-        ):
-            Lamb([("weight", weight)], lr=0.1, fused=True).step()
-    finally:
-        lamb_native.build.cache_clear()
-
-
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-@pytest.mark.parametrize(
-    ("command", "works"),
-    [
-        ("{folder}/two words/cc", True),
-        ("'{folder}/two words/cc' -O1", True),
-        ("cc -O1", True),
-        ("  ", True),
-        ("'{folder}/two words/cc", False),
-        ("false", False),
-        ("{folder}/stranger", False),
-        ("{folder}", False),
-    ],
-)
-def test_what_cc_may_be(command: str, works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path with blanks, a command with options; what fails or builds something else leaves no kernel."""
-    (tmp_path / "two words").mkdir()
-    (tmp_path / "two words" / "cc").symlink_to(str(shutil.which("cc")))
-    stranger = tmp_path / "stranger"  # builds a library without our functions
-    stranger.write_text(
-        '#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho "int x;" | cc -shared -fPIC -o "$2" -xc -\n'
-    )
-    stranger.chmod(0o755)
-    monkeypatch.setenv("CC", command.format(folder=tmp_path))
-    lamb_native.build.cache_clear()
-    try:
-        assert (lamb_native.build() is not None) == works
-    finally:
-        lamb_native.build.cache_clear()
 
 
 @pytest.mark.parametrize(
