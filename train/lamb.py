@@ -183,7 +183,7 @@ class Lamb(torch.optim.Optimizer):
         increment_version([tensor for part in parts for tensor in (part.p, part.m, part.v)])
         for (_, parameter, _), part in zip(entries, parts, strict=True):
             if not parameter.is_contiguous():
-                parameter.copy_(part.p.view(parameter.shape))
+                parameter.copy_(part.p)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,7 +240,7 @@ class Lamb(torch.optim.Optimizer):
         )
 
     def _checked_parts(self, entries: Sequence[Entry]) -> list[Part]:
-        """The entries with gradient, moments and this step's scalars, as 1-D views, all of them checked."""
+        """The entries with gradient, moments and this step's scalars, all of them checked."""
         for name, parameter, _ in entries:
             check_updatable(name, parameter)
         self._settle_passes([parameter for _, parameter, _ in entries])
@@ -263,10 +263,8 @@ class Lamb(torch.optim.Optimizer):
             ready_state(name, parameter, state)
             c = coefficients(step=int(state["step"]) + 1)  # another optimizer's checkpoint may hold a tensor
             # Copies, where a tensor is not contiguous; the parameter's is written back after the step.
-            p, g, m, v = (
-                x.contiguous().view(-1) for x in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
-            )
-            parts.append(Part(p, g, m, v, pieces, c))
+            p, g = parameter.contiguous(), gradient.contiguous()
+            parts.append(Part(p, g, state["exp_avg"], state["exp_avg_sq"], pieces, c))
         return parts
 
     def _settle_passes(self, parameters: Sequence[torch.Tensor]) -> None:

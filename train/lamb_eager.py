@@ -36,7 +36,7 @@ class EagerPasses(Passes):
     ) -> None:
         for part, piece, rule, decay in pieces_of(parts, rules):
             for a, b, u, w, wide in self._chunks(part.p, piece.start, piece.stop):
-                p, g, m, v = part.p[a:b], part.g[a:b], part.m[a:b], part.v[a:b]
+                p, g, m, v = (x.view(-1)[a:b] for x in (part.p, part.g, part.m, part.v))
                 if grad_norm is not None:
                     g = torch.div(g, grad_norm, out=w)
                 m.lerp_(g, 1 - part.c.beta1)
@@ -50,8 +50,8 @@ class EagerPasses(Passes):
         for part, piece, _, decay in pieces_of(parts, rules):
             factor = (ratios[piece.tensor].double() * part.c.step_size).to(part.p.dtype)
             for a, b, u, _, _ in self._chunks(part.p, piece.start, piece.stop):
-                p = part.p[a:b]
-                _direction(p, part.m[a:b], part.v[a:b], part.c, decay, u)
+                p, m, v = (x.view(-1)[a:b] for x in (part.p, part.m, part.v))
+                _direction(p, m, v, part.c, decay, u)
                 p.addcmul_(u, factor, value=-1)
 
     def sum_squares(
@@ -61,7 +61,7 @@ class EagerPasses(Passes):
         total = torch.zeros((), dtype=torch.float64, device=device)
         for part, piece, _, _ in pieces_of(parts, rules):
             for a, b, _, _, wide in self._chunks(part.g, piece.start, piece.stop):
-                total += _sum_squares(part.g[a:b], wide)
+                total += _sum_squares(part.g.view(-1)[a:b], wide)
         return total
 
     def _chunks(

@@ -89,7 +89,7 @@ class Part:
     """One parameter the optimizer holds, with its gradient and moments, and the tensors that lie in it.
 
     A flat ZeRO partition holds many tensors; otherwise there is one part, with one piece, per tensor.
-    p, g, m and v are 1-D, contiguous, of one length, dtype and device.
+    p, g, m and v are contiguous, of one shape, dtype and device; pieces count their elements as if they were flat.
     """
 
     p: torch.Tensor
