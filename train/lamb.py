@@ -59,8 +59,8 @@ class Lamb(torch.optim.Optimizer):
         bias_correction: correct both moments for their start at zero.
         mode: "decoupled", or "deepspeed" for the formula of DeepSpeed's own FusedLamb: all tensors decayed
             and adapted, ratio clamped to [0.01, 10] unless `clamp` says otherwise, bias correction outside it.
-        fused: one kernel per pass where there is one (Triton on CUDA; C loops on a CPU, built on first use
-            when there is a compiler), plain torch operations elsewhere. True insists, False declines.
+        fused: a kernel where there is one (Triton on CUDA; C loops on a CPU, built on first use when there is
+            a compiler), plain torch operations elsewhere. True insists, False declines.
             Ranks that are not bound choose each for itself: say False where some lack a compiler and replicas
             must not differ by rounding.
     Raises:
@@ -171,7 +171,7 @@ class Lamb(torch.optim.Optimizer):
         grad_norm = self._grad_norm(parts, device).to(dtype) if self._prenormalize else None
         if self.adapted.device != device:
             self.adapted = self.adapted.to(device)
-        if self._refusals is None:  # no tensor is cut among ranks
+        if self._cut_over is None:
             self.trust_ratios = self._passes.both(parts, self._rules, self.adapted, self._clamp, grad_norm)
         else:
             self._both_over_ranks(parts, grad_norm, refusal, device)
@@ -207,6 +207,11 @@ class Lamb(torch.optim.Optimizer):
         # What torch keeps and ours, but not kernel, engine and process group.
         own = {name: getattr(self, name) for name in (*_OWN, *_OWN_PUBLIC)}
         return {**super().__getstate__(), **own, **dict.fromkeys(_OF_THIS_PROCESS)}
+
+    @property
+    def _cut_over(self) -> Any:
+        """The process group among whose ranks tensors are cut; None where each rank holds all of its tensors."""
+        return None if self._binding is None else self._binding.group
 
     def _entries(self) -> list[Entry]:
         """What this rank updates: name, parameter with a gradient, and the tensors that lie in it."""
@@ -263,7 +268,7 @@ class Lamb(torch.optim.Optimizer):
             ready_state(name, parameter, state)
             c = coefficients(step=int(state["step"]) + 1)  # another optimizer's checkpoint may hold a tensor
             # Copies, where a tensor is not contiguous; the parameter's is written back after the step.
-            p, g = parameter.contiguous(), gradient.contiguous()
+            p, g = parameter.contiguous(), gradient.resolve_neg().contiguous()
             parts.append(Part(p, g, state["exp_avg"], state["exp_avg_sq"], pieces, c))
         return parts
 
@@ -307,5 +312,5 @@ class Lamb(torch.optim.Optimizer):
         return torch.where(norm > 0, norm, 1.0)
 
     def _add_over_ranks(self, sums: torch.Tensor) -> None:
-        if self._binding is not None and self._binding.group is not None:
-            dist.all_reduce(sums, group=self._binding.group)
+        if self._cut_over is not None:
+            dist.all_reduce(sums, group=self._cut_over)

@@ -73,10 +73,11 @@ def optimized_parameters(
     """The trainable, non-empty tensors, each once: a tied weight keeps the first of its names.
 
     Raises:
-        ValueError: bare tensors instead of (name, tensor) pairs, two tensors of one name, FSDP's flat
-            parameters, or none to train.
+        ValueError: bare tensors instead of (name, tensor) pairs, two tensors of one name, or of one memory,
+            FSDP's flat parameters, or none to train.
     """
     first_name: dict[int, str] = {}
+    at: dict[tuple[torch.device, int], str] = {}
     kept: dict[str, torch.Tensor] = {}
     for item in named_parameters:
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
@@ -94,7 +95,13 @@ def optimized_parameters(
             continue
         if name in kept:
             raise ValueError(f"two different parameters are named {name!r}: give every tensor its own name")
-        first_name[id(parameter)] = name
+        place = (parameter.device, parameter.data_ptr())
+        if place in at and place[1] != 0:
+            raise ValueError(
+                f"{at[place]} and {name} are two parameters that share their memory, which would be updated twice: tie "
+                "them by making both names one Parameter"
+            )
+        first_name[id(parameter)] = at[place] = name
         kept[name] = parameter
     if not kept:
         raise ValueError("Lamb got no trainable parameter: every one is frozen, empty or missing")

@@ -7,8 +7,8 @@ You et al. 2020, arXiv:1904.00962, algorithm 2, with decoupled decay:
     p = p - lr (||p|| / ||u||) u
 
 with c1 = 1 - b1^t, c2 = 1 - b2^t (both 1 without bias correction). A first pass updates m and v and sums the
-squares of p and u; a second one recomputes u and applies it, so that no update is ever stored and gradients
-are left alone: 24 + 16 bytes of memory traffic per fp32 parameter. Both corrections are folded into scalars,
+squares of p and u; a second one recomputes u and applies it, so that no tensor's update need be stored and
+gradients are left alone: 24 + 16 bytes of memory traffic per fp32 parameter. Both corrections are folded into scalars,
 
     u = m / (stretch sqrt(v) + shift) + decay p          stretch = c1 / sqrt(c2),   shift = eps c1
 
@@ -142,7 +142,14 @@ class Passes(ABC):
         clamp: tuple[float, float] | None,
         grad_norm: torch.Tensor | None,
     ) -> torch.Tensor:
-        """One pass after the other, where this rank holds all of every tensor: (T,) fp32 trust ratios."""
+        """One pass after the other, where this rank holds all of every tensor.
+
+        Args:
+            adapted: (T,) bool, what the rules say, on the parameters' device.
+            clamp: see trust_ratios.
+        Returns:
+            (T,) fp32 trust ratios.
+        """
         sums = torch.zeros(len(rules), 2, dtype=torch.float64, device=adapted.device)
         self.first(parts, rules, sums, grad_norm)
         ratios = trust_ratios(sums, adapted, clamp)

@@ -3,8 +3,8 @@
  * written fmaf), so that the result does not depend on how the parameters are cut.
  *
  * Each thread takes one share of every span. Where both passes run in one call, the threads meet between them,
- * span by span, and the second pass finds much of what the first one left in the cores' caches. The threads are
- * those of torch's own OpenMP: others would compete with them, which wait for work in busy loops. */
+ * span by span, and the second pass finds much of what the first one left in the cores' caches. Built by gcc
+ * the threads are those of torch's own OpenMP, which wait for work in busy loops that others would compete with. */
 
 #include <math.h>
 #include <stdint.h>
@@ -23,7 +23,6 @@ typedef struct {
     double step_size;
     float beta1_weight, beta2, beta2_weight; /* 1 - beta1, beta2, 1 - beta2 */
     float grad_norm, stretch, shift, decay;
-    float ratio;                             /* in to lamb_second, out of lamb_both */
 } Span;
 
 typedef struct {
@@ -31,6 +30,7 @@ typedef struct {
 } Sums;
 
 typedef struct {
+    float *ratios;                           /* trust ratio of each span: in to lamb_second, out of lamb_both */
     Sums *sums;                              /* room for the sums of every span and thread */
     float *updates;                          /* room for the updates of every thread's share of a span */
     int64_t room;                            /* of each thread, in elements; lamb_both alone */
@@ -206,7 +206,7 @@ void lamb_second(Span *spans, int64_t count, const Step *step) {
 #pragma omp parallel num_threads(step->threads)
     for (int64_t k = 0; k < count; ++k) {
         const Span s = share_of(spans + k, omp_get_thread_num(), omp_get_num_threads());
-        second_pass(&s, s.ratio, 0);
+        second_pass(&s, step->ratios[k], 0);
     }
 }
 
@@ -224,7 +224,7 @@ static void both_passes(Span *spans, int64_t count, const Step *step, int number
             ratio = trust_ratio(step, total(sums, threads));
         }
         if (number == 0)
-            spans[k].ratio = ratio;
+            step->ratios[k] = ratio;
         second_pass(&s, ratio, updates);
     }
 }

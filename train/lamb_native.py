@@ -29,7 +29,8 @@ from train.lamb_math import Part, Passes
 SOURCE = Path(__file__).with_name("lamb_native.c")
 # -ffp-contract=off keeps each element's rounding the same in vector bodies and scalar tails.
 FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno")
-# Symbols of OpenMP are found in torch's own library of it, which is loaded before and open to all.
+# gcc's OpenMP is found in torch's own library of it, which is loaded before and open to all. clang brings another one,
+# whose threads compete with torch's.
 THREADS = (("-fopenmp",), ())
 TUNING = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
 FP32_BYTES = 4
@@ -55,18 +56,19 @@ SPAN = np.dtype(
                 "stretch",
                 "shift",
                 "decay",
-                "ratio",
             )
         ),
-    ]
+    ],
+    align=True,
 )
 STEP = np.dtype(
     [
-        *((name, np.uintp) for name in ("sums", "updates")),
+        *((name, np.uintp) for name in ("ratios", "sums", "updates")),
         ("room", np.int64),
         *((name, np.float64) for name in ("low", "high")),
         ("threads", np.int64),
-    ]
+    ],
+    align=True,
 )
 
 
@@ -107,6 +109,19 @@ def _compile(compiler: list[str]) -> ctypes.CDLL | None:
     return None
 
 
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+# OpenMP's threads do not survive a fork, and a child that counted on them would wait for ever: it works alone.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
 class NativePasses(Passes):
     """Both passes over fp32 CPU tensors."""
 
@@ -115,8 +130,7 @@ class NativePasses(Passes):
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self._spans: np.ndarray | None = None  # from the first pass to the second
-        self._updates = np.empty(0, dtype=np.float32)
-        self._pid = os.getpid()
+        self._updates = np.empty((0, 0), dtype=np.float32)
 
     def first(
         self,
@@ -138,8 +152,7 @@ class NativePasses(Passes):
         assert self._spans is not None, "the second pass follows the first one of the same step"
         spans, self._spans = self._spans, None
         layout = lay_out(tuple(part.pieces for part in parts), tuple(rules))
-        spans["ratio"] = ratios.numpy()[layout.tensor]
-        self._run(self._library.lamb_second, spans)
+        self._run(self._library.lamb_second, spans, ratios.numpy()[layout.tensor])
 
     def both(
         self,
@@ -152,26 +165,30 @@ class NativePasses(Passes):
         """Tensor by tensor in one call, so that the second pass meets what the first one left in the caches."""
         layout = lay_out(tuple(part.pieces for part in parts), tuple(rules))
         spans = spans_of(parts, layout, grad_norm)
-        self._run(self._library.lamb_both, spans, KEPT, clamp or NO_LIMITS)
-        ratios = torch.ones(len(rules))
-        ratios.numpy()[layout.tensor] = spans["ratio"]
-        return ratios
+        ratios = self._run(self._library.lamb_both, spans, room=KEPT, limits=clamp or NO_LIMITS)
+        of_all = torch.ones(len(rules))
+        of_all.numpy()[layout.tensor] = ratios
+        return of_all
 
     def _run(
         self,
         function: ctypes._NamedFuncPointer,
         spans: np.ndarray,
+        ratios: np.ndarray | None = None,
         room: int = 0,
         limits: tuple[float, float] = NO_LIMITS,
-    ) -> None:
-        # OpenMP's threads do not survive a fork: a child works alone.
-        threads = torch.get_num_threads() if os.getpid() == self._pid else 1
-        if self._updates.size < threads * room:
-            self._updates = np.empty(threads * room, dtype=np.float32)
+    ) -> np.ndarray:
+        """Call one of the C functions; (spans,) fp32 trust ratios, in to lamb_second and out of lamb_both."""
+        threads = 1 if _forked else torch.get_num_threads()
+        if self._updates.shape != (threads, room):
+            self._updates = np.empty((threads, room), dtype=np.float32)
+        ratios = np.empty(len(spans), dtype=np.float32) if ratios is None else ratios
         sums = np.empty((len(spans), threads, 2))
-        step = np.array((sums.ctypes.data, self._updates.ctypes.data, room, *limits, threads), dtype=STEP)
+        addresses = (array.ctypes.data for array in (ratios, sums, self._updates))
+        step = np.array((*addresses, room, *limits, threads), dtype=STEP)
         # ctypes releases the interpreter's lock for the length of the call.
         function(spans.ctypes.data, len(spans), step.ctypes.data)
+        return ratios
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ def check_updatable(name: str, parameter: torch.Tensor) -> None:
     """That the parameter and its gradient can be updated.
 
     Raises:
-        ValueError: a sparse gradient, one of another shape, dtype or device, or a parameter of low precision.
+        ValueError: a sparse gradient, one of another shape, dtype or device, a parameter of low precision, or
+            either of them without memory of its own.
     """
     gradient = parameter.grad
     assert gradient is not None
@@ -36,6 +37,16 @@ def check_updatable(name: str, parameter: torch.Tensor) -> None:
         raise ValueError(
             f"the gradient of {name} is {_describe(gradient)} and its parameter {_describe(parameter)}: give it a "
             "gradient of the parameter's own shape, dtype and device (leave the parameter's grad_dtype unset)"
+        )
+    for what, tensor in (("parameter", parameter), ("gradient", gradient)):
+        if tensor.data_ptr() == 0 and tensor.numel() > 0:
+            raise ValueError(
+                f"the {what} {name} ({type(tensor).__name__} on {tensor.device}) has no memory of its own: Lamb needs "
+                "plain tensors (for sharded ones use DeepSpeed's ZeRO stage 1 or 2)"
+            )
+    if parameter.is_neg():
+        raise ValueError(
+            f"{name} is a lazy negation of another tensor, which no step can change: pass a plain one"
         )
 
 

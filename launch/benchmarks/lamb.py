@@ -3,8 +3,8 @@
 Compared: this project's Lamb (its default kernel and its plain form), LAMB as a loop over tensors, LAMB in
 torch foreach operations, torch's fused AdamW, and a plain copy of as many fp32 elements, whose speed (8 bytes
 per element, all of torch's threads) is the machine's copy bandwidth. All of them take turns within each
-round; the figures are medians over the rounds. GB/s count 40 bytes per parameter for LAMB (two passes: p, g,
-m, v read and m, v written; p, m, v read and p written) and 28 for AdamW.
+round; the figures are medians over the rounds. GB/s count 40 bytes per parameter for LAMB, whatever a form of it
+really moves (two passes: p, g, m, v read and m, v written; p, m, v read and p written), and 28 for AdamW.
 """
 
 from __future__ import annotations

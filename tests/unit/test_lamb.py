@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.lamb_checks import SHAPES, make_gradients, make_parameters, worst_ulp
+from tests.lamb_checks import SHAPES, THIRD_STEP, make_gradients, make_parameters, worst_ulp
 from train import lamb_native
 from train.lamb import Lamb
 from train.lamb_reference import ReferenceLamb
@@ -140,28 +140,19 @@ def test_without_adaptation_it_is_torch_adam() -> None:
 def test_elements_do_not_depend_on_where_they_lie(fused: bool | None) -> None:
     """A world size moves the cuts; an element's result, and with it the fp32 ratios, must not move."""
     from train.lamb_geometry import Piece, tensor_rules
-    from train.lamb_math import Part, step_coefficients
+    from train.lamb_math import Part
     from train.lamb_passes import choose_passes
 
     torch.manual_seed(0)
     n = 20_011
     start = [torch.randn(n) * 0.02, torch.randn(n), torch.randn(n), torch.rand(n)]
     rules = tensor_rules([("weight", start[0].view(1, n))], adapt_all=False, decay_all=False)
-    c = step_coefficients(
-        lr=0.1,
-        betas=(0.9, 0.999),
-        eps=1e-6,
-        weight_decay=0.01,
-        step=3,
-        bias_correction=True,
-        mode="decoupled",
-    )
     outcomes = []
     for cuts in ([0, n], [0, 1, 2, 37, n], [0, 6_671, 13_339, n], [*range(0, n, 997), n]):
         passes = choose_passes(fused, torch.device("cpu"), torch.float32)
         p, g, m, v = (x.clone() for x in start)
         sums = torch.zeros(1, 2, dtype=torch.float64)
-        parts = [Part(p, g, m, v, tuple(Piece(0, a, b) for a, b in pairwise(cuts)), c)]
+        parts = [Part(p, g, m, v, tuple(Piece(0, a, b) for a, b in pairwise(cuts)), THIRD_STEP)]
         passes.first(parts, rules, sums, None)
         passes.second(parts, rules, torch.tensor([0.3]))
         outcomes.append((p, m, v, (sums[0, 0] / sums[0, 1]).sqrt().float()))
@@ -181,14 +172,37 @@ def test_zero_parameters_and_zero_gradients_have_ratio_one() -> None:
     assert torch.equal(still.detach(), torch.ones(3, 4))
 
 
-def test_parameters_without_gradients_are_left_alone() -> None:
-    first, second = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
-    optimizer = Lamb([("a.weight", first), ("b.weight", second)], lr=0.1)
-    first.grad = torch.ones(2, 2)
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_parameters_without_gradients_are_left_alone(fused: bool | None) -> None:
+    """The ratios of the others stay at their own places."""
+    parameters = [torch.nn.Parameter(torch.full((2, 2), size)) for size in (1.0, 2.0, 3.0)]
+    optimizer = Lamb(zip("abc", parameters, strict=True), lr=0.1, weight_decay=0.0, fused=fused)
+    for parameter in (parameters[0], parameters[2]):
+        parameter.grad = torch.ones(2, 2)
     optimizer.step()
-    assert torch.equal(second.detach(), torch.ones(2, 2))
-    assert optimizer.state[second] == {}
-    assert optimizer.trust_ratios[1] == 1
+    assert torch.equal(parameters[1].detach(), torch.full((2, 2), 2.0))
+    assert optimizer.state[parameters[1]] == {}
+    assert optimizer.trust_ratios.tolist() == pytest.approx([1, 1, 3], rel=1e-5)
+
+
+def test_prenormalize_without_any_gradient_moves_nothing() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = Lamb([("weight", weight)], lr=0.1, weight_decay=0.0, prenormalize=True)
+    weight.grad = torch.zeros(2, 2)
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_a_lazily_negated_gradient_keeps_its_sign(fused: bool | None) -> None:
+    outcomes = []
+    for lazy in (False, True):
+        weight = torch.nn.Parameter(torch.ones(2, 2))
+        gradient = torch.full((2, 2), 0.5)
+        weight.grad = torch._neg_view(gradient) if lazy else -gradient
+        Lamb([("weight", weight)], lr=0.1, fused=fused).step()
+        outcomes.append(weight.detach())
+    assert torch.equal(*outcomes)
 
 
 def test_strided_parameters_and_gradients() -> None:
@@ -389,6 +403,7 @@ def test_takes_over_the_moments_of_adam() -> None:
     optimizer.load_state_dict(adamw.state_dict())
     optimizer.step()
     assert optimizer.state[weight]["step"] == 2
+    assert isinstance(optimizer.state[weight]["step"], int)
     assert torch.isfinite(weight).all()
 
 
@@ -444,6 +459,17 @@ def test_refuses_what_it_cannot_update() -> None:
     half.grad = torch.ones(2, 2, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="keep fp32 master weights"):
         Lamb([("w", half)], lr=0.1).step()
+    lazy = torch.nn.Parameter(torch._neg_view(torch.ones(2, 2)))
+    lazy.grad = torch.ones(2, 2)
+    with pytest.raises(ValueError, match="w is a lazy negation"):
+        Lamb([("w", lazy)], lr=0.1).step()
+    weight.grad = torch._efficientzerotensor(2, 2)
+    with pytest.raises(ValueError, match=r"the gradient w .* has no memory of its own"):
+        Lamb([("w", weight)], lr=0.1).step()
+    twin = torch.nn.Parameter(torch.ones(2, 2))
+    twin.data = weight.data
+    with pytest.raises(ValueError, match="w and twin are two parameters that share their memory"):
+        Lamb([("w", weight), ("twin", twin)], lr=0.1)
     table = torch.nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="dense gradients"):

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from tests.distributed.forked import ROOT
+from tests.lamb_checks import THIRD_STEP
 from train import lamb_native
 from train.lamb import Lamb
 from train.lamb_geometry import Piece, TensorRule, tensor_rules
-from train.lamb_math import Part, Passes, step_coefficients
+from train.lamb_math import Part, Passes
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
@@ -40,8 +45,8 @@ def native() -> lamb_native.NativePasses:
     return lamb_native.NativePasses(library)
 
 
-def parts_of_every_kind() -> tuple[list[Part], tuple[TensorRule, ...]]:
-    """Sizes around a vector's and a thread's share; zeros, zero gradients and a NaN; not all adapted."""
+def example() -> tuple[list[Part], tuple[TensorRule, ...], torch.Tensor]:
+    """Sizes around a vector's and a thread's share; zeros, zero gradients, a NaN, infinity; not all adapted."""
     random = torch.Generator().manual_seed(0)
     shapes = {
         "one.weight": (1, 1),
@@ -52,17 +57,9 @@ def parts_of_every_kind() -> tuple[list[Part], tuple[TensorRule, ...]]:
         "zero.weight": (40, 50),
         "still.weight": (40, 50),
         "nan.weight": (3, 7),
+        "inf.weight": (5, 9),
         "large.weight": (513, 1_201),
     }
-    c = step_coefficients(
-        lr=0.1,
-        betas=(0.9, 0.999),
-        eps=1e-6,
-        weight_decay=0.01,
-        step=3,
-        bias_correction=True,
-        mode="decoupled",
-    )
     parts = []
     for tensor, (name, shape) in enumerate(shapes.items()):
         p, g, m = (torch.randn(shape, generator=random).view(-1) * scale for scale in (0.02, 1.0, 1.0))
@@ -73,9 +70,12 @@ def parts_of_every_kind() -> tuple[list[Part], tuple[TensorRule, ...]]:
             g.zero_(), m.zero_(), p.zero_()
         if name == "nan.weight":
             g[3] = torch.nan
-        parts.append(Part(p, g, m, v, (Piece(tensor, 0, p.numel()),), c))
+        if name == "inf.weight":
+            p[3] = torch.inf  # a ratio of inf / inf
+        parts.append(Part(p, g, m, v, (Piece(tensor, 0, p.numel()),), THIRD_STEP))
     named = [(name, torch.empty(shape)) for name, shape in shapes.items()]
-    return parts, tensor_rules(named, adapt_all=False, decay_all=False)
+    rules = tensor_rules(named, adapt_all=False, decay_all=False)
+    return parts, rules, torch.tensor([rule.adapt for rule in rules])
 
 
 @needs_compiler
@@ -91,76 +91,108 @@ def test_both_passes_in_one_call_are_the_two_passes(
 ) -> None:
     """Bit for bit, ratios and their special cases too, with updates kept or computed anew, on any threads."""
     monkeypatch.setattr(lamb_native, "KEPT", kept)
+    # Sums that are read before they are written must not be right by luck.
+    monkeypatch.setattr(lamb_native.np, "empty", lambda shape, dtype=float: np.full(shape, np.nan, dtype))
+    passes = native()
+    torch.set_num_threads(1)
+    passes.both(*example(), None, None)  # the room it makes is for one thread
     torch.set_num_threads(threads)
     outcomes = []
-    for both in (Passes.both, lamb_native.NativePasses.both):
-        parts, rules = parts_of_every_kind()
-        adapted = torch.tensor([rule.adapt for rule in rules])
-        grad_norm = None if norm is None else torch.tensor(norm)
-        ratios = both(native(), parts, rules, adapted, clamp, grad_norm)
+    for both in (lamb_native.NativePasses.both, Passes.both):
+        parts, rules, adapted = example()
+        ratios = both(passes, parts, rules, adapted, clamp, None if norm is None else torch.tensor(norm))
         outcomes.append((ratios, *(x for part in parts for x in (part.p, part.m, part.v))))
-    for one_by_one, at_once in zip(*outcomes, strict=True):
+    for at_once, one_by_one in zip(*outcomes, strict=True):
         torch.testing.assert_close(at_once, one_by_one, rtol=0, atol=0, equal_nan=True)
     assert len(set(outcomes[0][0].tolist())) >= 4
 
 
-def cpu_time_of_threads() -> dict[str, int]:
-    """Nanoseconds that each thread of this process has run."""
-    return {
-        task.name: int((task / "schedstat").read_text().split()[0])
-        for task in Path("/proc/self/task").iterdir()
-    }
-
-
 @needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sums_of_squares_are_taken_in_fp64(threads: int) -> None:
+    """Without gradient, second moment and decay an update is the first moment divided by `shift`."""
+    torch.set_num_threads(threads)
+    p, g, m, v = torch.randn(10_007), torch.zeros(10_007), torch.randn(10_007), torch.zeros(10_007)
+    sums = torch.zeros(1, 2, dtype=torch.float64)
+    part = Part(p, g, m, v, (Piece(0, 0, p.numel()),), THIRD_STEP)
+    native().first([part], [TensorRule("weight", p.numel(), decay=False, adapt=True)], sums, None)
+    u = part.m / torch.tensor(THIRD_STEP.shift)
+    expected = [float(x.double().square().sum()) for x in (p, u)]
+    assert sums[0].tolist() == pytest.approx(expected, rel=1e-13)
+
+
+TIMES_OF_THREADS = """
+import time
+from pathlib import Path
+import torch
+from tests.unit.test_lamb_native import example, native
+
+def times():
+    tasks = Path("/proc/self/task").iterdir()
+    return {task.name: int((task / "schedstat").read_text().split()[0]) for task in tasks}
+
+torch.set_num_threads(3)
+torch.randn(1 << 20).square()
+passes, tensors = native(), example()
+time.sleep(0.3)  # torch's threads are asleep by now
+before = times()
+passes.both(*tensors, None, None)
+after = times()
+print(len(after) - len(before), sum(after[thread] > before.get(thread, 0) for thread in after))
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's schedstat")
 def test_runs_on_the_threads_of_torch() -> None:
     """Threads of its own would compete with torch's, which look for work in a loop for a while."""
-    torch.set_num_threads(3)
-    torch.randn(1 << 20).square()
-    passes, (parts, rules) = native(), parts_of_every_kind()
-    time.sleep(0.3)  # torch's threads are asleep by now
-    before = cpu_time_of_threads()
-    passes.both(parts, rules, torch.ones(len(rules), dtype=torch.bool), None, None)
-    after = cpu_time_of_threads()
-    assert set(after) == set(before), "no thread of its own"
-    assert sum(after[thread] > before[thread] for thread in after) >= 3
+    environment = {**os.environ, "CC": "gcc", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", TIMES_OF_THREADS], env=environment, capture_output=True, text=True, check=True
+    )
+    new, busy = map(int, done.stdout.split())
+    assert new == 0, "no thread of its own"
+    assert busy >= 3
 
 
 @needs_compiler
-def test_a_compiler_without_openmp_gives_one_thread(
-    built_anew: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("built_anew")
+def test_a_compiler_without_openmp_gives_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All forms of the passes then take the shares of one thread, although torch has three."""
     compiler = tmp_path / "cc"
     compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
     compiler.chmod(0o755)
     torch.set_num_threads(3)
-    outcomes = []
-    for command in ("cc", str(compiler)):
-        monkeypatch.setenv("CC", command)
-        lamb_native.build.cache_clear()
-        parts, rules = parts_of_every_kind()
-        native().both(parts, rules, torch.ones(len(rules), dtype=torch.bool), None, None)
-        outcomes.append([part.p for part in parts])
-    for with_threads, alone in zip(*outcomes, strict=True):
-        torch.testing.assert_close(alone, with_threads, rtol=0, atol=0, equal_nan=True)
+    for both in (lamb_native.NativePasses.both, Passes.both):
+        outcomes = []
+        for command in ("cc", str(compiler)):
+            monkeypatch.setenv("CC", command)
+            lamb_native.build.cache_clear()
+            parts, rules, adapted = example()
+            ratios = both(native(), parts, rules, adapted, None, None)
+            outcomes.append([ratios, *(part.p for part in parts)])
+        for with_threads, alone in zip(*outcomes, strict=True):
+            torch.testing.assert_close(alone, with_threads, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_can_step() -> None:
+@pytest.mark.parametrize("made", ["new", "made", "stepped"])
+def test_a_forked_child_can_step(made: str) -> None:
     """Threads do not survive a fork; a child that counted on its parent's would wait for ever."""
     torch.set_num_threads(2)
-    weight = torch.nn.Parameter(torch.ones(500, 500))
+    torch.randn(1 << 20).square()
+    weight = torch.nn.Parameter(torch.ones(100, 100))
     weight.grad = torch.ones_like(weight)
     optimizer = Lamb([("weight", weight)], lr=0.01)
-    optimizer.step()
-    if optimizer.kernel != "native":
-        pytest.skip("no C compiler")
+    if made == "stepped":
+        optimizer.step()
     child = os.fork()
     if child == 0:
         try:
+            if made == "new":
+                optimizer = Lamb([("weight", weight)], lr=0.01)
             optimizer.step()
-            os._exit(0)
+            os._exit(0 if optimizer.kernel == "native" or lamb_native.build() is None else 2)
         finally:
             os._exit(1)
     deadline = time.monotonic() + 10
