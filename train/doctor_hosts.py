@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import shlex
@@ -18,6 +19,7 @@ from train.text_files import read_utf8
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 5.0
 CLOCK_QUESTIONS = 5
 DEFAULT_SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10"
 
@@ -166,9 +168,10 @@ class Host:
     def close(self) -> None:
         if self._process is not None:
             assert self._process.stdin is not None
-            self._process.stdin.close()
+            with contextlib.suppress(OSError):  # a question that it no longer read
+                self._process.stdin.close()
             try:
-                self._process.wait(5)
+                self._process.wait(END_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -181,7 +184,8 @@ class Host:
         except queue.Empty:
             raise UnreachableError(f"no answer within {timeout_s:.0f} s") from None
         if line is None:
-            self._process.wait(5)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # ssh lives on without the probe
+                self._process.wait(END_TIMEOUT_S)
             raise UnreachableError(self._last_words())
         return json.loads(line)
 

@@ -12,13 +12,14 @@ which may be on its way to the same error, ends without a word some time later.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch.distributed as dist
 
 from train.errors import NotMetError
+from train.meeting import WAIT_S
 
 if TYPE_CHECKING:
     from train.world import World
@@ -102,13 +104,24 @@ class Heartbeat:
         finally:
             default.set_timeout(patience)
         self._store.set_timeout(soon)
-        self._store.set(f"{self._world.rank}", self._message("0"))
         if self._world.is_first:
             self._store.set("job", uuid.uuid4().hex)
             for old in self._folder.glob(".lost-rank-0-*") if self._folder else ():
                 old.unlink(missing_ok=True)
-        dist.barrier()
+        self._store.set(f"{self._world.rank}", self._message("0"))
+        self._wait_for_all()
         self._job = self._store.get("job").decode()
+
+    def _wait_for_all(self) -> None:
+        ranks = [str(rank) for rank in range(self._world.world_size)]
+        try:
+            self._store.wait(ranks, timedelta(seconds=WAIT_S))
+        except dist.DistError:
+            missing = ", ".join(rank for rank in ranks if not self._store.check([rank]))
+            raise NotMetError(
+                f"rank {missing} came, but did not follow within {WAIT_S:.0f} s while the job started: it was killed, "
+                "is frozen or is cut off; run again"
+            ) from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -192,8 +205,7 @@ class Heartbeat:
                 )
 
     def _look(self, watch: _Watch) -> str | None:
-        for rank, heart in enumerate(self._hearts()):
-            watch.saw(rank, *heart)
+        watch.look(self._hearts())
         if watch.failed(SECONDS_TO_FAIL_TOO) and not self._stopping.is_set():
             self._end(None)
         return watch.fault(self._lost_after_s, self._stuck_after_s)
@@ -242,17 +254,19 @@ class Heartbeat:
             self._stop_beating()  # a beat would write over what is announced
         with self._ending:
             if fault is not None and (self._world.is_first or self._may_tell()):
-                print(
-                    f"error: {fault}. The job ends; run it again to go on from the newest checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                with contextlib.suppress(OSError):  # nobody reads: then the job ends all the same
+                    print(
+                        f"error: {fault}. The job ends; run it again to go on from the newest checkpoint",
+                        file=sys.stderr,
+                        flush=True,
+                    )
             if self._world.is_first:
+                self._may_tell()  # so that a frozen rank which comes back does not
                 self._announce(ENDING)
             os._exit(1)
 
     def _may_tell(self) -> bool:
-        """False where another rank that has lost rank 0 tells so."""
+        """False where another rank tells already that one is lost."""
         if self._folder is None:
             return True
         mine, path = [True], self._folder / f".lost-rank-0-{self._job}"
@@ -272,19 +286,29 @@ class Heartbeat:
 
 
 class _Watch:
-    """What rank 0 knows of the others, on its own clock."""
+    """What rank 0 knows of the others, on a clock that stands still while rank 0 does.
+
+    After a suspension of the whole job rank 0 may be the first to wake; the others then have time to.
+    """
 
     def __init__(self, world_size: int) -> None:
-        now = time.monotonic()
-        self._beats = [("", now)] * world_size
-        self._places = [("", now)] * world_size
+        self._looked, self._now = time.monotonic(), 0.0
+        self._beats = [("", 0.0)] * world_size
+        self._places = [("", 0.0)] * world_size
         self._hosts = [""] * world_size
         self._failed_at: float | None = None
 
-    def saw(self, rank: int, count: str, host: str, place: str) -> None:
-        now = time.monotonic()
+    def look(self, hearts: Sequence[tuple[str, str, str]]) -> None:
+        """Take in (count, host, place) of every rank."""
+        since, self._looked = self._looked, time.monotonic()
+        self._now += min(self._looked - since, 2 * BEAT_S)
+        for rank, heart in enumerate(hearts):
+            self._saw(rank, *heart)
+
+    def _saw(self, rank: int, count: str, host: str, place: str) -> None:
+        now = self._now
         if count == FAILED:
-            self._failed_at = self._failed_at or now
+            self._failed_at = now if self._failed_at is None else self._failed_at
             count = f"{now}"  # it is not lost
         self._hosts[rank] = host
         if self._beats[rank][0] != count:
@@ -294,10 +318,10 @@ class _Watch:
 
     def failed(self, since_s: float) -> bool:
         """Whether a rank ended with an error of its own so long ago."""
-        return self._failed_at is not None and time.monotonic() - self._failed_at > since_s
+        return self._failed_at is not None and self._now - self._failed_at > since_s
 
     def fault(self, lost_after_s: float, stuck_after_s: float) -> str | None:
-        now = time.monotonic()
+        now = self._now
         for rank, (_, seen) in enumerate(self._beats):
             if now - seen > lost_after_s:
                 return (

@@ -30,7 +30,7 @@ def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WA
     """The job's store, when all ranks are there.
 
     Raises:
-        ValueError: rank 0's port is taken, or its host's name is not known.
+        ValueError: rank 0's port is taken, another job's ranks meet there, or its host's name is not known.
         NotMetError: a rank did not come, or rank 0 or another rank cannot be reached, within `wait_s`.
     """
     wait = timedelta(seconds=wait_s)
@@ -39,16 +39,15 @@ def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WA
         store = dist.TCPStore(address, port, world_size, rank == 0, timeout=wait, wait_for_workers=False)
     except dist.DistError as error:
         if rank == 0 and _port_is_taken(error):
-            raise ValueError(
-                f"port {port} of {platform.node()}, where the ranks should meet, is in use, perhaps by another job: "
-                "choose another (deepspeed --master_port, or MASTER_PORT)"
-            ) from None
+            raise ValueError(_port_in_use(address, port)) from None
         raise NotMetError(
             f"rank {rank} on {platform.node()} could not reach rank 0 at {address}, port {port}, within "
             f"{wait_s:.0f} s: did it start, does a firewall stand between (docs/CLUSTER.md)? Run again"
         ) from None
     keys = [f"halfling-here/{number}" for number in range(world_size)]
     try:
+        if store.add(f"halfling-came/{rank}", 1) > 1:
+            raise ValueError(_port_in_use(address, port))
         store.set(keys[rank], platform.node())
         store.wait(keys, wait)
     except dist.DistError:
@@ -57,6 +56,13 @@ def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WA
     if interface:
         _try_connections(store, rank, world_size, interface.split(",")[0], wait)
     return store
+
+
+def _port_in_use(address: str, port: int) -> str:
+    return (
+        f"port {port} of {address}, where the ranks should meet, is in use, perhaps by another job: choose another "
+        "(deepspeed --master_port, or MASTER_PORT)"
+    )
 
 
 def _resolve(address: str) -> None:

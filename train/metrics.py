@@ -8,6 +8,7 @@ Rank 0 opens `RunEvents`; the other ranks hold a `NoEvents`, so that the trainer
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -189,7 +190,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 
 class _Progress:
-    """A bar on a terminal; elsewhere a plain line every 15 s."""
+    """A bar on a terminal; elsewhere a plain line every 15 s. Where nobody reads any more, training goes on."""
 
     def __init__(self, name: str, step: int, total_steps: int) -> None:
         self._name, self._first, self._total = name, step, total_steps
@@ -210,7 +211,8 @@ class _Progress:
             shown["tokens_per_s"] = values["tokens_per_s"]
         if not self._bar.disable:
             self._bar.set_postfix({key: f"{value:,.4g}" for key, value in shown.items()}, refresh=False)
-            self._bar.update(step - self._bar.n)
+            with contextlib.suppress(OSError):
+                self._bar.update(step - self._bar.n)
         elif shown and (time.monotonic() - self._last_line > PLAIN_LINE_EVERY_S or step == self._total):
             self._last_line = time.monotonic()
             figures = "  ".join(f"{key} {value:,.4g}" for key, value in shown.items())
@@ -223,8 +225,10 @@ class _Progress:
         return f"{tqdm.format_interval(seconds)} left"
 
     def say(self, message: str) -> None:
-        tqdm.write(message, file=sys.stderr)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            tqdm.write(message, file=sys.stderr)
+            sys.stderr.flush()
 
     def close(self) -> None:
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()

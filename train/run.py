@@ -103,7 +103,8 @@ def run(config: Config) -> int:
             parts.trainer.losses.restore(state.losses, world.rank, world.world_size, world.device)
         start_up.ended("checkpoint")
         total_steps = parts.trainer.schedule["total_steps"]
-        if state.step >= total_steps and read_summary(run_dir) is not None:
+        # Decided by rank 0: another host may see an older state of a shared folder.
+        if as_on_first_rank(state.step >= total_steps and read_summary(run_dir) is not None):
             say(f"{run_dir} is finished: {state.step} steps; give another run.dir to start anew")
             return 0
         events = on_first_rank(world, lambda: _open_run(config, parts, inputs, state)) or NoEvents()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -91,7 +92,7 @@ def hold(
         wait_s: how long to wait for a job that is stopping.
         wait_if_not_stopping_s: how long for one that is not, or does not know yet that its launcher was killed.
     Raises:
-        ValueError: another process holds the folder, or it cannot be made.
+        ValueError: another process holds the folder, or it cannot be made or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +129,13 @@ def _locked(file: IO[str]) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise ValueError(
+            f"{file.name} cannot be locked ({error.strerror}), which keeps two jobs out of one folder: mount that file "
+            "system with locks (Lustre: -o flock), or choose another folder"
+        ) from None
     return True
 
 

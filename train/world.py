@@ -15,7 +15,8 @@ import torch.distributed as dist
 import transformers
 
 from train.discovery import Ranks, discover_ranks
-from train.meeting import meet
+from train.errors import NotMetError
+from train.meeting import WAIT_S, meet
 from train.rendezvous import interface_towards, rendezvous
 
 # The last resort: train/heartbeat.py ends a job with a lost or stuck rank long before, and names the rank.
@@ -69,13 +70,27 @@ def join_world(log_level: str = "error") -> World:
     backend = "gloo" if world.device == "cpu" else "nccl"
     deepspeed = import_deepspeed(log_level)
     store = meet(world.rank, world.world_size, address, port)
-    dist.init_process_group(
-        backend, store=store, rank=world.rank, world_size=world.world_size, timeout=COLLECTIVE_TIMEOUT
-    )
+    _connect(backend, store, world)
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
     )
     return world
+
+
+def _connect(backend: str, store: dist.Store, world: World) -> None:
+    """Make the process group, with a shorter patience than for collectives: all ranks were there a moment ago."""
+    soon = timedelta(seconds=WAIT_S) if backend == "gloo" else COLLECTIVE_TIMEOUT  # NCCL connects later
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.world_size, timeout=soon
+        )
+    except RuntimeError as error:  # torch's errors of stores and connections
+        raise NotMetError(
+            f"rank {world.rank} on {platform.node()} lost another rank while the job started "
+            f"({str(error).splitlines()[0]}); run again"
+        ) from None
+    if soon != COLLECTIVE_TIMEOUT:
+        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
 
 
 def _tell_torch(world: World, ranks: Ranks) -> tuple[str, int]:

@@ -35,7 +35,7 @@ class Forked:
         self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed with this object
         context = multiprocessing.get_context("forkserver")
         self._process = context.Process(
-            target=_run, args=(self._output.name, dict(environment), str(folder), function, args)
+            target=_run, args=(self._output.name, dict(environment), str(folder), function, args), daemon=True
         )
         self._process.start()
 

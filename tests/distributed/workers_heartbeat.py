@@ -15,8 +15,11 @@ import torch
 import torch.distributed as dist
 
 from launch.cli import run_main
+from train import heartbeat as heartbeat_module
+from train import world as world_module
 from train.errors import NotMetError
 from train.heartbeat import Heartbeat
+from train.meeting import meet
 from train.run import _lost_ranks_told
 
 
@@ -55,6 +58,47 @@ def lose_rank_0_at_start(folder: Path) -> None:
     except NotMetError as error:
         print("error:", error, flush=True)
         sys.exit(1)
+
+
+def freeze_at_start(folder: Path) -> None:
+    """Rank 1 freezes between the ranks' meeting and their hearts' first beat."""
+    heartbeat_module.WAIT_S = 3.0
+    heartbeat = joined(folder)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    try:
+        heartbeat.__enter__()
+    except NotMetError as error:
+        print("error:", error, flush=True)
+        sys.exit(1)
+
+
+def die_before_connecting() -> None:
+    """Rank 1 dies between the ranks' meeting and their connections to each other."""
+
+    def meet_and_die(rank: int, world_size: int, address: str, port: int) -> dist.Store:
+        store = meet(rank, world_size, address, port)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return store
+
+    world_module.meet = meet_and_die
+    world_module.WAIT_S = 3.0
+
+    try:
+        world_module.join_world()
+    except NotMetError as error:
+        print("error:", error, flush=True)
+        sys.exit(1)
+
+
+def beat_without_a_reader(folder: Path) -> None:
+    """As `beat`, with a stderr that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    sys.stderr = os.fdopen(writer, "w")
+    beat(folder)
 
 
 def joined(folder: Path) -> Heartbeat:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from train.doctor_checks import (
     check_versions,
     watched_variables,
 )
-from train.doctor_hosts import HostEntry, keep_alive_s, read_hostfile
+from train.doctor_hosts import Host, HostEntry, UnreachableError, keep_alive_s, read_hostfile
 from train.doctor_local import CPU_TOKENS, check_teacher, needed_disk_gib
 from train.rendezvous import free_port
 
@@ -355,3 +356,28 @@ def test_this_machine_with_a_run_folder_in_a_file(
     assert "Not a directory" in " ".join(said.replace("│", " ").split())  # it may be broken in two lines
     assert "give --run.dir" in said
     assert "15 checks, 2 failed" in said
+
+
+def test_a_probe_that_dies_with_a_question_unread_is_a_row_and_no_crash(tmp_path: Path) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\necho '{}'\nexec 0<&-\nsleep 0.3\n")
+    ssh.chmod(0o755)
+    host = Host(HostEntry("node1", 1), [str(ssh)])
+    host.start()
+    time.sleep(0.1)
+    with pytest.raises(UnreachableError):
+        host.ask("time", wait_s=5)
+    host.close()
+
+
+def test_an_ssh_that_outlives_its_probe_is_a_row_and_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.doctor_hosts.END_TIMEOUT_S", 0.2)
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\nexec 1<&-\nexec sleep 30\n")
+    ssh.chmod(0o755)
+    host = Host(HostEntry("node1", 1), [str(ssh)])
+    with pytest.raises(UnreachableError):
+        host.start()
+    host.close()

@@ -89,6 +89,19 @@ def test_a_taken_port() -> None:
             meet(0, 2, "127.0.0.1", port, 1)
 
 
+def test_a_rank_of_another_job_is_refused() -> None:
+    """Its own rank 0 could not open the port and has ended; it would wait for its peers in the first job's store."""
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        first = [pool.submit(meet, rank, 2, "127.0.0.1", port, 20) for rank in range(2)]
+        stores = [came.result() for came in first]
+        with pytest.raises(
+            ValueError, match=rf"port {port} of 127\.0\.0\.1, .* is in use, perhaps by another job"
+        ):
+            meet(1, 2, "127.0.0.1", port, 20)
+        assert stores[0].get("halfling-here/1").decode() == platform.node()
+
+
 def test_a_host_that_nobody_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.meeting.RESOLVE_S", 0.0)
     with pytest.raises(

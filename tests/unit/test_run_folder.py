@@ -290,3 +290,33 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path: Path) -> Non
     with pytest.raises(UnicodeEncodeError):
         write_atomically(tmp_path / "file", "\ud800")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_lost_terminal_costs_lines_only(
+    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w", buffering=1) as unread:
+        unread.isatty = lambda: terminal  # type: ignore[method-assign]
+        monkeypatch.setattr("sys.stderr", unread)
+        events = RunEvents(tmp_path, "run", 0, 3)
+        os.close(reader)
+        for step in range(1, 4):
+            events.row(step, {"loss": 1.0})
+        events.say("saved")
+        events.close()
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # what is left in the buffer
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
+
+
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Lustre mounted without flock."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(ValueError, match=r"\.lock cannot be locked \(Function not implemented\).*-o flock"):
+        hold(tmp_path).__enter__()
