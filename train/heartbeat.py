@@ -261,12 +261,14 @@ class Heartbeat:
                         flush=True,
                     )
             if self._world.is_first:
-                self._may_tell()  # so that a frozen rank which comes back does not
                 self._announce(ENDING)
             os._exit(1)
 
     def _may_tell(self) -> bool:
-        """False where another rank tells already that one is lost."""
+        """False where another rank that has lost rank 0 tells so.
+
+        Rank 0 itself makes no claim: where its host is cut off, nobody reads what it tells.
+        """
         if self._folder is None:
             return True
         mine, path = [True], self._folder / f".lost-rank-0-{self._job}"
