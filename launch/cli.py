@@ -1,13 +1,15 @@
 """What every entry point shares: the command line, and how errors reach the user.
 
 Exit codes: 0 done; 2 bad usage, configuration or input; 75 stopped by a signal after saving, run again to
-continue; 1 anything else. Under a launcher every rank meets the same error: rank 0 alone prints it.
+continue; 141 nobody reads the output any more (`| head`); 1 anything else. Under a launcher every rank meets the same
+error: rank 0 alone prints it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -74,11 +76,26 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
     except (ValueError, OSError, RunError) as error:
         if os.environ.get("HALFLING_TRACEBACK"):
             raise
-        tell(f"error: {error}", os.environ, others_know=isinstance(error, RunError) and error.others_know)
-        code = BAD_USAGE if isinstance(error, (ValueError, *BAD_PATHS)) else 1
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            code = 128 + signal.SIGPIPE
+        else:
+            tell(f"error: {error}", os.environ, others_know=isinstance(error, RunError) and error.others_know)
+            code = BAD_USAGE if isinstance(error, (ValueError, *BAD_PATHS)) else 1
     except KeyboardInterrupt:
         if probable_rank(os.environ) == 0:
             print("interrupted", file=sys.stderr, flush=True)
         code = 128 + signal.SIGINT
+    if _reader_has_left():  # what is still buffered would raise when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _reader_has_left() -> bool:
+    """Is the standard output a pipe that nobody reads any more?"""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except OSError:  # no file, as where a test captures it
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))

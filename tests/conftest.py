@@ -17,13 +17,12 @@ import hypothesis
 import pytest
 
 from tests.distributed.pretraining import finish, small_settings, start
+from tests.paths import ROOT
 
 # Random examples are for people at work; a machine that judges a change must judge it twice alike.
 hypothesis.settings.register_profile("same-every-time", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("same-every-time")
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 WORDS = ["the", "a", "model", "layer", "token", "student", "teacher", "learns", "reads", "writes"]

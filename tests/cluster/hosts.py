@@ -17,8 +17,9 @@ from pathlib import Path
 
 import psutil
 
+from tests.paths import ROOT
+
 SSHD = shutil.which("sshd", path="/usr/sbin:/sbin:" + os.environ.get("PATH", "")) or "sshd"
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS_TO_START = 20
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 
 from tests.cluster.hosts import Hosts
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SBIN = os.pathsep.join(["/usr/sbin", "/sbin", os.environ.get("PATH", "")])
 
 MPI_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from tests.cluster.hosts import ROOT, Hosts
+from tests.cluster.hosts import Hosts
 from tests.distributed.harness import free_port
 from tests.distributed.pretraining import DEEPSPEED, finish, losses, wait_for
+from tests.paths import ROOT
 from train.metrics import read_rows
 
 pytestmark = pytest.mark.slow

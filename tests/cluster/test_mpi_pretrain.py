@@ -15,7 +15,8 @@ from tests.cluster.hosts import Hosts
 from tests.cluster.slurm import MPI_AS_ROOT
 from tests.cluster.test_mpi_data_prep import ENV, MPIRUN, mpirun
 from tests.cluster.test_mpi_data_prep import pytestmark as needs_mpirun
-from tests.distributed.pretraining import ROOT, finish, losses, wait_for
+from tests.distributed.pretraining import finish, losses, wait_for
+from tests.paths import ROOT
 
 pytestmark = [pytest.mark.slow, needs_mpirun]
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from launch.cli import parse_config
-from tests.distributed.pretraining import ROOT
+from tests.paths import ROOT
 
 MANIFEST = "launch/kubernetes/pretrain-mpijob.yaml"
 NOT_RUN = "NOT RUN ON A REAL CLUSTER"

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import psutil
 
-from tests.distributed.forked import ROOT, Forked, run_script
+from tests.distributed.forked import Forked, run_script
 from tests.distributed.harness import free_port, rank_environment
+from tests.paths import ROOT
 from train.metrics import read_rows
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))

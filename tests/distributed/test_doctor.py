@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.forked import ROOT
 from tests.distributed.harness import free_port
 from tests.distributed.pretraining import small_settings
+from tests.paths import ROOT
 
 STAND_IN = f"{sys.executable} {ROOT / 'tests' / 'distributed' / 'stand_in_ssh.py'}"
 

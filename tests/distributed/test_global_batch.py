@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from tests.conftest import WORDS
-from tests.distributed.pretraining import ROOT, finish, start
+from tests.distributed.pretraining import finish, start
+from tests.paths import ROOT
 from train.metrics import read_rows
 
 STEPS = 3

@@ -24,9 +24,8 @@ from tests.distributed.pretraining import (
     wait_for,
     weights,
 )
+from tests.paths import ROOT
 from train.metrics import read_rows
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_run_folder(undisturbed: Path) -> None:

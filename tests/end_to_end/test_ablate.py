@@ -14,7 +14,8 @@ import pytest
 
 from launch import ablate
 from launch.cli import parse_config
-from tests.distributed.pretraining import ROOT, finish, small_settings, wait_for
+from tests.distributed.pretraining import finish, small_settings, wait_for
+from tests.paths import ROOT
 from train.ablation_runs import score
 from train.metrics import read_rows
 

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.paths import ROOT
 from tests.tiny_tasks import save_encoder, write_sst2
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.paths import ROOT
 from train.metrics import read_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 STAGES = ["tokenizer", "shards", "teacher", "student", "control", "export", "report"]
 

@@ -12,6 +12,7 @@ import pytest
 
 from launch import ablate, ablation_job
 from launch.cli import parse_config
+from tests.paths import ROOT
 from train.ablation import (
     FULL,
     PUBLISHED,
@@ -29,7 +30,6 @@ from train.finetuning.tasks import GLUE
 from train.run_folder import flatten
 from train.students import resolve_layer_map
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ["--config", str(ROOT / "launch" / "recipes" / "quickstart-student.yaml")]
 HELDOUT = {
     "heldout_kl": 0.05,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 
 from launch import quickstart, report
 from launch.cli import run_main
+from tests.paths import ROOT
 from train.errors import LostRankError
 
 
@@ -38,6 +42,34 @@ def test_one_plain_message_and_the_code(
     printed = capsys.readouterr()
     assert printed.err == f"error: {error}\n"
     assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("main", "code"),
+    [
+        ("lambda _: [print(line, flush=True) for line in range(100_000)] and 0", 141),
+        ("lambda _: print('unread') or 75", 75),  # one line, written when the process ends
+    ],
+)
+def test_nobody_reads_the_output_any_more(main: str, code: int) -> None:
+    script = f"import time; from launch.cli import run_main; time.sleep(0.5); run_main({main})"
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == code
+
+
+def test_a_broken_pipe_elsewhere_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(BrokenPipeError(32, "Broken pipe", "pipe:cat")) == 1
+    assert "Broken pipe" in capsys.readouterr().err
 
 
 def test_an_interrupt_is_one_word(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from launch.cli import parse_config
+from tests.paths import ROOT
 from train.config import Config
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse(*words: str) -> Config:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.paths import ROOT
 from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
 
-ROOT = Path(__file__).resolve().parents[2]
 NUMBERS: dict[str, Any] = {
     "global_batch_size": 4096,
     "micro_batch_size": 32,

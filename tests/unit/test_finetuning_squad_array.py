@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.finetune import parser, tasks_of
-from tests.conftest import ROOT
+from tests.paths import ROOT
 from train.finetuning.tasks import TASKS
 
 SCRIPT = ROOT / "launch" / "slurm" / "finetune-array.sbatch"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launch.score_squad import main
-from tests.conftest import ROOT
+from tests.paths import ROOT
 from train.finetuning.squad_data import golds_of, read_predictions, read_squad
 from train.finetuning.squad_scores import exact_match, f1_v1, f1_v2, normalise, score_v1, score_v2
 

@@ -15,7 +15,7 @@ import torch
 
 from data_prep.shard_format import Manifest, tokenizer_info
 from launch import inspect_batch
-from tests.distributed.forked import ROOT
+from tests.paths import ROOT
 from tests.tiny_shards import write_tiny_shards
 from train.loader import BatchLoader
 from train.masking import MaskedBatch, Masker

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.forked import ROOT
 from tests.lamb_checks import THIRD_STEP
+from tests.paths import ROOT
 from train import lamb_native
 from train.lamb import Lamb
 from train.lamb_geometry import Piece, TensorRule, tensor_rules

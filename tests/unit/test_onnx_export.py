@@ -25,13 +25,13 @@ from transformers import (
 )
 
 from launch.export import main
+from tests.paths import ROOT
 from train import onnx_export
 from train.loading import load_masked_lm
 from train.saved_heads import load_encoder
 from train.students import make_student
 
 onnxruntime = pytest.importorskip("onnxruntime")
-ROOT = Path(__file__).resolve().parents[2]
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.distributed.forked import ROOT
+from tests.paths import ROOT
 from train.prefetch import ConsumerLeft, ReadAhead, in_background
 
 

@@ -15,6 +15,7 @@ import pytest
 
 import launch.report
 from launch.report import main
+from tests.paths import ROOT
 from train import published
 from train.comparison import ComparedModel
 from train.report_chart import ticks
@@ -22,7 +23,6 @@ from train.report_inputs import read_ablation, read_inference, read_model_scores
 from train.report_runs import device_of, read_curve, read_run_facts
 from train.report_scores import retention
 
-ROOT = Path(__file__).resolve().parents[2]
 NASTY = "<script>alert(1)</script>|*x*"
 DASH = "–"  # noqa: RUF001
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.paths import ROOT
 from train.agreement import on_first_rank
 from train.checkpoint import TrainState, _complete, _remove, newest_checkpoint
 from train.config import Config, OptimizerConfig, RunConfig
@@ -217,9 +218,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 events.row(400, {"loss": 2.0})
 events.close()
 """
-    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, cwd=root, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("rows cannot be written") == 1
     rows = read_rows(tmp_path)
@@ -242,11 +242,10 @@ def test_a_folder_is_held_by_one_job(tmp_path: Path) -> None:
     code = "from pathlib import Path; from train.run_folder import hold\n"
     code += f"with hold(Path({str(tmp_path)!r}), wait_if_not_stopping_s=0.5): pass"
     command = [sys.executable, "-c", code]
-    root = Path(__file__).resolve().parents[2]
     with hold(tmp_path):
-        refused = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "is in use by another job (process" in refused.stderr
-    assert subprocess.run(command, cwd=root).returncode == 0
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
 
 
 def test_a_job_that_stops_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.forked import ROOT
+from tests.paths import ROOT
 from tests.tiny_shards import write_tiny_shards
 from train import shard_streams
 from train.loader import BatchLoader

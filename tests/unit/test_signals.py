@@ -7,11 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+from tests.paths import ROOT
 from train.signals import SAME_REQUEST_S, StopRequest
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_one_signal_asks_and_the_handlers_before_come_back() -> None:

@@ -7,14 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from launch import telling
 from tests.distributed.harness import srun_variables
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CALL = "import os, sys; from launch.telling import tell; tell(sys.argv[1], os.environ)"
 
 
