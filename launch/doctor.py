@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import socket
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from train.doctor_checks import (
     check_all_reduce,
     check_keep_alive,
     check_pdsh,
+    check_single_host,
     check_variables,
     judge_hosts,
     watched_variables,
@@ -183,6 +185,9 @@ def examine_hosts(
         findings.append(check_pdsh(shutil.which("pdsh")))
     if len(hosts) > 1:
         findings.append(check_shared_folder(run_dir, hosts))
+    elif options.hostfile is not None:
+        its_hostname = answers[hosts[0].name]["hostname"]
+        findings.append(check_single_host(hosts[0].name, its_hostname, socket.gethostname()))
     address = meeting_address(hosts, answers)
     findings.append(check_port(hosts, address, options.master_port))
     # Ranks that cannot meet would only fail late.

@@ -270,6 +270,20 @@ def check_keep_alive(intervals: Mapping[str, int | None]) -> Finding:
     return Finding("ssh keep-alive", True, seen, remedy if never else "")
 
 
+def check_single_host(name: str, its_hostname: Any, hostname: str) -> Finding:
+    """A warning where the hostfile's one host is another machine: `deepspeed` starts the ranks of one host here.
+
+    Args:
+        name: what the hostfile calls it.
+        its_hostname, hostname: of that host, and of this one.
+    """
+    seen = (
+        f"{name} is this machine" if its_hostname == hostname else f"{name} is {its_hostname}, not {hostname}"
+    )
+    remedy = f"`deepspeed` starts the ranks of a single host where you type it: type it on {name}, or add --force_multi"
+    return Finding("single host", True, seen, "" if its_hostname == hostname else remedy)
+
+
 def check_pdsh(path: str | None) -> Finding:
     """A warning where the command is missing with which deepspeed starts the ranks of several hosts."""
     seen = path or "not found: `deepspeed` starts the ranks of several hosts with it"

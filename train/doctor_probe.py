@@ -120,6 +120,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
         request: run_dir, shards; teachers (local folders); variables (names); folder (where the job is started).
     """
     questions: dict[str, Callable[[], Any]] = {
+        "hostname": socket.gethostname,
         "address": address,
         "versions": installed_versions,
         "code": code_digest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -127,3 +128,27 @@ def test_variables_for_all_hosts_come_from_cluster_env(story: Story) -> None:
     for host in ("host-a", "host-b"):
         assert f"{host}: [I" in story.rank_0_cut_off.output.replace(f"{host}: [rank", f"{host}: [I")
         assert f"{host}: [I" not in story.output_at_last
+
+
+def test_ranks_of_a_single_host_start_where_the_command_is_typed(
+    hosts: Hosts, settings: list[str], tmp_path: Path
+) -> None:
+    """Whatever the hostfile's one line says; docs/CLUSTER.md tells the remedy, and so does the doctor."""
+    hostfile, script = tmp_path / "hosts", tmp_path / "where.py"
+    hostfile.write_text("host-b slots=1\n")
+    script.write_text("import socket\n\nprint('a rank on', socket.gethostname())\n")
+
+    def typed_on_host_a(*command: str) -> str:
+        words = hosts.command("host-a", "env", "--chdir", str(tmp_path), *command)
+        done = subprocess.run(words, env=hosts.environment(), capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    deepspeed = [DEEPSPEED, "--quiet", "--hostfile", str(hostfile), "--master_port", str(free_port())]
+    assert "a rank on host-a\n" in typed_on_host_a(*deepspeed, str(script))
+    assert "a rank on host-b\n" in typed_on_host_a(*deepspeed, "--force_multi", str(script))
+
+    doctor = [sys.executable, str(ROOT / "launch" / "doctor.py"), "--hostfile", str(hostfile)]
+    table = typed_on_host_a(*doctor, "--skip-all-reduce", f"--run.dir={tmp_path / 'run'}", *settings)
+    assert "host-b is host-b, not host-a" in table
+    assert "add --force_multi" in table

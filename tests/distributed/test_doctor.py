@@ -124,7 +124,9 @@ def test_one_host_in_the_hostfile(settings: list[str], tmp_path: Path) -> None:
         del os.environ["HF_PLANTED"]
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all well\n" in done.stdout
-    assert not {"forwarded variables", "ssh keep-alive"} & set(rows(done.stdout))
+    table = rows(done.stdout)
+    assert not {"forwarded variables", "ssh keep-alive"} & set(table)
+    assert table["single host"] == "ok localhost is this machine"
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(shards_folder: str, tmp_path: Path) -> None:
