@@ -36,6 +36,14 @@ class ReadOptions:
     """The first of these that a record has is its text."""
 
 
+def text_fields(names: str) -> tuple[str, ...]:
+    """The fields that `--text-field` names, separated by commas; ValueError where it names none."""
+    fields = tuple(name.strip() for name in names.split(",") if name.strip())
+    if not fields:
+        raise ValueError(f"--text-field {names!r}: names no field")
+    return fields
+
+
 class Record(NamedTuple):
     """`place` completes "PATH, ..." in a message; `size` in bytes decides where a chunk of work ends."""
 

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.job import exit_code
-from data_prep.records import FORMATS, Reading, ReadOptions
+from data_prep.records import FORMATS, Reading, ReadOptions, text_fields
 from data_prep.sources import HELP as SOURCES_HELP
 from data_prep.sources import TXT_DOCUMENTS, Unit, make_units, resolve_sources
 from data_prep.texts import BadRecord, pieces_of, utf8
@@ -172,7 +172,7 @@ def run(parsed: argparse.Namespace) -> str:
         raise ValueError(f"--vocab-size {parsed.vocab_size}: must be between 64 and {1 << 20}")
     if parsed.processes is not None and parsed.processes < 1:
         raise ValueError(f"--processes {parsed.processes}: must be at least 1")
-    fields = tuple(name.strip() for name in parsed.text_field.split(",") if name.strip())
+    fields = text_fields(parsed.text_field)
     units = make_units(resolve_sources(parsed.sources, parsed.txt_documents))
     num_processes = parsed.processes or len(os.sched_getaffinity(0))
     texts = corpus(units, ReadOptions(fields), num_processes)

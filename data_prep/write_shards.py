@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.building import SKIPPED_NAME, Builder, finish, make_plan
 from data_prep.job import WORK_FOLDER, FolderLock, Job, JobOptions, Team, exit_code, explain, prepare_folder
+from data_prep.records import text_fields
 from data_prep.shard_format import MANIFEST_NAME, Manifest, TokenizerInfo, tokenizer_info
 from data_prep.sources import HELP as SOURCES_HELP
 from data_prep.sources import TXT_DOCUMENTS, resolve_sources
@@ -105,9 +106,6 @@ def options_of(arguments: argparse.Namespace) -> JobOptions:
         raise ValueError(f"--seed {arguments.seed}: must be below 2**63")
     if not 0 <= arguments.heldout_fraction < 1:
         raise ValueError(f"--heldout-fraction {arguments.heldout_fraction}: must be at least 0 and below 1")
-    fields = tuple(name.strip() for name in arguments.text_field.split(",") if name.strip())
-    if not fields:
-        raise ValueError(f"--text-field {arguments.text_field!r}: names no field")
     return JobOptions(
         sources=tuple(arguments.sources),
         tokenizer=arguments.tokenizer,
@@ -117,7 +115,7 @@ def options_of(arguments: argparse.Namespace) -> JobOptions:
         min_tokens=arguments.min_tokens,
         shard_tokens=arguments.shard_tokens,
         txt_documents=arguments.txt_documents,
-        text_fields=fields,
+        text_fields=text_fields(arguments.text_field),
         skip_bad_records=arguments.on_bad_record == "skip",
     )
 

@@ -17,7 +17,6 @@ A path may contain {task}, which becomes the task's name: --teacher runs/teacher
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -195,11 +194,10 @@ def run_jobs(jobs: Sequence[Job], seeds: Sequence[int], out: Path) -> int:
     from train.finetuning.runs import check_task, run_task
     from train.finetuning.training import Stopped
     from train.signals import STOPPED_AFTER_SAVING, StopRequest
-    from train.world import quiet_libraries
+    from train.world import let_deepspeed_say, quiet_libraries
 
     quiet_libraries()
-    # accelerate imports DeepSpeed, which speaks while it is imported.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    let_deepspeed_say("error")  # accelerate imports it
     for job in jobs:
         check_task(job)
     results = []

@@ -14,14 +14,11 @@ from transformers import AutoModelForMaskedLM
 from train.ablation import Variant, as_tree, differing_keys
 from train.ablation_table import METRICS, Result, Scale
 from train.agreement import manifest_digest
-from train.assembly import build_heldout, load_manifest
+from train.assembly import heldout_scoring
 from train.config import Config
 from train.finetuning.results import read_scores
-from train.models import TEACHER_DTYPES, teacher_config, teacher_names
-from train.run_data import build_masker
+from train.models import teacher_config, teacher_names
 from train.run_folder import changed_inputs, found_before, read_summary, write_json
-from train.teacher import load_teacher
-from train.world import World
 
 AS_FULL = "heldout_as_full.json"
 
@@ -107,19 +104,7 @@ def score(student: Path, config: Config) -> dict[str, float]:
         ValueError: the shards hold no held-out windows.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    here = World(rank=0, local_rank=0, world_size=1, local_size=1, device=device)
-    manifest = load_manifest(config.data.shards)
-    evaluation = build_heldout(config, manifest, build_masker(config, manifest), here)
-    if evaluation is None:
-        raise ValueError(
-            f"{config.data.shards} has no held-out windows of {config.data.sequence_length} tokens"
-        )
-    teacher = load_teacher(
-        teacher_names(config),
-        device=device,
-        dtype=TEACHER_DTYPES[config.model.teacher_dtype],
-        weights=config.model.teacher_weights,
-    )
+    _, evaluation, teacher = heldout_scoring(config, device)
     model = AutoModelForMaskedLM.from_pretrained(student).eval().to(device)
     scores = evaluation(model, teacher)
     return {key: scores[key] for key in METRICS}

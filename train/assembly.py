@@ -13,11 +13,12 @@ from train.clock import Clock
 from train.config import Config
 from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
 from train.evaluation import HeldoutEvaluation
-from train.flops import forward_flops_per_token, measured_matrix_rate, shape_of
+from train.flops import measured_matrix_rate, shape_of, training_flops_per_token
 from train.lamb import Lamb
 from train.loader import heldout_windows
 from train.masking import Masker
 from train.models import (
+    TEACHER_DTYPES,
     build_objective,
     build_student,
     build_teacher,
@@ -28,9 +29,9 @@ from train.models import (
     tokenizer_source,
 )
 from train.order import check_fit, windows_per_shard
-from train.run_data import build_run_data, build_schedule
+from train.run_data import build_masker, build_run_data, build_schedule
 from train.start_up import StartUp
-from train.teacher import Teacher, check_vocabulary, folder_fingerprint
+from train.teacher import Teacher, check_vocabulary, folder_fingerprint, load_teacher
 from train.trainer import DistillationModule, Trainer
 from train.world import World, import_deepspeed
 
@@ -83,7 +84,13 @@ def assemble(
     check_sequence_length(student, config.data.sequence_length)
     start_up.ended("student")
     flops = {
-        phase.sequence_length: training_flops_per_token(config, phase.sequence_length, student, teacher)
+        phase.sequence_length: training_flops_per_token(
+            shape_of(student),
+            [shape_of(model) for model in teacher.models] if teacher is not None else [],
+            phase.sequence_length,
+            phase.masker.num_masked,
+            config.objective.soft_targets,
+        ).total
         for phase in data.phases
     }
     start_config = (
@@ -171,6 +178,30 @@ def build_heldout(
     )
 
 
+def heldout_scoring(config: Config, device: str) -> tuple[Manifest, HeldoutEvaluation, Teacher]:
+    """What scores a model outside of a run: the recipe's shards, its held-out windows and masks, its teacher.
+
+    The teacher (or ensemble, with its weights) has the recipe's number format on a GPU, and fp32 on a CPU.
+
+    Raises:
+        ValueError: the shards have no held-out windows of the recipe's length.
+    """
+    manifest = load_manifest(config.data.shards)
+    here = World(rank=0, local_rank=0, world_size=1, local_size=1, device=device)
+    evaluation = build_heldout(config, manifest, build_masker(config, manifest), here)
+    if evaluation is None:
+        raise ValueError(
+            f"{config.data.shards} has no held-out windows of {config.data.sequence_length} tokens"
+        )
+    teacher = load_teacher(
+        teacher_names(config),
+        device=device,
+        dtype=None if device == "cpu" else TEACHER_DTYPES[config.model.teacher_dtype],
+        weights=config.model.teacher_weights,
+    )
+    return manifest, evaluation, teacher
+
+
 def start_engine(config: Config, module: DistillationModule, engine_config: dict[str, Any]) -> Any:
     """DeepSpeed's engine with LAMB bound to it."""
     settings = config.optimizer
@@ -192,18 +223,3 @@ def start_engine(config: Config, module: DistillationModule, engine_config: dict
         raise ValueError(f"deepspeed.config: DeepSpeed refuses {faults}") from None
     optimizer.bind(engine)
     return engine
-
-
-def training_flops_per_token(
-    config: Config, length: int, student: PreTrainedModel, teacher: Teacher | None
-) -> float:
-    """Model FLOPs per token: the student forward and backward (three forward passes), the teachers forward."""
-    objective = config.objective
-    uses_logits = objective.kd_weight + objective.mse_weight > 0
-    uses_all = uses_logits and objective.kd_positions == "all"
-    share = 1.0 if uses_all else config.masking.probability
-    flops = 3 * forward_flops_per_token(shape_of(student), length, share)
-    if teacher is not None:
-        share = share if uses_logits else 0.0
-        flops += sum(forward_flops_per_token(shape_of(model), length, share) for model in teacher.models)
-    return flops

@@ -10,7 +10,6 @@ from typing import Any
 import torch.distributed as dist
 
 from train.clock import Clock
-from train.world import import_deepspeed
 
 COLLECTIVES = (
     "all_reduce",
@@ -40,8 +39,10 @@ def timed_collectives(clock: Clock) -> Iterator[None]:
 
         return call
 
+    from deepspeed.comm import comm
+
     # DeepSpeed's backend keeps two of them from the time when it was made.
-    backend = import_deepspeed().comm.comm.cdb
+    backend = comm.cdb
     places = [(dist, name) for name in COLLECTIVES]
     places += [(backend, "all_gather_function"), (backend, "reduce_scatter_function")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in places]

@@ -13,16 +13,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
-from train.assembly import build_heldout, load_manifest
+from train.assembly import heldout_scoring
 from train.config import Config
 from train.evaluation import HeldoutEvaluation
 from train.models import build_student, count_parameters, teacher_names
-from train.report_runs import Curve
-from train.run_data import build_masker
-from train.teacher import Teacher, load_teacher
-from train.world import World
-
-HERE = World(rank=0, local_rank=0, world_size=1, local_size=1, device="cpu")
+from train.report_runs import Curve, teacher_loss
+from train.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -67,16 +63,9 @@ def compare(
         ValueError: a run is not finished, the first has no teacher, or the shards have no held-out windows.
     """
     config = configs[0]
-    names = teacher_names(config)
-    if not names:
+    if not teacher_names(config):
         raise ValueError(f"{run_dirs[0]} has no teacher to compare with: name a distilled run first")
-    manifest = load_manifest(config.data.shards)
-    evaluation = build_heldout(config, manifest, build_masker(config, manifest), HERE)
-    if evaluation is None:
-        raise ValueError(
-            f"{config.data.shards} has no held-out windows of {config.data.sequence_length} tokens"
-        )
-    teacher = load_teacher(names)
+    manifest, evaluation, teacher = heldout_scoring(config, "cpu")
     models: dict[str, PreTrainedModel] = {"teacher": teacher.models[0]}
     for run_dir, run_config in zip(run_dirs, configs, strict=True):
         if not (run_dir / "student").is_dir():
@@ -139,8 +128,9 @@ def plot_losses(curves: Sequence[Curve], out: Path) -> None:
         for axes, points, marker in ((heldout, curve.heldout, "o"), (training, curve.training, "")):
             tokens = [count / 1e6 for count, _ in points]
             axes.plot(tokens, [loss for _, loss in points], marker=marker, markersize=3, label=curve.name)
-    for teacher_loss in [curve.teacher_loss for curve in curves if curve.teacher_loss is not None][-1:]:
-        heldout.axhline(teacher_loss, color="grey", linestyle="--", linewidth=1, label="teacher, finished")
+    level = teacher_loss(curves)
+    if level is not None:
+        heldout.axhline(level, color="grey", linestyle="--", linewidth=1, label="teacher, finished")
     heldout.set_title("held-out windows")
     training.set_title("training batches")
     heldout.set_ylabel("MLM loss (nats per masked token)")

@@ -196,6 +196,11 @@ class ObjectiveConfig:
     """Pass the student's hidden states through a learned linear map before each cosine: needed where student
     and teacher have different widths."""
 
+    @property
+    def soft_targets(self) -> Literal["all", "masked", "none"]:
+        """Positions whose teacher's logits are learnt from."""
+        return self.kd_positions if self.kd_weight + self.mse_weight > 0 else "none"
+
     def term_weights(self) -> dict[str, float]:
         """Weights by the terms' names in metrics.jsonl."""
         return {

@@ -17,13 +17,14 @@ CPU_TOKENS = 16  # half-precision products have no fast path on a CPU
 def needed_disk_gib(config: Config) -> float:
     """What the kept checkpoints, one in the making and the exported student come to; at least 1."""
     from train.models import teacher_names
-    from train.plan_shapes import named_model, num_parameters, student_of
+    from train.plan_recipe import planned_student
+    from train.plan_shapes import named_model, num_parameters
 
     try:
         teacher = named_model(teacher_names(config)[0])
     except (ValueError, IndexError):
         return MIN_DISK_GIB
-    parameters = num_parameters(student_of(teacher, config.model.student_layers))
+    parameters = num_parameters(planned_student(config, teacher))
     copies = config.checkpoint.keep_last + 1
     return max(MIN_DISK_GIB, parameters * (copies * CHECKPOINT_BYTES_PER_PARAMETER + 4) / 2**30)
 

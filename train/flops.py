@@ -9,7 +9,9 @@ model-FLOPs utilisation of Chowdhery et al. 2022 (arXiv:2204.02311, appendix B).
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -47,6 +49,42 @@ def forward_flops_per_token(shape: ModelShape, sequence_length: int, decoded_sha
     encoder = shape.layers * (8 * d * d + 4 * d * f + 4 * sequence_length * d)
     head = 2 * d * d + 2 * d * shape.vocabulary
     return encoder + decoded_share * head
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Model FLOPs of one training step per token of its sequences."""
+
+    student: float
+    """Forward and backward: three forward passes."""
+    teachers: float
+    """Forward."""
+
+    @property
+    def total(self) -> float:
+        return self.student + self.teachers
+
+
+def training_flops_per_token(
+    student: ModelShape,
+    teachers: Sequence[ModelShape],
+    sequence_length: int,
+    num_masked: int,
+    soft_targets: Literal["all", "masked", "none"],
+) -> FlopsPerToken:
+    """Of a step of distillation; both models' logits are computed only where the objective reads them.
+
+    Args:
+        num_masked: masked positions of each sequence.
+        soft_targets: positions whose teacher's logits are learnt from.
+    """
+    masked = num_masked / sequence_length
+    share = 1.0 if soft_targets == "all" else masked
+    of_student = 3 * forward_flops_per_token(student, sequence_length, share)
+    soft = 0.0 if soft_targets == "none" else share
+    return FlopsPerToken(
+        of_student, sum(forward_flops_per_token(teacher, sequence_length, soft) for teacher in teachers)
+    )
 
 
 def measured_matrix_rate(device: str, dtype: torch.dtype, size: int | None = None) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from train.flops import forward_flops_per_token
-from train.plan_memory import EngineSettings, Objective
+from train.flops import FlopsPerToken, training_flops_per_token
+from train.plan_memory import EngineSettings
 from train.plan_shapes import PUBLISHED, PlannedModel, model_from_config, num_parameters
 
 DEFAULT_MFU = 0.30
@@ -20,32 +21,6 @@ COLLECTIVE_LATENCY_S = 20e-6
 """Of one collective, times log2 of the ranks: an assumption of the order that nccl-tests show for small sizes."""
 BACKWARD_SHARE = 2 / 3
 """Of the student's time: two of its three forward passes' worth."""
-
-
-@dataclass(frozen=True)
-class FlopsPerToken:
-    """Matrix products per token of the sequence, as train/flops.py counts them."""
-
-    student: float
-    """Forward and backward: three forward passes."""
-    teachers: float
-    """Forward."""
-
-    @property
-    def total(self) -> float:
-        return self.student + self.teachers
-
-
-def flops_per_token(
-    student: PlannedModel, teachers: tuple[PlannedModel, ...], objective: Objective, sequence_length: int
-) -> FlopsPerToken:
-    """The same count as a run's own mfu (train/assembly.py)."""
-    masked = objective.masked_per_sequence / sequence_length
-    share = 1.0 if objective.kd_rows == "all" else masked
-    of_student = 3 * forward_flops_per_token(student.shape, sequence_length, share)
-    soft = 0.0 if objective.kd_rows == "none" else share
-    of_teachers = sum(forward_flops_per_token(teacher.shape, sequence_length, soft) for teacher in teachers)
-    return FlopsPerToken(of_student, of_teachers)
 
 
 @dataclass(frozen=True)
@@ -64,7 +39,7 @@ class Traffic:
 
 def traffic(student: PlannedModel, engine: EngineSettings, world_size: int, accumulation: int) -> Traffic:
     """DeepSpeed all-reduces whole buckets also at stage 2 (use_multi_rank_bucket_allreduce), then keeps a slice."""
-    size = num_parameters(student) * engine.number_bytes
+    size = num_parameters(student) * engine.bytes_per_element
     ring = (world_size - 1) / world_size
     return Traffic(2 * ring * size, accumulation if engine.stage == 2 else 1, ring * size)
 
@@ -168,15 +143,11 @@ class PublishedRun:
         where a teacher's soft targets are compared."""
         total = 0.0
         for tokens, length in self.phases:
-            objective = Objective(
-                "all" if self.teacher else "none",
-                round(0.15 * length),
-                mlm=True,
-                cosine=self.teacher is not None,
-            )
-            model = model_from_config(self.shape, PUBLISHED[self.shape])
-            taught = (model_from_config(self.teacher, PUBLISHED[self.teacher]),) if self.teacher else ()
-            total += tokens * flops_per_token(model, taught, objective, length).total
+            model = model_from_config(self.shape, PUBLISHED[self.shape]).shape
+            taught = [model_from_config(self.teacher, PUBLISHED[self.teacher]).shape] if self.teacher else []
+            soft: Literal["all", "none"] = "all" if self.teacher else "none"
+            per_token = training_flops_per_token(model, taught, length, round(0.15 * length), soft)
+            total += tokens * per_token.total
         return total
 
 

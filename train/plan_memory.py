@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from train.fused_loss import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES
 from train.plan_shapes import PlannedModel, num_parameters
@@ -25,11 +25,11 @@ class EngineSettings:
     """What DeepSpeed's JSON decides about memory and communication."""
 
     stage: int
-    number_bytes: int
+    bytes_per_element: int
     """Of a weight, an activation and a gradient: 2 in fp16 and bf16, 4 in fp32."""
     accumulation_bytes: int
     """Of an accumulated gradient."""
-    bucket: int
+    reduce_bucket_size: int
     """Elements reduced at a time."""
     overlap: bool
     """Whether gradients are reduced while the backward pass goes on."""
@@ -41,9 +41,9 @@ class EngineSettings:
 class Objective:
     """What the objective computes."""
 
-    kd_rows: str
-    """Where logits are compared: "all" or "masked" positions; "none" without soft targets."""
-    masked_per_sequence: int
+    soft_targets: Literal["all", "masked", "none"]
+    """Positions whose teacher's logits are learnt from."""
+    num_masked: int
     mlm: bool
     cosine: bool
     mse: bool = False
@@ -55,14 +55,14 @@ def engine_settings(engine_config: Mapping[str, Any]) -> EngineSettings:
     for name in ("fp16", "bf16"):
         if engine_config.get(name, {}).get("enabled"):
             precision = name
-    number_bytes = 4 if precision == "fp32" else 2
+    bytes_per_element = 4 if precision == "fp32" else 2
     accumulation = engine_config.get("data_types", {}).get("grad_accum_dtype") or precision
     zero = engine_config.get("zero_optimization", {})
     return EngineSettings(
         stage=int(zero.get("stage", 0)),
-        number_bytes=number_bytes,
+        bytes_per_element=bytes_per_element,
         accumulation_bytes=4 if accumulation in ("fp32", "float32") else 2,
-        bucket=int(zero.get("reduce_bucket_size", 5e8)),
+        reduce_bucket_size=int(zero.get("reduce_bucket_size", 5e8)),
         overlap=bool(zero.get("overlap_comm", False)),
         precision=precision,
     )
@@ -78,7 +78,7 @@ def model_state_bytes(student: PlannedModel, world_size: int, engine: EngineSett
     """What stays from step to step: the student's weights, and this rank's shards of master and moments."""
     shard = partition_size(num_parameters(student), world_size)
     return {
-        "student weights": shard * world_size * engine.number_bytes,
+        "student weights": shard * world_size * engine.bytes_per_element,
         "fp32 master (shard)": shard * 4,
         "LAMB moments (shard)": shard * 8,
     }
@@ -95,7 +95,7 @@ def gradient_bytes(
     parameters = num_parameters(student)
     shard = partition_size(parameters, world_size)
     largest = student.vocabulary * student.width
-    widened = engine.accumulation_bytes != engine.number_bytes
+    widened = engine.accumulation_bytes != engine.bytes_per_element
     if engine.stage == 1:
         kept = parameters
     elif widened:
@@ -107,10 +107,10 @@ def gradient_bytes(
         kept = min(parameters, shard + (largest + inner if largest > shard else borders * inner))
     # Added to in place where the formats differ; else the new gradients lie beside the accumulated ones.
     accumulated = kept * engine.accumulation_bytes * (1 if widened else min(2, accumulation))
-    buckets = (2 if engine.overlap else 1) * engine.bucket * engine.number_bytes
+    buckets = (2 if engine.overlap else 1) * engine.reduce_bucket_size * engine.bytes_per_element
     # Slices of a bucket that go to several ranks are copied into one tensor before they are sent.
-    sent = min(engine.bucket, parameters) * engine.number_bytes if world_size > 1 else 0
-    in_flight = largest * engine.number_bytes  # the embedding's own gradient, until it is in the bucket
+    sent = min(engine.reduce_bucket_size, parameters) * engine.bytes_per_element if world_size > 1 else 0
+    in_flight = largest * engine.bytes_per_element  # the embedding's own gradient, until it is in the bucket
     name = "fp32" if engine.accumulation_bytes == 4 else engine.precision
     return {f"gradients, {name} accumulation": accumulated, "gradient buckets": buckets + sent + in_flight}
 
@@ -119,7 +119,7 @@ def activation_bytes(
     student: PlannedModel,
     micro_batch_size: int,
     sequence_length: int,
-    number_bytes: int,
+    bytes_per_element: int,
     dropout_mask_bytes: int = 1,
 ) -> int:
     """What autograd keeps of the student's encoder until its backward pass, the last hidden states included.
@@ -134,17 +134,17 @@ def activation_bytes(
     d, f = student.width, student.feed_forward
     masks = 1 if student.model_type == "distilbert" else 2
     statistics = 4 * (2 * 2 + student.heads)
-    layer = (8 * d + 2 * f) * number_bytes + masks * d * dropout_mask_bytes + statistics
-    embeddings = 2 * d * number_bytes + d * dropout_mask_bytes + 4 * 2 + 8  # 8: the token ids
+    layer = (8 * d + 2 * f) * bytes_per_element + masks * d * dropout_mask_bytes + statistics
+    embeddings = 2 * d * bytes_per_element + d * dropout_mask_bytes + 4 * 2 + 8  # 8: the token ids
     return micro_batch_size * sequence_length * (student.layers * layer + embeddings)
 
 
 def objective_rows(objective: Objective, micro_batch_size: int, sequence_length: int) -> int:
     """Tokens whose logits are computed."""
-    if objective.kd_rows == "all":
+    if objective.soft_targets == "all":
         return micro_batch_size * sequence_length
-    if objective.kd_rows == "masked" or objective.mlm:
-        return micro_batch_size * objective.masked_per_sequence
+    if objective.soft_targets == "masked" or objective.mlm:
+        return micro_batch_size * objective.num_masked
     return 0
 
 
@@ -153,11 +153,13 @@ def head_bytes(
     objective: Objective,
     micro_batch_size: int,
     sequence_length: int,
-    number_bytes: int,
+    bytes_per_element: int,
 ) -> int:
     """What the student's MLM transform and the cosine term keep for the backward pass."""
     d = student.width
-    transform = objective_rows(objective, micro_batch_size, sequence_length) * (3 * d * number_bytes + 4 * 2)
+    transform = objective_rows(objective, micro_batch_size, sequence_length) * (
+        3 * d * bytes_per_element + 4 * 2
+    )
     cosine = micro_batch_size * sequence_length * d * 4 if objective.cosine else 0
     return transform + cosine
 
@@ -177,7 +179,7 @@ def logits_chunk_bytes(
     objective: Objective,
     micro_batch_size: int,
     sequence_length: int,
-    number_bytes: int,
+    bytes_per_element: int,
     on_gpu: bool = True,
 ) -> int:
     """The fused loss's buffers for one chunk of tokens, and what its half-precision products need beside them."""
@@ -186,10 +188,10 @@ def logits_chunk_bytes(
         return 0
     fitting = max(1, (GPU_BUFFER_BYTES if on_gpu else CPU_BUFFER_BYTES) // (4 * student.vocabulary))
     chunk = -(-rows // -(-rows // fitting))
-    soft = objective.kd_rows != "none"
+    soft = objective.soft_targets != "none"
     buffers = 2 + soft + (soft and objective.mse)
     one = chunk * student.vocabulary * 4
-    if number_bytes == 4:
+    if bytes_per_element == 4:
         return buffers * one
     # The gradient once more in half precision, and the decoder's gradient of one chunk before it is added.
     return buffers * one + max(one, one // 2 + student.vocabulary * student.width * 4)
@@ -200,17 +202,17 @@ def teacher_bytes(
     objective: Objective,
     micro_batch_size: int,
     sequence_length: int,
-    number_bytes: int,
+    bytes_per_element: int,
 ) -> dict[str, int]:
     """Weights of the frozen teachers and what the objective reads of them: last hidden states and features."""
     tokens, rows = (
         micro_batch_size * sequence_length,
         objective_rows(objective, micro_batch_size, sequence_length),
     )
-    soft = rows if objective.kd_rows != "none" else 0
+    soft = rows if objective.soft_targets != "none" else 0
     return {
-        "teacher weights": sum(num_parameters(teacher) for teacher in teachers) * number_bytes,
-        "teacher outputs": sum((tokens + soft) * teacher.width for teacher in teachers) * number_bytes,
+        "teacher weights": sum(num_parameters(teacher) for teacher in teachers) * bytes_per_element,
+        "teacher outputs": sum((tokens + soft) * teacher.width for teacher in teachers) * bytes_per_element,
     }
 
 
@@ -224,7 +226,7 @@ def memory_parts(
     micro_batch_size: int,
     sequence_length: int,
     accumulation: int,
-    teacher_number_bytes: int,
+    teacher_bytes_per_element: int,
     on_gpu: bool = True,
 ) -> dict[str, int]:
     """Bytes of one GPU (or of a rank on a CPU) by part.
@@ -233,15 +235,15 @@ def memory_parts(
     buckets come: too much by the smaller of the two.
     """
     place = (micro_batch_size, sequence_length)
-    number_bytes = engine.number_bytes
+    bytes_per_element = engine.bytes_per_element
     parts = {
         **model_state_bytes(student, world_size, engine),
         **gradient_bytes(student, world_size, engine, accumulation),
-        **teacher_bytes(teachers, objective, *place, teacher_number_bytes),
-        "activations": activation_bytes(student, *place, number_bytes)
-        + head_bytes(student, objective, *place, number_bytes),
+        **teacher_bytes(teachers, objective, *place, teacher_bytes_per_element),
+        "activations": activation_bytes(student, *place, bytes_per_element)
+        + head_bytes(student, objective, *place, bytes_per_element),
         "loss gradients": loss_gradient_bytes(student, objective, *place),
-        "logits chunk": logits_chunk_bytes(student, objective, *place, number_bytes, on_gpu),
+        "logits chunk": logits_chunk_bytes(student, objective, *place, bytes_per_element, on_gpu),
         "CUDA and NCCL (assumed)": round(FRAMEWORK_GIB * GIB) if on_gpu else 0,
     }
     return {name: size for name, size in parts.items() if size}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from train.config import Config
+from train.flops import FlopsPerToken, training_flops_per_token
 from train.models import needs_teacher, teacher_names
 from train.order import DataOrder, windows_per_shard
-from train.plan_cost import FlopsPerToken, flops_per_token
 from train.plan_memory import EngineSettings, Objective
 from train.plan_shapes import PlannedModel, model_from_config, named_model, student_of
 from train.run_data import phase_stops, planned_phases, total_steps
@@ -23,7 +23,7 @@ class Recipe:
     objective: Objective
     masking_probability: float
     engine: EngineSettings
-    teacher_number_bytes: int
+    teacher_bytes_per_element: int
     sequence_length: int
     global_batch_size: int
     micro_batch_size: int
@@ -56,8 +56,9 @@ class Recipe:
 
     def flops_at(self, sequence_length: int) -> FlopsPerToken:
         masked = round(self.masking_probability * sequence_length)
-        objective = replace(self.objective, masked_per_sequence=masked)
-        return flops_per_token(self.student, self.teachers, objective, sequence_length)
+        teachers = [teacher.shape for teacher in self.teachers]
+        soft = self.objective.soft_targets
+        return training_flops_per_token(self.student.shape, teachers, sequence_length, masked, soft)
 
 
 def read_recipe(
@@ -97,7 +98,7 @@ def read_recipe(
         objective=_objective(config),
         masking_probability=config.masking.probability,
         engine=engine,
-        teacher_number_bytes=4 if config.model.teacher_dtype == "fp32" else 2,
+        teacher_bytes_per_element=4 if config.model.teacher_dtype == "fp32" else 2,
         sequence_length=length,
         global_batch_size=batch,
         micro_batch_size=micro_batch_size,
@@ -130,19 +131,22 @@ def _models(config: Config, vocabulary: int | None) -> tuple[PlannedModel, tuple
                 f"model.teacher={name!r} has a vocabulary of {model.vocabulary} tokens, the shards' tokenizer one of "
                 f"{vocabulary}: write the shards with --tokenizer {name}"
             )
+    return planned_student(config, named[0]), named if needs_teacher(config) else ()
+
+
+def planned_student(config: Config, teacher: PlannedModel) -> PlannedModel:
+    """The student that a recipe makes of its (first) teacher."""
     layers, chosen = config.model.student_layers, config.model.layer_map
     if layers is None and isinstance(chosen, list):
         layers = len(chosen)
-    student = student_of(named[0], layers, config.model.student_width)
-    return student, named if needs_teacher(config) else ()
+    return student_of(teacher, layers, config.model.student_width)
 
 
 def _objective(config: Config) -> Objective:
     objective = config.objective
-    soft = objective.kd_weight + objective.mse_weight > 0
     return Objective(
-        kd_rows=objective.kd_positions if soft else "none",
-        masked_per_sequence=round(config.masking.probability * config.data.sequence_length),
+        soft_targets=objective.soft_targets,
+        num_masked=round(config.masking.probability * config.data.sequence_length),
         mlm=objective.mlm_weight > 0,
         cosine=objective.cosine_weight > 0,
         mse=objective.mse_weight > 0,

@@ -82,7 +82,7 @@ def _step_time(recipe: Recipe, machines: Machines, sent: Traffic, sequence_lengt
         machines,
         recipe.engine,
         tokens_per_gpu=recipe.global_batch_size * sequence_length / machines.world_size,
-        num_buckets=-(-num_parameters(recipe.student) // recipe.engine.bucket),
+        num_buckets=-(-num_parameters(recipe.student) // recipe.engine.reduce_bucket_size),
     )
 
 
@@ -96,7 +96,7 @@ def _memory(recipe: Recipe, world_size: int, micro_batch_size: int, accumulation
         micro_batch_size=micro_batch_size,
         sequence_length=recipe.sequence_length,
         accumulation=accumulation,
-        teacher_number_bytes=recipe.teacher_number_bytes,
+        teacher_bytes_per_element=recipe.teacher_bytes_per_element,
     )
 
 

@@ -15,7 +15,7 @@ from train import published
 from train.ablation_table import SMALL_CORPUS, SMALL_STUDENT
 from train.report_chart import NUM_STYLES, line_chart
 from train.report_inputs import InferenceFile, ModelScores
-from train.report_runs import Curve, RunFacts
+from train.report_runs import Curve, RunFacts, teacher_loss
 from train.report_tables import Column, Table
 
 TITLE = "Distillation report"
@@ -81,7 +81,7 @@ def as_html(report: Report) -> str:
         tables=report.tables,
         charts=_charts(lines),
         curve_names=[curve.name for curve in lines],
-        has_teacher_line=_teacher_loss(lines) is not None,
+        has_teacher_line=teacher_loss(lines) is not None,
         left_out=report.left_out,
         versions=report.versions,
         num_styles=NUM_STYLES,
@@ -90,7 +90,7 @@ def as_html(report: Report) -> str:
 
 
 def _charts(curves: Sequence[Curve]) -> list[Markup]:
-    teacher = _teacher_loss(curves)
+    teacher = teacher_loss(curves)
     line = None if teacher is None else ("teacher, finished", teacher)
     words = ("tokens seen (millions)", "MLM loss (nats per masked token)")
     millions = [
@@ -105,10 +105,6 @@ def _charts(curves: Sequence[Curve]) -> list[Markup]:
         line_chart("Training batches", *words, millions[1]),
     ]
     return [chart for chart in charts if chart]
-
-
-def _teacher_loss(curves: Sequence[Curve]) -> float | None:
-    return next((curve.teacher_loss for curve in curves if curve.teacher_loss is not None), None)
 
 
 def _classes(table: Table, index: int) -> str:

@@ -106,5 +106,10 @@ def read_curve(run_dir: Path) -> Curve:
     return Curve(run_dir.name, heldout, training, teacher[0] if teacher else None)
 
 
+def teacher_loss(curves: Sequence[Curve]) -> float | None:
+    """Held-out MLM loss of the teacher that a report names: that of the first run which has one."""
+    return next((curve.teacher_loss for curve in curves if curve.teacher_loss is not None), None)
+
+
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)

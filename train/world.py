@@ -116,17 +116,40 @@ def _num_threads(world: World) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // world.local_size))
 
 
-def import_deepspeed(log_level: str = "error") -> Any:
-    """The deepspeed package, made to say no more than `log_level`."""
-    threshold = getattr(logging, log_level.upper())
-    # DeepSpeed sets its logger's level when it is imported, and speaks while it is: only a filter is in time.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= threshold)
-    if threshold > logging.WARNING:
+class _AtLeast(logging.Filter):
+    """Lets records through that are as grave as `level`, or graver."""
+
+    level = logging.ERROR
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= self.level
+
+
+_DEEPSPEED_SAYS = _AtLeast()
+
+
+def let_deepspeed_say(log_level: str | None = None) -> None:
+    """Print DeepSpeed's messages of `log_level` ("debug", "info", "warning", "error") and above, and no others.
+
+    None: as was said before; "error" at first.
+    """
+    if log_level is not None:
+        _DEEPSPEED_SAYS.level = getattr(logging, log_level.upper())
+    logger = logging.getLogger("DeepSpeed")
+    logger.addFilter(_DEEPSPEED_SAYS)
+    logger.setLevel(_DEEPSPEED_SAYS.level)
+
+
+def import_deepspeed(log_level: str | None = None) -> Any:
+    """The deepspeed package, made to say what `let_deepspeed_say` lets it."""
+    let_deepspeed_say(log_level)  # it speaks while it is imported
+    if _DEEPSPEED_SAYS.level > logging.WARNING:
         quiet_libraries()
         warnings.filterwarnings("ignore", module=r"deepspeed|torch\.jit|torch\.distributed|transformers")
     import deepspeed
     import deepspeed.ops
 
+    let_deepspeed_say()  # and sets its logger's level then
     # On a CPU this op would be compiled for about a minute at the first start; gloo does without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -94,11 +94,11 @@ def plan_of(ranks: int, case: tuple[Any, ...], found: dict[str, Any]) -> dict[st
         micro_batch_size=size.micro,
         sequence_length=size.length,
         accumulation=accumulation,
-        teacher_number_bytes=4,
+        teacher_bytes_per_element=4,
         on_gpu=False,
     )
-    place = (student, size.micro, size.length, engine.number_bytes)
-    parts["activations"] += activation_bytes(*place, engine.number_bytes) - activation_bytes(*place)
+    place = (student, size.micro, size.length, engine.bytes_per_element)
+    parts["activations"] += activation_bytes(*place, engine.bytes_per_element) - activation_bytes(*place)
     return parts
 
 

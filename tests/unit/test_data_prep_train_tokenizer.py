@@ -58,6 +58,7 @@ def test_cased_keeps_capitals_and_accents() -> None:
         (["--vocab-size", "3"], "--vocab-size 3: must be between 64 and"),
         (["--vocab-size", "100"], "the sources hold no text to train a vocabulary on"),
         (["--vocab-size", "100", "--processes", "0"], "--processes 0: must be at least 1"),
+        (["--vocab-size", "100", "--text-field", ","], "--text-field ',': names no field"),
     ],
 )
 def test_bad_arguments(

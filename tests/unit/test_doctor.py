@@ -294,7 +294,7 @@ def test_code_is_all_that_a_run_needs(changed: str, monkeypatch: pytest.MonkeyPa
 def test_every_fact_is_judged(tmp_path: Path) -> None:
     request = {"run_dir": str(tmp_path), "shards": str(tmp_path), "teachers": [], "variables": []}
     answered = doctor_probe.facts({**request, "folder": str(tmp_path)})
-    assert answered.keys() == {*HEALTHY, "address"}  # where the ranks meet
+    assert answered.keys() == {*HEALTHY, "address", "hostname"}  # where the ranks meet, or start
 
 
 def test_disk_is_for_every_checkpoint_that_is_kept(tmp_path: Path) -> None:
@@ -309,6 +309,25 @@ def test_disk_is_for_every_checkpoint_that_is_kept(tmp_path: Path) -> None:
         config = parse_config([f"--model.teacher={tmp_path}", f"--checkpoint.keep_last={keep_last}"], "")
         expected = parameters * (14 * (keep_last + 1) + 4) / 2**30
         assert needed_disk_gib(config) == pytest.approx(expected, rel=1e-6)
+
+
+def test_disk_is_for_the_student_that_the_recipe_makes(tmp_path: Path) -> None:
+    from transformers import BertConfig
+
+    BertConfig().save_pretrained(tmp_path)
+
+    def needed(*settings: str) -> float:
+        return needed_disk_gib(
+            parse_config([f"--model.teacher={tmp_path}", "--checkpoint.keep_last=9", *settings], "")
+        )
+
+    all_layers = f"--model.layer_map={list(range(12))}"
+    assert needed(all_layers) == needed("--model.layer_map=random", "--model.student_layers=12")
+    assert needed(all_layers) > needed()
+    assert (
+        needed("--model.layer_map=random", "--model.student_width=384", "--objective.projection=true")
+        < needed()
+    )
 
 
 def test_teacher_that_overflows_at_a_late_token(teacher_folder: str, tmp_path: Path) -> None:

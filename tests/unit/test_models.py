@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from data_prep.shard_format import Manifest
+from train.assembly import heldout_scoring
 from train.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from train.models import build_objective, build_student, build_teacher, needs_teacher, teacher_config
 
@@ -26,6 +28,23 @@ def test_a_missing_teacher_is_named_with_the_remedy(tmp_path: Any) -> None:
         ValueError, match=r"model.teacher='\S+/none': no Hugging Face folder .* give the folder"
     ):
         teacher_config(str(tmp_path / "none"))
+
+
+def test_a_score_outside_a_run_has_the_recipe_s_teacher_and_windows(
+    shards_folder: str, teacher_folder: str
+) -> None:
+    config = Config(
+        model=ModelConfig(teacher=[teacher_folder, teacher_folder], teacher_weights=[3.0, 1.0]),
+        data=DataConfig(shards=shards_folder, sequence_length=32),
+    )
+    _, evaluation, teacher = heldout_scoring(config, "cpu")
+    assert teacher.shares == (0.75, 0.25)
+    assert teacher.models[0].dtype == torch.float32
+    scores = evaluation(teacher.models[0], teacher)
+    assert scores["heldout_kl"] == pytest.approx(0.0, abs=1e-6)
+    too_long = replace(config, data=replace(config.data, sequence_length=32_000))
+    with pytest.raises(ValueError, match="has no held-out windows of 32000 tokens"):
+        heldout_scoring(too_long, "cpu")
 
 
 def test_a_model_from_scratch_has_the_shards_vocabulary(shards_folder: str) -> None:

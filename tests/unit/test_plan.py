@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch.plan import main
-from train.plan_cost import PUBLISHED_RUNS, FlopsPerToken, Machines, StepTime, Traffic, step_time
+from train.flops import FlopsPerToken
+from train.plan_cost import PUBLISHED_RUNS, Machines, StepTime, Traffic, step_time
 from train.plan_hardware import GPUS, find_gpu
 from train.plan_memory import EngineSettings
 from train.plan_shapes import PUBLISHED

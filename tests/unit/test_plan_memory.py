@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from train.families import family_of
+from train.flops import shape_of, training_flops_per_token
 from train.masking import MaskedBatch
 from train.objective import DistillationLoss
-from train.plan_cost import flops_per_token
 from train.plan_memory import (
     EngineSettings,
     Objective,
@@ -101,8 +101,9 @@ def test_flops_of_a_real_step(kind: str, kd_positions: str) -> None:
     ):
         loss = DistillationLoss(kd_positions=kd_positions)(student, batch, teacher(batch.input_ids)).loss
         loss.backward()
-    objective = Objective(kd_positions, masked, mlm=True, cosine=True)
-    ours = flops_per_token(planned(student), (planned(teacher_model),), objective, length)
+    ours = training_flops_per_token(
+        shape_of(student), [shape_of(teacher_model)], length, masked, kd_positions
+    )
     assert ours.total * micro * length == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
@@ -138,7 +139,7 @@ def test_activations_of_the_encoder(
     """Within 1 % of what autograd saves, the last layer's output (which the formula counts too) added."""
     _, student = make_models(kind, width, inner, layers)
     measured = saved_bytes(student, make_batch(micro, length, 2), None, None) + micro * length * width * 4
-    predicted = activation_bytes(planned(student), micro, length, number_bytes=4, dropout_mask_bytes=4)
+    predicted = activation_bytes(planned(student), micro, length, bytes_per_element=4, dropout_mask_bytes=4)
     assert predicted == pytest.approx(measured, rel=0.01)
 
 
@@ -154,15 +155,15 @@ def test_activations_of_head_and_objective(kd_positions: str) -> None:
     assert predicted == pytest.approx(measured, rel=0.003)
 
 
-@pytest.mark.parametrize(("kd_rows", "rows"), [("all", 4 * 64), ("masked", 4 * 10), ("none", 0)])
-def test_what_teachers_hold(kd_rows: str, rows: int) -> None:
+@pytest.mark.parametrize(("soft_targets", "rows"), [("all", 4 * 64), ("masked", 4 * 10), ("none", 0)])
+def test_what_teachers_hold(soft_targets: str, rows: int) -> None:
     """Weights; last hidden states of all tokens, decoder inputs of those whose logits are compared."""
     models = [make_models("bert", 64, 256)[0], make_models("bert", 32)[0]]
     output = Teacher(models)(make_batch(4, 64, 10).input_ids)
     outputs = [member.last_hidden for member in output.members]
     outputs += [decoder.features for decoder in output.rows(torch.arange(rows))]
     parameters = [parameter for model in models for parameter in model.parameters()]
-    objective = Objective(kd_rows, 10, mlm=True, cosine=True)
+    objective = Objective(soft_targets, 10, mlm=True, cosine=True)
     assert teacher_bytes(tuple(map(planned, models)), objective, 4, 64, 4) == {
         "teacher weights": sum(parameter.nbytes for parameter in parameters),
         "teacher outputs": sum(tensor.nbytes for tensor in outputs),
@@ -189,7 +190,12 @@ def test_state_by_hand() -> None:
     """BERT-base on 4 ranks: padded to a multiple of 8."""
     shape = model_from_config("x", {**PUBLISHED["google-bert/bert-base-uncased"]})
     engine = EngineSettings(
-        stage=2, number_bytes=2, accumulation_bytes=4, bucket=100, overlap=True, precision="fp16"
+        stage=2,
+        bytes_per_element=2,
+        accumulation_bytes=4,
+        reduce_bucket_size=100,
+        overlap=True,
+        precision="fp16",
     )
     state = model_state_bytes(shape, 4, engine)
     shard = -(-109_514_298 // 8) * 2
@@ -204,7 +210,7 @@ def test_state_by_hand() -> None:
     }
 
     # Of one format, the new gradients lie beside the accumulated ones; whole tensors at both borders are kept.
-    fp32 = EngineSettings(2, 4, 4, bucket=100, overlap=False, precision="fp32")
+    fp32 = EngineSettings(2, 4, 4, reduce_bucket_size=100, overlap=False, precision="fp32")
     kept = 4 * (shard + 2 * 768 * 3072)
     once, twice = (gradient_bytes(shape, 4, fp32, n)["gradients, fp32 accumulation"] for n in (1, 8))
     assert (once, twice) == (kept, 2 * kept)
@@ -218,8 +224,8 @@ def test_settings_of_the_shipped_json() -> None:
         for n in ("fp16", "bf16", "cpu")
     ]
     assert [s.precision for s in settings] == ["fp16", "bf16", "fp32"]
-    assert [(s.number_bytes, s.accumulation_bytes) for s in settings] == [(2, 4), (2, 4), (4, 4)]
-    assert all(s.stage == 2 and s.bucket == 50_000_000 for s in settings)
+    assert [(s.bytes_per_element, s.accumulation_bytes) for s in settings] == [(2, 4), (2, 4), (4, 4)]
+    assert all(s.stage == 2 and s.reduce_bucket_size == 50_000_000 for s in settings)
 
 
 def test_largest_fitting_micro_batch() -> None:
@@ -240,7 +246,7 @@ def main() -> None:
         with math, FlopCounterMode(display=False) as counter:
             DistillationLoss()(student, batch, teacher(batch.input_ids)).loss.backward()
         objective = Objective("all", 19, mlm=True, cosine=True)
-        flops = flops_per_token(shapes[1], (shapes[0],), objective, 128).total
+        flops = training_flops_per_token(shapes[1].shape, [shapes[0].shape], 128, 19, "all").total
         print("  MFLOPs per token:", counter.get_total_flops() / 128e6, flops / 1e6)
         kept = saved_bytes(student, batch, teacher(batch.input_ids), DistillationLoss()) + 128 * 768 * 4
         ours = activation_bytes(shapes[1], 1, 128, 4, 4) + head_bytes(shapes[1], objective, 1, 128, 4)

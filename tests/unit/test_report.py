@@ -17,10 +17,10 @@ import launch.report
 from launch.report import main
 from tests.paths import ROOT
 from train import published
-from train.comparison import ComparedModel
+from train.comparison import ComparedModel, plot_losses
 from train.report_chart import ticks
 from train.report_inputs import read_ablation, read_inference, read_model_scores
-from train.report_runs import device_of, read_curve, read_run_facts
+from train.report_runs import Curve, device_of, read_curve, read_run_facts, teacher_loss
 from train.report_scores import retention
 
 NASTY = "<script>alert(1)</script>|*x*"
@@ -451,3 +451,16 @@ def test_a_folder_of_no_task_is_named_and_a_task_stands_there_once(tmp_path: Pat
     write_scores(tmp_path, **{"sst2": scores("sst2", 1.0), "SST-2": scores("sst2", 2.0)})
     with pytest.raises(ValueError, match=rf"{tmp_path} holds two folders of scores of sst2; move one away"):
         read_model_scores("m", tmp_path)
+
+
+def test_one_teacher_line_in_both_charts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the first run that has a teacher, whose students the table compares."""
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "axhline", lambda _, level, **words: drawn.append(level))
+    curves = [Curve(str(loss), [(1.0, 3.0)], [(1.0, 3.0)], loss) for loss in (None, 1.5, 2.5)]
+    plot_losses(curves, tmp_path / "loss.png")
+    assert drawn == [1.5]
+    assert teacher_loss(curves) == 1.5
+    assert teacher_loss(curves[:1]) is None

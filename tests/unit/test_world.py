@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+from collections.abc import Iterator
 
 import pytest
 
 from train.discovery import Ranks, discover_ranks, first_host, probable_rank, slurm_rendezvous, tasks_per_node
 from train.rendezvous import interface_towards, own_address, rendezvous
-from train.world import World, _device, _tell_torch
+from train.world import World, _device, _tell_torch, import_deepspeed, let_deepspeed_say
 
 TORCH = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"}
 OPEN_MPI = {
@@ -226,3 +228,30 @@ def test_each_local_rank_has_a_gpu_or_is_told() -> None:
     assert _device(discover_ranks(SRUN), 1) == "cuda:0", "Slurm shows each task its own GPU as number 0"
     with pytest.raises(ValueError, match=r"4 ranks on .* but only 1 GPUs are visible to local rank 1"):
         _device(discover_ranks(TORCH), 1)
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    """Levels of the messages that DeepSpeed's logger lets through."""
+    found: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.levelname.lower())
+
+    logger, ear = logging.getLogger("DeepSpeed"), Ear()
+    logger.addHandler(ear)
+    yield found
+    logger.removeHandler(ear)
+    let_deepspeed_say("error")
+
+
+@pytest.mark.parametrize("log_level", ["debug", "info", "warning", "error"])
+def test_deepspeed_says_what_it_was_let_say(log_level: str, heard: list[str]) -> None:
+    """From then on: whatever imports it later does not say otherwise."""
+    import_deepspeed(log_level)
+    import_deepspeed()
+    levels = ["debug", "info", "warning", "error"]
+    for level in levels:
+        logging.getLogger("DeepSpeed").log(getattr(logging, level.upper()), "a message of the test's")
+    assert heard == levels[levels.index(log_level) :]
