@@ -159,6 +159,7 @@ def _finetuning(
             raise ValueError(f"{FINETUNE}* has no effect without --tasks; name tasks, or remove it")
         return [], []
     from launch import finetune
+    from train.ablation import FULL
     from train.finetuning.runs import check_task
 
     if options.seeds is not None and options.seeds < 1:
@@ -168,7 +169,7 @@ def _finetuning(
     flags += own_words
     parser = finetune.parser()
     parser.prog = "launch/finetune.py"
-    parsed = parser.parse_args([*flags, "--model", stand_in, "--out", str(options.out / "full" / "scores")])
+    parsed = parser.parse_args([*flags, "--model", stand_in, "--out", str(options.out / FULL / "scores")])
     tasks = finetune.tasks_of(parsed.task)
     for task in tasks:
         check_task(finetune.job_of(task, parsed))
@@ -197,10 +198,12 @@ def _listed(job: Job) -> str:
 
 
 def _work(job: Job) -> int:
+    from train.ablation import FULL
+
     train(job)
-    if "full" in job.failed:
+    if FULL in job.failed:
         print("without the full recipe there is nothing to compare with", file=sys.stderr)
-        return BAD_USAGE if job.failed["full"] == reason_of(BAD_USAGE) else 1
+        return BAD_USAGE if job.failed[FULL] == reason_of(BAD_USAGE) else 1
     if job.tasks:
         _show(job)  # what is known is worth keeping before the hours of fine-tuning
         finetune_all(job)
@@ -214,6 +217,7 @@ def _work(job: Job) -> int:
 
 def _show(job: Job) -> str:
     """Write ablation.json, .md and .png of what is finished; the table for the screen."""
+    from train.ablation import FULL
     from train.ablation_figure import plot
     from train.ablation_runs import is_finished, result_of, scale_of, teacher_scores
     from train.ablation_table import Ablation, as_json, as_markdown, as_text
@@ -222,8 +226,8 @@ def _show(job: Job) -> str:
     finished = [variant for variant in job.variants if is_finished(job.out / variant.name)]
     ablation = Ablation(
         results=[result_of(job.out, variant, job.base, job.tasks) for variant in finished],
-        scale=scale_of(job.out / "full"),
-        teacher=teacher_scores(job.out / "full"),
+        scale=scale_of(job.out / FULL),
+        teacher=teacher_scores(job.out / FULL),
         finetuning_seeds=job.finetuning_seeds if job.tasks else 0,
         failed=job.failed,
         left_out=job.left_out,

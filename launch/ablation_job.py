@@ -55,6 +55,7 @@ def train(job: Job) -> None:
     Raises:
         StoppedError: a signal came.
     """
+    from train.ablation import FULL
     from train.ablation_runs import is_finished
 
     open_ones = [variant for variant in job.variants if not is_finished(job.out / variant.name)]
@@ -74,7 +75,7 @@ def train(job: Job) -> None:
         if code or not is_finished(run_dir):
             job.failed[variant.name] = reason_of(code)
             print(f"{variant.name} FAILED: {reason_of(code)}", file=sys.stderr, flush=True)
-            if variant.name == "full":
+            if variant.name == FULL:
                 return
 
 

@@ -20,32 +20,17 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import run_main
-from train.finetuning.settings import Job, settings_for
+from train.finetuning.settings import Job, Settings, settings_for
 from train.finetuning.tasks import GLUE, TASKS, Task, task_named
 
 COLUMNS = ("task", "metrics", "score,\nmedian", "lowest to\nhighest", "seeds", "train", "dev", "seconds")
-SETTINGS = (
-    "epochs",
-    "learning_rate",
-    "batch_size",
-    "max_length",
-    "warmup_ratio",
-    "weight_decay",
-    "group_by_length",
-    "max_train_examples",
-    "max_eval_examples",
-    "temperature",
-    "hard_weight",
-    "unlabelled_only",
-    "doc_stride",
-    "max_answer_length",
-)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -167,7 +152,7 @@ def job_of(task: Task, options: argparse.Namespace) -> Job:
         )
     if not options.checkpoint_seconds >= 0:
         raise ValueError(f"--checkpoint-seconds is {options.checkpoint_seconds}; give 0 or more")
-    given = {name: getattr(options, name) for name in SETTINGS}
+    given = {field.name: getattr(options, field.name) for field in fields(Settings)}
     teachers = tuple(map(for_task, options.teacher))
     return Job(
         task=task,

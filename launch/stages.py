@@ -7,13 +7,13 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from train.rendezvous import free_port
 from train.signals import STOPPED_AFTER_SAVING
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,7 @@ def deepspeed_words(ranks: int | None, hostfile: Path | None = None) -> list[str
     if hostfile is not None:
         return [*words, "--hostfile", str(hostfile)]
     words += [] if ranks is None else ["--num_gpus", str(ranks)]
-    return [*words, "--master_port", str(_free_port())]
+    return [*words, "--master_port", str(free_port())]
 
 
 def cpu_environment() -> dict[str, str]:
@@ -78,12 +78,6 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _end_with_parent() -> None:

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForMaskedLM
 
-from train.ablation import Variant, as_tree, differing_keys
+from train.ablation import FULL, Variant, as_tree, differing_keys
 from train.ablation_table import METRICS, Result, Scale
 from train.agreement import manifest_digest
 from train.assembly import heldout_scoring
@@ -78,7 +78,7 @@ def result_of(out: Path, variant: Variant, full: Config, tasks: Sequence[str]) -
     summary = _summary(run_dir)
     heldout = {key: summary["heldout"][key] for key in METRICS if key in summary["heldout"]}
     if variant.is_repeat or len(heldout) < len(METRICS):
-        heldout = _scored_as_full(run_dir, found_before(out / "full", full))
+        heldout = _scored_as_full(run_dir, found_before(out / FULL, full))
     scores = {task: read_scores(run_dir / "scores" / task) for task in tasks}
     return Result(
         name=variant.name,

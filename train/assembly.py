@@ -16,6 +16,7 @@ from train.evaluation import HeldoutEvaluation
 from train.flops import measured_matrix_rate, shape_of, training_flops_per_token
 from train.lamb import Lamb
 from train.loader import heldout_windows
+from train.loading import check_vocabulary, folder_fingerprint
 from train.masking import Masker
 from train.models import (
     TEACHER_DTYPES,
@@ -31,7 +32,7 @@ from train.models import (
 from train.order import check_fit, windows_per_shard
 from train.run_data import build_masker, build_run_data, build_schedule
 from train.start_up import StartUp
-from train.teacher import Teacher, check_vocabulary, folder_fingerprint, load_teacher
+from train.teacher import Teacher, load_teacher
 from train.trainer import DistillationModule, Trainer
 from train.world import World, import_deepspeed
 

@@ -63,7 +63,7 @@ class Retention:
         Args:
             checkpoints: complete ones, newest first.
         """
-        facts = {path: json.loads((path / COMPLETE).read_text()) for path in checkpoints}
+        facts = {path: read_facts(path) for path in checkpoints}
         scored = {
             path: fact["heldout_mlm_loss"] for path, fact in facts.items() if fact.get("heldout_mlm_loss")
         }
@@ -200,6 +200,12 @@ def _step_folders(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
 
 
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: step, world_size, heldout_mlm_loss where it was measured, files."""
+    facts: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text())
+    return facts
+
+
 def _complete(path: Path, facts: dict[str, Any]) -> str | None:
     """Flush every file, then list them; what went wrong, or None."""
     try:
@@ -216,7 +222,7 @@ def _complete(path: Path, facts: dict[str, Any]) -> str | None:
 
 def _fault(checkpoint: Path) -> str | None:
     try:
-        files = json.loads((checkpoint / COMPLETE).read_text())["files"]
+        files = read_facts(checkpoint)["files"]
     except (OSError, ValueError, KeyError):
         return f"{COMPLETE} is missing or unreadable"
     for name, size in files.items():

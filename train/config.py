@@ -284,8 +284,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """What changes over the steps: learning rate (linear warm-up, then polynomial decay to 0 at the last step) and
-    sequence length."""
+    """What changes over the steps: learning rate (linear warm-up, then polynomial decay that would reach 0 one
+    step after the last) and sequence length."""
 
     warmup_steps: int | None = None
     """Steps of linear warm-up; null: 1/40 of all steps (You et al. 2020, table 4, at a batch of 4K)."""

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from train.heldout import HeldoutSums, heldout_statistics
 from train.masking import Masker
-from train.objective import HeldoutSums, heldout_statistics
 from train.teacher import Teacher
 
 # Masks are drawn per epoch; no training epoch has this number.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
-from train.checkpoint import newest_checkpoint
+from train.checkpoint import COMPLETE, newest_checkpoint, read_facts
+from train.models import count_parameters
 from train.world import import_deepspeed
 
 # Inside each checkpoint: the student's config.json and its tokenizer.
@@ -35,7 +35,7 @@ def description_folder(run_dir: Path) -> Path:
 
 def find_checkpoint(run_or_checkpoint: Path) -> Path:
     """The checkpoint itself, or the newest complete one of a run folder; ValueError where there is none."""
-    if (run_or_checkpoint / "complete.json").exists():
+    if (run_or_checkpoint / COMPLETE).exists():
         return run_or_checkpoint
     passed_over: list[str] = []
     found = newest_checkpoint(run_or_checkpoint / "checkpoints", passed_over.append)
@@ -111,8 +111,8 @@ def _largest_difference(left: PreTrainedModel, right: PreTrainedModel) -> float:
 
 def model_card(student: PreTrainedModel, checkpoint: Path, summary: Mapping[str, Any] | None) -> str:
     """README.md of the exported folder: what it is, how it was made, what it scores."""
-    state = json.loads((checkpoint / "complete.json").read_text())
-    parameters = sum(parameter.numel() for parameter in student.parameters())
+    state = read_facts(checkpoint)
+    parameters = count_parameters(student)
     lines = [
         "---",
         "library_name: transformers",

@@ -7,7 +7,7 @@ a `Family` with its attribute paths (see `MODERNBERT`) and list it in `FAMILIES`
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -147,15 +147,7 @@ ROBERTA = Family(
     first_position=lambda config: config.pad_token_id + 1,
     position_ids=_roberta_positions,
 )
-XLM_ROBERTA = Family(
-    model_type="xlm-roberta",
-    encoder="roberta",
-    layers="roberta.encoder.layer",
-    head=("lm_head.",),
-    transform_function=_roberta_transform,
-    first_position=lambda config: config.pad_token_id + 1,
-    position_ids=_roberta_positions,
-)
+XLM_ROBERTA = replace(ROBERTA, model_type="xlm-roberta")
 MODERNBERT = Family(
     model_type="modernbert",
     encoder="model",

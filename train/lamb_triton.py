@@ -78,7 +78,10 @@ def _first_kernel(rows, scalars, blocks, partial, BLOCK: tl.constexpr, grad_norm
 
 @triton.jit
 def _sum_kernel(partial, spans, rows, sums, SUM_BLOCK: tl.constexpr):
-    """Add the block sums of one piece, in order, into its tensor's row of `sums`."""
+    """Write the block sums of one piece, added in order, as its tensor's row of `sums`.
+
+    A rank holds at most one piece of a tensor, and `sums` is 0 before: writing is adding.
+    """
     piece = tl.program_id(0)
     first = tl.load(spans + piece)
     stop = tl.load(spans + piece + 1)

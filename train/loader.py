@@ -38,8 +38,6 @@ from train.shard_checks import check_shards
 from train.shard_reader import read_shard, shard_tokens
 from train.shard_streams import Readings
 
-__all__ = ["BatchLoader", "MicroBatch", "check_shards", "heldout_windows"]
-
 PREFETCH_TOKENS = 1 << 20
 READER_THREADS = 2
 LOOKAHEAD_STEPS = 8

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from data_prep.shard_format import Manifest
 from train.config import Config
 from train.masking import MaskedBatch
-from train.models import build_objective, build_student, build_teacher, needs_teacher
+from train.models import build_objective, build_student, build_teacher, count_parameters, needs_teacher
 from train.order import fitting_world_sizes
 from train.plan_memory import EngineSettings, engine_settings, partition_size
 from train.trainer import DistillationModule
@@ -101,7 +101,7 @@ def _trial(
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         if engine_config.get(name, {}).get("enabled"):
             module.to(dtype)
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+    parameters = count_parameters(module)
     free, _ = torch.cuda.mem_get_info(world.device)
     usable = USABLE_SHARE * (free + torch.cuda.memory_reserved(world.device))
     usable -= engine_bytes(parameters, world.world_size, engine_settings(engine_config))

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from data_prep.shard_format import Manifest, TokenizerInfo, without_scheme
 from train.config import OBJECTIVE_WEIGHTS, Config
 from train.families import family_of
+from train.loading import load_masked_lm
 from train.model_checks import check_models, projection_widths
 from train.objective import DistillationLoss
 from train.precision_check import check_teacher_precision
 from train.students import make_student
-from train.teacher import Teacher, load_masked_lm, load_teacher
+from train.teacher import Teacher, load_teacher
 from train.world import World
 
 TEACHER_DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -133,6 +135,6 @@ def tokenizer_source(config: Config) -> str:
     return str(beside_shards) if beside_shards.is_dir() or not names else names[0]
 
 
-def count_parameters(model: PreTrainedModel) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Parameters of a model, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,10 +1,10 @@
-"""The distillation objective (Sanh et al. 2019, arXiv:1910.01108; DESIGN.md section 6).
+"""The distillation objective (Sanh et al. 2019, arXiv:1910.01108).
 
     L = a_kd T^2 KL(softmax(z_t/T) || softmax(z_s/T)) + a_mlm CE(z_s, token) + a_cos (1 - cos(h_s, h_t))
 
-`DistillationLoss` is the module the trainer wraps together with the student; `heldout_statistics` is its
-counterpart for evaluation. Both run the encoder, then hand the vocabulary part to train/fused_loss.py, which
-never holds the logits of more than one chunk of tokens. train/objective_reference.py is the plain version.
+`DistillationLoss` is the module the trainer wraps together with the student; train/heldout.py is its counterpart for
+evaluation. Both run the encoder, then hand the vocabulary part to train/fused_loss.py, which never holds the logits
+of more than one chunk of tokens. train/objective_reference.py is the plain version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from train.chunk_terms import Workspace
 from train.families import EncoderOutput, Family, family_of
 from train.fused_loss import VocabularyTerms, vocabulary_loss
-from train.heldout import HeldoutSums, heldout_statistics
 from train.hidden_loss import hidden_cosine
 from train.rows import keep_weights, select_rows
 from train.tied_embedding import TiedGradient, tied_lookup
@@ -28,8 +27,6 @@ from train.tied_embedding import TiedGradient, tied_lookup
 if TYPE_CHECKING:
     from train.masking import MaskedBatch
     from train.teacher import TeacherOutput
-
-__all__ = ["DistillationLoss", "HeldoutSums", "LossTerms", "heldout_statistics"]
 
 
 @dataclass(frozen=True)

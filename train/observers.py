@@ -28,6 +28,8 @@ NON_FINITE_REMEDY = (
     "--checkpoint.allow_changed_config=true, or another run.dir)"
 )
 
+FP16_REMEDY = "Lower optimizer.lr, or use ds_configs/bf16.json where the GPU has bf16"
+
 # Sections of the clock that are left out of a step's throughput.
 BESIDE_TRAINING = ("evaluation", "checkpoint")
 
@@ -147,15 +149,14 @@ class Logging:
         }
 
     def _check_finite(self, state: TrainState, loss: float) -> None:
-        fp16 = getattr(self.trainer.engine, "fp16_enabled", lambda: False)()
-        if not math.isfinite(loss) and not fp16:
+        if not math.isfinite(loss) and not self.trainer.engine.fp16_enabled():
             raise NonFiniteError(
                 f"the loss is {loss} at step {state.step} or shortly before. {NON_FINITE_REMEDY}"
             )
 
 
 class Overflows:
-    """Stops the run after too many skipped steps in a row (fp16 gradients that overflow)."""
+    """Stops the run after too many skipped steps in a row: DeepSpeed skips those of infinite or NaN gradients."""
 
     def __init__(self, engine: Any, limit: int) -> None:
         self.engine, self.limit = engine, limit
@@ -168,8 +169,8 @@ class Overflows:
         self._skipped = skipped
         if self._in_a_row >= self.limit:
             raise NonFiniteError(
-                f"gradients overflowed in {self._in_a_row} steps in a row up to step {state.step}: lower "
-                "optimizer.lr, or use ds_configs/bf16.json where the GPU has bf16"
+                f"gradients were infinite or NaN in {self._in_a_row} steps in a row up to step {state.step}. "
+                + (FP16_REMEDY if self.engine.fp16_enabled() else NON_FINITE_REMEDY)
             )
 
 

@@ -29,12 +29,9 @@ class PrecisionReport:
     """Mean KL(fp32 || running precision) at T = 1, nats per token; 0 for a teacher that runs in fp32."""
     top1_agreement: float
     """Share of tokens with the same first choice."""
-    largest_logit: float
 
 
-def check_teacher_precision(
-    teacher: Teacher, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> tuple[PrecisionReport, ...]:
+def check_teacher_precision(teacher: Teacher, input_ids: torch.Tensor) -> tuple[PrecisionReport, ...]:
     """Compare every member with an fp32 copy of itself on one batch.
 
     Args:
@@ -48,7 +45,7 @@ def check_teacher_precision(
     ):
         half = model.dtype in (torch.float16, torch.bfloat16)
         reference = _in_fp32(source, model) if half else model
-        reports.append(_compare(name, family, model, reference, input_ids, attention_mask))
+        reports.append(_compare(name, family, model, reference, input_ids))
     return tuple(reports)
 
 
@@ -65,14 +62,10 @@ def _compare(
     model: PreTrainedModel,
     reference: PreTrainedModel,
     input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
 ) -> PrecisionReport:
     dtype = str(model.dtype).removeprefix("torch.")
-    rows, reference_rows = (_rows(family, each, input_ids, attention_mask) for each in (model, reference))
+    rows, reference_rows = (_rows(family, each, input_ids) for each in (model, reference))
     tokens = input_ids.numel()
-    kept = torch.ones(tokens, dtype=torch.bool, device=input_ids.device)
-    if attention_mask is not None:
-        kept = attention_mask.flatten() != 0
     workspace, size = Workspace(), chunk_rows(tokens, reference_rows.weight)
     sums = torch.zeros(2, dtype=torch.float64, device=input_ids.device)
     largest = torch.zeros((), device=input_ids.device)
@@ -86,9 +79,8 @@ def _compare(
         log_running, log_expected = (torch.log_softmax(each.double(), -1) for each in (logits, expected))
         divergence = (log_expected.exp() * (log_expected - log_running)).sum(-1)
         same = logits.argmax(-1) == expected.argmax(-1)
-        columns = torch.stack([divergence, same.double()], -1)
-        sums += torch.where(kept[chunk, None], columns, 0).sum(0)
-    kl, agreement = (sums / kept.sum().clamp_min(1)).tolist()
+        sums += torch.stack([divergence, same.double()], -1).sum(0)
+    kl, agreement = (sums / tokens).tolist()
     remedy = "set model.teacher_dtype to bf16 or fp32" if dtype != "float32" else "check it"
     if not torch.isfinite(largest) or not torch.isfinite(sums).all():
         raise ValueError(f"teacher {name} gives infinite or NaN logits in {dtype}: {remedy}")
@@ -97,13 +89,11 @@ def _compare(
             f"teacher {name} in {dtype} is not the model it is in float32: KL {kl:.3g} nats per token, "
             f"{agreement:.0%} of first choices the same: {remedy}"
         )
-    return PrecisionReport(name, dtype, kl, agreement, float(largest))
+    return PrecisionReport(name, dtype, kl, agreement)
 
 
-def _rows(
-    family: Family, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-) -> DecoderRows:
-    hidden = family.encode(model, input_ids, attention_mask).last_hidden
+def _rows(family: Family, model: PreTrainedModel, input_ids: torch.Tensor) -> DecoderRows:
+    hidden = family.encode(model, input_ids).last_hidden
     return DecoderRows(family.transform(model, hidden.flatten(0, 1)), *family.decoder(model))
 
 

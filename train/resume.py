@@ -8,7 +8,6 @@ run goes on with the same batches.
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from train.checkpoint import TrainState, newest_checkpoint
+from train.checkpoint import TrainState, newest_checkpoint, read_facts
 
 UNIVERSAL = ".universal"
 
@@ -76,7 +75,7 @@ def load_checkpoint(
 
 
 def _written_by(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / "complete.json").read_text())["world_size"])
+    return int(read_facts(checkpoint)["world_size"])
 
 
 def _convert(checkpoint: Path) -> Path:

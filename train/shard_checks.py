@@ -30,8 +30,9 @@ def check_shards(
     """Refuse shards that are missing, truncated or (verify="full") altered.
 
     Sizes are compared without reading the shards, by every rank, where they can be asked for (shard_sizes.py).
-    verify="full" also reads rank r's share of the shards, every world_size-th from the r-th on: sha256, and
-    every promise of the format. All ranks together read the corpus once; a bad shard is met by one of them.
+    verify="full" also reads rank r's share of the shards, every world_size-th from the r-th on: sha256, and what
+    `shard_tokens` asks of the tokens (data_prep/verify_shards.py asks more). All ranks together read the corpus
+    once; a bad shard is met by one of them.
 
     Memory with verify="full": up to _THREADS shards at a time, each with its file, its tokens and a byte
     for every token: about 2.5 times the size of a shard, 160 MB for the usual shards of 8 MB.

@@ -95,7 +95,12 @@ def read_histogram(shards: str, manifest: Manifest) -> np.ndarray:
 
 
 def shard_tokens(data: bytearray, shard: ShardInfo, tokenizer: TokenizerInfo) -> np.ndarray:
-    """(shard.tokens,) uint16 or uint32: the shard's blocks end to end, the format's promises checked."""
+    """(shard.tokens,) uint16 or uint32: the shard's blocks end to end.
+
+    Raises:
+        ValueError: they are more or fewer than the manifest says, lie outside the vocabulary, are of another number
+            of documents, or do not end with a whole one.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
     limit = shard.tokens * dtype.itemsize + shard.documents * _OVERHEAD_PER_DOCUMENT + _TAR_TRAILER
     if len(data) > limit:

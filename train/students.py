@@ -223,7 +223,7 @@ def _same_class(family: Family, teacher_model: PreTrainedModel, layers: tuple[in
 
 def _check_first_layer(family: Family, teacher_model: PreTrainedModel, layers: tuple[int, ...]) -> None:
     """Layer 0 of ModernBERT lacks the norm that the others have, so it cannot change places with them."""
-    teacher_layers = operator.attrgetter(family.layers)(teacher_model)
+    teacher_layers = family.layer_list(teacher_model)
     parameters = [{name for name, _ in layer.named_parameters()} for layer in teacher_layers]
     for index, layer in enumerate(layers):
         if parameters[layer] != parameters[index]:

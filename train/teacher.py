@@ -13,21 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from data_prep.shard_format import TokenizerInfo
 from train.chunk_terms import DecoderRows
 from train.families import Family, family_of
-from train.loading import check_vocabulary, folder_fingerprint, load_masked_lm
-
-__all__ = [
-    "Teacher",
-    "TeacherMember",
-    "TeacherOutput",
-    "check_vocabulary",
-    "folder_fingerprint",
-    "load_masked_lm",
-    "load_teacher",
-    "normalised_shares",
-]
+from train.loading import folder_fingerprint, load_masked_lm
 
 
 @dataclass(frozen=True)
@@ -117,11 +105,6 @@ class Teacher:
                     f"the tokenizers of {other} and {name} differ, though both have {self.vocab_size} tokens; "
                     "an ensemble needs teachers with one tokenizer"
                 )
-
-    def check_tokenizer(self, tokenizer: TokenizerInfo) -> None:
-        """Refuse shards whose token ids mean something else to one of the teachers."""
-        for name, model, fingerprint in zip(self.names, self.models, self.fingerprints, strict=True):
-            check_vocabulary(name, model.config, fingerprint, tokenizer)
 
     def check_sequence_length(self, sequence_length: int) -> None:
         """Refuse sequences that are longer than one of the teachers has positions for."""

@@ -24,6 +24,7 @@ from transformers import (
 from train.models import count_parameters
 from train.onnx_check import open_session, run_session
 from train.onnx_export import quantise, trace
+from train.report_inputs import named_folders
 from train.saved_heads import head_of, input_names, load_encoder, longest_input
 
 # Tokens of STS-B's 1,500 dev pairs in BERT's uncased vocabulary: 20 equally frequent lengths (mean 31.4; of all 31.5).
@@ -75,17 +76,10 @@ def load_contenders(words: Sequence[str]) -> list[Contender]:
             Contender("BERT-base", source, bert, head),
             Contender("DistilBERT-base", source, distilbert, head),
         ]
-    found: dict[str, Contender] = {}
-    for word in words:
-        name, equals, folder = word.partition("=")
-        if not (name and equals and folder):
-            raise ValueError(f"--model {word}: give NAME=DIR")
-        if name in found:
-            raise ValueError(
-                f"--model {word}: there is a model {name!r} already; each needs a name of its own"
-            )
-        found[name] = Contender(name, folder, *as_classifier(load_encoder(Path(folder))))
-    return list(found.values())
+    return [
+        Contender(name, str(folder), *as_classifier(load_encoder(folder)))
+        for name, folder in named_folders(words, "--model").items()
+    ]
 
 
 def as_classifier(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:

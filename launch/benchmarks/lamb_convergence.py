@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -67,9 +66,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def train(options: argparse.Namespace, folder: Path, kind: str, world_size: int, lr: float) -> None:
     """Start the ranks of one run and wait for them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from train.rendezvous import free_port
+
+    port = free_port()
     words = recipe_words(options, folder, lr)
     ranks = []
     for rank in range(world_size):
@@ -145,10 +144,12 @@ def start_flat_engine(config: Any, module: Any, engine_config: dict[str, Any]) -
 
 def read_run(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of the training loss and of the held-out MLM loss."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    from train.metrics import read_rows
+
+    rows = read_rows(folder)
 
     def series(key: str) -> list[tuple[int, float]]:
-        return [(row["step"], row[key]) for row in rows if key in row and row.get("model") != "teacher"]
+        return [(row["step"], row[key]) for row in rows if key in row]
 
     return {"loss": series("loss"), "heldout": series("heldout_mlm_loss")}
 

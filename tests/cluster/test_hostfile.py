@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from tests.cluster.hosts import Hosts
-from tests.distributed.harness import free_port
 from tests.distributed.pretraining import DEEPSPEED, finish, losses, wait_for
 from tests.paths import ROOT
 from train.metrics import read_rows
+from train.rendezvous import free_port
 
 pytestmark = pytest.mark.slow
 LOST_AFTER_S = 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
-import socket
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,12 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.forked import Forked
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from train.rendezvous import free_port
 
 
 def run_ranks(target: str, world_size: int, *args: Any, timeout_s: float = 240, **kwargs: Any) -> list[Any]:

@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 
 from tests.distributed.forked import Forked, run_script
-from tests.distributed.harness import free_port, rank_environment
+from tests.distributed.harness import rank_environment
 from tests.paths import ROOT
 from train.metrics import read_rows
+from train.rendezvous import free_port
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 STEPS = 24

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import free_port
 from tests.distributed.pretraining import small_settings
 from tests.paths import ROOT
+from train.rendezvous import free_port
 
 STAND_IN = f"{sys.executable} {ROOT / 'tests' / 'distributed' / 'stand_in_ssh.py'}"
 

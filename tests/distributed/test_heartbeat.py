@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.forked import Forked
-from tests.distributed.harness import free_port, rank_environment, srun_variables
+from tests.distributed.harness import rank_environment, srun_variables
 from tests.distributed.workers_heartbeat import (
     beat,
     beat_without_a_reader,
@@ -21,6 +21,7 @@ from tests.distributed.workers_heartbeat import (
     lose_rank_0_at_start,
 )
 from train.heartbeat import FAILED, _Watch
+from train.rendezvous import free_port
 
 BEAT_S = 1.0
 

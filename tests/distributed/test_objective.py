@@ -77,7 +77,3 @@ def test_an_overflow_skips_the_step_on_all_ranks(ranks):
         assert first["skipped"] == 1
         for name, start in initial().items():
             assert torch.equal(first["parameters"][name], start.half().float())
-
-
-def test_no_teacher_in_what_a_checkpoint_would_hold(ranks):
-    assert all(name.startswith("student.") for name in ranks[0]["fp32"]["state"])

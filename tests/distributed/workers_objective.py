@@ -121,7 +121,7 @@ def train(**settings: Any) -> dict[str, Any]:
             }
         )
     engine.destroy()
-    return {"history": history, "state": sorted(engine.module.state_dict())}
+    return {"history": history}
 
 
 def scenarios() -> dict[str, Any]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+from train.heldout import heldout_statistics
 from train.masking import MaskedBatch
-from train.objective import DistillationLoss, heldout_statistics
+from train.objective import DistillationLoss
 from train.precision_check import check_teacher_precision
 from train.students import make_student
 from train.teacher import Teacher

@@ -60,7 +60,7 @@ def test_alternatives_compute_lamb(alternative: str) -> None:
 
 def test_comparison_reads_tabulates_and_draws(tmp_path: Path) -> None:
     rows = [{"step": s, "loss": 9.0 - s} for s in range(1, 5)] + [{"step": 2, "heldout_mlm_loss": 5.0}]
-    rows += [{"step": 4, "heldout_mlm_loss": 4.0}, {"step": 4, "heldout_mlm_loss": 1.0, "model": "teacher"}]
+    rows += [{"step": 4, "heldout_mlm_loss": 4.0}, {"step": 4, "teacher_heldout_mlm_loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = lamb_convergence.read_run(tmp_path)
     assert run["heldout"] == [(2, 5.0), (4, 4.0)]

@@ -11,9 +11,9 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from tests.distributed.harness import free_port
 from train.errors import NotMetError
 from train.meeting import _try_connections, meet
+from train.rendezvous import free_port
 
 
 def test_all_come() -> None:

@@ -13,6 +13,9 @@ from data_prep.shard_format import Manifest
 from train.assembly import heldout_scoring
 from train.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from train.models import build_objective, build_student, build_teacher, needs_teacher, teacher_config
+from train.students import make_student
+from train.teacher import load_teacher
+from train.trainer import DistillationModule
 
 PLAIN_MLM = ObjectiveConfig(kd_weight=0.0, cosine_weight=0.0)
 
@@ -45,6 +48,20 @@ def test_a_score_outside_a_run_has_the_recipe_s_teacher_and_windows(
     too_long = replace(config, data=replace(config.data, sequence_length=32_000))
     with pytest.raises(ValueError, match="has no held-out windows of 32000 tokens"):
         heldout_scoring(too_long, "cpu")
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_what_the_engine_trains_and_saves_holds_no_teacher(teacher_folder: str, projection: bool) -> None:
+    config = Config(
+        model=ModelConfig(teacher=teacher_folder), objective=ObjectiveConfig(projection=projection)
+    )
+    teacher = load_teacher(teacher_folder)
+    student = make_student(teacher.models[0])
+    module = DistillationModule(student, build_objective(config, student, teacher))
+    added = set(module.state_dict()) - {f"student.{name}" for name in student.state_dict()}
+    assert all(name.startswith("objective.projection") for name in added)
+    assert bool(added) == projection
+    assert sum(p.numel() for p in module.parameters()) == student.num_parameters() + 32 * 32 * projection
 
 
 def test_a_model_from_scratch_has_the_shards_vocabulary(shards_folder: str) -> None:

@@ -205,7 +205,6 @@ def test_vocabularies_that_differ_from_the_shards_are_refused(teacher_folder, to
     fingerprint = folder_fingerprint(teacher_folder)
     check_vocabulary("t", config, fingerprint, info)
     check_vocabulary("t", config, None, info)
-    load_teacher(teacher_folder).check_tokenizer(info)
     with pytest.raises(
         ValueError, match=r"t has another tokenizer than the shards.*write the shards with --tokenizer t"
     ):
@@ -258,14 +257,11 @@ def test_the_fp32_reference_of_a_teacher_from_the_hub_has_unrounded_weights(
 
 
 def test_half_precision_is_checked_against_fp32(teacher_folder, batch):
-    mask = torch.ones_like(batch)
-    mask[1, 9:] = 0
     for dtype, limit in ((torch.float16, 1e-5), (torch.bfloat16, 1e-3)):
-        (report,) = check_teacher_precision(load_teacher(teacher_folder, dtype=dtype), batch, mask)
+        (report,) = check_teacher_precision(load_teacher(teacher_folder, dtype=dtype), batch)
         assert report.dtype == str(dtype).removeprefix("torch.")
         assert 0 < report.kl < limit
         assert report.top1_agreement > 0.9
-        assert 0 < report.largest_logit < 100
     (report,) = check_teacher_precision(load_teacher(teacher_folder), batch)
     assert (report.kl, report.top1_agreement) == (0, 1)
 

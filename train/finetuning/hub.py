@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from data_prep.tables import quiet_hub
 from train.finetuning.examples import Examples, Table, examples_of
 from train.finetuning.tasks import Task
 
@@ -33,10 +34,8 @@ def load_hub(name: str, config: str | None) -> Any:
         ValueError: it cannot be loaded, with what the hub's client says and the way without it.
     """
     import datasets
-    from huggingface_hub.utils import logging
 
-    # Without a network the hub's client warns a dozen times before it gives up; its last word is enough.
-    logging.set_verbosity_error()
+    quiet_hub()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
