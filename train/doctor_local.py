@@ -7,6 +7,7 @@ from pathlib import Path
 
 from train.config import Config
 from train.doctor_checks import Finding
+from train.errors import one_line
 
 CHECKPOINT_BYTES_PER_PARAMETER = 2 + 3 * 4
 """fp16 weights; fp32 master and two moments, all ranks' partitions together."""
@@ -95,7 +96,7 @@ def ask_hub(name: str) -> None:
     except HFValidationError:  # a path: loading says that there is no such folder
         return
     except Exception as error:  # of whichever HTTP library the hub's client uses
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(
             f"model.teacher={name!r}: no folder of that name here, not in the hub's cache, and {constants.ENDPOINT} "
             f"cannot be asked ({reason}); give a folder, or download it where there is internet: hf download {name}"

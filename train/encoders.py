@@ -1,18 +1,23 @@
-"""What a Hugging Face config tells of an encoder of text, of whatever family: whether it is one, and what it reads."""
+"""What a Hugging Face config tells of an encoder of text, of whatever family: whether it is one, what it reads,
+and whether its weights are all there."""
 
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from train.errors import one_line
 from train.families import FAMILIES
 
 PADDING_OFFSET = ("camembert", "xlm-roberta-xl", "roberta-prelayernorm", "longformer", "mpnet")
 """Model types outside `FAMILIES` whose positions start behind the padding's, as RoBERTa's do."""
+_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
 def read_encoder_config(name: str | Path) -> Any:
@@ -51,6 +56,34 @@ def takes_token_types(model: PreTrainedModel) -> bool:
     return "token_type_ids" in known and (getattr(model.config, "type_vocab_size", 0) or 0) > 1
 
 
-def one_line(error: BaseException) -> str:
-    """A library's message on one line, shortened; the error's name where it has none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def listed(names: Sequence[str]) -> str:
+    """ "a, b, c, d and 3 more are": the beginning of a sentence about the keys of a checkpoint."""
+    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{', '.join(names[:4])}{rest} {'is' if len(names) == 1 else 'are'}"
+
+
+def refuse_gaps(name: str | Path, config: Any, missing: Sequence[str], info: Mapping[str, Any]) -> None:
+    """Refuse weights that leave a model partly random, or cut off; transformers only warns of it.
+
+    Args:
+        name: of the model, for the messages.
+        config: its Hugging Face config.
+        missing: keys that must be there and are not.
+        info: what `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` returned.
+    Raises:
+        ValueError: a key has another shape than by the config, is missing, or belongs to a layer beyond the config's.
+    """
+    together = "give a folder whose weights and config belong together"
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"{name}: {key} has shape {tuple(found)}, by its config.json {tuple(expected)}; {together}"
+        )
+    if missing:
+        raise ValueError(
+            f"{name} is incomplete: {listed(missing)} missing from its weights; give a whole checkpoint"
+        )
+    layers = [int(found[1]) for key in info["unexpected_keys"] if (found := _LAYER.search(key))]
+    if layers:
+        raise ValueError(
+            f"{name}: its weights have {max(layers) + 1} layers, its config.json {config.num_hidden_layers}; {together}"
+        )

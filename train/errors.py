@@ -1,6 +1,12 @@
-"""Errors that end a run with one plain message and exit code 1: not the user's input, but what happened."""
+"""Errors that end a run with one plain message and exit code 1: not the user's input, but what happened. And how the
+errors of libraries are told."""
 
 from __future__ import annotations
+
+
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """A library's message on one line, cut to `longest` characters; the error's name where it has none."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
 class RunError(Exception):

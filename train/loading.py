@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from data_prep.shard_format import TokenizerInfo, tokenizer_fingerprint
+from train.encoders import listed, refuse_gaps
+from train.errors import one_line
 from train.families import family_of_type
 
 logger = logging.getLogger(__name__)
@@ -48,36 +50,16 @@ def load_masked_lm(path_or_hub: str, dtype: torch.dtype = torch.float32) -> PreT
                 ignore_mismatched_sizes=True,  # refused below, by name
             )
     except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path_or_hub}: its weights cannot be read: {_one_line(error)}") from None
-    for key, found, expected in sorted(info["mismatched_keys"]):
-        raise ValueError(
-            f"{path_or_hub}: {key} has shape {tuple(found)}, by its config.json {tuple(expected)}; give a folder "
-            "whose weights and config belong together"
-        )
+        raise ValueError(f"{path_or_hub}: its weights cannot be read: {one_line(error)}") from None
     missing = sorted(info["missing_keys"])
     if any(name.startswith(family.head) for name in missing):
         kinds = ", ".join(config.architectures or ["no architecture"])
         raise ValueError(
-            f"{path_or_hub} has no MLM head: {_listed(missing)} missing from its weights (its config.json "
+            f"{path_or_hub} has no MLM head: {listed(missing)} missing from its weights (its config.json "
             f"names {kinds}); give a checkpoint that was saved with its masked-language-model head"
         )
-    if missing:
-        raise ValueError(
-            f"{path_or_hub} is incomplete: {_listed(missing)} missing from its weights; "
-            "give a whole checkpoint"
-        )
-    _refuse_more_layers(path_or_hub, info["unexpected_keys"], f"{family.layers}.", family.num_layers(model))
+    refuse_gaps(path_or_hub, config, missing, info)
     return model
-
-
-def _refuse_more_layers(name: str, unexpected: Iterable[str], prefix: str, num_layers: int) -> None:
-    """A config of fewer layers than the weights have would cut the model off without a word."""
-    numbers = {int(key.removeprefix(prefix).split(".")[0]) for key in unexpected if key.startswith(prefix)}
-    if max(numbers, default=0) >= num_layers:
-        raise ValueError(
-            f"{name}: its weights have {max(numbers) + 1} layers, its config.json {num_layers}; give a folder "
-            "whose weights and config belong together"
-        )
 
 
 @contextmanager
@@ -94,15 +76,6 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _listed(names: list[str]) -> str:
-    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{', '.join(names[:4])}{rest} {'is' if len(names) == 1 else 'are'}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def folder_fingerprint(path_or_hub: str) -> str | None:
     """Fingerprint of the tokenizer beside a model; None where there is none that can be compared."""
     if Path(path_or_hub).is_dir() and not any(
@@ -113,7 +86,7 @@ def folder_fingerprint(path_or_hub: str) -> str | None:
         return tokenizer_fingerprint(AutoTokenizer.from_pretrained(path_or_hub))
     # Of a broken file come KeyErrors, and bare Exceptions from tokenizers.
     except Exception as error:
-        logger.warning("%s: its tokenizer cannot be compared: %s", path_or_hub, _one_line(error))
+        logger.warning("%s: its tokenizer cannot be compared: %s", path_or_hub, one_line(error))
         return None
 
 

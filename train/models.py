@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from data_prep.shard_format import Manifest, TokenizerInfo, without_scheme
 from train.config import OBJECTIVE_WEIGHTS, Config
+from train.errors import one_line
 from train.families import family_of
 from train.loading import load_masked_lm
 from train.model_checks import check_models, projection_widths
@@ -115,7 +116,7 @@ def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int)
     # A word for a number, a width that no head count divides: many kinds of errors come of it.
     except Exception as error:
         raise ValueError(
-            f"model.scratch: no {model_type} can be made of {settings} ({' '.join(str(error).split())[:200]})"
+            f"model.scratch: no {model_type} can be made of {settings} ({one_line(error, 200)})"
         ) from None
 
 

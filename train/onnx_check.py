@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from train.saved_heads import SEQUENCE, head_of, longest_input, random_inputs
+from train.errors import one_line
+from train.saved_heads import SEQUENCE, head_of, longest_sequence, random_inputs
 
 INSTALL = "python -m pip install -r requirements-onnx.txt"
 # Outputs may differ by this share of the largest of them: fp32 sums in another order. 1e-6 is usual.
@@ -66,9 +67,7 @@ def run_session(session: Any, inputs: Mapping[str, torch.Tensor]) -> list[np.nda
         return session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     except Exception as error:  # its exceptions have no base class of their own
         shape = " x ".join(map(str, inputs["input_ids"].shape))
-        raise ValueError(
-            f"ONNX Runtime cannot run the file at {shape} tokens: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise ValueError(f"ONNX Runtime cannot run the file at {shape} tokens: {one_line(error)}") from None
 
 
 def compare(
@@ -117,7 +116,7 @@ def check_fp32(model: PreTrainedModel, path: Path) -> Check:
     Raises:
         ValueError: some output differs by more than rounding.
     """
-    longest = longest_input(model)
+    longest = longest_sequence(model)
     shapes = [(1, 1), (1, 2), (3, min(17, longest)), (2, max(1, longest // 2)), (1, longest)]
     batches = [random_inputs(model, *shape, seed=number + 1) for number, shape in enumerate(shapes)]
     words = f"{len(shapes)} shapes up to {longest} tokens, with and without padding"

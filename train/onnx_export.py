@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from train.errors import one_line
 from train.onnx_check import Check, check_fp32, compare, open_session, require_onnx
 from train.saved_heads import (
     BATCH,
     SEQUENCE,
     head_of,
     input_names,
-    load_encoder,
-    longest_input,
+    load_with_saved_head,
+    longest_sequence,
     random_inputs,
     text_inputs,
 )
@@ -84,7 +85,7 @@ def trace(model: PreTrainedModel, path: Path, fold_constants: bool = False) -> N
     if size >= MAX_BYTES:
         raise ValueError(f"{size:,} bytes of weights: one ONNX file holds less than 2 GiB")
     wrapped, outputs = _Outputs(model).eval(), head_of(model).outputs
-    inputs = random_inputs(model, 2, min(16, longest_input(model)), seed=0)
+    inputs = random_inputs(model, 2, min(16, longest_sequence(model)), seed=0)
     axes = {name: {0: BATCH, 1: SEQUENCE} for name in inputs}
     axes |= {name: dict(enumerate(dynamic)) for name, dynamic in outputs.items()}
     try:
@@ -102,8 +103,7 @@ def trace(model: PreTrainedModel, path: Path, fold_constants: bool = False) -> N
             )
     except Exception as error:  # operators without an ONNX form raise errors of many kinds
         raise ValueError(
-            f"torch {torch.__version__} cannot trace {type(model).__name__} for ONNX: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"torch {torch.__version__} cannot trace {type(model).__name__} for ONNX: {one_line(error)}"
         ) from None
 
 
@@ -134,7 +134,7 @@ def export_onnx(
         ValueError: packages are missing, the folder cannot be read, or ONNX Runtime's outputs are not torch's.
     """
     require_onnx()
-    model = load_encoder(folder)
+    model = load_with_saved_head(folder)
     for name in ("config.json", *TOKENIZER_FILES):
         if (folder / name).exists() and not (out / name).exists():
             shutil.copyfile(folder / name, out / name)
@@ -142,7 +142,7 @@ def export_onnx(
     files = [_described(model, out / FP32_NAME, check_fp32(model, out / FP32_NAME))]
     if int8:
         quantise(model, out / INT8_NAME)
-        length = min(64, longest_input(model))
+        length = min(64, longest_sequence(model))
         if texts:
             batches, words = text_inputs(model, folder, texts, 16), f"{len(texts)} sentences"
         else:

@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from train.checkpoint import TrainState, newest_checkpoint, read_facts
+from train.errors import one_line
 
 UNIVERSAL = ".universal"
 
@@ -62,7 +63,7 @@ def load_checkpoint(
             raise
         raise ValueError(
             f"{checkpoint} holds another model than the configuration describes "
-            f"({' '.join(str(error).split())[:200]}); give the model.* keys it was trained with, or another run.dir"
+            f"({one_line(error, 200)}); give the model.* keys it was trained with, or another run.dir"
         ) from None
     if path is None:
         raise ValueError(

@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
-from train.encoders import max_positions, one_line, read_encoder_config, takes_token_types
+from train.encoders import max_positions, read_encoder_config, refuse_gaps, takes_token_types
+from train.errors import one_line
 
 # Names of dynamic axes, as in Hugging Face's optimum.
 BATCH, SEQUENCE = "batch_size", "sequence_length"
@@ -58,11 +59,12 @@ def _head_of_class(class_name: str, where: str) -> Head:
     raise ValueError(f"{where}: {class_name} is not among the heads known here: {', '.join(HEADS)}")
 
 
-def load_encoder(folder: Path) -> PreTrainedModel:
+def load_with_saved_head(folder: Path) -> PreTrainedModel:
     """The model of a Hugging Face folder with the head that it was saved with: fp32, CPU, eval mode.
 
     Raises:
-        ValueError: no such folder, no encoder, a head not known here, or weights missing (never a random head).
+        ValueError: no such folder, no encoder, a head not known here, or weights that are missing (never a random
+            head), of another shape, or of more layers than the config says.
     """
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} is not a Hugging Face folder: it holds no config.json")
@@ -72,13 +74,12 @@ def load_encoder(folder: Path) -> PreTrainedModel:
         raise ValueError(f"{folder}/config.json names no architectures: save the model with save_pretrained")
     auto_class = getattr(transformers, _head_of_class(class_name, str(folder)).auto_class)
     try:
-        model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, info = auto_class.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except Exception as error:  # of every kind, where files are cut off or do not belong together
         raise ValueError(f"{folder}: its weights cannot be read: {one_line(error)}") from None
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{folder} is incomplete: {', '.join(sorted(info['missing_keys'])[:4])} missing from its weights"
-        )
+    refuse_gaps(folder, config, sorted(info["missing_keys"]), info)
     return model.eval()
 
 
@@ -87,7 +88,7 @@ def input_names(model: PreTrainedModel) -> tuple[str, ...]:
     return ("input_ids", "attention_mask", *(("token_type_ids",) if takes_token_types(model) else ()))
 
 
-def longest_input(model: PreTrainedModel, at_most: int | None = LONGEST_CHECKED) -> int:
+def longest_sequence(model: PreTrainedModel, at_most: int | None = LONGEST_CHECKED) -> int:
     """Tokens that the position table (or the config) allows, `at_most` unless that is None."""
     positions = max_positions(model.config) or LONGEST_CHECKED
     return positions if at_most is None else min(at_most, positions)
@@ -120,7 +121,7 @@ def text_inputs(
             list(texts[start : start + batch]),
             padding=True,
             truncation=True,
-            max_length=longest_input(model),
+            max_length=longest_sequence(model),
             return_tensors="pt",
         )
         given = {"token_type_ids": torch.zeros_like(encoded["input_ids"]), **encoded}

@@ -40,6 +40,7 @@ from launch.benchmarks.inference_models import (
     prepare,
 )
 from train import published
+from train.errors import one_line
 from train.onnx_check import require_onnx
 from train.run_folder import provenance, write_json
 from train.text_table import text_table
@@ -143,7 +144,7 @@ def measure(
                     except Exception as error:
                         if runtime != "compile" or round_number:
                             raise
-                        left_out[runtime] = " ".join(str(error).split())[:200]
+                        left_out[runtime] = one_line(error, 200)
                         break
                     if round_number:
                         times.setdefault((number, runtime, contender.name), []).append(spent)

@@ -25,7 +25,7 @@ from train.models import count_parameters
 from train.onnx_check import open_session, run_session
 from train.onnx_export import quantise, trace
 from train.report_inputs import named_folders
-from train.saved_heads import head_of, input_names, load_encoder, longest_input
+from train.saved_heads import head_of, input_names, load_with_saved_head, longest_sequence
 
 # Tokens of STS-B's 1,500 dev pairs in BERT's uncased vocabulary: 20 equally frequent lengths (mean 31.4; of all 31.5).
 STSB_LENGTHS = (15, 16, 17, 18, 19, 21, 21, 23, 24, 26, 29, 32, 34, 37, 39, 42, 45, 49, 55, 65)
@@ -77,7 +77,7 @@ def load_contenders(words: Sequence[str]) -> list[Contender]:
             Contender("DistilBERT-base", source, distilbert, head),
         ]
     return [
-        Contender(name, str(folder), *as_classifier(load_encoder(folder)))
+        Contender(name, str(folder), *as_classifier(load_with_saved_head(folder)))
         for name, folder in named_folders(words, "--model").items()
     ]
 
@@ -122,7 +122,7 @@ def make_workloads(
 
 def _positions(contender: Contender) -> int:
     """The longest input of a model, in tokens."""
-    return longest_input(contender.model, at_most=None)
+    return longest_sequence(contender.model, at_most=None)
 
 
 def _random_workload(

@@ -21,7 +21,7 @@ from launch.benchmarks.inference_models import (
     load_contenders,
     make_workloads,
 )
-from train.saved_heads import load_encoder
+from train.saved_heads import load_with_saved_head
 
 
 def options(*words: str) -> argparse.Namespace:
@@ -137,7 +137,7 @@ def test_lengths_of_the_paper() -> None:
 
 def test_heads(teacher_folder: str, tmp_path: Path) -> None:
     """A vocabulary's head gives way to one output, the encoder stays; other heads stay as they are."""
-    masked = load_encoder(Path(teacher_folder))
+    masked = load_with_saved_head(Path(teacher_folder))
     classifier, words = as_classifier(masked)
     assert words == "one output in place of the vocabulary's"
     given = {"input_ids": torch.arange(5, 12)[None], "attention_mask": torch.ones(1, 7, dtype=torch.long)}

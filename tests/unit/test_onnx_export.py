@@ -28,7 +28,7 @@ from launch.export import main
 from tests.paths import ROOT
 from train import onnx_export
 from train.loading import load_masked_lm
-from train.saved_heads import load_encoder
+from train.saved_heads import load_with_saved_head
 from train.students import make_student
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -96,7 +96,7 @@ def test_names_axes_and_outputs(kind: str, exported: dict[str, Path]) -> None:
     assert [value.name for value in session.get_inputs()] == inputs
     assert all(value.shape == ["batch_size", "sequence_length"] for value in session.get_inputs())
     assert {value.name: value.shape[:2] for value in session.get_outputs()} == outputs
-    model = load_encoder(exported[kind] / "model")
+    model = load_with_saved_head(exported[kind] / "model")
     for batch, length in ((4, 9), (2, 30)):
         ids = torch.randint(5, 72, (batch, length), generator=torch.Generator().manual_seed(length))
         mask = torch.ones_like(ids)
@@ -141,7 +141,7 @@ def test_folder_is_what_a_runtime_expects(exported: dict[str, Path]) -> None:
 
 
 def test_a_tied_embedding_stands_in_the_file_once(exported: dict[str, Path]) -> None:
-    model = load_encoder(exported["student"] / "model")
+    model = load_with_saved_head(exported["student"] / "model")
     weights = 4 * sum(tensor.numel() for tensor in model.parameters())
     embedding = 4 * model.get_input_embeddings().weight.numel()
     onnx = importlib.import_module("onnx")
@@ -173,7 +173,9 @@ def test_regression_has_no_first_choice(
 def test_outputs_that_are_not_torchs_are_refused(
     exported: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = DistilBertForSequenceClassification(load_encoder(exported["classifier"] / "model").config).eval()
+    other = DistilBertForSequenceClassification(
+        load_with_saved_head(exported["classifier"] / "model").config
+    ).eval()
     right = onnx_export.trace
     monkeypatch.setattr(onnx_export, "trace", lambda model, path: right(other, path))
     with pytest.raises(
@@ -227,22 +229,22 @@ def test_options_without_effect(
 
 def test_what_is_no_encoder_is_named(exported: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere is not a Hugging Face folder: it holds no config.json"):
-        load_encoder(tmp_path / "nowhere")
+        load_with_saved_head(tmp_path / "nowhere")
     BertLMHeadModel(BertConfig(vocab_size=72, is_decoder=True, **BERT)).save_pretrained(tmp_path / "decoder")
     with pytest.raises(ValueError, match="decoder is a bert decoder, which is no encoder of text"):
-        load_encoder(tmp_path / "decoder")
+        load_with_saved_head(tmp_path / "decoder")
     shutil.copytree(exported["classifier"] / "model", tmp_path / "headless")
-    encoder = load_encoder(exported["classifier"] / "model").base_model
+    encoder = load_with_saved_head(exported["classifier"] / "model").base_model
     torch_config = (tmp_path / "headless" / "config.json").read_text()
     encoder.save_pretrained(tmp_path / "headless")
     (tmp_path / "headless" / "config.json").write_text(torch_config)
     with pytest.raises(ValueError, match=r"headless is incomplete: classifier.bias, .* missing"):
-        load_encoder(tmp_path / "headless")
+        load_with_saved_head(tmp_path / "headless")
     config = (tmp_path / "headless" / "config.json").read_text()
     (tmp_path / "headless" / "config.json").write_text(config.replace("ForSequenceClassification", "Odd"))
     with pytest.raises(ValueError, match="DistilBertOdd is not among the heads known here: ForMaskedLM"):
-        load_encoder(tmp_path / "headless")
+        load_with_saved_head(tmp_path / "headless")
     (tmp_path / "headless" / "config.json").write_text(config)
     (tmp_path / "headless" / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="headless: its weights cannot be read"):
-        load_encoder(tmp_path / "headless")
+        load_with_saved_head(tmp_path / "headless")

@@ -15,9 +15,9 @@ from train.finetuning import hub, readers, soft_labels
 from train.finetuning.batches import Features, Padding
 from train.finetuning.encoders import (
     check_encoder,
-    load_encoder,
     load_finetuned,
     load_tokenizer,
+    load_with_new_head,
     longest_input,
     weights_digest,
 )
@@ -106,7 +106,7 @@ class Classification:
                 "label2id": {label: index for index, label in enumerate(task.labels)},
                 "problem_type": "single_label_classification",
             }
-        return load_encoder(self._job.model, AutoModelForSequenceClassification, seed, head)
+        return load_with_new_head(self._job.model, AutoModelForSequenceClassification, seed, head)
 
     def run_seed(self, seed: int, work: Path, out: Path) -> dict[str, float]:
         """Train, save the model, score it: points of 0..100, and what the training took."""

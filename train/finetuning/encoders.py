@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from train.encoders import max_positions, one_line, read_encoder_config
+from train.encoders import listed, max_positions, read_encoder_config, refuse_gaps
+from train.errors import one_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors.index.json", "*.bin.index.json")
-_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
 def check_encoder(name: str) -> Any:
@@ -65,7 +64,7 @@ def load_tokenizer(name: str, config: Any) -> Any:
     return tokenizer
 
 
-def load_encoder(name: str, kind: Any, seed: int, head: Mapping[str, Any]) -> PreTrainedModel:
+def load_with_new_head(name: str, kind: Any, seed: int, head: Mapping[str, Any]) -> PreTrainedModel:
     """A model with a new head, drawn from `seed`, over the encoder of a folder, in fp32.
 
     Args:
@@ -82,7 +81,7 @@ def load_encoder(name: str, kind: Any, seed: int, head: Mapping[str, Any]) -> Pr
     except Exception as error:
         raise ValueError(f"{name}: its weights cannot be read: {one_line(error)}") from None
     missing = sorted(info["missing_keys"])
-    _refuse_gaps(name, [key for key in missing if "pooler." not in key], info)
+    refuse_gaps(name, encoder.config, [key for key in missing if "pooler." not in key], info)
     torch.manual_seed(seed)
     config = AutoConfig.from_pretrained(name, **head)
     config.dtype = torch.float32
@@ -114,29 +113,11 @@ def load_finetuned(name: str, kind: Any) -> PreTrainedModel:
         not key.startswith(f"{model.base_model_prefix}.") or "pooler." in key for key in missing
     ):
         raise ValueError(
-            f"{name} is not fine-tuned: {_listed(missing)} missing from its weights; fine-tune it on the task first "
+            f"{name} is not fine-tuned: {listed(missing)} missing from its weights; fine-tune it on the task first "
             "and give OUT/TASK/seed-N"
         )
-    _refuse_gaps(name, missing, info)
+    refuse_gaps(name, model.config, missing, info)
     return model.eval().requires_grad_(False)
-
-
-def _refuse_gaps(name: str, missing: list[str], info: Mapping[str, Any]) -> None:
-    for key, found, expected in sorted(info["mismatched_keys"]):
-        raise ValueError(
-            f"{name}: {key} has shape {tuple(found)}, by its config.json {tuple(expected)}; give a folder whose "
-            "weights and config belong together"
-        )
-    if missing:
-        raise ValueError(
-            f"{name} is incomplete: {_listed(missing)} missing from its weights; give a whole model"
-        )
-    layers = [int(found[1]) for key in info["unexpected_keys"] if (found := _LAYER.search(key))]
-    if layers:
-        raise ValueError(
-            f"{name}: its weights have {max(layers) + 1} layers, more than its config.json says; give a folder whose "
-            "weights and config belong together"
-        )
 
 
 def longest_input(config: Any, tokenizer: Any) -> int:
@@ -159,9 +140,3 @@ def weights_digest(name: str) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{', '.join(names[:4])}{rest} {'is' if len(names) == 1 else 'are'}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from data_prep.tables import quiet_hub
+from train.errors import one_line
 from train.finetuning.examples import Examples, Table, examples_of
 from train.finetuning.tasks import Task
 
@@ -41,10 +42,9 @@ def load_hub(name: str, config: str | None) -> Any:
     try:
         return datasets.load_dataset(name, config)
     except Exception as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"the dataset {name}{f' ({config})' if config else ''} cannot be loaded: {said}; with local files, give "
-            "--data FOLDER"
+            f"the dataset {name}{f' ({config})' if config else ''} cannot be loaded: {one_line(error)}; "
+            "with local files, give --data FOLDER"
         ) from None
 
 

@@ -23,9 +23,9 @@ from train.errors import NonFiniteError
 from train.finetuning.batches import Features, Padding
 from train.finetuning.encoders import (
     check_encoder,
-    load_encoder,
     load_finetuned,
     load_tokenizer,
+    load_with_new_head,
     longest_input,
     weights_digest,
 )
@@ -190,7 +190,7 @@ class SpanRunner:
         return logits
 
     def _new_model(self, seed: int) -> Any:
-        return load_encoder(self._job.model, AutoModelForQuestionAnswering, seed, {"num_labels": 2})
+        return load_with_new_head(self._job.model, AutoModelForQuestionAnswering, seed, {"num_labels": 2})
 
     def _logits(self, model: Any, windows: Windows, name: str) -> Floats:
         """(2, tokens of all windows) of start and end."""
