@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from train.config import OBJECTIVE_WEIGHTS, Config, ObjectiveConfig
-from train.run_folder import flatten
+from train.run_folder import WATCHING
 from train.students import resolve_layer_map
 
 FULL = "full"
@@ -20,15 +20,8 @@ REPEAT = "full-seed-"
 PUBLISHED = {"no-kd": -2.96, "no-cosine": -1.46, "no-mlm": -0.31, "random": -3.69}
 """Sanh et al. 2019, table 4: change of the GLUE score against the full recipe, in points. DistilBERT-base from
 BERT-base, trained on Wikipedia and the Toronto Book Corpus."""
-# They say how a run is watched or continued; what it computes and how it is scored does not depend on them.
-FREE_TO_DIFFER = (
-    "checkpoint.",
-    "run.",
-    "deepspeed.log_level",
-    "data.verify",
-    "data.cache_dir",
-    "evaluation.every_steps",
-)
+FREE_TO_DIFFER = (*WATCHING, "evaluation.every_steps")
+"""Between the runs of an ablation: all are scored alike."""
 
 
 @dataclass(frozen=True)
@@ -111,20 +104,6 @@ def chosen_variants(
             raise ValueError(f"--variants {name}: no such variant; there are {', '.join(sorted(known))}")
     return [
         variant for variant in variants if variant.name in names or variant.name == FULL or variant.is_repeat
-    ]
-
-
-def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for each key that differs and matters.
-
-    Args:
-        before, now: configurations as trees of sections.
-    """
-    old, new = flatten(before), flatten(now)
-    return [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key) and not key.startswith(FREE_TO_DIFFER)
     ]
 
 
@@ -246,14 +225,3 @@ def _layer_map(
     return Variant(
         name, f"from {LAYER_MAPS[name]} of the teacher, {list(layers)}", {"model.layer_map": value}
     )
-
-
-def as_tree(config: Config) -> dict[str, Any]:
-    """A configuration as plain sections, tuples as lists."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(entry) for key, entry in value.items()}
-        return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-    return plain(dataclasses.asdict(config))

@@ -11,14 +11,14 @@ import torch
 import yaml
 from transformers import AutoModelForMaskedLM
 
-from train.ablation import FULL, Variant, as_tree, differing_keys
+from train.ablation import FREE_TO_DIFFER, FULL, Variant
 from train.ablation_table import METRICS, Result, Scale
 from train.agreement import manifest_digest
 from train.assembly import heldout_scoring
 from train.config import Config
 from train.finetuning.results import read_scores
 from train.models import teacher_config, teacher_names
-from train.run_folder import changed_inputs, found_before, read_summary, write_json
+from train.run_folder import as_tree, changed_inputs, differing_keys, found_before, read_summary, write_json
 
 AS_FULL = "heldout_as_full.json"
 
@@ -41,7 +41,7 @@ def refuse_other_runs(out: Path, variants: Sequence[Variant], config_of: Callabl
         if not (run_dir / "config.yaml").exists():
             continue
         before = yaml.safe_load((run_dir / "config.yaml").read_text())
-        changes = differing_keys(before, as_tree(found_before(run_dir, config)))
+        changes = differing_keys(before, as_tree(found_before(run_dir, config)), FREE_TO_DIFFER)
         changes += changed_inputs(run_dir, {"data.shards": manifest_digest(config.data.shards)})
         if changes:
             raise ValueError(

@@ -30,15 +30,10 @@ from train.versions import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 STOPPING = ", stopping"
-# These say how a run is watched or continued, not what it computes: they may change on resume.
-FREE_TO_CHANGE = (
-    "checkpoint.",
-    "run.",
-    "deepspeed.log_level",
-    "data.verify",
-    "data.cache_dir",
-    "evaluation.",
-)
+WATCHING = ("checkpoint.", "run.", "deepspeed.log_level", "data.verify", "data.cache_dir")
+"""Keys that say how a run is watched or continued, not what it computes or how it is scored."""
+FREE_TO_CHANGE = (*WATCHING, "evaluation.")
+"""On resume."""
 
 
 def provenance() -> dict[str, str]:
@@ -158,7 +153,7 @@ def write_configs(
     """Leave both resolved configs, with the versions and the commit, and what they name, in the run folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
     header = "".join(f"# {name}: {version}\n" for name, version in provenance().items())
-    write_atomically(run_dir / "config.yaml", header + yaml.safe_dump(_plain(config), sort_keys=False))
+    write_atomically(run_dir / "config.yaml", header + yaml.safe_dump(as_tree(config), sort_keys=False))
     write_json(run_dir / "ds_config.json", dict(engine_config))
     write_json(run_dir / "inputs.json", dict(inputs))
 
@@ -178,11 +173,20 @@ def changed_config(run_dir: Path, config: Config) -> list[str]:
     path = run_dir / "config.yaml"
     if not path.exists():
         return []
-    before, now = flatten(yaml.safe_load(path.read_text())), flatten(_plain(config))
+    return differing_keys(yaml.safe_load(path.read_text()), as_tree(config), FREE_TO_CHANGE)
+
+
+def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:
+    """`key: old -> new` for each key that differs and begins with none of `free`.
+
+    Args:
+        before, now: configurations as trees of sections.
+    """
+    old, new = flatten(before), flatten(now)
     return [
-        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and not key.startswith(free)
     ]
 
 
@@ -203,9 +207,10 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
     return None
 
 
-def _plain(config: Config) -> Any:
-    """Dataclasses to dicts and tuples to lists, as YAML and JSON hold them."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def as_tree(config: Config) -> dict[str, Any]:
+    """A configuration as a tree of sections, tuples as lists: as YAML and JSON hold it."""
+    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return tree
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

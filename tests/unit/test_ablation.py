@@ -14,12 +14,11 @@ from launch import ablate, ablation_job
 from launch.cli import parse_config
 from tests.paths import ROOT
 from train.ablation import (
+    FREE_TO_DIFFER,
     FULL,
     PUBLISHED,
     Variant,
-    as_tree,
     chosen_variants,
-    differing_keys,
     variants_of,
 )
 from train.ablation_figure import plot
@@ -27,7 +26,7 @@ from train.ablation_table import Ablation, Result, Scale, as_json, as_markdown, 
 from train.config import Config
 from train.finetuning.results import write_scores
 from train.finetuning.tasks import GLUE
-from train.run_folder import flatten
+from train.run_folder import as_tree, differing_keys, flatten
 from train.students import resolve_layer_map
 
 QUICKSTART = ["--config", str(ROOT / "launch" / "recipes" / "quickstart-student.yaml")]
@@ -156,9 +155,12 @@ def test_differing_keys_leave_out_what_does_not_matter() -> None:
     now = as_tree(
         parse_config(["--run.dir=x", "--checkpoint.every_steps=7", "--evaluation.every_steps=9"], "")
     )
-    assert differing_keys(before, now) == []
+    assert differing_keys(before, now, FREE_TO_DIFFER) == []
     now = as_tree(parse_config(["--evaluation.max_windows=9", "--data.seed=4"], ""))
-    assert differing_keys(before, now) == ["data.seed: 0 -> 4", "evaluation.max_windows: 2048 -> 9"]
+    assert differing_keys(before, now, FREE_TO_DIFFER) == [
+        "data.seed: 0 -> 4",
+        "evaluation.max_windows: 2048 -> 9",
+    ]
 
 
 def result(name: str, kl: float, scores: dict[str, float] | None = None) -> Result:

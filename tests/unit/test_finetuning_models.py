@@ -99,7 +99,7 @@ def test_weights_that_are_missing_or_do_not_fit_are_refused_by_name(tmp_path: Pa
     save_file(saved, folder / "model.safetensors", meta)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
-    with pytest.raises(ValueError, match="its weights have 2 layers, its config.json 1"):
+    with pytest.raises(ValueError, match=r"its weights have 2 layers, its config.json 1"):
         load(str(folder))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
