@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from train import published
+from train.ablation_table import ALIKE
 from train.comparison import ComparedModel
 from train.report_inputs import AblationFile, InferenceFile
 from train.report_runs import RunFacts
 
 DASH = "–"  # noqa: RUF001
 OURS = "ours"
-ALIKE = "≈"
 
 
 @dataclass(frozen=True)

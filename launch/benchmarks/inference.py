@@ -33,12 +33,12 @@ from launch.benchmarks.inference_models import (
     Contender,
     Inputs,
     Workload,
-    hardware,
     load_contenders,
     make_workloads,
     numbers,
     prepare,
 )
+from launch.benchmarks.machine import hardware
 from train import published
 from train.errors import one_line
 from train.onnx_check import require_onnx

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,14 +211,3 @@ def numbers(flag: str, words: str) -> list[int]:
     if min(found) < 1:
         raise ValueError(f"{flag} {words}: give positive numbers with commas between")
     return found
-
-
-def hardware(device: str) -> str:
-    """The processor's name and how many of them there are."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} CPUs"

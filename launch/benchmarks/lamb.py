@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from launch.benchmarks.lamb_alternatives import ForeachLamb, LoopLamb
+from launch.benchmarks.machine import hardware
 from train.lamb import Lamb
 
 LAMB_BYTES = 40
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     report = {
         "parameters": numel,
         "tensors": len(shapes),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or "cpu",
+        "device": hardware(args.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rounds": args.rounds,

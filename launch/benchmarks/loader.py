@@ -13,8 +13,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -28,6 +26,7 @@ import torch
 import webdataset
 
 from data_prep.shard_format import Manifest, ShardInfo, TokenizerInfo, write_shard
+from launch.benchmarks.machine import hardware
 from train.loader import BatchLoader
 from train.order import fitting_world_sizes
 from train.shard_reader import read_shard, shard_tokens, url_of
@@ -94,7 +93,7 @@ def measure(args: argparse.Namespace, shards: str, folder: Path) -> dict[str, An
         "global_batch_size": args.global_batch_size,
         "micro_batch_size": rows,
         "rounds": args.rounds,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "machine": hardware(),
         "versions": f"torch {torch.__version__}, numpy {np.__version__}, webdataset {webdataset.__version__}",
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from launch.benchmarks.machine import hardware
 from train.chunk_terms import DecoderRows, Workspace
 from train.fused_loss import vocabulary_loss
 from train.masking import MaskedBatch
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(measure(formulation, *_shape(shape))))
         return 0
     shapes = args.shapes.split(",")
-    figures: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "threads": args.threads}
+    figures: dict[str, Any] = {"machine": hardware(), "threads": args.threads}
     figures["steps"] = [
         row
         for index, shape in enumerate(shapes)

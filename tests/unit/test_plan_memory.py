@@ -81,7 +81,7 @@ def test_published_sizes() -> None:
     # What transformers counts in the hub's checkpoints with their MLM heads.
     assert num_parameters(named_model("google-bert/bert-base-uncased")) == 109_514_298
     assert num_parameters(named_model("FacebookAI/roberta-base")) == 124_697_433
-    # DESIGN: 66,985,530 parameters with the MLM head, from BERT-base and from its own config.
+    # 66,985,530 parameters with the MLM head, from BERT-base and from its own config.
     student = student_of(named_model("google-bert/bert-base-uncased"))
     assert num_parameters(student) == 66_985_530
     assert student == named_model("distilbert/distilbert-base-uncased")
