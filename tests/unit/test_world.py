@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
+from tests.paths import ROOT
 from train.discovery import Ranks, discover_ranks, first_host, probable_rank, slurm_rendezvous, tasks_per_node
 from train.rendezvous import interface_towards, own_address, rendezvous
-from train.world import World, _device, _tell_torch, import_deepspeed, let_deepspeed_say
+from train.world import COLLECTIVE_TIMEOUT, World, _device, _tell_torch, import_deepspeed, let_deepspeed_say
 
 TORCH = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"}
 OPEN_MPI = {
@@ -255,3 +258,17 @@ def test_deepspeed_says_what_it_was_let_say(log_level: str, heard: list[str]) ->
     for level in levels:
         logging.getLogger("DeepSpeed").log(getattr(logging, level.upper()), "a message of the test's")
     assert heard == levels[levels.index(log_level) :]
+
+
+def test_what_is_set_inside_torch_and_deepspeed_takes_effect() -> None:
+    """Neither has a public way to it: gloo's patience after the ranks have met, and an op that is not compiled."""
+    script = (
+        "import torch, torch.distributed as dist; from train.world import join_world; join_world(); "
+        "group = dist.distributed_c10d._get_default_group(); "
+        "print(group._get_backend(torch.device('cpu')).options._timeout.total_seconds()); "
+        "from deepspeed.ops import __compatible_ops__; from deepspeed.ops.op_builder.all_ops import ALL_OPS; "
+        "print('deepspeed_shm_comm' in ALL_OPS, __compatible_ops__['deepspeed_shm_comm'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(COLLECTIVE_TIMEOUT.total_seconds()), "True", "False"]
