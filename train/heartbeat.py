@@ -55,8 +55,8 @@ class Heartbeat:
 
     Args:
         where: a short text that changes whenever the main thread moves on; called from another thread.
-        lost_after_s: a rank whose heart does not beat for that long is lost.
-        stuck_after_s: ranks whose main threads all stay where they are for that long are stuck.
+        lost_rank_timeout_s: a rank whose heart does not beat for that long is lost.
+        hang_timeout_s: ranks whose main threads all stay where they are for that long are stuck.
         folder: one that all ranks share, for who tells that rank 0 is lost; without it, each does.
     """
 
@@ -65,12 +65,12 @@ class Heartbeat:
         world: World,
         where: Callable[[], str],
         *,
-        lost_after_s: float,
-        stuck_after_s: float,
+        lost_rank_timeout_s: float,
+        hang_timeout_s: float,
         folder: Path | None = None,
     ) -> None:
         self._world, self._where, self._folder = world, where, folder
-        self._lost_after_s, self._stuck_after_s = lost_after_s, stuck_after_s
+        self._lost_rank_timeout_s, self._hang_timeout_s = lost_rank_timeout_s, hang_timeout_s
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._answered = time.monotonic()
@@ -96,7 +96,7 @@ class Heartbeat:
         default: Any = dist.distributed_c10d._get_default_store()
         while hasattr(default, "underlying_store"):
             default = default.underlying_store
-        patience, soon = default.timeout, timedelta(seconds=self._lost_after_s)
+        patience, soon = default.timeout, timedelta(seconds=self._lost_rank_timeout_s)
         default.set_timeout(soon)  # all ranks were there: one that does not answer is gone
         try:
             # A connection of its own: the main thread's may be held by a wait.
@@ -197,7 +197,7 @@ class Heartbeat:
         while not self._stopping.wait(BEAT_S):
             silent_s = time.monotonic() - self._answered
             # More than one look: after a suspension of the whole job this thread may be the first to wake.
-            late = late + 1 if silent_s > self._lost_after_s else 0
+            late = late + 1 if silent_s > self._lost_rank_timeout_s else 0
             if late > LATE_LOOKS:
                 self._end(
                     f"rank {self._world.rank} on {platform.node()} has had no answer from rank 0 for {silent_s:.0f} s: "
@@ -208,7 +208,7 @@ class Heartbeat:
         watch.look(self._hearts())
         if watch.failed(SECONDS_TO_FAIL_TOO) and not self._stopping.is_set():
             self._end(None)
-        return watch.fault(self._lost_after_s, self._stuck_after_s)
+        return watch.fault(self._lost_rank_timeout_s, self._hang_timeout_s)
 
     def _stop_beating(self) -> None:
         self._stopping.set()
@@ -322,15 +322,15 @@ class _Watch:
         """Whether a rank ended with an error of its own so long ago."""
         return self._failed_at is not None and self._now - self._failed_at > since_s
 
-    def fault(self, lost_after_s: float, stuck_after_s: float) -> str | None:
+    def fault(self, lost_rank_timeout_s: float, hang_timeout_s: float) -> str | None:
         now = self._now
         for rank, (_, seen) in enumerate(self._beats):
-            if now - seen > lost_after_s:
+            if now - seen > lost_rank_timeout_s:
                 return (
                     f"rank {rank} on {self._hosts[rank]} has not been heard of for {now - seen:.0f} s, last in "
                     f"{self._places[rank][0]}: it was killed, is frozen or is cut off"
                 )
-        if all(now - moved > stuck_after_s for _, moved in self._places):
+        if all(now - moved > hang_timeout_s for _, moved in self._places):
             places = ", ".join(f"rank {rank} in {place}" for rank, (place, _) in enumerate(self._places))
-            return f"no rank has moved on for {stuck_after_s:.0f} s: {places}; the odd one out is the one to look at"
+            return f"no rank has moved on for {hang_timeout_s:.0f} s: {places}; the odd one out is the one to look at"
         return None

@@ -78,9 +78,12 @@ def run(config: Config) -> int:
     changes += changed_inputs(run_dir, inputs)
     refuse_changes(run_dir, [] if may_change else changes)
     clock = Clock(world.device)
-    lost_after_s, stuck_after_s = config.run.lost_rank_timeout_s, config.run.hang_timeout_s
     heartbeat = Heartbeat(
-        world, clock.where, lost_after_s=lost_after_s, stuck_after_s=stuck_after_s, folder=run_dir
+        world,
+        clock.where,
+        lost_rank_timeout_s=config.run.lost_rank_timeout_s,
+        hang_timeout_s=config.run.hang_timeout_s,
+        folder=run_dir,
     )
     with (
         StopRequest() as stop,

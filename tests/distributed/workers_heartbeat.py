@@ -105,7 +105,7 @@ def joined(folder: Path) -> Heartbeat:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
     world: Any = SimpleNamespace(rank=rank, world_size=world_size, is_first=rank == 0)
-    return Heartbeat(world, lambda: "here", lost_after_s=5, stuck_after_s=600, folder=folder)
+    return Heartbeat(world, lambda: "here", lost_rank_timeout_s=5, hang_timeout_s=600, folder=folder)
 
 
 def communicate() -> None:
