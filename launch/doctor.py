@@ -5,8 +5,8 @@
 
 Takes the same --config and --section.key=value as launch/pretrain.py. Asks every host of the hostfile (over ssh, this
 one too, as deepspeed starts the ranks) for its Python and packages, code, clock, GPUs, memory, disk, shards and run
-folder, compares the answers, lets the ranks sum numbers over the network, and loads the teacher. It leaves nothing
-behind.
+folder, compares the answers, lets the ranks sum numbers over the network, loads the teacher, makes the student, and
+asks whether launch/pretrain.py would take the recipe. It leaves nothing behind.
 
 Exit codes: 0 all well; 1 something failed; 2 bad usage.
 """
@@ -273,11 +273,15 @@ def examine_here(config: Config, world_size: int) -> list[Finding]:
     from huggingface_hub.utils import logging as hub_logging
 
     from train.doctor_local import check_batch, check_teacher, check_tokenizer
+    from train.doctor_recipe import check_recipe, check_run
     from train.world import quiet_libraries
 
     quiet_libraries()
     hub_logging.set_verbosity_error()  # it tells of every question that it repeats
-    return [check_batch(config, world_size), check_tokenizer(config), *check_teacher(config)]
+    findings = [check_batch(config, world_size), check_tokenizer(config), *check_teacher(config)]
+    if all(finding.ok for finding in findings):  # else it would tell the same again
+        findings += check_recipe(config, world_size)
+    return [*findings, check_run(config)]
 
 
 def table_of(findings: Sequence[Finding]) -> str:

@@ -47,7 +47,7 @@ def check_batch(config: Config, world_size: int) -> Finding:
     return Finding("batch arithmetic", True, batch)
 
 
-def _told(check: str, question: Callable[[], str], remedy: str) -> Finding:
+def told(check: str, question: Callable[[], str], remedy: str) -> Finding:
     """A finding from a function that returns what is well or raises what is not; its own remedy, if it has one."""
     try:
         return Finding(check, True, question())
@@ -75,7 +75,7 @@ def check_tokenizer(config: Config) -> Finding:
             check_vocabulary(name, teacher_config(name), folder_fingerprint(name), tokenizer)
         return f"{tokenizer.vocab_size} entries, fingerprint {tokenizer.fingerprint[:12]}"
 
-    return _told("tokenizer and shards", question, "write the shards with --tokenizer TEACHER")
+    return told("tokenizer and shards", question, "write the shards with --tokenizer TEACHER")
 
 
 def ask_hub(name: str) -> None:
@@ -116,7 +116,7 @@ def check_teacher(config: Config) -> list[Finding]:
     if not names:
         return [Finding("teacher", True, "none: masked-language modelling alone")]
     remedy = "give a Hugging Face folder of a masked language model, or the name of one on the hub"
-    return [_told("teacher", lambda name=name: _compare(config, name), remedy) for name in names]  # type: ignore[misc]
+    return [told("teacher", lambda name=name: _compare(config, name), remedy) for name in names]  # type: ignore[misc]
 
 
 def _compare(config: Config, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,15 +16,17 @@ from typing import Any
 
 import pytest
 
+from launch.cli import parse_config
 from tests.distributed.pretraining import small_settings
 from tests.paths import ROOT
+from train.doctor_recipe import check_run
 from train.rendezvous import free_port
 
 STAND_IN = f"{sys.executable} {ROOT / 'tests' / 'distributed' / 'stand_in_ssh.py'}"
 
 
 def run_doctor(
-    folder: Path, hosts: str, settings: list[str], faults: dict[str, Any], *more: str
+    folder: Path, hosts: str, recipe: list[str], faults: dict[str, Any], *more: str
 ) -> subprocess.CompletedProcess[str]:
     """Typed in `folder`, where the hostfile is; a pdsh is there that nobody calls."""
     (folder / "bin").mkdir()
@@ -38,7 +41,7 @@ def run_doctor(
         "--ssh",
         STAND_IN,
         *more,
-        *settings,
+        *recipe,
     ]
     return subprocess.run(
         command,
@@ -56,7 +59,7 @@ def run_doctor(
 
 
 @pytest.fixture
-def settings(teacher_folder: str, shards_folder: str, tmp_path: Path) -> list[str]:
+def recipe(teacher_folder: str, shards_folder: str, tmp_path: Path) -> list[str]:
     return [*small_settings(shards_folder, teacher_folder), f"--run.dir={tmp_path / 'runs' / 'mine'}"]
 
 
@@ -72,7 +75,7 @@ def rows(output: str) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in found.items()}
 
 
-def test_two_hosts_all_well(settings: list[str], tmp_path: Path) -> None:
+def test_two_hosts_all_well(recipe: list[str], tmp_path: Path) -> None:
     """The variable arrives by the file alone that lies where the command is typed."""
     (tmp_path / "cluster.env").write_text("HF_HUB_DISABLE_TELEMETRY=1\n")
     faults = {name: {"forget": ["HF_HUB_DISABLE_TELEMETRY"]} for name in ("localhost", "hostb")}
@@ -80,7 +83,7 @@ def test_two_hosts_all_well(settings: list[str], tmp_path: Path) -> None:
     done = run_doctor(
         tmp_path,
         "localhost slots=1\nhostb slots=1  # by stand-in\n",
-        settings,
+        recipe,
         faults,
         "--master-port",
         port,
@@ -94,17 +97,21 @@ def test_two_hosts_all_well(settings: list[str], tmp_path: Path) -> None:
     assert "MLM head; float16 against fp32" in table["teacher"]
     assert "seen by every host" in table["shared run folder"]
     assert "ServerAliveInterval is at most 15 s" in table["ssh keep-alive"]
-    assert len(table) == 20
+    assert "cpu.json (the default here): ZeRO stage 2, fp32" in table["engine"]
+    assert "24, " in table["steps"]
+    assert "distilbert, 2 layers of width 32" in table["student"]
+    assert table["run"] == f"ok {tmp_path / 'runs' / 'mine'} is new"
+    assert len(table) == 24
     assert not (tmp_path / "runs").exists()  # it leaves nothing behind
     assert not done.stderr.strip()
 
 
-def test_own_host_must_be_reached_over_ssh(settings: list[str], tmp_path: Path) -> None:
+def test_own_host_must_be_reached_over_ssh(recipe: list[str], tmp_path: Path) -> None:
     """`deepspeed` with several hosts starts nothing on its own host otherwise."""
     hosts = "localhost slots=1\nhostb slots=1\n"
     port = str(free_port())
     more = ("--skip-all-reduce", "--master-port", port)
-    done = run_doctor(tmp_path, hosts, settings, {"localhost": "unreachable"}, *more)
+    done = run_doctor(tmp_path, hosts, recipe, {"localhost": "unreachable"}, *more)
     assert done.returncode == 1, done.stdout + done.stderr
     table = rows(done.stdout)
     assert table["reach"].startswith("FAILED localhost: ssh: connect to host localhost port 22: No route")
@@ -113,13 +120,13 @@ def test_own_host_must_be_reached_over_ssh(settings: list[str], tmp_path: Path) 
     assert "1 failed" in done.stdout
 
 
-def test_one_host_in_the_hostfile(settings: list[str], tmp_path: Path) -> None:
+def test_one_host_in_the_hostfile(recipe: list[str], tmp_path: Path) -> None:
     """`deepspeed` wants ssh to it, but starts its ranks without, with the variables that are set here."""
     os.environ["HF_PLANTED"] = "1"
     faults: dict[str, Any] = {"localhost": {"alive": 0, "forget": ["HF_PLANTED"]}}
     more = ("--skip-all-reduce", "--master-port", str(free_port()))
     try:
-        done = run_doctor(tmp_path, "localhost slots=1\n", settings, faults, *more)
+        done = run_doctor(tmp_path, "localhost slots=1\n", recipe, faults, *more)
     finally:
         del os.environ["HF_PLANTED"]
     assert done.returncode == 0, done.stdout + done.stderr
@@ -166,7 +173,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(shards_folder: str, tmp_path: 
         )
 
 
-def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str, shards_folder: str) -> None:
+def test_planted_faults(recipe: list[str], tmp_path: Path, teacher_folder: str, shards_folder: str) -> None:
     """Eleven at once, each told with its remedy."""
     import torch
     from transformers import BertConfig, BertModel
@@ -194,7 +201,7 @@ def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str
     os.environ.update(
         GLOO_SOCKET_IFNAME="lo", HF_PLANTED="1"
     )  # as a user may have them; the stand-in passes them on
-    settings = [*settings, f"--model.teacher={headless}"]
+    recipe = [*recipe, f"--model.teacher={headless}"]
     try:
         os.environ["DS_ENV_FILE"] = str(tmp_path / "deepspeed_env")
         with socket.socket() as busy:
@@ -202,7 +209,7 @@ def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str
             busy.listen()
             port = str(busy.getsockname()[1])
             hosts = "localhost slots=1\nhostb slots=1\nhostc slots=1\n"
-            done = run_doctor(tmp_path, hosts, settings, faults, "--master-port", port)
+            done = run_doctor(tmp_path, hosts, recipe, faults, "--master-port", port)
     finally:
         del os.environ["GLOO_SOCKET_IFNAME"], os.environ["HF_PLANTED"], os.environ["DS_ENV_FILE"]
     assert done.returncode == 1, done.stdout + done.stderr
@@ -230,5 +237,33 @@ def test_planted_faults(settings: list[str], tmp_path: Path, teacher_folder: str
         "look ServerAliveInterval is 0 for localhost, hostb: `deepspeed` would wait"
     ), table
     assert "ServerAliveInterval 5" in table["ssh keep-alive"]
-    assert set(table) == {*told, *well, "ssh keep-alive", "pdsh"}  # no ranks where the port is taken
+    assert set(table) == {*told, *well, "ssh keep-alive", "pdsh", "run"}  # no ranks where the port is taken
     assert "11 failed, 1 to look at" in done.stdout
+
+
+def test_a_run_folder_that_is_there_is_compared(
+    undisturbed: Path, settings: list[str], tmp_path: Path
+) -> None:
+    """As launch/pretrain.py would: changed settings and shards are refused, a finished run has nothing to train."""
+    words = [*settings, f"--run.dir={undisturbed}"]
+    found = check_run(parse_config(words, ""))
+    assert found.ok
+    assert found.result == f"{undisturbed} is finished"
+    assert "give another run.dir" in found.remedy
+    changed = check_run(parse_config([*words, "--optimizer.lr=0.125"], ""))
+    assert not changed.ok
+    assert "optimizer.lr: " in changed.result
+    assert "-> 0.125" in changed.result
+    assert check_run(
+        parse_config([*words, "--optimizer.lr=0.125", "--checkpoint.allow_changed_config=true"], "")
+    ).ok
+    engine = tmp_path / "engine.json"
+    engine.write_text('{"zero_optimization": {"stage": 1}}')
+    assert (
+        "other contents of deepspeed.config"
+        in check_run(parse_config([*words, f"--deepspeed.config={engine}"], "")).result
+    )
+    begun = shutil.copytree(undisturbed, tmp_path / "begun")
+    (begun / "summary.json").unlink()
+    words[-1] = f"--run.dir={begun}"
+    assert re.fullmatch(rf"{begun} goes on from step \d+", check_run(parse_config(words, "")).result)

@@ -15,6 +15,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from launch import doctor
 from launch.cli import parse_config
+from tests.distributed.pretraining import small_settings
 from train import doctor_probe
 from train.doctor_checks import (
     Finding,
@@ -35,6 +36,7 @@ from train.doctor_checks import (
 )
 from train.doctor_hosts import Host, HostEntry, UnreachableError, keep_alive_s, read_hostfile
 from train.doctor_local import CPU_TOKENS, check_teacher, needed_disk_gib
+from train.doctor_recipe import check_recipe
 from train.rendezvous import free_port
 
 GPU = {"name": "NVIDIA A100", "driver": "550.54", "memory": "81920 MiB", "used": "0 MiB"}
@@ -374,7 +376,7 @@ def test_this_machine_with_a_run_folder_in_a_file(
     assert [line.split("│")[1].strip() for line in failed] == ["run folder", "disk"]
     assert "Not a directory" in " ".join(said.replace("│", " ").split())  # it may be broken in two lines
     assert "give --run.dir" in said
-    assert "15 checks, 2 failed" in said
+    assert "19 checks, 2 failed" in said
 
 
 def test_a_probe_that_dies_with_a_question_unread_is_a_row_and_no_crash(tmp_path: Path) -> None:
@@ -400,3 +402,28 @@ def test_an_ssh_that_outlives_its_probe_is_a_row_and_no_crash(
     with pytest.raises(UnreachableError):
         host.start()
     host.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "check", "message"),
+    [
+        (["--model.layer_map=[0,99]"], "student", r"names layers \[99\] that the teacher does not have"),
+        (["--model.layer_map=distilbert"], "student", "of a 12-layer teacher"),
+        (["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[9, 9]]"], "student", "9"),
+        (["--deepspeed.config=/none.json"], "engine", "/none.json': no such file"),
+        (["--training.global_batch_size=65536"], "steps", "fewer than one batch of 65536"),
+        (["--schedule.warmup_steps=99999", "--training.max_steps=null"], "steps", "more than the run's"),
+    ],
+)
+def test_a_recipe_that_would_be_refused(
+    settings: list[str], check: str, message: str, shards_folder: str, teacher_folder: str
+) -> None:
+    words = [*small_settings(shards_folder, teacher_folder), *settings]
+    findings = {finding.check: finding for finding in check_recipe(parse_config(words, ""), 1)}
+    assert [name for name, finding in findings.items() if not finding.ok] == [check]
+    assert re.search(message, f"{findings[check].result}; {findings[check].remedy}")
+
+
+def test_a_recipe_whose_micro_batch_is_found_on_the_gpus(shards_folder: str, teacher_folder: str) -> None:
+    words = [*small_settings(shards_folder, teacher_folder), "--training.micro_batch_size=auto"]
+    assert all(finding.ok for finding in check_recipe(parse_config(words, ""), 1))
