@@ -24,6 +24,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.write_shards import load_tokenizer
+from launch.benchmarks import options
+from train.run_folder import write_json
+
 RUNS = Path(__file__).with_name("data_runs.py")
 RATIOS = (
     ("write_shards / encode_batch_fast", "encode_batch_fast", "write_shards"),
@@ -35,26 +39,34 @@ RATIOS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--corpus", required=True, help="JSON lines with a field text, plain or packed")
+    parser.add_argument(
+        "--corpus",
+        type=options.existing_file,
+        required=True,
+        help="JSON lines with a field text, plain or packed",
+    )
     parser.add_argument("--tokenizer", required=True, help="a Hugging Face folder or name")
     parser.add_argument(
         "--documents", type=int, default=20_000, help="how many of the corpus; 0: all (default 20000)"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="each compares everything once (default 3)")
+    parser.add_argument(
+        "--rounds", type=options.at_least_1, default=3, help="each compares everything once (default 3)"
+    )
     parser.add_argument("--no-mpi", action="store_true", help="leave out the runs under mpirun")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=options.new_file, metavar="FILE", help="write the figures there too")
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.rounds < 1 or args.documents < 0:
-        raise ValueError(f"--rounds {args.rounds} --documents {args.documents}: must be positive")
+    if args.documents < 0:
+        raise ValueError(f"--documents {args.documents}: give 0 for all, or more")
+    load_tokenizer(args.tokenizer)  # before the first run meets what is wrong with it
     with tempfile.TemporaryDirectory() as folder:
-        corpus = _first_documents(args.corpus, args.documents, folder)
+        corpus = _first_documents(str(args.corpus), args.documents, folder)
         results = _measure(corpus, args, folder)
     figures = _figures(results)
     _print_table(figures)
     if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(args.json, figures)
     return 0
 
 

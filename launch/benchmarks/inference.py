@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from launch.benchmarks import options
 from launch.benchmarks.inference_models import (
     MAX_TEXTS,
     Contender,
@@ -67,17 +68,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a sentence per line, or a pair with a tab between, in place of STS-B's lengths; {MAX_TEXTS} are taken",
     )
     parser.add_argument(
-        "--rounds", type=int, default=4, help="at batch 1; larger batches half of it (default 4)"
+        "--rounds",
+        type=options.at_least_1,
+        default=4,
+        help="at batch 1; larger batches half of it (default 4)",
     )
-    parser.add_argument("--threads", type=int, default=None, help="default: torch's own")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    parser.add_argument("--threads", type=options.at_least_1, default=None, help="default: torch's own")
+    parser.add_argument("--device", type=options.device, default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--json", type=options.new_file, metavar="FILE", help="also write the figures here")
 
 
 def main(args: argparse.Namespace) -> int:
     quiet_libraries()
-    if args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds}: give at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
     runtimes = chosen_runtimes(args.runtimes, args.device)
@@ -107,8 +109,6 @@ def chosen_runtimes(words: str | None, device: str) -> list[str]:
             raise ValueError(f"--runtimes {name}: ONNX Runtime is measured on the CPU alone")
     if any(name.startswith("onnx") for name in chosen):
         require_onnx()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here")
     return list(dict.fromkeys(chosen))
 
 

@@ -10,18 +10,18 @@ really moves (two passes: p, g, m, v read and m, v written; p, m, v read and p w
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from launch.benchmarks import options
 from launch.benchmarks.lamb_alternatives import ForeachLamb, LoopLamb
 from launch.benchmarks.machine import hardware
 from train.lamb import Lamb
+from train.run_folder import write_json
 
 LAMB_BYTES = 40
 ADAMW_BYTES = 28
@@ -29,10 +29,12 @@ COPY_BYTES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
-    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    parser.add_argument("--rounds", type=options.at_least_1, default=15, help="timed rounds (default 15)")
+    parser.add_argument(
+        "--threads", type=options.at_least_1, default=None, help="torch threads (default: torch's own)"
+    )
+    parser.add_argument("--device", type=options.device, default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--json", type=options.new_file, metavar="FILE", help="also write the figures here")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -54,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     }
     print_table(report)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.json, report)
     return 0
 
 

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import io
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -25,10 +24,13 @@ import psutil
 import torch
 import webdataset
 
+from data_prep.building import HISTOGRAM_NAME
 from data_prep.shard_format import Manifest, ShardInfo, TokenizerInfo, write_shard
+from launch.benchmarks import options
 from launch.benchmarks.machine import hardware
 from train.loader import BatchLoader
 from train.order import fitting_world_sizes
+from train.run_folder import write_json
 from train.shard_reader import read_shard, shard_tokens, url_of
 from train.shard_streams import Readings
 
@@ -40,14 +42,18 @@ SEED = 0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", help="folder of shards (default: random ones are made)")
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--global-batch-size", type=int, default=4096)
-    parser.add_argument("--micro-batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5, help="times that everything is repeated (default 5)")
+    parser.add_argument("--sequence-length", type=options.at_least_1, default=512)
+    parser.add_argument("--global-batch-size", type=options.at_least_1, default=4096)
+    parser.add_argument("--micro-batch-size", type=options.at_least_1, default=32)
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="of reading per reader and round (default 4)"
+        "--rounds", type=options.at_least_1, default=5, help="times that everything is repeated (default 5)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument(
+        "--seconds", type=options.seconds, default=4.0, help="of reading per reader and round (default 4)"
+    )
+    parser.add_argument(
+        "--json", type=options.new_file, metavar="FILE", help="write the figures there as well"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -57,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
         figures = measure(args, shards, Path(folder))
     _print(figures)
     if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(args.json, figures)
     return 0
 
 
@@ -243,7 +249,10 @@ def _random_shards(folder: Path, shards: int = 8, tokens: int = 4_000_000) -> st
         content, name = file.getvalue(), f"train-{index:06d}.tar"
         (folder / name).write_bytes(content)
         infos.append(ShardInfo(name, len(content), hashlib.sha256(content).hexdigest(), documents, total))
-    Manifest(tokenizer, {"train": tuple(infos), "heldout": ()}, "").save(folder)
+    np.save(
+        folder / HISTOGRAM_NAME, np.ones(tokenizer.vocab_size, dtype=np.int64)
+    )  # nobody smooths by it here
+    Manifest(tokenizer, {"train": tuple(infos), "heldout": ()}, HISTOGRAM_NAME).save(folder)
     return str(folder)
 
 

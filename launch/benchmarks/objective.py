@@ -27,12 +27,15 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from launch.benchmarks import options
 from launch.benchmarks.machine import hardware
+from launch.benchmarks.options import Shape
 from train.chunk_terms import DecoderRows, Workspace
 from train.fused_loss import vocabulary_loss
 from train.masking import MaskedBatch
 from train.objective import DistillationLoss
 from train.objective_reference import original_distiller_loss, reference_cosine, reference_terms
+from train.run_folder import write_json
 from train.students import make_student
 from train.teacher import Teacher
 
@@ -44,12 +47,21 @@ GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", default="8x128,16x128", help="batch x sequence, with commas")
-    parser.add_argument("--rounds", type=int, default=4, help="timed steps of each, at the first shape")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's threads")
-    parser.add_argument("--memory-shape", default="64x512", help="batch x sequence of the loss's memory")
+    parser.add_argument(
+        "--shapes", type=options.shapes, default="8x128,16x128", help="batch x sequence, with commas"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=options.at_least_1,
+        default=4,
+        help="timed steps of each at the first shape, half of it at the others (default 4)",
+    )
+    parser.add_argument("--threads", type=options.at_least_1, default=os.cpu_count(), help="torch's threads")
+    parser.add_argument(
+        "--memory-shape", type=options.shape, default="64x512", help="batch x sequence of the loss's memory"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave the memory measurements out")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=options.new_file, metavar="FILE", help="also write the figures here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
 
 
@@ -59,28 +71,22 @@ def main(args: argparse.Namespace) -> int:
     if args.child:
         kind, formulation, shape = args.child.split(":")
         measure = _step_memory if kind == "step" else _loss_memory
-        print(json.dumps(measure(formulation, *_shape(shape))))
+        print(json.dumps(measure(formulation, *options.shape(shape))))
         return 0
-    shapes = args.shapes.split(",")
     figures: dict[str, Any] = {"machine": hardware(), "threads": args.threads}
     figures["steps"] = [
         row
-        for index, shape in enumerate(shapes)
-        for row in _time_steps(shape, max(2, args.rounds if index == 0 else args.rounds // 2))
+        for index, shape in enumerate(args.shapes)
+        for row in _time_steps(shape, args.rounds if index == 0 else -(-args.rounds // 2))
     ]
     _print_steps(figures["steps"])
     if not args.no_memory:
-        figures["step_memory"] = _memory_of_steps(shapes[0], args.threads)
+        figures["step_memory"] = _memory_of_steps(args.shapes[0], args.threads)
         figures["loss_memory"] = _memory_of_losses(args.memory_shape, args.threads)
-        _print_memory(figures, shapes[0], args.memory_shape)
+        _print_memory(figures, args.shapes[0], args.memory_shape)
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(args.json, figures)
     return 0
-
-
-def _shape(text: str) -> tuple[int, int]:
-    batch, length = text.split("x")
-    return int(batch), int(length)
 
 
 def _models() -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -150,8 +156,8 @@ def step_flops(formulation: str, batch: int, length: int) -> float:
     return float(teacher + 3 * student)
 
 
-def _time_steps(shape: str, rounds: int) -> list[dict[str, Any]]:
-    batch, length = _shape(shape)
+def _time_steps(shape: Shape, rounds: int) -> list[dict[str, Any]]:
+    batch, length = shape
     teacher, student = _models()
     student.train()
     masked = _batch(batch, length)
@@ -173,7 +179,7 @@ def _time_steps(shape: str, rounds: int) -> list[dict[str, Any]]:
         floor = step_flops(name, batch, length) / rate
         rows.append(
             {
-                "shape": shape,
+                "shape": str(shape),
                 "formulation": name,
                 "tokens_per_s": batch * length / median,
                 "step_s": median,
@@ -257,7 +263,7 @@ def _loss_memory(formulation: str, batch: int, length: int) -> int:
     return _resident_peak() - before
 
 
-def _child(kind: str, formulation: str, shape: str, threads: int) -> int:
+def _child(kind: str, formulation: str, shape: Shape, threads: int) -> int:
     script = Path(__file__).resolve().parents[1] / "benchmark.py"
     command = [sys.executable, str(script), "objective", "--threads", str(threads)]
     result = subprocess.run(
@@ -268,15 +274,15 @@ def _child(kind: str, formulation: str, shape: str, threads: int) -> int:
     return int(json.loads(result.stdout.splitlines()[-1]))
 
 
-def _memory_of_steps(shape: str, threads: int) -> dict[str, int]:
+def _memory_of_steps(shape: Shape, threads: int) -> dict[str, int]:
     return {name: _child("step", name, shape, threads) for name in FORMULATIONS if name != "plain"}
 
 
-def _memory_of_losses(shape: str, threads: int) -> dict[str, Any]:
+def _memory_of_losses(shape: Shape, threads: int) -> dict[str, Any]:
     """Ours measured at `shape`; the original's from two sizes that fit, along the line through them."""
-    batch, length = _shape(shape)
+    batch, length = shape
     small = [max(1, batch // 32), max(2, batch // 16)]  # at 64 x 512: 1024 and 2048 tokens
-    points = [(b * length, _child("loss", "plain original", f"{b}x{length}", threads)) for b in small]
+    points = [(b * length, _child("loss", "plain original", Shape(b, length), threads)) for b in small]
     slope = (points[1][1] - points[0][1]) / (points[1][0] - points[0][0])
     plain = points[1][1] + slope * (batch * length - points[1][0])
     fused = _child("loss", "fused all", shape, threads)
@@ -299,7 +305,7 @@ def _print_steps(rows: list[dict[str, Any]]) -> None:
     )
 
 
-def _print_memory(figures: dict[str, Any], step_shape: str, loss_shape: str) -> None:
+def _print_memory(figures: dict[str, Any], step_shape: Shape, loss_shape: Shape) -> None:
     print(f"\npeak memory of one step at {step_shape}, beyond the models")
     for name, size in figures["step_memory"].items():
         print(f"  {name:<15} {size / GIB:>7.2f} GiB")

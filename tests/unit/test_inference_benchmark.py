@@ -169,13 +169,16 @@ def test_defaults_are_the_published_shapes() -> None:
         (["--model", "a={t}", "--lengths", "8,x"], "--lengths 8,x: give positive numbers with commas"),
         (["--model", "a={t}", "--batch-sizes", "0"], "--batch-sizes 0: give positive numbers"),
         (["--runtimes", "eager,tflite"], "--runtimes tflite: there are eager, compile, onnx, onnx-int8"),
-        (["--device", "cuda", "--runtimes", "onnx"], "ONNX Runtime is measured on the CPU alone"),
-        (["--model", "a={t}", "--rounds", "0"], "--rounds 0: give at least 1"),
     ],
 )
 def test_bad_input_is_named(words: list[str], message: str, teacher_folder: str) -> None:
     with pytest.raises(ValueError, match=message):
         inference.main(options(*(word.replace("{t}", teacher_folder) for word in words)))
+
+
+def test_onnx_on_a_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="ONNX Runtime is measured on the CPU alone"):
+        inference.chosen_runtimes("eager,onnx", "cuda")
 
 
 def test_texts_replace_the_lengths(teacher_folder: str, tmp_path: Path) -> None:

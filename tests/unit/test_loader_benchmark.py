@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep.shard_format import Manifest
 from launch.benchmarks import loader as benchmark
 from tests.tiny_shards import SEP, TOKENIZER, write_tiny_shards
+from train.shard_checks import check_shards
+from train.shard_reader import read_histogram
 
 
 def test_it_measures_and_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,3 +47,12 @@ def test_the_stock_pipelines_do_the_same_packing(tmp_path: Path) -> None:
         assert set(rows[:, 0].tolist()) == {TOKENIZER.cls_id}
         assert set(rows[:, -1].tolist()) == {SEP}
         assert len(set(map(tuple, rows.tolist()))) == len(rows)
+
+
+def test_random_shards_are_whole_ones(tmp_path: Path) -> None:
+    """What is read where no --shards are given."""
+    folder = benchmark._random_shards(tmp_path / "shards", shards=2, tokens=50_000)
+    manifest = Manifest.load(folder)
+    check_shards(folder, manifest, verify="full")
+    assert 90_000 < sum(shard.tokens for shard in manifest.splits["train"]) <= 100_000
+    assert read_histogram(folder, manifest).shape == (manifest.tokenizer.vocab_size,)

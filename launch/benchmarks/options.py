@@ -1,0 +1,78 @@
+"""Types of the benchmarks' options: bad values are refused before anything is measured."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """Of a batch of tokens."""
+
+    batch: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.length}"
+
+
+def at_least_1(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, at least 1")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give seconds, more than 0")
+    return value
+
+
+def shape(text: str) -> Shape:
+    """Batch and sequence length, "8x128"."""
+    batch, x, length = text.partition("x")
+    if not x:
+        raise argparse.ArgumentTypeError(f"{text!r}: give BATCHxLENGTH, such as 8x128")
+    return Shape(at_least_1(batch), at_least_1(length))
+
+
+def shapes(text: str) -> list[Shape]:
+    """Several of them, with commas."""
+    return [shape(word) for word in text.split(",")]
+
+
+def device(text: str) -> str:
+    """ "cpu", or "cuda" where there is a GPU."""
+    import torch
+
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give cpu or cuda")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no GPU here; give cpu")
+    return text
+
+
+def new_file(text: str) -> Path:
+    """A path that can be written to."""
+    path = Path(text)
+    folder = path.parent
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {folder}; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written to; give another file")
+    return path
+
+
+def existing_file(text: str) -> Path:
+    """A file that is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r}: no such file")
+    return Path(text)

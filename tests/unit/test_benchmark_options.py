@@ -1,0 +1,69 @@
+"""launch/benchmark.py refuses bad options before it measures anything."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import benchmark
+
+NO_FOLDER = "--json: '/none/figures.json': there is no folder /none; make it first"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("lamb --rounds 0", "--rounds: '0': give a whole number, at least 1"),
+        ("lamb --threads 0", "--threads: '0': give a whole number, at least 1"),
+        ("lamb --json /none/figures.json", NO_FOLDER),
+        ("lamb --json {tmp}", "cannot be written to; give another file"),
+        ("lamb --device tpu", "--device: 'tpu': give cpu or cuda"),
+        ("inference --rounds -1", "--rounds: '-1': give a whole number, at least 1"),
+        ("inference --json /none/figures.json", NO_FOLDER),
+        ("loader --rounds x", "--rounds: 'x': give a whole number, at least 1"),
+        ("loader --seconds nan", "--seconds: 'nan': give seconds, more than 0"),
+        ("loader --json /none/figures.json", NO_FOLDER),
+        ("objective --rounds 0", "--rounds: '0': give a whole number, at least 1"),
+        ("objective --shapes 8x128,foo", "--shapes: 'foo': give BATCHxLENGTH, such as 8x128"),
+        ("objective --shapes 8x0", "--shapes: '0': give a whole number, at least 1"),
+        ("objective --json /none/figures.json", NO_FOLDER),
+        ("data --corpus /none.jsonl --tokenizer t", "--corpus: '/none.jsonl': no such file"),
+        ("data --corpus {tmp}/c --tokenizer t --json /none/figures.json", NO_FOLDER),
+    ],
+)
+def test_bad_options(
+    words: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "c").touch()
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.replace("{tmp}", str(tmp_path)).split()])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c").touch()
+    words = ["data", "--corpus", str(tmp_path / "c"), "--tokenizer", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    with pytest.raises(ValueError, match="no tokenizer that loads in this folder"):
+        benchmark.main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["lamb", "inference"])
+def test_a_gpu_that_is_not_there(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", name, "--device", "cuda"])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert ended.value.code == 2
+    assert "--device: torch sees no GPU here; give cpu" in capsys.readouterr().err
