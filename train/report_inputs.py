@@ -17,6 +17,7 @@ from train.finetuning.results import FILE
 from train.finetuning.tasks import TASKS, task_named
 
 Value = TypeVar("Value")
+TASK_DISTILLATION_SETTINGS = ("temperature", "hard_weight", "unlabelled_only")
 FINETUNE = "python launch/finetune.py --model MODEL --task sst2 mrpc ... --data DIR --out SCORES"
 ABLATE = "python launch/ablate.py --config RECIPE --out DIR"
 BENCHMARK = "python launch/benchmark.py inference --model teacher=DIR --model student=DIR --json FILE"
@@ -33,6 +34,9 @@ class TaskScores:
     num_seeds: int
     train_examples: int
     dev_examples: Mapping[str, int]
+    """By dev set: "dev", MNLI's "matched" and "mismatched", or SPLIT_OFF."""
+    settings: Mapping[str, Any]
+    """Of the fine-tuning, without those of the task distillation."""
     teachers: Sequence[str]
     """Whose soft labels it learnt from; empty without task distillation."""
 
@@ -98,6 +102,9 @@ def _task_scores(scores: Any, path: Path) -> tuple[TaskScores, int]:
         num_seeds=len(scores["seeds"]),
         train_examples=int(scores["train_examples"]),
         dev_examples={str(key): int(value) for key, value in scores["dev_examples"].items()},
+        settings={
+            key: value for key, value in scores["settings"].items() if key not in TASK_DISTILLATION_SETTINGS
+        },
         teachers=[str(teacher) for teacher in scores["teacher"]],
     )
     return found, int(scores["parameters"])

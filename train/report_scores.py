@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from train import published
-from train.finetuning.tasks import GLUE, TASKS
+from train.finetuning.tasks import GLUE, SPLIT_OFF, TASKS
 from train.report_inputs import ModelScores, TaskScores
 from train.report_tables import DASH, Column, Table, columns_of
 
@@ -17,6 +17,8 @@ DOWNSTREAM = (
     ("squad_v2", "exact_match"),
     ("squad_v2", "f1"),
 )
+SIZES = ("max_train_examples", "max_eval_examples")
+"""Settings that a task's numbers of examples tell of."""
 METRIC_TITLES = {"accuracy": "accuracy", "exact_match": "exact match", "f1": "F1"}
 
 
@@ -65,7 +67,7 @@ def glue_table(models: Sequence[ModelScores]) -> Table | None:
         )
     notes = [
         "Dev sets, points of 100: Matthews correlation for CoLA, mean of accuracy and F1 for MRPC and QQP, mean of "
-        "Pearson and Spearman for STS-B, mean of both dev sets for MNLI, else accuracy.",
+        f"Pearson and Spearman for STS-B, {_mnli(models)}else accuracy.",
         *_score_notes(models, tasks),
     ]
     if 1 < len(common) < len(GLUE):
@@ -166,7 +168,46 @@ def _score_notes(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[st
         ]
         if taught:
             notes.append(f"{model.name}: with a fine-tuned teacher's soft labels on {', '.join(taught)}.")
-    return notes + _differences(models, tasks)
+    return [*notes, *_sizes(models, tasks), *_differences(models, tasks)]
+
+
+def _mnli(models: Sequence[ModelScores]) -> str:
+    """Which of its dev sets were scored."""
+    sets = {tuple(model.tasks["mnli"].dev_examples) for model in models if "mnli" in model.tasks}
+    if not sets:
+        return ""
+    told = [
+        "mean of both dev sets" if len(names) > 1 else f"the {names[0]} dev set alone"
+        for names in sorted(sets)
+    ]
+    return f"{' or '.join(told)} for MNLI, "
+
+
+def _sizes(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[str]:
+    """How much of each task it was; what stands in for a dev set."""
+    first = {
+        task: next(model.tasks[task] for model in models if task in model.tasks)
+        for task in dict.fromkeys(tasks)
+    }
+    sizes = [
+        f"{TASKS[task].title} {scores.train_examples:,} and {sum(scores.dev_examples.values()):,}"
+        + (" (a part)" if _is_part(scores) else "")
+        for task, scores in first.items()
+    ]
+    notes = [f"Examples of ours, training and dev: {', '.join(sizes)}."]
+    stand_ins = [TASKS[task].title for task, scores in first.items() if SPLIT_OFF in scores.dev_examples]
+    if stand_ins:
+        notes.append(
+            f"{', '.join(stand_ins)}: ours are scored on a part of the training set, held out for want of a test set: "
+            "not the published score."
+        )
+    return notes
+
+
+def _is_part(scores: TaskScores) -> bool:
+    """Whether a limit has cut the training or a dev set."""
+    train, dev = (scores.settings.get(name) for name in SIZES)
+    return train == scores.train_examples or dev in scores.dev_examples.values()
 
 
 def _differences(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[str]:
@@ -181,6 +222,16 @@ def _differences(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[st
                 notes.append(
                     f"{TASKS[task].title}: the models had different {words} examples; not to be compared."
                 )
+        settings = [model.tasks[task].settings for model in models if task in model.tasks]
+        differing = [
+            name
+            for name in dict.fromkeys(name for each in settings for name in each)
+            if any(each.get(name) != settings[0].get(name) for each in settings) and name not in SIZES
+        ]
+        if differing:
+            notes.append(
+                f"{TASKS[task].title}: the models were fine-tuned with different settings ({', '.join(differing)})."
+            )
     return notes
 
 

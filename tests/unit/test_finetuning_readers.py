@@ -13,7 +13,7 @@ from tests.tiny_tasks import write_pairs, write_sst2
 from train.finetuning.examples import Examples
 from train.finetuning.hub import hub_name, read_hub
 from train.finetuning.readers import find_files, read_examples, read_unlabelled
-from train.finetuning.tasks import task_named
+from train.finetuning.tasks import SPLIT_OFF, task_named
 
 
 def read(task: str, data: Path) -> tuple[Examples, dict[str, Examples], list[str]]:
@@ -90,12 +90,12 @@ def test_imdb_as_jsonl_splits_a_dev_set_off(tmp_path: Path) -> None:
 
     write(rows)
     train, dev, said = read("imdb", tmp_path)
-    assert len(train) + len(dev["dev"]) == 200
-    assert 8 <= len(dev["dev"]) <= 35
-    assert not set(train.first) & set(dev["dev"].first)
-    assert f"{len(dev['dev'])} of its examples serve as one, chosen by a hash" in said[0]
+    assert len(train) + len(dev[SPLIT_OFF]) == 200
+    assert 8 <= len(dev[SPLIT_OFF]) <= 35
+    assert not set(train.first) & set(dev[SPLIT_OFF].first)
+    assert f"{len(dev[SPLIT_OFF])} of its examples serve as one, chosen by a hash" in said[0]
     write(rows[50:])
-    assert set(read("imdb", tmp_path)[1]["dev"].first) == set(dev["dev"].first) - {
+    assert set(read("imdb", tmp_path)[1][SPLIT_OFF].first) == set(dev[SPLIT_OFF].first) - {
         f"text {i}" for i in range(50)
     }
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]) + "\n")

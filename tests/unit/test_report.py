@@ -18,6 +18,7 @@ from launch.report import main
 from tests.paths import ROOT
 from train import published
 from train.comparison import ComparedModel, plot_losses
+from train.finetuning.tasks import SPLIT_OFF
 from train.report_chart import ticks
 from train.report_inputs import read_ablation, read_inference, read_model_scores
 from train.report_runs import Curve, device_of, read_curve, read_run_facts, teacher_loss
@@ -464,3 +465,50 @@ def test_one_teacher_line_in_both_charts(tmp_path: Path, monkeypatch: pytest.Mon
     assert drawn == [1.5]
     assert teacher_loss(curves) == 1.5
     assert teacher_loss(curves[:1]) is None
+
+
+def notes_of(tmp_path: Path, *models: dict[str, dict[str, Any]]) -> str:
+    """What stands below the tables of scores."""
+    words = []
+    for index, by_task in enumerate(models):
+        words += ["--scores", f"m{index}={write_scores(tmp_path / str(index), **by_task)}"]
+    assert main(["--out", str(tmp_path / "out"), *words]) == 0
+    return plain((tmp_path / "out" / "report.md").read_text())
+
+
+def test_how_much_of_a_task_was_scored_is_told(tmp_path: Path) -> None:
+    part, whole = {"max_train_examples": 100}, {"max_train_examples": 101, "max_eval_examples": 51}
+    both = {"matched": 30, "mismatched": 20}
+    said = notes_of(
+        tmp_path,
+        {
+            "mnli": scores("mnli", 40.0, dev_examples=both, settings=whole),
+            "rte": scores("rte", 50.0, settings=part),
+            "imdb": scores("imdb", 60.0, dev_examples={SPLIT_OFF: 10}),
+        },
+    )
+    assert "training and dev: MNLI 100 and 50, RTE 100 and 50 (a part)." in said
+    assert "mean of both dev sets for MNLI, else accuracy" in said
+    assert "training and dev: IMDb 100 and 10." in said
+    assert "IMDb: ours are scored on a part of the training set" in said
+
+
+@pytest.mark.parametrize(
+    ("dev", "told"),
+    [({"matched": 50}, "the matched dev set alone for MNLI"), (None, "STS-B, else accuracy")],
+)
+def test_what_is_said_of_mnli(dev: dict[str, int] | None, told: str, tmp_path: Path) -> None:
+    given = {"rte": scores("rte", 50.0)}
+    if dev is not None:
+        given["mnli"] = scores("mnli", 40.0, dev_examples=dev)
+    assert told in notes_of(tmp_path, given)
+
+
+def test_models_fine_tuned_differently_are_told(tmp_path: Path) -> None:
+    """A teacher's soft labels aside, whose settings the others cannot have."""
+    slow = scores("rte", 50.0, settings={"learning_rate": 2e-5, "max_length": 128})
+    fast = scores("rte", 52.0, settings={"learning_rate": 5e-4, "max_length": 64, "temperature": 2.0})
+    said = notes_of(tmp_path, {"rte": slow}, {"rte": fast})
+    assert "RTE: the models were fine-tuned with different settings (learning_rate, max_length)." in said
+    taught = scores("rte", 52.0, settings={"learning_rate": 2e-5, "max_length": 128, "temperature": 2.0})
+    assert "different settings" not in notes_of(tmp_path / "same", {"rte": slow}, {"rte": taught})

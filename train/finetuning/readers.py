@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from train.finetuning.examples import Examples, Table, examples_of
-from train.finetuning.tasks import Task
+from train.finetuning.tasks import SPLIT_OFF, Task
 
 ENDINGS = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
 MALFORMED_SHARE = 0.01
@@ -76,12 +76,13 @@ def read_examples(
     absent = [name for name in task.dev if name not in dev]
     if not dev:
         assert task.split_off is not None
-        train, dev["dev"] = train.split(task.split_off)
+        train, part = train.split(task.split_off)
+        dev[SPLIT_OFF] = part
         say(
-            f"{task.name}: no dev set beside {files.train}: {len(dev['dev']):,} of its examples serve as one, chosen "
+            f"{task.name}: no dev set beside {files.train}: {len(part):,} of its examples serve as one, chosen "
             "by a hash"
         )
-        if not len(train) or not len(dev["dev"]):
+        if not len(train) or not len(part):
             raise ValueError(f"{files.train} is too small to split a dev set off; give a dev set")
     elif absent:
         say(f"{task.name}: {files.train.parent} has no {', '.join(absent)} set; scored without")

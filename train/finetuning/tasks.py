@@ -14,6 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+SPLIT_OFF = "split off train"
+"""Name of a dev set that is a part of the training set, for want of one: its scores are not the published ones."""
+
 
 @dataclass(frozen=True)
 class HyperParameters:
