@@ -26,6 +26,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -168,12 +169,16 @@ def _finetuning(
     flags += [] if options.data is None else ["--data", options.data]
     flags += own_words
     parser = finetune.parser()
-    parser.prog = "launch/finetune.py"
+    parser.error = _refuse_flag  # type: ignore[method-assign]
     parsed = parser.parse_args([*flags, "--model", stand_in, "--out", str(options.out / FULL / "scores")])
     tasks = finetune.tasks_of(parsed.task)
     for task in tasks:
         check_task(finetune.job_of(task, parsed))
     return [task.name for task in tasks], flags
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    raise ValueError(f"{FINETUNE}KEY=VALUE, which becomes --KEY=VALUE of launch/finetune.py: {message}")
 
 
 def _has_gpu() -> bool:

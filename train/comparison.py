@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
+from data_prep.shard_format import is_remote, without_scheme
 from train.assembly import heldout_scoring
 from train.config import Config
 from train.evaluation import HeldoutEvaluation
@@ -65,6 +66,13 @@ def compare(
     config = configs[0]
     if not teacher_names(config):
         raise ValueError(f"{run_dirs[0]} has no teacher to compare with: name a distilled run first")
+    shards = config.data.shards
+    folder = Path(without_scheme(shards))
+    if not (is_remote(shards) or folder.is_absolute() or folder.exists()):
+        raise FileNotFoundError(
+            f"{run_dirs[0]}/config.yaml names data.shards={shards!r}, which is not here: it counts from the folder "
+            "that the run was started in; type this command there"
+        )
     manifest, evaluation, teacher = heldout_scoring(config, "cpu")
     models: dict[str, PreTrainedModel] = {"teacher": teacher.models[0]}
     for run_dir, run_config in zip(run_dirs, configs, strict=True):

@@ -71,6 +71,10 @@ def read_model_scores(name: str, folder: Path) -> ModelScores:
     Raises:
         ValueError: there is none, or one of them is not what its folder says; the message names the file.
     """
+    if (folder / FILE).exists():
+        raise ValueError(
+            f"--scores {name}={folder}: that is the folder of one task; give the one that holds it, {folder.parent}"
+        )
     paths = sorted(folder.glob(f"*/{FILE}"))
     if not paths:
         raise ValueError(f"{folder} holds no TASK/{FILE} (--scores {name}={folder}); {FINETUNE} makes them")

@@ -346,6 +346,14 @@ def test_tasks_are_scored_with_finetune(
         (["--ranks", "0"], "--ranks 0: give at least 1"),
         (["--data", "."], "--data has no effect without --tasks"),
         (["--seeds", "3"], "--seeds has no effect without --tasks"),
+        (
+            ["--tasks", "rte", "--data", ".", "--finetune.foo=1"],
+            r"--finetune\.KEY=VALUE, which becomes --KEY=VALUE of launch/finetune\.py: .*--foo=1",
+        ),
+        (
+            ["--tasks", "rte", "--data", ".", "--finetune.epochs=x"],
+            r"launch/finetune\.py: argument --epochs: invalid float",
+        ),
         (["--finetune.epochs=1"], r"--finetune\.\* has no effect without --tasks"),
         (["--tasks", "sst2", "--data", "nowhere"], "there is no folder nowhere"),
         (["--tasks", "rte", "--data", ".", "--finetune.epochs=0"], "--epochs is 0.0; give a number above 0"),

@@ -17,7 +17,8 @@ import launch.report
 from launch.report import main
 from tests.paths import ROOT
 from train import published
-from train.comparison import ComparedModel, plot_losses
+from train.comparison import ComparedModel, compare, plot_losses
+from train.config import Config, DataConfig, ModelConfig
 from train.finetuning.tasks import SPLIT_OFF
 from train.report_chart import ticks
 from train.report_inputs import read_ablation, read_inference, read_model_scores
@@ -512,3 +513,19 @@ def test_models_fine_tuned_differently_are_told(tmp_path: Path) -> None:
     assert "RTE: the models were fine-tuned with different settings (learning_rate, max_length)." in said
     taught = scores("rte", 52.0, settings={"learning_rate": 2e-5, "max_length": 128, "temperature": 2.0})
     assert "different settings" not in notes_of(tmp_path / "same", {"rte": slow}, {"rte": taught})
+
+
+def test_the_folder_of_one_task_is_named(tmp_path: Path) -> None:
+    folder = write_scores(tmp_path / "scores", rte=scores("rte", 60.0))
+    with pytest.raises(
+        ValueError, match=rf"that is the folder of one task; give the one that holds it, {folder}"
+    ):
+        main(["--out", str(tmp_path / "out"), "--scores", f"a={folder / 'rte'}"])
+
+
+def test_shards_that_count_from_another_folder_are_named(tmp_path: Path, teacher_folder: str) -> None:
+    config = Config(data=DataConfig(shards="no/shards"), model=ModelConfig(teacher=teacher_folder))
+    with pytest.raises(
+        FileNotFoundError, match=r"mine/config.yaml names data.shards='no/shards', which is not here"
+    ):
+        compare([tmp_path / "mine"], [config], print)
