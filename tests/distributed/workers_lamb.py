@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
@@ -19,6 +18,9 @@ from tests.lamb_checks import make_gradients, make_parameters, worst_ulp
 from train import lamb_native
 from train.lamb import Lamb
 from train.lamb_reference import ReferenceLamb
+from train.world import import_deepspeed
+
+deepspeed = import_deepspeed()
 
 LR = 0.01
 STEPS = 4

@@ -13,6 +13,7 @@ from train.masking import MaskedBatch
 from train.objective import DistillationLoss, LossTerms
 from train.students import make_student
 from train.teacher import Teacher, TeacherOutput
+from train.world import import_deepspeed
 
 LR, STEPS, ACCUMULATION, MICRO, LENGTH, MASKED, VOCABULARY = 0.05, 3, 2, 2, 12, 4, 50
 SHARES = (1.0, 2.0)
@@ -69,10 +70,10 @@ class Module(nn.Module):
 
 def train(**settings: Any) -> dict[str, Any]:
     """STEPS steps of SGD under ZeRO-2; parameters (fp32 masters) after each, and the global mean of the loss."""
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import safe_get_full_fp32_param
 
+    deepspeed = import_deepspeed()
     get_accelerator().is_fp16_supported = lambda: True
     rank, world_size = dist.get_rank(), dist.get_world_size()
     teachers, student = make_models()
