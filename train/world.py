@@ -150,7 +150,8 @@ def import_deepspeed(log_level: str | None = None) -> Any:
     import deepspeed.ops
 
     let_deepspeed_say()  # and sets its logger's level then
-    # On a CPU this op would be compiled for about a minute at the first start; gloo does without it.
+    # On a CPU this op would be compiled for about a minute at the first start, and every rank would leave 66 MiB in
+    # /dev/shm for good; gloo does without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
