@@ -81,21 +81,28 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
         else:
             tell(f"error: {error}", os.environ, others_know=isinstance(error, RunError) and error.others_know)
             code = BAD_USAGE if isinstance(error, (ValueError, *BAD_PATHS)) else 1
+    except SystemExit as ended:  # argparse's, after --help or bad usage
+        if isinstance(ended.code, str):
+            raise
+        code = ended.code or 0
     except KeyboardInterrupt:
         if probable_rank(os.environ) == 0:
             print("interrupted", file=sys.stderr, flush=True)
         code = 128 + signal.SIGINT
     if _reader_has_left():  # what is still buffered would raise when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.stdout.flush()
+    if sys.stdout is not None:  # closed by the shell: >&-
+        sys.stdout.flush()
     sys.exit(code)
 
 
 def _reader_has_left() -> bool:
     """Is the standard output a pipe that nobody reads any more?"""
+    if sys.stdout is None:
+        return False
     poll = select.poll()
     try:
         poll.register(sys.stdout.fileno(), 0)
     except OSError:  # no file, as where a test captures it
         return False
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    return bool(poll.poll(0))  # no event is waited for: only an error or a hang-up is told

@@ -222,8 +222,9 @@ def _complete(path: Path, facts: dict[str, Any]) -> str | None:
 
 def _fault(checkpoint: Path) -> str | None:
     try:
-        files = read_facts(checkpoint)["files"]
-    except (OSError, ValueError, KeyError):
+        facts = read_facts(checkpoint)
+        files, _ = facts["files"], facts["step"]
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{COMPLETE} is missing or unreadable"
     for name, size in files.items():
         file = checkpoint / name

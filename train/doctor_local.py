@@ -22,10 +22,9 @@ def needed_disk_gib(config: Config) -> float:
     from train.plan_shapes import named_model, num_parameters
 
     try:
-        teacher = named_model(teacher_names(config)[0])
-    except (ValueError, IndexError):
+        parameters = num_parameters(planned_student(config, named_model(teacher_names(config)[0])))
+    except (ValueError, IndexError):  # other checks tell of it
         return MIN_DISK_GIB
-    parameters = num_parameters(planned_student(config, teacher))
     copies = config.checkpoint.keep_last + 1
     return max(MIN_DISK_GIB, parameters * (copies * CHECKPOINT_BYTES_PER_PARAMETER + 4) / 2**30)
 
@@ -52,9 +51,14 @@ def told(check: str, question: Callable[[], str], remedy: str) -> Finding:
     try:
         return Finding(check, True, question())
     except (ValueError, OSError) as error:
-        text = " ".join(str(error).split())
-        what, separator, own = text.rpartition("; ")
-        return Finding(check, False, what, own) if separator else Finding(check, False, text, remedy)
+        return failed(check, error, remedy)
+
+
+def failed(check: str, error: Exception, remedy: str) -> Finding:
+    """A finding from an error, whose text may end with its own remedy."""
+    text = " ".join(str(error).split())
+    what, separator, own = text.rpartition("; ")
+    return Finding(check, False, what, own) if separator else Finding(check, False, text, remedy)
 
 
 def check_tokenizer(config: Config) -> Finding:

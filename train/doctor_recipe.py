@@ -7,7 +7,7 @@ from pathlib import Path
 
 from train.config import Config
 from train.doctor_checks import Finding
-from train.doctor_local import told
+from train.doctor_local import failed, told
 
 
 def check_recipe(config: Config, world_size: int) -> list[Finding]:
@@ -28,6 +28,13 @@ def check_recipe(config: Config, world_size: int) -> list[Finding]:
 
 def check_run(config: Config) -> Finding:
     """Is the run folder new, or one that this configuration goes on with?"""
+    try:
+        return _run(config)
+    except (ValueError, OSError) as error:
+        return failed("run", error, "give another run.dir")
+
+
+def _run(config: Config) -> Finding:
     import torch
 
     from train.agreement import manifest_digest
@@ -52,11 +59,14 @@ def check_run(config: Config) -> Finding:
             f"{folder} holds a run that was started with another configuration:\n" + "\n".join(changes),
             "give another run.dir, restore what was, or --checkpoint.allow_changed_config=true to go on anyway",
         )
-    if read_summary(folder) is not None:
+    if read_summary(folder) is not None and not changes:
         return Finding("run", True, f"{folder} is finished", "nothing would be trained: give another run.dir")
-    found = newest_checkpoint(folder / "checkpoints", lambda _: None)
-    step = read_facts(found)["step"] if found else 0
-    return Finding("run", True, f"{folder} goes on from step {step}")
+    passed_over: list[str] = []
+    found = newest_checkpoint(folder / "checkpoints", passed_over.append)
+    goes_on = f"{folder} goes on from step {read_facts(found)['step'] if found else 0}"
+    if changes:
+        goes_on += ", with another configuration:\n" + "\n".join(changes)
+    return Finding("run", True, goes_on, "\n".join(passed_over))
 
 
 def _engine(config: Config, world_size: int) -> str:

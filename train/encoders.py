@@ -62,6 +62,15 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:4])}{rest} {'is' if len(names) == 1 else 'are'}"
 
 
+def _layers_of(model_type: str) -> re.Pattern[str]:
+    """What the keys of an encoder's layers look like, with their base model's name before them or without."""
+    family = FAMILIES.get(model_type)
+    if family is None:
+        return _LAYER
+    base, _, layers = family.layers.partition(".")
+    return re.compile(rf"^(?:{base}\.)?{re.escape(layers)}\.(\d+)\.")
+
+
 def refuse_gaps(name: str | Path, config: Any, missing: Sequence[str], info: Mapping[str, Any]) -> None:
     """Refuse weights that leave a model partly random, or cut off; transformers only warns of it.
 
@@ -82,8 +91,9 @@ def refuse_gaps(name: str | Path, config: Any, missing: Sequence[str], info: Map
         raise ValueError(
             f"{name} is incomplete: {listed(missing)} missing from its weights; give a whole checkpoint"
         )
-    layers = [int(found[1]) for key in info["unexpected_keys"] if (found := _LAYER.search(key))]
-    if layers:
+    pattern = _layers_of(config.model_type)
+    layers = [int(found[1]) for key in info["unexpected_keys"] if (found := pattern.search(key))]
+    if max(layers, default=-1) >= config.num_hidden_layers:  # others are something else's: an adapter's, say
         raise ValueError(
             f"{name}: its weights have {max(layers) + 1} layers, its config.json {config.num_hidden_layers}; {together}"
         )

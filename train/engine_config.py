@@ -126,6 +126,11 @@ def resolve_engine_config(
         raise ValueError(
             f'deepspeed.config: zero_optimization={zero!r}; give an object such as {{"stage": 2}}'
         )
+    for key in ("fp16", "bf16", "data_types"):
+        if not isinstance(resolved.get(key, {}), dict):
+            raise ValueError(
+                f'deepspeed.config: {key}={resolved[key]!r}; give an object such as {{"enabled": true}}'
+            )
     # DeepSpeed keeps a list of the optimizer classes it knows; LAMB's state is its own.
     resolved["zero_allow_untested_optimizer"] = True
     stage = zero.get("stage", 0)

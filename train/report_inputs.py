@@ -73,7 +73,8 @@ def read_model_scores(name: str, folder: Path) -> ModelScores:
     """
     if (folder / FILE).exists():
         raise ValueError(
-            f"--scores {name}={folder}: that is the folder of one task; give the one that holds it, {folder.parent}"
+            f"--scores {name}={folder}: that is the folder of one task; give the one that holds it, "
+            f"{folder.resolve().parent}"
         )
     paths = sorted(folder.glob(f"*/{FILE}"))
     if not paths:

@@ -185,23 +185,30 @@ def _mnli(models: Sequence[ModelScores]) -> str:
 
 def _sizes(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[str]:
     """How much of each task it was; what stands in for a dev set."""
-    first = {
-        task: next(model.tasks[task] for model in models if task in model.tasks)
-        for task in dict.fromkeys(tasks)
-    }
-    sizes = [
-        f"{TASKS[task].title} {scores.train_examples:,} and {sum(scores.dev_examples.values()):,}"
-        + (" (a part)" if _is_part(scores) else "")
-        for task, scores in first.items()
-    ]
-    notes = [f"Examples of ours, training and dev: {', '.join(sizes)}."]
-    stand_ins = [TASKS[task].title for task, scores in first.items() if SPLIT_OFF in scores.dev_examples]
+    sizes, stand_ins = [], []
+    for task in dict.fromkeys(tasks):
+        by_size: dict[str, list[str]] = {}
+        for model in models:
+            if task in model.tasks:
+                by_size.setdefault(_size(model.tasks[task]), []).append(model.name)
+                if SPLIT_OFF in model.tasks[task].dev_examples:
+                    stand_ins.append(f"{TASKS[task].title} of {model.name}")
+        told = [
+            size if len(by_size) == 1 else f"{size} ({', '.join(names)})" for size, names in by_size.items()
+        ]
+        sizes.append(f"{TASKS[task].title} {' or '.join(told)}")
+    notes = [f"Examples of ours, training and dev: {'; '.join(sizes)}."]
     if stand_ins:
         notes.append(
-            f"{', '.join(stand_ins)}: ours are scored on a part of the training set, held out for want of a test set: "
-            "not the published score."
+            f"{', '.join(stand_ins)}: scored on a part of the training set, held out for want of a test set: not the "
+            "published score."
         )
     return notes
+
+
+def _size(scores: TaskScores) -> str:
+    text = f"{scores.train_examples:,} and {sum(scores.dev_examples.values()):,}"
+    return f"{text}, a part" if _is_part(scores) else text
 
 
 def _is_part(scores: TaskScores) -> bool:

@@ -26,6 +26,7 @@ from typing import IO, Any
 import yaml
 
 from train.config import Config
+from train.errors import one_line
 from train.versions import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,7 +144,7 @@ def changed_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> list[str]:
     path = run_dir / "inputs.json"
     if not path.exists():
         return []
-    before = json.loads(path.read_text())
+    before = _read_tree(path, json.loads)
     return [f"other contents of {name}" for name, value in inputs.items() if before.get(name) != value]
 
 
@@ -163,7 +164,7 @@ def found_before(run_dir: Path, config: Config) -> Config:
     path = run_dir / "config.yaml"
     if config.training.micro_batch_size != "auto" or not path.exists():
         return config
-    found = yaml.safe_load(path.read_text())["training"]["micro_batch_size"]
+    found = _read_tree(path, yaml.safe_load).get("training", {}).get("micro_batch_size", "auto")
     return dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=found))
 
 
@@ -173,7 +174,7 @@ def changed_config(run_dir: Path, config: Config) -> list[str]:
     path = run_dir / "config.yaml"
     if not path.exists():
         return []
-    return differing_keys(yaml.safe_load(path.read_text()), as_tree(config), FREE_TO_CHANGE)
+    return differing_keys(_read_tree(path, yaml.safe_load), as_tree(config), FREE_TO_CHANGE)
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:
@@ -203,8 +204,20 @@ def refuse_changes(run_dir: Path, changes: Sequence[str]) -> None:
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """The final figures, or None where the run has not finished."""
     with contextlib.suppress(FileNotFoundError):
-        return json.loads((run_dir / "summary.json").read_text())
+        return _read_tree(run_dir / "summary.json", json.loads)
     return None
+
+
+def _read_tree(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """What a run has left in a file; ValueError naming it where it is damaged."""
+    remedy = "restore it, or give another run.dir"
+    try:
+        tree = parse(path.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is damaged ({one_line(error, 200)}); {remedy}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is damaged (it holds no keys); {remedy}")
+    return tree
 
 
 def as_tree(config: Config) -> dict[str, Any]:

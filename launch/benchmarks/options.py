@@ -61,12 +61,12 @@ def device(text: str) -> str:
 
 
 def new_file(text: str) -> Path:
-    """A path that can be written to."""
-    path = Path(text)
-    folder = path.parent
-    if not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {folder}; make it first")
-    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+    """The path of a plain file that can be written, links followed."""
+    path = Path(text).resolve()
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {path.parent}; make it first")
+    # It is written beside its place, and moved there.
+    if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written to; give another file")
     return path
 

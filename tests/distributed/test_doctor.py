@@ -263,7 +263,47 @@ def test_a_run_folder_that_is_there_is_compared(
         "other contents of deepspeed.config"
         in check_run(parse_config([*words, f"--deepspeed.config={engine}"], "")).result
     )
+    longer = [*words, "--training.max_steps=28", "--checkpoint.allow_changed_config=true"]
+    goes_on = check_run(parse_config(longer, ""))
+    assert goes_on.ok
+    assert "goes on from step 24, with another configuration:\ntraining.max_steps: 24 -> 28" in goes_on.result
+    assert not goes_on.remedy
     begun = shutil.copytree(undisturbed, tmp_path / "begun")
     (begun / "summary.json").unlink()
     words[-1] = f"--run.dir={begun}"
     assert re.fullmatch(rf"{begun} goes on from step \d+", check_run(parse_config(words, "")).result)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("config.yaml", "a: [", "config.yaml is damaged"),
+        ("config.yaml", "", "config.yaml is damaged"),
+        ("inputs.json", "{", "inputs.json is damaged"),
+        ("summary.json", "{", "summary.json is damaged"),
+        ("summary.json", "[]", "summary.json is damaged"),
+    ],
+)
+def test_a_damaged_run_folder_is_one_line_of_the_table(
+    name: str, content: str, told: str, undisturbed: Path, settings: list[str], tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(undisturbed, tmp_path / "run")
+    (run_dir / name).write_text(content)
+    found = check_run(parse_config([*settings, f"--run.dir={run_dir}"], ""))
+    assert not found.ok
+    assert told in found.result
+    assert found.remedy == "restore it, or give another run.dir"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"files": {}}'])
+def test_damaged_checkpoints_are_told(
+    content: str, undisturbed: Path, settings: list[str], tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(undisturbed, tmp_path / "run")
+    (run_dir / "summary.json").unlink()
+    newest, *others = sorted((run_dir / "checkpoints").glob("step-*/complete.json"), reverse=True)
+    newest.write_text(content)
+    found = check_run(parse_config([*settings, f"--run.dir={run_dir}"], ""))
+    assert found.ok
+    assert found.result == f"{run_dir} goes on from step {int(others[0].parent.name[5:])}"
+    assert f"{newest.parent} is passed over" in found.remedy

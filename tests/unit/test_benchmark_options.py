@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from launch import benchmark
+from launch.benchmarks.options import new_file
 
 NO_FOLDER = "--json: '/none/figures.json': there is no folder /none; make it first"
 
@@ -67,3 +70,14 @@ def test_a_gpu_that_is_not_there(
         benchmark.main()
     assert ended.value.code == 2
     assert "--device: torch sees no GPU here; give cpu" in capsys.readouterr().err
+
+
+def test_figures_follow_a_link_and_take_a_plain_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    assert new_file(str(tmp_path / "link.json")) == tmp_path / "target.json"
+    os.mkfifo(tmp_path / "fifo")
+    for refused in ("fifo", "."):
+        with pytest.raises(argparse.ArgumentTypeError, match="cannot be written to; give another file"):
+            new_file(str(tmp_path / refused))
+    with pytest.raises(argparse.ArgumentTypeError, match="/dev/null' cannot be written to"):
+        new_file("/dev/null")

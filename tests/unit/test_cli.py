@@ -44,6 +44,27 @@ def test_one_plain_message_and_the_code(
     assert printed.out == ""
 
 
+def test_help_that_nobody_reads_and_a_closed_output() -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    for end, silent in (("--help | true", True), ("--help >&-", False), ("--none >&-", False)):
+        command = ["bash", "-c", f"{sys.executable} launch/plan.py {end}"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        assert done.stderr == "" if silent else "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "launch/plan.py", "--none"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "unrecognized arguments: --none" in done.stderr
+
+
+def test_a_reader_that_is_there() -> None:
+    """Of a pipe that is full or empty, and of a file."""
+    script = "from launch.cli import _reader_has_left, run_main; run_main(lambda _: print(_reader_has_left()) or 0)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False\n")
+
+
 @pytest.mark.parametrize(
     ("main", "code"),
     [

@@ -409,7 +409,17 @@ def test_an_ssh_that_outlives_its_probe_is_a_row_and_no_crash(
     [
         (["--model.layer_map=[0,99]"], "student", r"names layers \[99\] that the teacher does not have"),
         (["--model.layer_map=distilbert"], "student", "of a 12-layer teacher"),
-        (["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[9, 9]]"], "student", "9"),
+        (
+            ["--model.layer_map=random", "--model.student_width=33"],
+            "student",
+            "must be a multiple of its heads. width",
+        ),
+        (["--data.sequence_length=65"], "student", "positions for 64 tokens"),
+        (
+            ["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[1, 9]]"],
+            "student",
+            r"layer.*9|9.*layer",
+        ),
         (["--deepspeed.config=/none.json"], "engine", "/none.json': no such file"),
         (["--training.global_batch_size=65536"], "steps", "fewer than one batch of 65536"),
         (["--schedule.warmup_steps=99999", "--training.max_steps=null"], "steps", "more than the run's"),
@@ -419,9 +429,22 @@ def test_a_recipe_that_would_be_refused(
     settings: list[str], check: str, message: str, shards_folder: str, teacher_folder: str
 ) -> None:
     words = [*small_settings(shards_folder, teacher_folder), *settings]
+    assert needed_disk_gib(parse_config(words, "")) >= 1  # of which it does not tell
     findings = {finding.check: finding for finding in check_recipe(parse_config(words, ""), 1)}
     assert [name for name, finding in findings.items() if not finding.ok] == [check]
     assert re.search(message, f"{findings[check].result}; {findings[check].remedy}")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[1, 3]]"],
+        ["--model.layer_map=random", "--model.student_width=16", "--objective.projection=true"],
+    ],
+)
+def test_a_recipe_that_would_be_taken(settings: list[str], shards_folder: str, teacher_folder: str) -> None:
+    words = [*small_settings(shards_folder, teacher_folder), *settings]
+    assert [f.result for f in check_recipe(parse_config(words, ""), 1) if not f.ok] == []
 
 
 def test_a_recipe_whose_micro_batch_is_found_on_the_gpus(shards_folder: str, teacher_folder: str) -> None:

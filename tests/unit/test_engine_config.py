@@ -57,6 +57,12 @@ def test_zero_must_be_an_object() -> None:
         resolve_engine_config({"zero_optimization": 2}, **NUMBERS)
 
 
+@pytest.mark.parametrize("key", ["fp16", "bf16", "data_types"])
+def test_a_section_must_be_an_object(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key}=True; give an object such as"):
+        resolve_engine_config({"zero_optimization": {"stage": 2}, key: True}, **NUMBERS)
+
+
 def test_the_optimizer_is_allowed_whatever_the_file_says() -> None:
     assert resolve_engine_config({"zero_optimization": {"stage": 2}}, **NUMBERS)[
         "zero_allow_untested_optimizer"

@@ -37,7 +37,9 @@ def test_a_score_outside_a_run_has_the_recipe_s_teacher_and_windows(
     shards_folder: str, teacher_folder: str
 ) -> None:
     config = Config(
-        model=ModelConfig(teacher=[teacher_folder, teacher_folder], teacher_weights=[3.0, 1.0]),
+        model=ModelConfig(
+            teacher=[teacher_folder, teacher_folder], teacher_weights=[3.0, 1.0], teacher_dtype="bf16"
+        ),
         data=DataConfig(shards=shards_folder, sequence_length=32),
     )
     _, evaluation, teacher = heldout_scoring(config, "cpu")

@@ -488,10 +488,19 @@ def test_how_much_of_a_task_was_scored_is_told(tmp_path: Path) -> None:
             "imdb": scores("imdb", 60.0, dev_examples={SPLIT_OFF: 10}),
         },
     )
-    assert "training and dev: MNLI 100 and 50, RTE 100 and 50 (a part)." in said
+    assert "training and dev: MNLI 100 and 50; RTE 100 and 50, a part." in said
     assert "mean of both dev sets for MNLI, else accuracy" in said
     assert "training and dev: IMDb 100 and 10." in said
-    assert "IMDb: ours are scored on a part of the training set" in said
+    assert "IMDb of m0: scored on a part of the training set" in said
+
+
+def test_each_model_s_examples_are_told(tmp_path: Path) -> None:
+    whole = scores("imdb", 80.0, train_examples=25_000, dev_examples={"dev": 25_000})
+    part = scores("imdb", 60.0, dev_examples={SPLIT_OFF: 10}, settings={"max_train_examples": 100})
+    said = notes_of(tmp_path, {"imdb": whole}, {"imdb": part})
+    assert "training and dev: IMDb 25,000 and 25,000 (m0) or 100 and 10, a part (m1)." in said
+    assert "IMDb of m1: scored on a part of the training set" in said
+    assert "different settings" not in said
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from train.loading import check_vocabulary, folder_fingerprint, load_masked_lm
 from train.model_checks import check_models
 from train.objective import DistillationLoss
 from train.precision_check import check_teacher_precision
+from train.saved_heads import load_with_saved_head
 from train.students import make_student
 from train.teacher import Teacher, load_teacher, normalised_shares
 
@@ -72,6 +73,17 @@ def test_one_missing_tensor_is_refused(teacher_folder, tmp_path):
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=message):
             load_masked_lm(str(folder))
+
+
+@pytest.mark.parametrize(
+    "key", ["bert.encoder.layer.0.attention.self.relative.weight", "classifier.layers.9.weight"]
+)
+def test_weights_that_nobody_asks_for_are_none_of_a_lost_layer(teacher_folder, tmp_path, key):
+    folder = Path(shutil.copytree(teacher_folder, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, key: torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
+    assert load_masked_lm(str(folder)).config.num_hidden_layers == 4
+    assert load_with_saved_head(folder).config.num_hidden_layers == 4
 
 
 def test_other_broken_folders_are_refused(teacher_folder, tmp_path):

@@ -233,6 +233,9 @@ def test_each_local_rank_has_a_gpu_or_is_told() -> None:
         _device(discover_ranks(TORCH), 1)
 
 
+LEVELS = ["debug", "info", "warning", "error"]
+
+
 @pytest.fixture
 def heard() -> Iterator[list[str]]:
     """Levels of the messages that DeepSpeed's logger lets through."""
@@ -249,15 +252,23 @@ def heard() -> Iterator[list[str]]:
     let_deepspeed_say("error")
 
 
-@pytest.mark.parametrize("log_level", ["debug", "info", "warning", "error"])
+@pytest.mark.parametrize("log_level", LEVELS)
 def test_deepspeed_says_what_it_was_let_say(log_level: str, heard: list[str]) -> None:
     """From then on: whatever imports it later does not say otherwise."""
     import_deepspeed(log_level)
     import_deepspeed()
-    levels = ["debug", "info", "warning", "error"]
-    for level in levels:
+    for level in LEVELS:
         logging.getLogger("DeepSpeed").log(getattr(logging, level.upper()), "a message of the test's")
-    assert heard == levels[levels.index(log_level) :]
+    assert heard == LEVELS[LEVELS.index(log_level) :]
+
+
+def test_deepspeed_s_own_level_is_overruled_when_it_is_imported() -> None:
+    script = (
+        "import logging; from train.world import import_deepspeed; import_deepspeed('info'); "
+        "print(logging.getLogger('DeepSpeed').isEnabledFor(logging.INFO))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split()[-1:] == ["True"], done.stderr
 
 
 def test_what_is_set_inside_torch_and_deepspeed_takes_effect() -> None:
