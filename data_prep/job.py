@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.progress import Progress
-from data_prep.records import ReadOptions
-from data_prep.shard_format import MANIFEST_NAME, Manifest, TokenizerInfo, replace_file
-from data_prep.sources import Source
-from data_prep.world import JobFailed, World
+from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, replace_file
+from data_prep.sources.records import ReadOptions
+from data_prep.sources.resolve import Source
+from data_prep.workers import JobFailed, World
 
 Result = TypeVar("Result")
 WORK_FOLDER = ".work"

@@ -21,10 +21,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.job import exit_code
-from data_prep.records import FORMATS, Reading, ReadOptions, text_fields
-from data_prep.sources import HELP as SOURCES_HELP
-from data_prep.sources import TXT_DOCUMENTS, Unit, make_units, resolve_sources
-from data_prep.texts import BadRecord, pieces_of, utf8
+from data_prep.sources.records import FORMATS, Reading, ReadOptions, text_fields
+from data_prep.sources.resolve import HELP as SOURCES_HELP
+from data_prep.sources.resolve import TXT_DOCUMENTS, Unit, make_units, resolve_sources
+from data_prep.sources.texts import BadRecord, pieces_of, utf8
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 EXAMPLES = """

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.shard_format import (
+from data_prep.shard_format.manifest import (
     SPLITS,
     TOKENIZER_FOLDER,
     Manifest,

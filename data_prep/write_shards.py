@@ -18,15 +18,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.building import SKIPPED_NAME, Builder, finish, make_plan
 from data_prep.job import WORK_FOLDER, FolderLock, Job, JobOptions, Team, exit_code, explain, prepare_folder
-from data_prep.records import text_fields
-from data_prep.shard_format import MANIFEST_NAME, Manifest, TokenizerInfo, tokenizer_info
-from data_prep.sources import HELP as SOURCES_HELP
-from data_prep.sources import TXT_DOCUMENTS, resolve_sources
-from data_prep.spilling import Spiller
-from data_prep.tables import quiet_hub
-from data_prep.world import JobFailed, MpiWorld, ProcessLost, World, mpi_size, run_processes
+from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, tokenizer_info
+from data_prep.shard_pass import SKIPPED_NAME, Builder, finish, make_plan
+from data_prep.sources.records import text_fields
+from data_prep.sources.resolve import HELP as SOURCES_HELP
+from data_prep.sources.resolve import TXT_DOCUMENTS, resolve_sources
+from data_prep.sources.tables import quiet_hub
+from data_prep.tokenize_pass import Spiller
+from data_prep.workers import JobFailed, MpiWorld, ProcessLost, World, mpi_size, run_processes
 
 EXAMPLES = """
 examples:

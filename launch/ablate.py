@@ -31,10 +31,10 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launch.ablation_job import Job, StoppedError, finetune_all, reason_of, train
+from launch.ablation.job import Job, StoppedError, finetune_all, reason_of, train
 from launch.cli import BAD_USAGE, parse_config, run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words
-from train.signals import STOPPED_AFTER_SAVING
+from train.distributed.signals import STOPPED_AFTER_SAVING
 
 FINETUNE = "--finetune."
 FINETUNING_SEEDS = 5
@@ -50,11 +50,11 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError("--run.dir has no effect here: every variant has its folder below --out; remove it")
     base = parse_config(words, "")
 
-    from train.ablation import chosen_variants, variants_of
-    from train.ablation_runs import refuse_other_runs, teacher_layers
-    from train.models import teacher_names
+    from launch.ablation.runs import refuse_other_runs, teacher_layers
+    from launch.ablation.variants import chosen_variants, variants_of
+    from train.distributed.world import quiet_libraries
+    from train.models.build import teacher_names
     from train.run_folder import hold
-    from train.world import quiet_libraries
 
     quiet_libraries()
     variants, left_out = variants_of(base, teacher_layers(base), options.full_seeds)
@@ -160,7 +160,7 @@ def _finetuning(
             raise ValueError(f"{FINETUNE}* has no effect without --tasks; name tasks, or remove it")
         return [], []
     from launch import finetune
-    from train.ablation import FULL
+    from launch.ablation.variants import FULL
     from train.finetuning.runs import check_task
 
     if options.seeds is not None and options.seeds < 1:
@@ -195,7 +195,7 @@ def _launcher(options: argparse.Namespace) -> Callable[[], list[str]]:
 
 
 def _listed(job: Job) -> str:
-    from train.text_table import text_table
+    from launch.text_table import text_table
 
     rows = [(variant.name, variant.changed, variant.title) for variant in job.variants]
     lines = [text_table(("variant", "changes", "what it is"), rows, right=False)]
@@ -203,7 +203,7 @@ def _listed(job: Job) -> str:
 
 
 def _work(job: Job) -> int:
-    from train.ablation import FULL
+    from launch.ablation.variants import FULL
 
     train(job)
     if FULL in job.failed:
@@ -222,10 +222,10 @@ def _work(job: Job) -> int:
 
 def _show(job: Job) -> str:
     """Write ablation.json, .md and .png of what is finished; the table for the screen."""
-    from train.ablation import FULL
-    from train.ablation_figure import plot
-    from train.ablation_runs import is_finished, result_of, scale_of, teacher_scores
-    from train.ablation_table import Ablation, as_json, as_markdown, as_text
+    from launch.ablation.figure import plot
+    from launch.ablation.runs import is_finished, result_of, scale_of, teacher_scores
+    from launch.ablation.table import Ablation, as_json, as_markdown, as_text
+    from launch.ablation.variants import FULL
     from train.run_folder import provenance, write_atomically, write_json
 
     finished = [variant for variant in job.variants if is_finished(job.out / variant.name)]

@@ -17,9 +17,9 @@ from dataclasses import replace
 
 import jsonargparse
 
-from launch.telling import tell
+from launch.error_messages import tell
 from train.config import Config
-from train.discovery import probable_rank
+from train.distributed.discovery import probable_rank
 from train.environment_file import load_environment_file
 from train.errors import RunError
 

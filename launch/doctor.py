@@ -27,8 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import parse_config, run_main
-from train.config import Config
-from train.doctor_checks import (
+from launch.preflight.checks import (
     Finding,
     check_all_reduce,
     check_keep_alive,
@@ -38,7 +37,7 @@ from train.doctor_checks import (
     judge_hosts,
     watched_variables,
 )
-from train.doctor_hosts import (
+from launch.preflight.hosts import (
     DEFAULT_SSH,
     Host,
     HostEntry,
@@ -48,8 +47,9 @@ from train.doctor_hosts import (
     read_hostfile,
     read_ssh,
 )
+from launch.text_table import text_table
+from train.config import Config
 from train.text_files import read_utf8
-from train.text_table import text_table
 
 ALL_REDUCE_TIMEOUT_S = 90.0
 
@@ -147,9 +147,9 @@ def examine_hosts(
     Args:
         ssh: the command that ranks are started with on every host; None where they start without.
     """
-    from data_prep.shard_format import is_remote
-    from train.doctor_local import needed_disk_gib
-    from train.models import teacher_names
+    from data_prep.shard_format.manifest import is_remote
+    from launch.preflight.local_checks import needed_disk_gib
+    from train.models.build import teacher_names
 
     run_dir = os.path.abspath(config.run.dir)
     shards = config.data.shards if is_remote(config.data.shards) else os.path.abspath(config.data.shards)
@@ -272,9 +272,9 @@ def examine_here(config: Config, world_size: int) -> list[Finding]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would say that it found none
     from huggingface_hub.utils import logging as hub_logging
 
-    from train.doctor_local import check_batch, check_teacher, check_tokenizer
-    from train.doctor_recipe import check_recipe, check_run
-    from train.world import quiet_libraries
+    from launch.preflight.local_checks import check_batch, check_teacher, check_tokenizer
+    from launch.preflight.recipe_checks import check_recipe, check_run
+    from train.distributed.world import quiet_libraries
 
     quiet_libraries()
     hub_logging.set_verbosity_error()  # it tells of every question that it repeats

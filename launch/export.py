@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import run_main
 
 if TYPE_CHECKING:
-    from train.onnx_export import OnnxFile
+    from train.export.onnx_export import OnnxFile
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,11 +49,11 @@ def main(arguments: Sequence[str]) -> int:
     if options.out.exists():
         raise ValueError(f"{options.out} exists; give another folder or remove it first")
     if options.onnx:
-        from train.onnx_check import require_onnx
+        from train.export.onnx_check import require_onnx
 
         require_onnx()
     texts = read_texts(options.texts) if options.texts else None
-    from train.world import quiet_libraries
+    from train.distributed.world import quiet_libraries
 
     quiet_libraries()
     partial = options.out.with_name(f".{options.out.name}.new")
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
             said = [write_folder(options.source, options.out, partial)]
             folder = partial
         if options.onnx:
-            from train.onnx_export import export_onnx
+            from train.export.onnx_export import export_onnx
 
             files = export_onnx(folder, partial, options.int8, texts)
         partial.rename(options.out)
@@ -101,7 +101,7 @@ def read_texts(path: Path) -> list[str]:
 
 def write_folder(source: Path, out: Path, folder: Path) -> str:
     """Write a run's or a checkpoint's student to `folder`; what was done, `out` being the name it will have."""
-    from train.export import export_checkpoint, find_checkpoint
+    from train.export.hugging_face import export_checkpoint, find_checkpoint
     from train.run_folder import read_summary
 
     checkpoint = find_checkpoint(source)

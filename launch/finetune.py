@@ -176,10 +176,10 @@ def run_jobs(jobs: Sequence[Job], seeds: Sequence[int], out: Path) -> int:
     """Check all, then run one after another, then print the table."""
     from dataclasses import replace
 
+    from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
+    from train.distributed.world import let_deepspeed_say, quiet_libraries
     from train.finetuning.runs import check_task, run_task
     from train.finetuning.training import Stopped
-    from train.signals import STOPPED_AFTER_SAVING, StopRequest
-    from train.world import let_deepspeed_say, quiet_libraries
 
     quiet_libraries()
     let_deepspeed_say("error")  # accelerate imports it
@@ -200,9 +200,9 @@ def run_jobs(jobs: Sequence[Job], seeds: Sequence[int], out: Path) -> int:
 
 def table_of(results: Sequence[Mapping[str, Any]]) -> str:
     """The final table, with GLUE's macro average where there is more than one of its tasks."""
+    from launch.text_table import text_table
     from train.finetuning.results import macro_average
     from train.finetuning.runs import table_row
-    from train.text_table import text_table
 
     rows = [table_row(scores) for scores in results]
     scores = {result["task"]: result["median"]["score"] for result in results}

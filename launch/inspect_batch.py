@@ -29,7 +29,7 @@ from train.config import Config
 if TYPE_CHECKING:
     import torch
 
-    from train.masking import MaskedBatch
+    from train.data.masking import MaskedBatch
 
 LEGEND = (
     "[cat->MASK] is hidden, [cat->dog] is shown as another token, [cat] is shown as it is; "
@@ -118,10 +118,10 @@ def rebuild(config: Config, step: int, world_size: int, micro_batch_size: int | 
     Raises:
         ValueError, FileNotFoundError: as in training.
     """
-    from train.assembly import load_manifest
-    from train.masking import MaskedBatch
-    from train.order import check_fit
-    from train.run_data import build_run_data
+    from train.build import load_manifest
+    from train.data.masking import MaskedBatch
+    from train.data.order import check_fit
+    from train.data.pipeline import build_run_data
 
     manifest = load_manifest(config.data.shards)
     share = check_fit(config.training.global_batch_size, config.data.lanes, world_size, 1)
@@ -205,7 +205,7 @@ def load_tokenizer(config: Config) -> Any:
     """The shards' tokenizer, or None where there is none to be had: then ids are shown."""
     from transformers import AutoTokenizer
 
-    from train.assembly import tokenizer_source
+    from train.build import tokenizer_source
 
     try:
         return AutoTokenizer.from_pretrained(tokenizer_source(config))
@@ -216,7 +216,7 @@ def load_tokenizer(config: Config) -> Any:
 def main(arguments: Sequence[str]) -> int:
     """Rebuild, print, digest."""
     options, config = parse_arguments(arguments)
-    from train.assembly import load_manifest
+    from train.build import load_manifest
 
     mask_id = load_manifest(config.data.shards).tokenizer.mask_id
     batch = rebuild(config, options.step, options.world_size, options.micro_batch_size)

@@ -23,8 +23,8 @@ from launch.cli import parse_config, run_main
 from train.config import Config, DataConfig
 
 if TYPE_CHECKING:
-    from train.plan_cost import Machines
-    from train.plan_memory import EngineSettings
+    from launch.planner.cost import Machines
+    from launch.planner.memory import EngineSettings
 
 SMALLEST, LARGEST = 1e-9, 1e15
 """Of any number that is given: beyond them products overflow."""
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     rest += [f"--data.shards={shards}" for shards in options.shards]
     config = parse_config(rest, "")
     # Only now the seconds that transformers takes to import.
-    from train.plan_recipe import read_recipe
-    from train.plan_tables import (
+    from launch.planner.planning import as_json, fitting_micro_batch, make_plan, scaling_curve
+    from launch.planner.tables import (
         comparison_table,
         curve_table,
         memory_table,
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         time_table,
         work_table,
     )
-    from train.planning import as_json, fitting_micro_batch, make_plan, scaling_curve
+    from launch.planner.workload import read_recipe
     from train.run_folder import write_json
 
     machines, memory_gib, notes = machines_of(options)
@@ -90,7 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--nodes", type=int, default=1, help="machines (1)")
     add("--gpus-per-node", type=int, default=8, help="GPUs in each (8)")
-    add("--gpu", default="A100-80GB", help="kind of GPU, of the table in train/plan_hardware.py (A100-80GB)")
+    add(
+        "--gpu",
+        default="A100-80GB",
+        help="kind of GPU, of the table in launch/planner/hardware.py (A100-80GB)",
+    )
     add(
         "--matrix-rate",
         type=float,
@@ -106,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--mfu",
         type=float,
-        help="share of the matrix rate that models reach (0.30; its reason: train/plan_cost.py)",
+        help="share of the matrix rate that models reach (0.30; its reason: launch/planner/cost.py)",
     )
     add("--tokens", type=float, help="tokens in the corpus, in place of shards")
     add(
@@ -161,8 +165,8 @@ def refuse_unwritable(flag: str, path: Path) -> None:
 
 def machines_of(options: argparse.Namespace) -> tuple[Machines, float, list[str]]:
     """(Machines, memory of a GPU in GiB, lines that say what was assumed)."""
-    from train.plan_cost import DEFAULT_INTER_NODE_GB_PER_S, DEFAULT_MFU, Machines
-    from train.plan_hardware import LINK_EFFICIENCY, find_gpu
+    from launch.planner.cost import DEFAULT_INTER_NODE_GB_PER_S, DEFAULT_MFU, Machines
+    from launch.planner.hardware import LINK_EFFICIENCY, find_gpu
 
     gpu = find_gpu(options.gpu)
     mfu = options.mfu or DEFAULT_MFU
@@ -180,8 +184,8 @@ def machines_of(options: argparse.Namespace) -> tuple[Machines, float, list[str]
 
 def engine_of(config: Config) -> EngineSettings:
     """The engine's settings, from the JSON that the run would use on GPUs."""
+    from launch.planner.memory import engine_settings
     from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
-    from train.plan_memory import engine_settings
 
     training = config.training
     template = read_engine_config(config.deepspeed.config or default_engine_config("cuda"))
@@ -198,7 +202,7 @@ def engine_of(config: Config) -> EngineSettings:
 
 def check_precision(options: argparse.Namespace, precision: str) -> None:
     """ValueError where the table's rate is not the rate of the run's precision."""
-    from train.plan_hardware import find_gpu
+    from launch.planner.hardware import find_gpu
 
     gpu = find_gpu(options.gpu)
     if options.matrix_rate is None and (precision == "fp32" or (precision == "bf16" and not gpu.bf16)):
@@ -210,8 +214,8 @@ def check_precision(options: argparse.Namespace, precision: str) -> None:
 
 def corpus_of(options: argparse.Namespace, config: Config) -> tuple[list[int], int | None, str]:
     """(tokens of every shard, vocabulary if known, a line that says where that comes from)."""
-    from train.assembly import load_manifest
-    from train.plan_cost import PUBLISHED_CORPUS_TOKENS
+    from launch.planner.cost import PUBLISHED_CORPUS_TOKENS
+    from train.build import load_manifest
 
     shards = config.data.shards
     named = bool(options.shards) or shards != DataConfig.shards

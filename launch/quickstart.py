@@ -122,7 +122,7 @@ def stages(out: Path, scale: float, source: str) -> list[Stage]:
 
 def make_shards(corpus: str | Path, out: Path) -> None:
     """Shards of the corpus, with enough held out to score on."""
-    from data_prep.shard_format import Manifest
+    from data_prep.shard_format.manifest import Manifest
 
     words = ["--tokenizer", out / "tokenizer", "--out", out / "shards", "--shard-tokens", 1_000_000]
     # A text file is cut at its blank lines: as one document it would be all held out or not at all.
@@ -141,7 +141,7 @@ def write_corpus(path: Path) -> None:
     """The documents of the source `installed-docs` as JSON lines, in a fixed order; appears whole or not."""
     from tqdm import tqdm
 
-    from data_prep.installed_docs import installed_doc_files
+    from data_prep.sources.installed_docs import installed_doc_files
 
     files = installed_doc_files()
     partial = path.with_suffix(".partial")
@@ -165,8 +165,8 @@ def write_corpus(path: Path) -> None:
 
 
 def _documents_of(file: object) -> list[str]:
-    from data_prep.installed_docs import read_docstrings
-    from data_prep.records import Reading, ReadOptions, SourceFile
+    from data_prep.sources.installed_docs import read_docstrings
+    from data_prep.sources.records import Reading, ReadOptions, SourceFile
 
     assert isinstance(file, SourceFile)
     return [record.payload for record in read_docstrings(file, ReadOptions(), Reading())]
@@ -185,7 +185,7 @@ def fill_mask(folder: Path, sentence: str) -> str:
     """What a masked language model puts in place of [MASK], as one line."""
     from transformers import pipeline
 
-    from train.world import quiet_libraries
+    from train.distributed.world import quiet_libraries
 
     quiet_libraries()
     guesses = pipeline("fill-mask", model=str(folder), device="cpu")(sentence, top_k=3)

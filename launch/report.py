@@ -28,22 +28,22 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import parse_config, run_main
-from train.text_table import text_table
+from launch.text_table import text_table
 
 if TYPE_CHECKING:
-    from train.comparison import ComparedModel
-    from train.report_build import Given
+    from launch.reporting.build import Given
+    from launch.reporting.comparison import ComparedModel
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, read, compare, write, print."""
     options = parse(arguments)
-    from train.report_build import Given, build
-    from train.report_inputs import named_folders, read_ablation, read_inference, read_model_scores
-    from train.report_page import as_html, as_markdown
-    from train.report_runs import read_curve, read_run_facts
+    from launch.reporting.build import Given, build
+    from launch.reporting.inputs import named_folders, read_ablation, read_inference, read_model_scores
+    from launch.reporting.page import as_html, as_markdown
+    from launch.reporting.runs import read_curve, read_run_facts
+    from train.distributed.world import quiet_libraries
     from train.run_folder import provenance, write_atomically
-    from train.world import quiet_libraries
 
     quiet_libraries()
     refuse_unclear_names([*options.runs, *options.curves])
@@ -107,7 +107,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def compare_runs(runs: Sequence[Path]) -> list[ComparedModel]:
     """Score the models of finished runs and their teacher."""
-    from train.comparison import compare, read_run_config
+    from launch.reporting.comparison import compare, read_run_config
 
     configs = [read_run_config(run, lambda words: parse_config(words, "")) for run in runs]
     return compare(runs, configs, say=lambda line: print(line, flush=True))
@@ -117,7 +117,7 @@ def write_comparison(
     options: argparse.Namespace, compared: Sequence[ComparedModel], given: Given
 ) -> list[str]:
     """Write loss.png and summary.json; the table and where things are, as lines."""
-    from train.comparison import as_json, plot_losses
+    from launch.reporting.comparison import as_json, plot_losses
     from train.run_folder import provenance, write_json
 
     plot_losses(given.curves, options.out / "loss.png")

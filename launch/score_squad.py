@@ -43,7 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.threshold is not None and options.null_scores is None:
         raise ValueError("--threshold compares with null scores: give --null-scores FILE too")
-    from train.finetuning import squad_data, squad_scores
+    from train.finetuning.squad import questions as squad_data
+    from train.finetuning.squad import scores as squad_scores
 
     questions = squad_data.read_squad(options.questions)
     predictions = squad_data.read_predictions(options.predictions)

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from train.rendezvous import free_port
-from train.signals import STOPPED_AFTER_SAVING
+from train.distributed.rendezvous import free_port
+from train.distributed.signals import STOPPED_AFTER_SAVING
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from train.lamb_math import step_coefficients
-from train.lamb_reference import ReferenceLamb
+from train.lamb.formula import step_coefficients
+from train.lamb.reference import ReferenceLamb
 
 THIRD_STEP = step_coefficients(
     lr=0.1, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, step=3, bias_correction=True, mode="decoupled"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.shard_format import Manifest, ShardInfo, TokenizerInfo, token_dtype, write_shard
+from data_prep.shard_format.manifest import Manifest, ShardInfo, TokenizerInfo, token_dtype, write_shard
 
 SEP = 3
 TOKENIZER = TokenizerInfo(

@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.finetune import job_of, parser
 from tests.conftest import WORDS
-from tests.unit.squad_tokenizers import byte_pairs, wordpiece
+from tests.unit.finetuning.squad_tokenizers import byte_pairs, wordpiece
 from train.finetuning.settings import Job
 from train.finetuning.tasks import task_named
 

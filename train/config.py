@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data_prep.shard_format import is_remote
+from data_prep.shard_format.manifest import is_remote
 
 
 def _require(condition: bool, name: str, value: object, remedy: str) -> None:
@@ -110,7 +110,7 @@ class DataConfig:
 
     shards: str = "shards"
     """Folder or URL of the shards that data_prep/write_shards.py made: a path, http(s), s3, gs or
-    `pipe:COMMAND` (for whose sizes see HALFLING_PIPE_SIZE in train/shard_sizes.py)."""
+    `pipe:COMMAND` (for whose sizes see HALFLING_PIPE_SIZE in train/data/shard_sizes.py)."""
 
     sequence_length: int = 512
     """Tokens in a sequence, [CLS] and [SEP] included."""

@@ -13,7 +13,7 @@ class RunError(Exception):
     """Something that ended a run; its text says what, and what to do."""
 
     others_know = False
-    """Whether rank 0 alone meets it, and has let the others hear so (train/heartbeat.py): none asks what it tells."""
+    """Whether rank 0 alone meets it and has let the others know (train/distributed/heartbeat.py)"""
 
 
 class NonFiniteError(RunError):
@@ -25,7 +25,7 @@ class CheckpointNotWrittenError(RunError):
 
 
 class NotMetError(RunError):
-    """A rank did not come, cannot be reached, or was lost before the hearts beat (train/heartbeat.py)."""
+    """A rank did not come, cannot be reached, or was lost before the hearts beat (train/distributed/heartbeat.py)."""
 
 
 class LostRankError(RunError):

@@ -10,34 +10,39 @@ from typing import Any
 
 import torch.distributed as dist
 
-from train.agreement import (
+from train.build import Parts, assemble, engine_template, load_manifest
+from train.checkpointing.checkpoint import Retention, TrainState, newest_checkpoint
+from train.checkpointing.resume import agree_on_checkpoint, load_checkpoint, needs_conversion
+from train.config import Config
+from train.distributed.consistency import (
     as_on_first_rank,
     manifest_digest,
     on_first_rank,
     refuse_differences,
     start_up_facts,
 )
-from train.assembly import Parts, assemble, engine_template, load_manifest
-from train.checkpoint import Retention, TrainState, newest_checkpoint
-from train.clock import Clock
-from train.communication import timed_collectives
-from train.config import Config
+from train.distributed.heartbeat import Heartbeat
+from train.distributed.launcher_watch import LauncherWatch
+from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
+from train.distributed.world import World, join_world
 from train.errors import LostRankError
-from train.export import description_folder, export_checkpoint, save_student_description
-from train.heartbeat import Heartbeat
-from train.launcher_watch import LauncherWatch
-from train.metrics import Events, NoEvents, RunEvents, read_rows
-from train.micro_batch import find_micro_batch_size
-from train.models import count_parameters
-from train.observers import (
+from train.export.hugging_face import description_folder, export_checkpoint, save_student_description
+from train.loop.communication import timed_collectives
+from train.loop.loss_spikes import SpikeDetector
+from train.loop.metrics import Events, NoEvents, RunEvents, read_rows
+from train.loop.micro_batch import find_micro_batch_size
+from train.loop.observers import (
     Checkpointing,
     Evaluating,
     Logging,
     Overflows,
     StoppedAfterSavingError,
 )
-from train.profiling import profiling
-from train.resume import agree_on_checkpoint, load_checkpoint, needs_conversion
+from train.loop.profiling import profiling
+from train.loop.startup_timing import StartUp, StartUpReport
+from train.loop.timing import Clock
+from train.loop.trainer import Observer
+from train.models.build import count_parameters
 from train.run_folder import (
     changed_config,
     changed_inputs,
@@ -49,11 +54,6 @@ from train.run_folder import (
     write_configs,
     write_json,
 )
-from train.signals import STOPPED_AFTER_SAVING, StopRequest
-from train.spikes import SpikeDetector
-from train.start_up import StartUp, StartUpReport
-from train.trainer import Observer
-from train.world import World, join_world
 
 
 def run(config: Config) -> int:

@@ -2,9 +2,9 @@
 
 RUN/config.yaml  RUN/ds_config.json   resolved configs, with the versions and the commit
 RUN/inputs.json                       digest of the shards' manifest, DeepSpeed's JSON as it was given
-RUN/metrics.jsonl  RUN/tensorboard/   train/metrics.py
-RUN/checkpoints/step-NNNNNNNN/        train/checkpoint.py
-RUN/student/                          train/export.py
+RUN/metrics.jsonl  RUN/tensorboard/   train/loop/metrics.py
+RUN/checkpoints/step-NNNNNNNN/        train/checkpointing/checkpoint.py
+RUN/student/                          train/export/hugging_face.py
 RUN/summary.json                      final figures
 """
 

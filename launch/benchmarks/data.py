@@ -77,7 +77,7 @@ def _first_documents(corpus: str, count: int, folder: str) -> str:
     import gzip
     from itertools import islice
 
-    from data_prep.streams import open_stream
+    from data_prep.sources.streams import open_stream
 
     path = os.path.join(folder, "corpus.jsonl.gz")
     with open_stream(corpus) as opened, gzip.open(path, "wb", compresslevel=6) as file:

@@ -39,7 +39,7 @@ def encode_batch_fast(corpus: str, tokenizer: str, out: str, cores: int) -> dict
     os.environ["RAYON_NUM_THREADS"] = str(cores)
     from transformers import AutoTokenizer
 
-    from data_prep.records import Reading, ReadOptions, SourceFile, parse_json, read_lines
+    from data_prep.sources.records import Reading, ReadOptions, SourceFile, parse_json, read_lines
 
     backend = AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer
     options = ReadOptions()
@@ -60,7 +60,7 @@ def datasets_map(corpus: str, tokenizer: str, out: str, cores: int) -> dict[str,
     import numpy as np
     from transformers import AutoTokenizer
 
-    from data_prep.shard_format import token_dtype, write_shard
+    from data_prep.shard_format.manifest import token_dtype, write_shard
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     datasets.disable_progress_bars()
@@ -89,7 +89,7 @@ def datasets_map(corpus: str, tokenizer: str, out: str, cores: int) -> dict[str,
 def write_shards(corpus: str, tokenizer: str, out: str, options: list[str]) -> dict[str, float]:
     """Ours, from the first look at the input to the manifest."""
     from data_prep import write_shards as command
-    from data_prep.shard_format import Manifest
+    from data_prep.shard_format.manifest import Manifest
 
     command.load_tokenizer(tokenizer)  # imports transformers, which is start-up for the others too
     started = _now()

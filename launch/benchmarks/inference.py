@@ -40,12 +40,12 @@ from launch.benchmarks.inference_models import (
     prepare,
 )
 from launch.benchmarks.machine import hardware
-from train import published
+from launch.reporting import published
+from launch.text_table import text_table
+from train.distributed.world import quiet_libraries
 from train.errors import one_line
-from train.onnx_check import require_onnx
+from train.export.onnx_check import require_onnx
 from train.run_folder import provenance, write_json
-from train.text_table import text_table
-from train.world import quiet_libraries
 
 RUNTIMES = ("eager", "compile", "onnx", "onnx-int8")
 

@@ -1,7 +1,7 @@
 """What Lamb is measured against: LAMB as a per-tensor loop and as torch foreach operations.
 
 Both compute one trust ratio per parameter they are given, as every LAMB published for torch does. Handed a
-flat ZeRO partition, that is one ratio per partition: the error which train.lamb removes.
+flat ZeRO partition, that is one ratio per partition: the error which train.lamb.optimizer removes.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def train(options: argparse.Namespace, folder: Path, kind: str, world_size: int, lr: float) -> None:
     """Start the ranks of one run and wait for them."""
-    from train.rendezvous import free_port
+    from train.distributed.rendezvous import free_port
 
     port = free_port()
     words = recipe_words(options, folder, lr)
@@ -111,7 +111,7 @@ def recipe_words(options: argparse.Namespace, folder: Path, lr: float) -> list[s
 def train_rank(kind: str, arguments: Sequence[str]) -> int:
     """One rank of one run: launch/pretrain.py's run, the optimizer exchanged where `kind` is "flat"."""
     from launch.cli import parse_config
-    from train import assembly
+    from train import build as assembly
     from train.run import run
 
     if kind == "flat":
@@ -120,11 +120,11 @@ def train_rank(kind: str, arguments: Sequence[str]) -> int:
 
 
 def start_flat_engine(config: Any, module: Any, engine_config: dict[str, Any]) -> Any:
-    """As train.assembly.start_engine, with an ordinary LAMB, which sees one tensor: its rank's partition."""
+    """As train.build.start_engine, with an ordinary LAMB, which sees one tensor: its rank's partition."""
     import torch
 
     from launch.benchmarks.lamb_alternatives import LoopLamb
-    from train.world import import_deepspeed
+    from train.distributed.world import import_deepspeed
 
     settings = config.optimizer
     optimizer = LoopLamb(
@@ -144,7 +144,7 @@ def start_flat_engine(config: Any, module: Any, engine_config: dict[str, Any]) -
 
 def read_run(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of the training loss and of the held-out MLM loss."""
-    from train.metrics import read_rows
+    from train.loop.metrics import read_rows
 
     rows = read_rows(folder)
 

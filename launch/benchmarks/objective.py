@@ -30,14 +30,14 @@ from transformers.utils import logging as transformers_logging
 from launch.benchmarks import options
 from launch.benchmarks.machine import hardware
 from launch.benchmarks.options import Shape
-from train.chunk_terms import DecoderRows, Workspace
-from train.fused_loss import vocabulary_loss
-from train.masking import MaskedBatch
-from train.objective import DistillationLoss
-from train.objective_reference import original_distiller_loss, reference_cosine, reference_terms
+from train.data.masking import MaskedBatch
+from train.models.students import make_student
+from train.models.teacher import Teacher
+from train.objective.chunk_terms import DecoderRows, Workspace
+from train.objective.distillation import DistillationLoss
+from train.objective.fused_loss import vocabulary_loss
+from train.objective.reference import original_distiller_loss, reference_cosine, reference_terms
 from train.run_folder import write_json
-from train.students import make_student
-from train.teacher import Teacher
 
 FORMULATIONS = ("plain original", "plain", "fused all", "fused masked")
 PROBABILITY = 0.15

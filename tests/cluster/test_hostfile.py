@@ -14,8 +14,8 @@ import pytest
 from tests.cluster.hosts import Hosts
 from tests.distributed.pretraining import DEEPSPEED, finish, losses, wait_for
 from tests.paths import ROOT
-from train.metrics import read_rows
-from train.rendezvous import free_port
+from train.distributed.rendezvous import free_port
+from train.loop.metrics import read_rows
 
 pytestmark = pytest.mark.slow
 LOST_AFTER_S = 4

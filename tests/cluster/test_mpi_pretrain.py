@@ -99,7 +99,8 @@ def test_another_mpi_than_mpirun_s_is_named(tmp_path: Path) -> None:
     """The usual accident: mpirun of one MPI, mpi4py of another, so that each process is alone."""
     variables = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
     call = (
-        "import os; from train.discovery import discover_ranks; from train.rendezvous import rendezvous\n"
+        "import os; from train.distributed.discovery import discover_ranks\n"
+        "from train.distributed.rendezvous import rendezvous\n"
         "try: rendezvous(os.environ, discover_ranks(os.environ))\n"
         "except ValueError as error: print(error)"
     )

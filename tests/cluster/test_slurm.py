@@ -21,7 +21,7 @@ from tests.cluster.slurm import Slurm
 from tests.conftest import WORDS
 from tests.distributed.data_prep_runs import write_corpus
 from tests.distributed.pretraining import losses
-from train.discovery import first_host
+from train.distributed.discovery import first_host
 
 pytestmark = pytest.mark.slow
 PRETRAIN = "launch/slurm/pretrain.sbatch"
@@ -192,7 +192,7 @@ def test_an_error_is_one_message_and_exit_code_2(slurm: Slurm, tmp_path: Path) -
 
 def test_contradicting_variables_are_one_message(slurm: Slurm) -> None:
     """RANK, left by an earlier job in the shell, goes with srun to every task."""
-    call = "import os; from train.discovery import discover_ranks; discover_ranks(os.environ)"
+    call = "import os; from train.distributed.discovery import discover_ranks; discover_ranks(os.environ)"
     done = slurm.type("srun", "--ntasks=2", sys.executable, "-c", call, RANK="0")
     assert "RANK=0 but SLURM_PROCID=1: two launchers contradict each other" in done.stderr
 

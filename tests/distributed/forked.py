@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.paths import ROOT
 
-IMPORTED = ["launch.cli", "train.run", "train.lamb"]
+IMPORTED = ["launch.cli", "train.run", "train.lamb.optimizer"]
 # Read while they are imported.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 # Killed processes leave tqdm's semaphore behind, which the tracker removes at the end, and would say.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.forked import Forked
-from train.rendezvous import free_port
+from train.distributed.rendezvous import free_port
 
 
 def run_ranks(target: str, world_size: int, *args: Any, timeout_s: float = 240, **kwargs: Any) -> list[Any]:
@@ -41,7 +41,7 @@ def run_ranks(target: str, world_size: int, *args: Any, timeout_s: float = 240, 
             raise AssertionError(f"no end within {timeout_s} s\n" + "\n".join(outputs)) from None
         codes = [rank.returncode for rank in ranks]
         assert codes == [0] * world_size, f"exit codes {codes}\n" + "\n".join(outputs)
-        # DeepSpeed's own all-reduce for CPUs leaves 66 MiB there for each rank; train/world.py does without it.
+        # DeepSpeed's own all-reduce for CPUs leaves 66 MiB there for each rank; train/distributed/world.py avoids it.
         assert list(Path("/dev/shm").glob(f"*_{port}_*")) == []
         return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(world_size)]
 

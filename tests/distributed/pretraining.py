@@ -14,8 +14,8 @@ import psutil
 from tests.distributed.forked import Forked, run_script
 from tests.distributed.harness import rank_environment
 from tests.paths import ROOT
-from train.metrics import read_rows
-from train.rendezvous import free_port
+from train.distributed.rendezvous import free_port
+from train.loop.metrics import read_rows
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 STEPS = 24

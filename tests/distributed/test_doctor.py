@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from launch.cli import parse_config
+from launch.preflight.recipe_checks import check_run
 from tests.distributed.pretraining import small_settings
 from tests.paths import ROOT
-from train.doctor_recipe import check_run
-from train.rendezvous import free_port
+from train.distributed.rendezvous import free_port
 
 STAND_IN = f"{sys.executable} {ROOT / 'tests' / 'distributed' / 'stand_in_ssh.py'}"
 

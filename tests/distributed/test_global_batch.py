@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from tests.conftest import WORDS
 from tests.distributed.pretraining import finish, start
 from tests.paths import ROOT
-from train.metrics import read_rows
+from train.loop.metrics import read_rows
 
 STEPS = 3
 

@@ -20,8 +20,8 @@ from tests.distributed.workers_heartbeat import (
     freeze_at_start,
     lose_rank_0_at_start,
 )
-from train.heartbeat import FAILED, _Watch
-from train.rendezvous import free_port
+from train.distributed.heartbeat import FAILED, _Watch
+from train.distributed.rendezvous import free_port
 
 BEAT_S = 1.0
 
@@ -135,7 +135,7 @@ def test_the_job_ends_although_nobody_reads_what_it_says(tmp_path: Path) -> None
 
 
 class Clock:
-    """Stands in for the time module of train/heartbeat.py."""
+    """Stands in for the time module of train/distributed/heartbeat.py."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -147,7 +147,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("train.heartbeat.time", clock)
+    monkeypatch.setattr("train.distributed.heartbeat.time", clock)
     return clock
 
 

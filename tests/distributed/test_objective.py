@@ -9,7 +9,7 @@ import torch
 
 from tests.distributed import workers_objective as workers
 from tests.distributed.harness import run_ranks
-from train.objective_reference import reference_cosine, reference_terms
+from train.objective.reference import reference_cosine, reference_terms
 
 WORLD_SIZE = 2
 

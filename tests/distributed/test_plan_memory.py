@@ -12,11 +12,17 @@ from typing import Any
 
 import pytest
 
+from launch.planner.cost import traffic
+from launch.planner.memory import (
+    Objective,
+    activation_bytes,
+    engine_settings,
+    memory_parts,
+    model_state_bytes,
+)
+from launch.planner.shapes import PlannedModel, num_parameters
 from tests.distributed.harness import run_ranks
 from tests.distributed.plan_sizes import SIZES
-from train.plan_cost import traffic
-from train.plan_memory import Objective, activation_bytes, engine_settings, memory_parts, model_state_bytes
-from train.plan_shapes import PlannedModel, num_parameters
 
 # (family, precision, ZeRO stage, accumulation); bf16 with fp32 accumulation is laid out as fp16 on a GPU is.
 CASES = [("bert", "bf16", 2, 2), ("roberta", "fp32", 2, 2), ("bert", "fp32", 2, 1), ("bert", "fp32", 1, 2)]

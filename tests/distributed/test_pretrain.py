@@ -25,7 +25,7 @@ from tests.distributed.pretraining import (
     weights,
 )
 from tests.paths import ROOT
-from train.metrics import read_rows
+from train.loop.metrics import read_rows
 
 
 def test_run_folder(undisturbed: Path) -> None:

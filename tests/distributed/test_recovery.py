@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.shard_format import Manifest
+from data_prep.shard_format.manifest import Manifest
 from tests.distributed.pretraining import (
     STEPS,
     finish,
@@ -28,7 +28,7 @@ from tests.distributed.pretraining import (
     wait_for,
     weights,
 )
-from train.metrics import read_rows
+from train.loop.metrics import read_rows
 from train.run_folder import hold
 
 KILLS = int(os.environ.get("HALFLING_KILLS", "10"))
@@ -242,7 +242,7 @@ def test_ranks_that_see_other_shards_are_refused_at_start(
 
 
 def test_retention_keeps_last_milestones_and_best(tmp_path: Path) -> None:
-    from train.checkpoint import Retention
+    from train.checkpointing.checkpoint import Retention
 
     folders = []
     for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5), (40, None), (50, 2.6)):

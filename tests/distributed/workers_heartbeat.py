@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from launch.cli import run_main
-from train import heartbeat as heartbeat_module
-from train import world as world_module
+from train.distributed import heartbeat as heartbeat_module
+from train.distributed import world as world_module
+from train.distributed.heartbeat import Heartbeat
+from train.distributed.store import meet
 from train.errors import NotMetError
-from train.heartbeat import Heartbeat
-from train.meeting import meet
 from train.run import _lost_ranks_told
 
 

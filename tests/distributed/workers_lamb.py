@@ -15,10 +15,10 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from launch.benchmarks.lamb_alternatives import LoopLamb
 from tests.lamb_checks import make_gradients, make_parameters, worst_ulp
-from train import lamb_native
+from train.distributed.world import import_deepspeed
 from train.lamb import Lamb
-from train.lamb_reference import ReferenceLamb
-from train.world import import_deepspeed
+from train.lamb import native as lamb_native
+from train.lamb.reference import ReferenceLamb
 
 deepspeed = import_deepspeed()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch.distributed as dist
 
-from data_prep.shard_format import Manifest
-from train.loader import BatchLoader
-from train.masking import Masker
+from data_prep.shard_format.manifest import Manifest
+from train.data.loader import BatchLoader
+from train.data.masking import Masker
 
 SETTINGS = {"sequence_length": 16, "global_batch_size": 32, "seed": 3, "lanes": 16}
 # (first step, step after the last): from the start, a restart within an epoch, one across its border.

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
-from train.masking import MaskedBatch
-from train.objective import DistillationLoss, LossTerms
-from train.students import make_student
-from train.teacher import Teacher, TeacherOutput
-from train.world import import_deepspeed
+from train.data.masking import MaskedBatch
+from train.distributed.world import import_deepspeed
+from train.models.students import make_student
+from train.models.teacher import Teacher, TeacherOutput
+from train.objective.distillation import DistillationLoss, LossTerms
 
 LR, STEPS, ACCUMULATION, MICRO, LENGTH, MASKED, VOCABULARY = 0.05, 3, 2, 2, 12, 4, 50
 SHARES = (1.0, 2.0)

@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
 from tests.distributed.plan_sizes import SIZES, Size
+from train.data.masking import MaskedBatch
+from train.distributed.world import import_deepspeed
 from train.lamb import Lamb
-from train.masking import MaskedBatch
-from train.objective import DistillationLoss
-from train.students import make_student
-from train.teacher import Teacher
-from train.trainer import DistillationModule
-from train.world import import_deepspeed
+from train.loop.trainer import DistillationModule
+from train.models.students import make_student
+from train.models.teacher import Teacher
+from train.objective.distillation import DistillationLoss
 
 
 def make_teacher(kind: str, size: Size) -> PreTrainedModel:
@@ -178,7 +178,7 @@ def gc_gradients(zero: Any) -> int:
 
 
 def student_shape(student: PreTrainedModel) -> Any:
-    from train.plan_shapes import model_from_config
+    from launch.planner.shapes import model_from_config
 
     return model_from_config("student", student.config.to_dict())
 

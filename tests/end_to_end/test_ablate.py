@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from launch import ablate
+from launch.ablation.runs import score
 from launch.cli import parse_config
 from tests.distributed.pretraining import finish, small_settings, wait_for
 from tests.paths import ROOT
-from train.ablation_runs import score
-from train.metrics import read_rows
+from train.loop.metrics import read_rows
 
 
 @pytest.fixture(scope="module")

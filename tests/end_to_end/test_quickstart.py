@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.paths import ROOT
-from train.metrics import read_rows
+from train.loop.metrics import read_rows
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 STAGES = ["tokenizer", "shards", "teacher", "student", "control", "export", "report"]

@@ -14,7 +14,7 @@ import torch
 
 from tests.lamb_checks import make_gradients, make_parameters, ulp
 from train.lamb import Lamb
-from train.lamb_reference import ReferenceLamb
+from train.lamb.reference import ReferenceLamb
 
 triton = pytest.importorskip("triton")
 
@@ -32,8 +32,8 @@ if not torch.cuda.is_available() and not INTERPRETED:
 def triton_where_it_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, fused=True means the C loops; here it shall mean Triton."""
     if DEVICE == "cpu":
-        from train import lamb_passes
-        from train.lamb_triton import TritonPasses
+        from train.lamb import passes as lamb_passes
+        from train.lamb.triton_kernels import TritonPasses
 
         monkeypatch.setattr(lamb_passes, "_fused_passes", lambda device, dtype: TritonPasses())
 

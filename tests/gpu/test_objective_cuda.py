@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from train.heldout import heldout_statistics
-from train.masking import MaskedBatch
-from train.objective import DistillationLoss
-from train.precision_check import check_teacher_precision
-from train.students import make_student
-from train.teacher import Teacher
+from train.data.masking import MaskedBatch
+from train.evaluation.scores import heldout_statistics
+from train.evaluation.teacher_precision import check_teacher_precision
+from train.models.students import make_student
+from train.models.teacher import Teacher
+from train.objective.distillation import DistillationLoss
 
 pytestmark = [
     pytest.mark.gpu,

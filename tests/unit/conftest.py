@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.shard_format import Manifest
+from data_prep.shard_format.manifest import Manifest
 from tests.tiny_shards import write_tiny_shards
 
 

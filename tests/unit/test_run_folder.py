@@ -17,11 +17,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.paths import ROOT
-from train.agreement import on_first_rank
-from train.checkpoint import TrainState, _complete, _remove, newest_checkpoint
+from train.checkpointing.checkpoint import TrainState, _complete, _remove, newest_checkpoint
 from train.config import Config, OptimizerConfig, RunConfig
-from train.metrics import RunEvents, board_tag, read_rows
-from train.profiling import profiling
+from train.distributed.consistency import on_first_rank
+from train.distributed.signals import StopRequest
+from train.distributed.world import World
+from train.loop.metrics import RunEvents, board_tag, read_rows
+from train.loop.profiling import profiling
 from train.run_folder import (
     changed_config,
     changed_inputs,
@@ -30,8 +32,6 @@ from train.run_folder import (
     write_atomically,
     write_configs,
 )
-from train.signals import StopRequest
-from train.world import World
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:
@@ -207,7 +207,7 @@ def test_a_full_disk_costs_rows_and_not_the_run(tmp_path: Path) -> None:
     code = """
 import resource, sys, time
 from pathlib import Path
-from train.metrics import RunEvents
+from train.loop.metrics import RunEvents
 events = RunEvents(Path(sys.argv[1]), "run", 0, 1000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 for step in range(1, 400):

@@ -23,5 +23,5 @@ Each kind of task ("sequence": one label for a text or a pair; "span": an answer
         # raises training.Stopped after saving a checkpoint when job.stop.requested
 
 `Job` (settings.py) carries task, model, data, settings, teachers, unlabelled, folder (OUT/TASK: soft labels are cached
-there), stop (train.signals.StopRequest or None) and say (prints a line for the user).
+there), stop (train.distributed.signals.StopRequest or None) and say (prints a line for the user).
 """

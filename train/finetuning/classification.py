@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForSequenceClassification
 
-from train.encoders import takes_token_types
 from train.errors import NonFiniteError
 from train.finetuning import hub, readers, soft_labels
 from train.finetuning.batches import Features, Padding
-from train.finetuning.encoders import (
+from train.finetuning.examples import Examples
+from train.finetuning.metrics import metric_names, score_predictions
+from train.finetuning.settings import Job
+from train.finetuning.task_models import (
     check_encoder,
     load_finetuned,
     load_tokenizer,
@@ -21,12 +23,10 @@ from train.finetuning.encoders import (
     longest_input,
     weights_digest,
 )
-from train.finetuning.encoding import check_pairs, check_room, encode
-from train.finetuning.examples import Examples
-from train.finetuning.metrics import metric_names, score_predictions
-from train.finetuning.settings import Job
+from train.finetuning.tokenization import check_pairs, check_room, encode
 from train.finetuning.training import fit, predict
-from train.models import count_parameters
+from train.models.build import count_parameters
+from train.models.encoder_config import takes_token_types
 
 
 def check(job: Job) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_prep.tables import quiet_hub
+from data_prep.sources.tables import quiet_hub
 from train.errors import one_line
 from train.finetuning.examples import Examples, Table, examples_of
 from train.finetuning.tasks import Task

@@ -18,13 +18,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from train.finetuning.encoders import weights_digest
 from train.finetuning.results import FILE, median_and_spread, read_scores, read_seed_scores, write_scores
 from train.finetuning.settings import Job
+from train.finetuning.task_models import weights_digest
 from train.finetuning.training import Stopped
 from train.run_folder import hold, write_json
 
-KINDS = {"sequence": "train.finetuning.classification", "span": "train.finetuning.span"}
+KINDS = {"sequence": "train.finetuning.classification", "span": "train.finetuning.squad.training"}
 OPTIONS = "options.json"
 
 

@@ -14,7 +14,7 @@ SPAN_ALONE = ("doc_stride", "max_answer_length")
 
 
 class MayStop(Protocol):
-    """train.signals.StopRequest, or anything else that can be asked."""
+    """train.distributed.signals.StopRequest, or anything else that can be asked."""
 
     @property
     def requested(self) -> bool: ...

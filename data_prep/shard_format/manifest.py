@@ -1,0 +1,289 @@
+"""The format of the shards: what data_prep writes and train reads (docs/ARCHITECTURE.md, "Shards").
+
+A shard is a tar file that stock webdataset reads. Each of its members is `<key>.tokens.npy`: a 1-D uint16
+array (uint32 where the vocabulary has more than 65,535 entries), a block of whole documents, each followed
+by the separator's id; no other special token stands in it but the unknown one. `manifest.json` beside the
+shards names them with their digests and counts; `tokenizer/` is the Hugging Face folder they were made with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+
+from data_prep.shard_format.manifest_checks import check_content, check_file_name
+from data_prep.shard_format.token_blocks import (
+    BLOCK_TOKENS,
+    TOKENS_KEY,
+    blocks_of,
+    count_tokens,
+    npy_array,
+    read_blocks,
+    token_blocks,
+    write_shard,
+)
+
+MANIFEST_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+SPLITS = ("train", "heldout")
+
+__all__ = [
+    "BLOCK_TOKENS",
+    "SPLITS",
+    "TOKENS_KEY",
+    "Manifest",
+    "ShardInfo",
+    "TokenizerInfo",
+    "blocks_of",
+    "count_tokens",
+    "is_remote",
+    "npy_array",
+    "read_blocks",
+    "read_url",
+    "replace_file",
+    "shard_url",
+    "token_blocks",
+    "token_dtype",
+    "tokenizer_fingerprint",
+    "tokenizer_info",
+    "without_scheme",
+    "write_shard",
+]
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar file. `tokens` counts all of its tokens, separators included; `sha256` is over the file."""
+
+    name: str
+    bytes: int
+    sha256: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What training needs to know of the tokenizer; `special_ids` are all its special ids, ascending."""
+
+    fingerprint: str
+    vocab_size: int
+    pad_id: int
+    unk_id: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    special_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What lies in a folder of shards, and how it was made."""
+
+    tokenizer: TokenizerInfo
+    splits: dict[str, tuple[ShardInfo, ...]]
+    """"train" and "heldout", each in name order; either may be empty."""
+    token_histogram: str
+    """Name of an .npy file beside the manifest: int64 (vocab_size,), the tokens of the train split."""
+    sources: tuple[dict[str, Any], ...] = ()
+    """Per source as named by the user: kind, files, bytes (as stored), documents read."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the bytes of the shards depend on beside the sources."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Documents that were read but are in no shard, by reason."""
+    version: int = MANIFEST_VERSION
+
+    def to_json(self) -> str:
+        """The canonical text: sorted keys, ASCII, a newline at the end; equal manifests give equal bytes."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON, 64 hex digits: names the shards' contents, not where they lie."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `folder`/manifest.json in one step: it is there whole or not at all."""
+        replace_file(Path(folder, MANIFEST_NAME), self.to_json().encode())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Manifest:
+        """Read manifest.json from a folder or from any URL that webdataset opens.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is not a manifest of this version.
+        """
+        url = shard_url(folder, MANIFEST_NAME)
+        text = read_url(url)
+        try:
+            return cls.from_dict(json.loads(text))
+        except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{url} is not a manifest of shards ({type(error).__name__}: {error}); "
+                "make the shards again with data_prep/write_shards.py"
+            ) from None
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Manifest:
+        if content["version"] != MANIFEST_VERSION:
+            raise ValueError(
+                f"the shards' manifest has version {content['version']}, this code reads version "
+                f"{MANIFEST_VERSION}; make the shards again with data_prep/write_shards.py"
+            )
+        check_content(content, SPLITS)
+        tokenizer = dict(content["tokenizer"])
+        tokenizer["special_ids"] = tuple(tokenizer["special_ids"])
+        splits = {name: tuple(ShardInfo(**shard) for shard in content["splits"][name]) for name in SPLITS}
+        return cls(
+            tokenizer=TokenizerInfo(**tokenizer),
+            splits=splits,
+            token_histogram=content["token_histogram"],
+            sources=tuple(content["sources"]),
+            options=content["options"],
+            skipped=content["skipped"],
+        )
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 where every id fits beside 65,535, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 65_535 else np.uint32)
+
+
+# ---------------------------------------------------------------------------------------------- tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 over what decides a Hugging Face fast tokenizer's ids: 64 hex digits.
+
+    Vocabulary, special ids, normalisation, pre-tokenisation and the model count; truncation, padding,
+    post-processing, names and model_max_length do not, so the fingerprint survives save_pretrained and
+    from_pretrained, and equals that of a teacher folder with an equivalent tokenizer.
+    """
+    return hashlib.sha256(json.dumps(_identity(tokenizer), sort_keys=True).encode()).hexdigest()
+
+
+def _identity(tokenizer: Any) -> dict[str, Any]:
+    backend = json.loads(_backend(tokenizer).to_str())
+    model = dict(backend["model"])
+    if isinstance(model.get("vocab"), dict):
+        model.pop(
+            "vocab"
+        )  # get_vocab() has it, with the added tokens; Unigram's list carries scores and stays
+    return {
+        "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0])),
+        "special": _special_ids(tokenizer),
+        "normalizer": backend["normalizer"],
+        "pre_tokenizer": backend["pre_tokenizer"],
+        "model": model,
+    }
+
+
+def _backend(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer (no `tokenizers` backend); save one with a "
+            "tokenizer.json, for example AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    return backend
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int | None]:
+    names = ("pad", "unk", "cls", "sep", "mask")
+    return {name: getattr(tokenizer, f"{name}_token_id") for name in names}
+
+
+def tokenizer_info(tokenizer: Any) -> TokenizerInfo:
+    """The record of a Hugging Face fast tokenizer for the manifest.
+
+    Raises:
+        ValueError: it lacks one of the tokens that masked language modelling needs.
+    """
+    ids = _special_ids(tokenizer)
+    missing = [f"{name}_token" for name in ("pad", "unk", "cls", "sep", "mask") if ids[name] is None]
+    if missing:
+        raise ValueError(
+            f"the tokenizer has no {', '.join(missing)}: masked language modelling needs equivalents of "
+            "[PAD], [UNK], [CLS], [SEP] and [MASK]; choose a BERT-like tokenizer or train one with "
+            "data_prep/train_tokenizer.py"
+        )
+    _backend(tokenizer)
+    return TokenizerInfo(
+        fingerprint=tokenizer_fingerprint(tokenizer),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        special_ids=tuple(sorted(set(tokenizer.all_special_ids))),
+        **{f"{name}_id": int(index) for name, index in ids.items() if index is not None},
+    )
+
+
+# ------------------------------------------------------------------------------------------ files and URLs
+
+
+def is_remote(url: str) -> bool:
+    """True for what only webdataset can open (http://..., gs://..., pipe:...), False for a file."""
+    return url.startswith("pipe:") or ("://" in url and not url.startswith("file:"))
+
+
+def without_scheme(location: str | os.PathLike[str]) -> str:
+    """A location as everything here takes it: file:/abs, file:///abs and file://localhost/abs as paths."""
+    text = str(location)
+    if not text.startswith("file:"):
+        return text
+    parts = urlsplit(text)
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError(f"{text} names a file on {parts.netloc!r}: give file:///PATH, or the path alone")
+    return unquote(text.removeprefix("file:").removeprefix(f"//{parts.netloc}"))
+
+
+def shard_url(folder: str | os.PathLike[str], name: str) -> str:
+    """Where file `name` of a folder or URL of shards lies; a `pipe:` URL ends with the folder's path too.
+
+    Raises:
+        ValueError: the name, which comes from a manifest, may do harm in a URL or a command.
+    """
+    check_file_name(name)
+    return f"{without_scheme(folder).rstrip('/')}/{name}"
+
+
+def read_url(url: str) -> bytes:
+    """The bytes of a local file, or of a URL through webdataset's own handling.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    if not is_remote(url):
+        try:
+            return Path(url).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(
+                f"{url} does not exist; make shards with "
+                f"`python data_prep/write_shards.py SOURCE... --tokenizer T --out {os.path.dirname(url)}`"
+            ) from None
+    from webdataset.gopen import gopen
+
+    try:
+        with gopen(url, "rb") as stream:
+            content = stream.read()
+    except OSError as error:
+        raise FileNotFoundError(f"{url} cannot be read: {error}") from None
+    if not content:
+        raise FileNotFoundError(f"{url} cannot be read, or is empty")
+    return content
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path` in one step, on the disk before the name changes."""
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

@@ -1,0 +1,210 @@
+"""Pass 2: each shard is gathered from the spills, put in order and written; then the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.bucket_files import Spill, open_spill
+from data_prep.job import Job, Team, describe_sources
+from data_prep.placement import Documents, Plan, ShardPlan, order_and_deduplicate, plan_shards
+from data_prep.progress import Progress
+from data_prep.shard_format.manifest import (
+    SPLITS,
+    TOKENIZER_FOLDER,
+    Manifest,
+    ShardInfo,
+    blocks_of,
+    count_tokens,
+    replace_file,
+    write_shard,
+)
+from data_prep.tokenize_pass import spill_counts, write_skipped
+
+HISTOGRAM_NAME = "token_histogram.npy"
+SKIPPED_NAME = "skipped.jsonl"
+DOCUMENTS_IN_MEMORY = 4_000_000  # of the plan: 40 bytes each, and as much again to sort them
+
+
+def make_plan(job: Job) -> Plan:
+    """Decide the shards from the keys, digests and lengths in the spills; on rank 0.
+
+    Raises:
+        ValueError: there is nothing to write.
+    """
+    paths = sorted(job.spills.glob("*.spill"))
+    heads = spill_counts(job)
+    total = sum(head["documents"] for head in heads)
+    if total == 0:
+        read = sum(head["read"] for head in heads)
+        short = sum(head["too_short"] for head in heads)
+        raise ValueError(
+            f"no document to write: {read:,} read, of which {short:,} have fewer than "
+            f"{job.options.min_tokens} tokens (--min-tokens); sources: {' '.join(job.options.sources)}"
+        )
+    num_ranges = -(-total // DOCUMENTS_IN_MEMORY)
+    # Keys are uniform in each split's half, so ranges of keys are ranges of documents.
+    bounds = [half + (1 << 63) * part // num_ranges for half in (0, 1 << 63) for part in range(num_ranges)]
+    bounds.append(1 << 64)
+
+    def read_parts() -> Iterator[Documents]:
+        for low, high in pairwise(bounds):
+            parts = [_documents(open_spill(path), low, high) for path in paths]
+            keys, digests, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+            yield keys, digests, lengths
+
+    plan = plan_shards(read_parts, job.options.shard_tokens)
+    if not any(shard.split == "train" for shard in plan.shards):
+        raise ValueError(
+            f"all {plan.documents:,} documents fall to the held-out split; lower --heldout-fraction "
+            f"{job.options.heldout_fraction} or add documents"
+        )
+    return plan
+
+
+def _documents(spill: Spill, low: int, high: int) -> Documents:
+    part = spill.between(low, high)
+    return np.array(spill.keys[part]), np.array(spill.digests[part]), _lengths(spill, part)
+
+
+def _lengths(spill: Spill, part: slice) -> np.ndarray:
+    ends = spill.ends[part].astype(np.int64)
+    before = int(spill.ends[part.start - 1]) if part.start else 0
+    return np.diff(ends, prepend=before)
+
+
+class Builder:
+    """One process's part of pass 2."""
+
+    def __init__(self, job: Job, team: Team, plan: Plan) -> None:
+        self._job = job
+        self._team = team
+        self._plan = plan
+        self._paths = sorted(job.spills.glob("*.spill"))
+        self._progress = Progress(job.claims, team.world.rank, "writing", plan.tokens, " tokens")
+        team.progress = self._progress
+
+    def run(self) -> None:
+        for shard in self._plan.shards:
+            self._team.check()
+            if (info := finished(self._job, shard)) is not None:
+                self._progress.already_done(info.tokens)
+            elif (part := self._team.claim(shard.name)) is not None:
+                built = self._build(shard, part)
+                self._progress.add(built.tokens, built.documents, built.tokens)
+
+    def _build(self, shard: ShardPlan, part: Path) -> ShardInfo:
+        documents = self._gather(shard)
+        with open(part, "wb") as file:
+            hashed = _Hashed(file)
+            num_documents, num_tokens = write_shard(
+                hashed,  # type: ignore[arg-type]
+                shard.name.removesuffix(".tar"),
+                documents,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        info = ShardInfo(shard.name, hashed.size, hashed.sha256.hexdigest(), num_documents, num_tokens)
+        if shard.split == "train":
+            counts = np.zeros(self._job.tokenizer.vocab_size, dtype=np.int64)
+            for block in blocks_of(documents):  # one by one, each would cost a pass over the vocabulary
+                count_tokens(counts, np.concatenate(block) if len(block) > 1 else block[0])
+            np.save(self._job.records / f"{shard.name}.npy", counts.astype(np.uint32))
+        replace_file(self._job.records / f"{shard.name}.json", json.dumps(asdict(info)).encode())
+        os.replace(part, Path(self._job.options.out, shard.name))
+        return info
+
+    def _gather(self, shard: ShardPlan) -> list[np.ndarray]:
+        """The shard's documents, each once, in order."""
+        spills = [open_spill(path) for path in self._paths]
+        parts = [spill.between(shard.low, shard.high) for spill in spills]
+        order = order_and_deduplicate(
+            np.concatenate([spill.keys[part] for spill, part in zip(spills, parts, strict=True)]),
+            np.concatenate([spill.digests[part] for spill, part in zip(spills, parts, strict=True)]),
+        )
+        # Other copies of a document stay unread: its shard may be where a thousand of them meet.
+        kept = np.sort(order)
+        documents: dict[int, np.ndarray] = {}
+        before = 0
+        for spill, part in zip(spills, parts, strict=True):
+            ends = spill.ends[part]
+            starts = ends - _lengths(spill, part).astype(np.uint64)
+            first, last = np.searchsorted(kept, (before, before + len(ends)))
+            for index in kept[first:last].tolist():
+                start, end = int(starts[index - before]), int(ends[index - before])
+                documents[index] = np.array(spill.tokens[start:end])
+            before += len(ends)
+        return [documents[index] for index in order.tolist()]
+
+
+class _Hashed:
+    """A file that is written once, front to back, and its digest."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.size += len(data)
+        self._file.write(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.size
+
+
+def finished(job: Job, shard: ShardPlan) -> ShardInfo | None:
+    """The record of a shard that is already in place."""
+    try:
+        info = ShardInfo(**json.loads((job.records / f"{shard.name}.json").read_text()))
+        size = os.path.getsize(Path(job.options.out, shard.name))
+    except FileNotFoundError:
+        return None
+    return info if info.bytes == size else None
+
+
+def finish(job: Job, plan: Plan, save_tokenizer: Any) -> Manifest:
+    """Write what lies beside the shards, the manifest last, and remove the work folder; on rank 0."""
+    out = Path(job.options.out)
+    histogram = np.zeros(job.tokenizer.vocab_size, dtype=np.int64)
+    splits: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
+    for shard in plan.shards:
+        info = finished(job, shard)
+        assert info is not None, shard.name
+        splits[shard.split].append(info)
+        if shard.split == "train":
+            histogram += np.load(job.records / f"{shard.name}.npy")
+    np.save(out / HISTOGRAM_NAME, histogram)
+    save_tokenizer(out / TOKENIZER_FOLDER)
+    heads = spill_counts(job)
+    read = [0] * len(job.sources)
+    for head in heads:
+        read[head["source"]] += head["read"]
+    num_bad = write_skipped(str(out / SKIPPED_NAME), heads)
+    described = describe_sources(job.sources)
+    manifest = Manifest(
+        tokenizer=job.tokenizer,
+        splits={split: tuple(infos) for split, infos in splits.items()},
+        token_histogram=HISTOGRAM_NAME,
+        sources=tuple({**source, "documents": read[index]} for index, source in enumerate(described)),
+        options=json.loads(json.dumps(job.options.recorded())),
+        skipped={
+            "duplicates": plan.duplicates + sum(head["duplicates"] for head in heads),
+            "too_short": sum(head["too_short"] for head in heads),
+            "bad_records": num_bad,
+        },
+    )
+    manifest.save(out)
+    shutil.rmtree(job.work, ignore_errors=True)
+    return manifest

@@ -1,0 +1,163 @@
+"""What the user names as SOURCE, resolved to files, and the files dealt into units of work.
+
+Units depend on the inputs alone, never on who works: that is one half of why the output is the same for any
+number of processes. The other half is data_prep/placement.py.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from data_prep.sources.records import SPLITTABLE, SourceFile
+from data_prep.sources.streams import COMPRESSIONS, plain_name
+
+TXT_DOCUMENTS = ("file", "line", "block")
+_ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_WIKI = re.compile(r"wiki_\d+$")
+HELP = """sources, freely mixed:
+  PATH            .txt, .jsonl or .parquet, plain or .gz/.bz2/.xz/.zst; WikiExtractor's wiki_NN files;
+                  a folder of these (searched through); a 'glob*'; a folder saved by `datasets`
+  file:PATH, line:PATH, block:PATH
+                  .txt with one document per file, per line, or per block between blank lines
+  hub:NAME[:CONFIG[:SPLIT]]
+                  a dataset of the Hugging Face hub, streamed, e.g. hub:wikimedia/wikipedia:20231101.en
+  installed-docs  English documentation inside the packages of this Python environment: no download"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One SOURCE argument."""
+
+    name: str
+    kind: str
+    files: tuple[SourceFile, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Files that one process reads in one go. Where `shared`, others may help with parts of it."""
+
+    number: int
+    source: int
+    files: tuple[SourceFile, ...]
+    shared: bool
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+
+def resolve_sources(names: Sequence[str], txt_documents: str = "file") -> list[Source]:
+    """Find the files behind each SOURCE, sorted by path.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: what is there is no text that can be read.
+    """
+    return [_resolve(name, txt_documents) for name in names]
+
+
+def _resolve(name: str, txt_documents: str) -> Source:
+    if name == "installed-docs":
+        from data_prep.sources.installed_docs import installed_doc_files
+
+        return Source(name, "installed-docs", tuple(installed_doc_files()))
+    if name.startswith("hub:"):
+        from data_prep.sources.tables import hub_parts
+
+        return Source(name, "hub", tuple(hub_parts(name)))
+    prefix, _, path = name.partition(":")
+    if prefix in TXT_DOCUMENTS and path:
+        txt_documents = prefix
+    else:
+        path = name
+    return _resolve_path(name, path, txt_documents)
+
+
+def _resolve_path(name: str, path: str, txt_documents: str) -> Source:
+    if os.path.isdir(path):
+        from data_prep.sources.tables import dataset_parts, is_dataset_folder
+
+        if is_dataset_folder(path):
+            return Source(name, "dataset", tuple(dataset_parts(path)))
+        files = [file for file in _walk(path) if _format(file, txt_documents)]
+        if not files:
+            raise ValueError(f"{path}: no .txt, .jsonl, .parquet or wiki_NN file in this folder")
+        return Source(name, "files", _source_files(files, txt_documents))
+    if os.path.exists(path):
+        if not _format(path, txt_documents):
+            raise ValueError(
+                f"{path}: not a kind of file that is read; give .txt, .jsonl or .parquet, plain or with "
+                f"{', '.join(COMPRESSIONS)}, or WikiExtractor's wiki_NN"
+            )
+        return Source(name, "files", _source_files([path], txt_documents))
+    if glob.has_magic(path):
+        found = sorted(glob.glob(path, recursive=True))
+        files = [file for file in found if os.path.isfile(file) and _format(file, txt_documents)]
+        if files:
+            return Source(name, "files", _source_files(files, txt_documents))
+        raise FileNotFoundError(f"{path}: no readable file matches")
+    raise FileNotFoundError(f"source {path!r} does not exist")
+
+
+def _walk(folder: str) -> Iterable[str]:
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _format(path: str, txt_documents: str) -> str | None:
+    plain = plain_name(os.path.basename(path))
+    if _WIKI.match(plain):
+        return "wiki"
+    ending = os.path.splitext(plain)[1].lower()
+    return txt_documents if ending == ".txt" else _ENDINGS.get(ending)
+
+
+def _source_files(paths: Sequence[str], txt_documents: str) -> tuple[SourceFile, ...]:
+    files: list[SourceFile] = []
+    for path in paths:
+        kind = _format(path, txt_documents)
+        assert kind is not None
+        if kind == "parquet":
+            from data_prep.sources.tables import parquet_parts
+
+            files += parquet_parts(path)
+        else:
+            files.append(SourceFile(path, kind, os.path.getsize(path)))
+    return tuple(files)
+
+
+def chunk_bytes(sources: Sequence[Source]) -> int:
+    """How much text one piece of work holds: small enough to balance, large enough to be few."""
+    total = sum(file.bytes for source in sources for file in source.files)
+    return min(max(total // 64, 1 << 20), 32 << 20)
+
+
+def make_units(sources: Sequence[Source]) -> list[Unit]:
+    """Deal every source's files, in order, into units of about `chunk_bytes` each; large files stay alone."""
+    limit = chunk_bytes(sources)
+    units: list[Unit] = []
+    for index, source in enumerate(sources):
+        group: list[SourceFile] = []
+        size = 0
+        for file in source.files:
+            if group and size + file.bytes > limit:
+                units.append(_unit(len(units), index, group, limit))
+                group, size = [], 0
+            group.append(file)
+            size += file.bytes
+        if group:
+            units.append(_unit(len(units), index, group, limit))
+    return units
+
+
+def _unit(number: int, source: int, files: list[SourceFile], limit: int) -> Unit:
+    shared = len(files) == 1 and files[0].bytes >= limit // 2 and files[0].format in SPLITTABLE
+    return Unit(number, source, tuple(files), shared)

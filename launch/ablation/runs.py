@@ -1,0 +1,116 @@
+"""The run folders of an ablation: which are finished, whether they belong to this recipe, what they score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForMaskedLM
+
+from launch.ablation.table import METRICS, Result, Scale
+from launch.ablation.variants import FREE_TO_DIFFER, FULL, Variant
+from train.build import heldout_scoring
+from train.config import Config
+from train.distributed.consistency import manifest_digest
+from train.finetuning.results import read_scores
+from train.models.build import teacher_config, teacher_names
+from train.run_folder import as_tree, changed_inputs, differing_keys, found_before, read_summary, write_json
+
+AS_FULL = "heldout_as_full.json"
+
+
+def teacher_layers(config: Config) -> int:
+    """Layers of the teacher that the student is made from; 0 without a teacher."""
+    names = teacher_names(config)
+    return int(teacher_config(names[0]).num_hidden_layers) if names else 0
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run has reached its end and left its student."""
+    return read_summary(run_dir) is not None and (run_dir / "student" / "config.json").exists()
+
+
+def refuse_other_runs(out: Path, variants: Sequence[Variant], config_of: Callable[[Variant], Config]) -> None:
+    """ValueError naming the first variant whose folder was made with other settings, or from other shards."""
+    for variant in variants:
+        run_dir, config = out / variant.name, config_of(variant)
+        if not (run_dir / "config.yaml").exists():
+            continue
+        before = yaml.safe_load((run_dir / "config.yaml").read_text())
+        changes = differing_keys(before, as_tree(found_before(run_dir, config)), FREE_TO_DIFFER)
+        changes += changed_inputs(run_dir, {"data.shards": manifest_digest(config.data.shards)})
+        if changes:
+            raise ValueError(
+                f"{run_dir} holds a run that was started with other settings:\n  "
+                + "\n  ".join(changes)
+                + f"\ngive those again, another --out, or remove {run_dir}"
+            )
+
+
+def scale_of(run_dir: Path) -> Scale:
+    """How large a finished run was."""
+    summary = _summary(run_dir)
+    parameters = summary["parameters"]
+    return Scale(
+        student_parameters=parameters["student"],
+        teacher_parameters=parameters["teacher"],
+        steps=summary["steps"],
+        tokens=summary["tokens"],
+    )
+
+
+def teacher_scores(run_dir: Path) -> dict[str, float]:
+    """The teacher's own held-out scores, as the run has measured them at its start; empty where it has not."""
+    before = _summary(run_dir)["heldout_before"]
+    return {key: before[f"teacher_{key}"] for key in METRICS if f"teacher_{key}" in before}
+
+
+def result_of(out: Path, variant: Variant, full: Config, tasks: Sequence[str]) -> Result:
+    """What a finished variant scores, on the held-out windows and masks of the full recipe.
+
+    The run's own last evaluation serves where it had the same seed (and so the same masks) and a teacher at hand.
+    """
+    run_dir = out / variant.name
+    summary = _summary(run_dir)
+    heldout = {key: summary["heldout"][key] for key in METRICS if key in summary["heldout"]}
+    if variant.is_repeat or len(heldout) < len(METRICS):
+        heldout = _scored_as_full(run_dir, found_before(out / FULL, full))
+    scores = {task: read_scores(run_dir / "scores" / task) for task in tasks}
+    return Result(
+        name=variant.name,
+        changed=variant.changed,
+        heldout=heldout,
+        tokens_per_s=summary["tokens_per_s"],
+        scores={task: found["median"]["score"] for task, found in scores.items() if found is not None},
+    )
+
+
+def _scored_as_full(run_dir: Path, full: Config) -> dict[str, float]:
+    """Held-out scores under the full recipe's masks; kept in the run folder, since it takes a while."""
+    path = run_dir / AS_FULL
+    if not path.exists():
+        write_json(path, score(run_dir / "student", full))
+    return json.loads(path.read_text())
+
+
+def score(student: Path, config: Config) -> dict[str, float]:
+    """Scores of a student's folder on a recipe's held-out windows and masks, against its teacher.
+
+    Raises:
+        ValueError: the shards hold no held-out windows.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _, evaluation, teacher = heldout_scoring(config, device)
+    model = AutoModelForMaskedLM.from_pretrained(student).eval().to(device)
+    scores = evaluation(model, teacher)
+    return {key: scores[key] for key in METRICS}
+
+
+def _summary(run_dir: Path) -> dict[str, Any]:
+    summary = read_summary(run_dir)
+    assert summary is not None, "asked before the run was finished"
+    return summary

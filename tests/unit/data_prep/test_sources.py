@@ -1,0 +1,258 @@
+"""Every kind of source gives the same documents; every kind of bad input gives one clear line."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from data_prep.sources import records
+from data_prep.sources.installed_docs import docstrings, installed_doc_files
+from data_prep.sources.records import FORMATS, Reading, ReadOptions, SourceFile
+from data_prep.sources.resolve import make_units, resolve_sources
+from data_prep.sources.streams import DamagedFile, open_stream
+from data_prep.sources.texts import BadRecord, pieces_of
+
+TEXTS = ["First document.\nTwo lines.", "Second — with a dash.", "Third 漢字."]
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
+
+
+def read(*names: str, txt_documents: str = "file", fields: tuple[str, ...] = ("text",)) -> list[str]:
+    options = ReadOptions(fields)
+    texts = []
+    for unit in make_units(resolve_sources(names, txt_documents)):
+        for file in unit.files:
+            reading = Reading()
+            for record in FORMATS[file.format][0](file, options, reading):
+                texts.append("".join(pieces_of(FORMATS[file.format][1](record, options))))
+    return texts
+
+
+def json_lines(texts: list[str], field: str = "text") -> bytes:
+    return "".join(json.dumps({"id": n, field: text}) + "\n" for n, text in enumerate(texts)).encode()
+
+
+@pytest.mark.parametrize("ending", list(PACK))
+def test_files_plain_and_packed(tmp_path: Path, ending: str) -> None:
+    pack = PACK[ending]
+    (tmp_path / f"a.jsonl{ending}").write_bytes(pack(json_lines(TEXTS)))
+    assert read(str(tmp_path / f"a.jsonl{ending}")) == TEXTS
+    one = "\ufeff" + TEXTS[0].replace("\n", "\r\n")
+    (tmp_path / f"b.txt{ending}").write_bytes(pack(one.encode()))
+    assert read(str(tmp_path / f"b.txt{ending}")) == TEXTS[:1]
+    blocks = "\n \n\n".join(TEXTS).encode()
+    (tmp_path / f"c.txt{ending}").write_bytes(pack(blocks))
+    assert read(str(tmp_path / f"c.txt{ending}"), txt_documents="block") == TEXTS
+    assert read(f"block:{tmp_path}/c.txt{ending}") == TEXTS
+    assert read(f"line:{tmp_path}/c.txt{ending}") == [*TEXTS[0].split("\n"), *TEXTS[1:]]
+    wiki = "".join(f'<doc id="{n}" url="u" title="t">\n{text}\n</doc>\n' for n, text in enumerate(TEXTS))
+    (tmp_path / "AA").mkdir()
+    (tmp_path / "AA" / f"wiki_00{ending}").write_bytes(pack(wiki.encode()))
+    (tmp_path / "AA" / f"wiki_01{ending}").write_bytes(pack(json_lines(TEXTS)))
+    assert read(str(tmp_path / "AA")) == TEXTS * 2
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_parquet(tmp_path: Path, ending: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"id": [1, 2, 3], "body": TEXTS}), tmp_path / "a.parquet", row_group_size=2)
+    path = tmp_path / f"b.parquet{ending}"
+    path.write_bytes(PACK[ending]((tmp_path / "a.parquet").read_bytes()))
+    assert read(str(path), fields=("text", "body")) == TEXTS
+    with pytest.raises(ValueError, match=r"b\.parquet.*: no text field 'text'; the fields are 'id', 'body'"):
+        read(str(path))
+    with pytest.raises(ValueError, match="the field 'id' holds int64, not a text"):
+        read(str(path), fields=("id",))
+
+
+def test_folder_saved_by_datasets(tmp_path: Path) -> None:
+    import datasets
+
+    dataset = datasets.Dataset.from_dict({"text": TEXTS, "n": [1, 2, 3]})
+    dataset.save_to_disk(str(tmp_path / "one"))
+    assert read(str(tmp_path / "one")) == TEXTS
+    datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(str(tmp_path / "two"))
+    assert read(str(tmp_path / "two" / "test")) == TEXTS
+    with pytest.raises(ValueError, match=r"holds several splits \(test, train\); name one: .*/two/test"):
+        read(str(tmp_path / "two"))
+
+
+def test_hub_streams(tmp_path: Path) -> None:
+    """`datasets` takes a local folder for a hub dataset, which spares the network here."""
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"train-{number}.jsonl").write_bytes(json_lines([text]))
+    assert read(f"hub:{tmp_path}") == TEXTS
+    assert read(f"hub:{tmp_path}:default:train") == TEXTS
+    with pytest.raises(ValueError, match=r"hub:.*:default:valid: the dataset cannot be streamed: "):
+        read(f"hub:{tmp_path}:default:valid")
+    with pytest.raises(ValueError, match="write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"):
+        read("hub:a::b")
+
+
+def test_folders_and_globs_are_sorted(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "a/9.txt", "a/1.txt", "c/notes.pdf", ".hidden/0.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read(str(tmp_path)) == ["a/1.txt", "a/9.txt", "b/2.txt"]
+    assert read(f"{tmp_path}/*/[12].txt") == ["a/1.txt", "b/2.txt"]
+    assert read(f"{tmp_path}/b", f"{tmp_path}/a/9.txt") == ["b/2.txt", "a/9.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("none.txt", FileNotFoundError, r"source '.*none\.txt' does not exist"),
+        ("*.none", FileNotFoundError, "no readable file matches"),
+        ("", ValueError, r"no \.txt, \.jsonl, \.parquet or wiki_NN file in this folder"),
+        ("page.pdf", ValueError, r"page\.pdf: not a kind of file that is read; give \.txt, \.jsonl"),
+        (
+            "no.parquet",
+            DamagedFile,
+            r"no\.parquet is damaged or no parquet file: Parquet magic bytes not found",
+        ),
+    ],
+)
+def test_sources_that_are_none(tmp_path: Path, name: str, error: type, message: str) -> None:
+    for made in ("page.pdf", "no.parquet"):
+        if name == made:
+            (tmp_path / made).write_text("nonsense")
+    with pytest.raises(error, match=message):
+        read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("damage", ["cut", "nonsense"])
+def test_damaged_files_are_named(tmp_path: Path, ending: str, damage: str) -> None:
+    packed = PACK[ending](json_lines(TEXTS * 50))
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(packed[: len(packed) // 2] if damage == "cut" else b"nonsense" * 9)
+    with pytest.raises(DamagedFile, match=rf"a\.jsonl\{ending} is damaged"):
+        read(str(path))
+
+
+def test_zstd_frames_one_after_another(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(zstandard.compress(b"one ") + zstandard.compress(b"") + zstandard.compress(b"two"))
+    with open_stream(str(path)) as opened:
+        assert opened.stream.read() == b"one two"
+        assert opened.position() == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "open', r"not valid JSON \(Unterminated string starting at column 10\)"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'["text"]', "a JSON list where an object with the text was expected"),
+        (b'{"text": null}', "the field 'text' holds null, not a text"),
+        (b'{"text": 3.5}', "the field 'text' holds a number, not a text"),
+        (
+            b'{"body": "x", "id": 1}',
+            r"no text field 'text'; the fields are 'body', 'id' \(choose with --text-field\)",
+        ),
+        (b'{"text": "\xff"}', r"invalid UTF-8 \(byte 0xff at offset 10\)"),
+        (b'{"text": "\\ud800"}', r"half of a surrogate pair \(U\+D800 at character 0\)"),
+    ],
+)
+def test_bad_json_lines(tmp_path: Path, line: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(BadRecord, match=message):
+        "".join(utf8_checked(read(str(tmp_path / "a.jsonl"))))
+
+
+def utf8_checked(texts: list[str]) -> list[str]:
+    from data_prep.sources.texts import utf8
+
+    return [utf8(text).decode() for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'<doc id="1">\nno end', "a <doc> without its </doc>"),
+        (b"loose text\n", "text outside <doc>"),
+        (b'{"text": 1}\n', "holds a number"),
+    ],
+)
+def test_bad_wiki_files(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "wiki_00").write_bytes(content)
+    with pytest.raises(BadRecord, match=message):
+        read(str(tmp_path / "wiki_00"))
+
+
+@pytest.mark.parametrize("mode", ["file", "line", "block"])
+def test_documents_beyond_the_limit_are_refused(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
+    (tmp_path / "a.txt").write_bytes((b"x" * 600 + (b"" if mode == "line" else b"\n")) * 2)
+    with pytest.raises(ValueError, match=r"a\.txt, .*: a document of more than .* MiB; split it"):
+        read(f"{mode}:{tmp_path}/a.txt")
+
+
+def test_units_hold_every_file_once_and_large_files_are_shared() -> None:
+    from data_prep.sources.resolve import Source
+
+    files = tuple(
+        SourceFile(f"{n}.jsonl", "jsonl", size) for n, size in enumerate([9, 1 << 30, 50, 1 << 20, 7])
+    )
+    units = make_units([Source("x", "files", files)])
+    assert [file for unit in units for file in unit.files] == list(files)
+    assert [len(unit.files) for unit in units] == [1, 1, 3]
+    assert [unit.shared for unit in units] == [False, True, False]
+
+
+# ------------------------------------------------------------------------------------------ installed-docs
+
+
+def test_docstrings_are_read_in_order_without_importing() -> None:
+    long = "word " * 60
+    source = f'''
+"""Module {long}"""
+raise SystemExit("imported!")
+class A:
+    """Class {long}"""
+    if True:
+        async def f(self):
+            """Method {long}"""
+    x = """Not a docstring {long}"""
+def g():
+    "short"
+    def inner():
+        \'\'\'Inner {long}\'\'\'
+'''
+    found = docstrings(source.encode())
+    assert [text.split()[0] for text in found] == ["Module", "Class", "Method", "Inner"]
+
+
+def test_unparsable_files_have_no_docstrings() -> None:
+    assert docstrings(b'"""' + b"x" * 300 + b'"""\nprint "python 2"') == []
+    assert docstrings(b"\x00" * 50 + b'"""' + b"x" * 300 + b'"""') == []
+    assert docstrings(b'def f():\n  """\\ud800 ' + b"x" * 300 + b'"""') == []
+
+
+def test_installed_docs_are_sorted_and_hold_the_topics() -> None:
+    files = installed_doc_files()
+    assert files == installed_doc_files()
+    topics = [file for file in files if file.path.endswith("pydoc_data/topics.py")]
+    assert len(topics) == 1
+    read_format, _ = FORMATS["installed-docs"]
+    assert len(list(read_format(topics[0], ReadOptions(), Reading()))) > 50
+    webdataset = [file for file in files if "/webdataset/" in file.path]
+    texts = [r.payload for file in webdataset for r in read_format(file, ReadOptions(), Reading())]
+    assert len(texts) > 20
+    assert all(len(text) >= 200 for text in texts)

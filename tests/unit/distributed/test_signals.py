@@ -1,0 +1,46 @@
+"""What signals ask for, also while the main thread is busy outside of Python."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from tests.paths import ROOT
+from train.distributed.signals import SAME_REQUEST_S, StopRequest
+
+
+def test_one_signal_asks_and_the_handlers_before_come_back() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    for _ in range(2):
+        with StopRequest() as stop:
+            assert not stop.requested
+            for _ in range(2):  # a launcher passes one Ctrl-C on more than once
+                os.kill(os.getpid(), signal.SIGUSR1)
+            deadline = time.monotonic() + 5
+            while not stop.requested and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert stop.requested
+        assert signal.getsignal(signal.SIGUSR1) == before
+        assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_second_signal_ends_a_process_that_hangs_outside_of_python() -> None:
+    code = "import hashlib; from train.distributed.signals import StopRequest\n"
+    code += "with StopRequest():\n    print('open', flush=True)\n"
+    code += "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # minutes, as a collective whose other end is frozen
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "open\n"
+            process.send_signal(signal.SIGTERM)
+            time.sleep(SAME_REQUEST_S + 0.2)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=5) == 128 + signal.SIGTERM
+        finally:
+            process.kill()

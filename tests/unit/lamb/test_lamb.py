@@ -1,0 +1,494 @@
+"""Lamb without an engine: against the reference, hand-worked values, torch and the published kernels' formulas."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from tests.lamb_checks import SHAPES, THIRD_STEP, make_gradients, make_parameters, worst_ulp
+from train.lamb import Lamb
+from train.lamb import native as lamb_native
+from train.lamb.reference import ReferenceLamb
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"adapt_all": True},
+    {"clamp": (0.1, 0.5)},
+    {"bias_correction": False},
+    {"prenormalize": True},
+    {"mode": "deepspeed"},
+    {"weight_decay": 0.0, "betas": (0.5, 0.9), "eps": 1e-3},
+]
+
+
+def _name(options: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "native"])
+@pytest.mark.parametrize("options", OPTIONS, ids=_name)
+def test_agrees_with_the_reference(options: dict[str, Any], fused: bool) -> None:
+    if fused and lamb_native.build() is None:
+        pytest.skip("no C compiler")
+    parameters = make_parameters()
+    optimizer = Lamb(parameters.items(), lr=0.01, fused=fused, **options)
+    reference = ReferenceLamb(parameters, 0.01, **options)
+    for step in range(5):
+        gradients = make_gradients(step)
+        old = {name: p.detach().clone() for name, p in parameters.items()}
+        for name, p in parameters.items():
+            p.grad = gradients[name].clone()
+            reference.parameters[name].copy_(p.detach())
+        optimizer.step()
+        reference.step(gradients)
+        assert worst_ulp(parameters, reference, old) <= 4
+        expected = torch.tensor([reference.trust_ratios[name] for name in optimizer.tensor_names])
+        torch.testing.assert_close(optimizer.trust_ratios, expected, rtol=3e-7, atol=0)
+        for name, p in parameters.items():
+            assert torch.equal(p.grad, gradients[name]), "gradients must be left alone"
+
+
+def test_hand_worked_first_step() -> None:
+    """p = (3, 4), g = (1, -2), lr 0.1, decay 0.1, eps 1: every number below is worked on paper.
+
+    m = 0.1 g, v = 0.001 g^2; corrected they are g and g^2, so u = g / (|g| + 1) + 0.1 p
+    = (0.5 + 0.3, -2/3 + 0.4) = (0.8, -4/15). ||p|| = 5, ||u|| = sqrt(0.64 + 16/225) = sqrt(32/45).
+    """
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    weight.grad = torch.tensor([[1.0, -2.0]])
+    optimizer = Lamb([("weight", weight)], lr=0.1, eps=1.0, weight_decay=0.1)
+    optimizer.step()
+    ratio = 5 / math.sqrt(32 / 45)
+    expected = torch.tensor([[3 - 0.1 * ratio * 0.8, 4 + 0.1 * ratio * 4 / 15]])
+    assert optimizer.trust_ratios.item() == pytest.approx(ratio, rel=2e-7)
+    torch.testing.assert_close(weight.detach(), expected, rtol=2e-7, atol=0)
+
+
+def test_hand_worked_second_step_and_deepspeed_mode() -> None:
+    """One element, p = 2, g = 1 then 1, lr 0.5, no decay, eps 0.25; two steps of each mode on paper.
+
+    decoupled: m/c1 = 1, v/c2 = 1 in both steps, u = 1/1.25 = 0.8, ratio p/0.8, so p = p - 0.5 p: 1, then 0.5.
+    deepspeed: step 1: m = 0.1, v = 0.001, u = 0.1 / (sqrt(0.001) + 0.25), ratio min(2/u, 10) = 2/u > 5.6, and
+    p = 2 - 0.5 sqrt(0.001)/0.1 x 2 (ratio x u = p while the ratio is below 10).
+    """
+    weight = torch.nn.Parameter(torch.tensor([[2.0]]))
+    optimizer = Lamb([("weight", weight)], lr=0.5, eps=0.25, weight_decay=0.0)
+    for expected in (1.0, 0.5):
+        weight.grad = torch.tensor([[1.0]])
+        optimizer.step()
+        assert weight.item() == pytest.approx(expected, rel=3e-7)
+
+    weight = torch.nn.Parameter(torch.tensor([[2.0]]))
+    optimizer = Lamb([("weight", weight)], lr=0.5, eps=0.25, weight_decay=0.0, mode="deepspeed")
+    weight.grad = torch.tensor([[1.0]])
+    optimizer.step()
+    assert optimizer.trust_ratios.item() == pytest.approx(2 / (0.1 / (math.sqrt(0.001) + 0.25)), rel=3e-7)
+    assert weight.item() == pytest.approx(2 - 0.5 * math.sqrt(0.001) / 0.1 * 2, rel=3e-7)
+
+
+def test_deepspeed_mode_is_the_fused_lamb_kernel() -> None:
+    """Against DeepSpeed's fused_lamb_cuda_kernel.cu, transcribed line by line in fp64."""
+    lr, beta1, beta2, eps, decay, max_coeff, min_coeff = 0.02, 0.9, 0.999, 1e-8, 0.01, 10.0, 0.01
+    parameters = make_parameters()
+    optimizer = Lamb(parameters.items(), lr=lr, eps=eps, weight_decay=decay, mode="deepspeed")
+    state = {
+        n: [p.detach().double(), 0 * p.detach().double(), 0 * p.detach().double()]
+        for n, p in parameters.items()
+    }
+    for step in range(1, 5):
+        gradients = make_gradients(step)
+        step_size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        for name, (p, m, v) in state.items():
+            g = gradients[name].double()
+            m.copy_(beta1 * m + (1 - beta1) * g)
+            v.copy_(beta2 * v + (1 - beta2) * g * g)
+            update = m / (v.sqrt() + eps) + decay * p
+            w_norm, u_norm, coefficient = p.norm(), update.norm(), 1.0
+            if w_norm != 0 and u_norm != 0:
+                coefficient = min(max(float(w_norm / u_norm), min_coeff), max_coeff)
+            p.sub_(step_size * coefficient * update)
+            parameters[name].grad = gradients[name].clone()
+        optimizer.step()
+        for name, (p, _, _) in state.items():
+            torch.testing.assert_close(parameters[name].detach().double(), p, rtol=2e-6, atol=1e-8)
+
+
+def test_without_adaptation_it_is_torch_adam() -> None:
+    """Biases and norms take plain Adam steps: no decay, ratio 1."""
+    parameters = {n: p for n, p in make_parameters().items() if p.ndim == 1}
+    twins = {name: torch.nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
+    optimizer = Lamb(parameters.items(), lr=0.01)
+    adam = torch.optim.Adam(twins.values(), lr=0.01, eps=1e-6)
+    for step in range(5):
+        gradients = make_gradients(step)
+        for name in parameters:
+            parameters[name].grad, twins[name].grad = gradients[name].clone(), gradients[name].clone()
+        optimizer.step()
+        adam.step()
+    assert optimizer.trust_ratios.tolist() == [1.0] * len(parameters)
+    for name in parameters:
+        torch.testing.assert_close(parameters[name].detach(), twins[name].detach(), rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_elements_do_not_depend_on_where_they_lie(fused: bool | None) -> None:
+    """A world size moves the cuts; an element's result, and with it the fp32 ratios, must not move."""
+    from train.lamb.formula import Part
+    from train.lamb.geometry import Piece, tensor_rules
+    from train.lamb.passes import choose_passes
+
+    torch.manual_seed(0)
+    n = 20_011
+    start = [torch.randn(n) * 0.02, torch.randn(n), torch.randn(n), torch.rand(n)]
+    rules = tensor_rules([("weight", start[0].view(1, n))], adapt_all=False, decay_all=False)
+    outcomes = []
+    for cuts in ([0, n], [0, 1, 2, 37, n], [0, 6_671, 13_339, n], [*range(0, n, 997), n]):
+        passes = choose_passes(fused, torch.device("cpu"), torch.float32)
+        p, g, m, v = (x.clone() for x in start)
+        sums = torch.zeros(1, 2, dtype=torch.float64)
+        parts = [Part(p, g, m, v, tuple(Piece(0, a, b) for a, b in pairwise(cuts)), THIRD_STEP)]
+        passes.first(parts, rules, sums, None)
+        passes.second(parts, rules, torch.tensor([0.3]))
+        outcomes.append((p, m, v, (sums[0, 0] / sums[0, 1]).sqrt().float()))
+    for outcome in outcomes[1:]:
+        for ours, whole in zip(outcome, outcomes[0], strict=True):
+            assert torch.equal(ours, whole)
+
+
+def test_zero_parameters_and_zero_gradients_have_ratio_one() -> None:
+    zero = torch.nn.Parameter(torch.zeros(3, 4))
+    still = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = Lamb([("zero.weight", zero), ("still.weight", still)], lr=0.1, weight_decay=0.0)
+    zero.grad, still.grad = torch.ones(3, 4), torch.zeros(3, 4)
+    optimizer.step()
+    assert optimizer.trust_ratios.tolist() == [1.0, 1.0]
+    torch.testing.assert_close(zero.detach(), torch.full((3, 4), -0.1), rtol=1e-5, atol=0)
+    assert torch.equal(still.detach(), torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_parameters_without_gradients_are_left_alone(fused: bool | None) -> None:
+    """The ratios of the others stay at their own places."""
+    parameters = [torch.nn.Parameter(torch.full((2, 2), size)) for size in (1.0, 2.0, 3.0)]
+    optimizer = Lamb(zip("abc", parameters, strict=True), lr=0.1, weight_decay=0.0, fused=fused)
+    for parameter in (parameters[0], parameters[2]):
+        parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert torch.equal(parameters[1].detach(), torch.full((2, 2), 2.0))
+    assert optimizer.state[parameters[1]] == {}
+    assert optimizer.trust_ratios.tolist() == pytest.approx([1, 1, 3], rel=1e-5)
+
+
+def test_prenormalize_without_any_gradient_moves_nothing() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = Lamb([("weight", weight)], lr=0.1, weight_decay=0.0, prenormalize=True)
+    weight.grad = torch.zeros(2, 2)
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_a_lazily_negated_gradient_keeps_its_sign(fused: bool | None) -> None:
+    outcomes = []
+    for lazy in (False, True):
+        weight = torch.nn.Parameter(torch.ones(2, 2))
+        gradient = torch.full((2, 2), 0.5)
+        weight.grad = torch._neg_view(gradient) if lazy else -gradient
+        Lamb([("weight", weight)], lr=0.1, fused=fused).step()
+        outcomes.append(weight.detach())
+    assert torch.equal(*outcomes)
+
+
+def test_strided_parameters_and_gradients() -> None:
+    """A transposed parameter gets the update that its contiguous twin gets."""
+    base = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    straight, strided = torch.nn.Parameter(base.clone()), torch.nn.Parameter(base.t().contiguous().t())
+    assert not strided.is_contiguous()
+    for parameter in (straight, strided):
+        optimizer = Lamb([("weight", parameter)], lr=0.1)
+        for _ in range(3):
+            parameter.grad = base.square()
+            optimizer.step()
+    assert torch.equal(straight.detach(), strided.detach())
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_strided_vectors(fused: bool | None) -> None:
+    """One-dimensional views with a stride, which flatten to themselves: every second element, one repeated."""
+    plain = torch.nn.Parameter(torch.arange(1.0, 40))
+    strided = torch.nn.Parameter(torch.arange(1.0, 40).repeat_interleave(2)[::2])
+    assert strided.stride() == (2,)
+    plain.grad, strided.grad = torch.full((39,), 0.5), torch.tensor(0.5).expand(39)
+    for parameter in (plain, strided):
+        Lamb([("weight", parameter)], lr=0.1, adapt_all=True, fused=fused).step()
+    assert torch.equal(plain.detach(), strided.detach())
+
+
+def test_follows_a_model_to_another_dtype_and_refuses_mixtures() -> None:
+    module = torch.nn.Linear(3, 2)
+    optimizer = Lamb(module.named_parameters(), lr=0.1)
+    for dtype in (torch.float32, torch.float64):
+        module.to(dtype)
+        optimizer.load_state_dict(optimizer.state_dict())  # moves the state to the parameters' dtype
+        module(torch.ones(1, 3, dtype=dtype)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    module.weight.data = module.weight.data.float()
+    optimizer.load_state_dict(optimizer.state_dict())
+    module.weight.grad, module.bias.grad = torch.ones(2, 3), torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"one dtype, and got torch\.float32 on cpu, torch\.float64 on cpu"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_moments_follow_a_model_whose_dtype_changed(fused: bool | None) -> None:
+    """The fp64 moments of a model that was then made fp32 count as if they had been loaded."""
+    outcomes = []
+    for reload in (True, False):
+        module = torch.nn.Linear(64, 32).double()
+        torch.nn.init.constant_(module.weight, 0.01)
+        torch.nn.init.constant_(module.bias, 0.01)
+        optimizer = Lamb(module.named_parameters(), lr=0.1, fused=fused)
+        for dtype in (torch.float64, torch.float32):
+            module.to(dtype)
+            if reload:
+                optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.zero_grad()
+            module(torch.ones(1, 64, dtype=dtype)).square().sum().backward()
+            optimizer.step()
+        assert optimizer.state[module.weight]["exp_avg"].dtype == torch.float32
+        outcomes.append(module.weight.detach())
+    assert torch.equal(*outcomes)
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_strided_moments_of_another_optimizer(fused: bool | None) -> None:
+    """AdamW's moments have the parameter's strides; they must meet the right elements."""
+    base = torch.randn(4, 3, 5, 2, generator=torch.Generator().manual_seed(0))
+    outcomes = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = torch.nn.Parameter(base.clone(memory_format=layout))
+        adamw = torch.optim.AdamW([weight], lr=0.1)
+        weight.grad = base.square()
+        adamw.step()
+        optimizer = Lamb([("weight", weight)], lr=0.1, fused=fused)
+        optimizer.load_state_dict(adamw.state_dict())
+        optimizer.step()
+        outcomes.append(weight.detach())
+    assert torch.equal(*outcomes)
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_refuses_a_state_or_gradient_that_does_not_fit_and_counts_no_step(fused: bool | None) -> None:
+    small, large = (torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 4), (40, 30)))
+    saved = Lamb([("small", small), ("large", large)], lr=0.1, fused=fused)
+    small.grad, large.grad = torch.ones_like(small), torch.ones_like(large)
+    saved.step()
+    before = small.detach().clone(), large.detach().clone()
+
+    swapped = Lamb([("large", large), ("small", small)], lr=0.1, fused=fused)
+    swapped.load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match=r"exp_avg of large has shape \(4, 4\) and the parameter \(40, 30\)"):
+        swapped.step()
+    assert [swapped.state[p]["step"] for p in (small, large)] == [1, 1]
+
+    moments = saved.state[large]["exp_avg_sq"]
+    saved.state[large]["exp_avg_sq"] = moments[:1]
+    with pytest.raises(ValueError, match=r"exp_avg_sq of large has shape \(1, 30\)"):
+        saved.step()
+    del saved.state[large]["exp_avg_sq"]
+    with pytest.raises(ValueError, match="the state of large has no exp_avg_sq"):
+        saved.step()
+    saved.state[large]["exp_avg_sq"] = moments
+
+    large.grad = None
+    large.grad_dtype = torch.bfloat16
+    large.grad = torch.ones(40, 30, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"gradient of large is torch.bfloat16 .* grad_dtype unset"):
+        saved.step()
+    assert [saved.state[p]["step"] for p in (small, large)] == [1, 1]
+    assert torch.equal(small.detach(), before[0])
+    assert torch.equal(large.detach(), before[1])
+
+
+def test_a_refused_kernel_counts_no_step() -> None:
+    """fused=True where there is no kernel for the dtype."""
+    weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+    weight.grad = torch.ones_like(weight)
+    optimizer = Lamb([("weight", weight)], lr=0.1, fused=True)
+    with pytest.raises(ValueError, match=r"no fused LAMB for torch\.float64"):
+        optimizer.step()
+    assert optimizer.state[weight].get("step", 0) == 0
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_autograd_notices_the_update(fused: bool | None) -> None:
+    """A backward pass through the weights as they were must fail, not use those of after the step."""
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    x = torch.ones(3, 3, requires_grad=True)
+    optimizer = Lamb([("weight", weight)], lr=0.1, fused=fused)
+    weight.grad = torch.ones(3, 3)
+    optimizer.step()
+    moments = [optimizer.state[weight][key] for key in ("exp_avg", "exp_avg_sq")]
+    versions = [moment._version for moment in moments]
+    loss = (weight @ x).sum()
+    optimizer.step()
+    assert all(m._version > version for m, version in zip(moments, versions, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_fp64_parameters() -> None:
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    weight.grad = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    Lamb([("weight", weight)], lr=0.1, eps=1.0, weight_decay=0.1).step()
+    # The trust ratio is fp32 whatever the parameters are.
+    assert weight[0, 0].item() == pytest.approx(3 - 0.1 * 5 / math.sqrt(32 / 45) * 0.8, rel=1e-7)
+
+
+def test_state_dict_round_trip_continues_bit_for_bit() -> None:
+    def run(steps: range, optimizer: Lamb, parameters: dict[str, torch.nn.Parameter]) -> None:
+        for step in steps:
+            for name, gradient in make_gradients(step).items():
+                parameters[name].grad = gradient
+            optimizer.step()
+
+    straight = make_parameters()
+    run(range(6), Lamb(straight.items(), lr=0.01), straight)
+    first = make_parameters()
+    optimizer = Lamb(first.items(), lr=0.01)
+    run(range(3), optimizer, first)
+    saved = copy.deepcopy(optimizer.state_dict())
+    second = {name: torch.nn.Parameter(p.detach().clone()) for name, p in first.items()}
+    resumed = Lamb(second.items(), lr=0.5)
+    resumed.load_state_dict(saved)
+    run(range(3, 6), resumed, second)
+    for name in SHAPES:
+        assert torch.equal(straight[name].detach(), second[name].detach()), name
+    assert set(saved["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert set(saved["param_groups"][0]) >= {"lr", "betas", "eps", "weight_decay", "params"}
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
+)
+def test_copies_step_alike(copied: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = Lamb([("weight", weight)], lr=0.1)
+    weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    twin = copied(optimizer)
+    (twin_weight,) = twin.param_groups[0]["params"]
+    weight.grad, twin_weight.grad = torch.ones(2, 3), torch.ones(2, 3)
+    optimizer.step()
+    twin.step()
+    assert torch.equal(weight, twin_weight)
+    assert twin_weight is not weight
+
+
+def test_takes_over_the_moments_of_adam() -> None:
+    """torch's AdamW keeps the same state under the same names, its step as a tensor."""
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    adamw = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.ones(2, 3)
+    adamw.step()
+    optimizer = Lamb([("weight", weight)], lr=torch.tensor(0.1))
+    optimizer.load_state_dict(adamw.state_dict())
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 2
+    assert isinstance(optimizer.state[weight]["step"], int)
+    assert torch.isfinite(weight).all()
+
+
+def test_closure_and_learning_rate() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = Lamb([("weight", weight)], lr=0.1)
+    optimizer.param_groups[0]["lr"] = 0.0
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    assert optimizer.step(closure) == 4.0
+    assert torch.equal(weight.detach(), torch.ones(2, 2))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(Lamb([("weight", weight)], lr=0.1), lambda step: 0.5)
+    assert scheduler.get_last_lr() == [0.05]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"betas": (0.9, 1.0)}, "betas are (0.9, 1.0)"),
+        ({"eps": 0.0}, "eps is 0.0"),
+        ({"eps": float("inf")}, "eps is inf"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf"),
+        ({"clamp": (1.0, 0.5)}, "clamp is (1.0, 0.5)"),
+        ({"mode": "apex"}, "mode is 'apex': choose 'decoupled' or 'deepspeed'"),
+        ({"mode": "deepspeed", "prenormalize": True}, "prenormalize has no place"),
+        ({"mode": "deepspeed", "adapt_all": True}, "adapt_all would change nothing"),
+    ],
+)
+def test_refuses_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError) as caught:
+        Lamb([("weight", weight)], **{"lr": 0.1, **arguments})
+    assert message in str(caught.value)
+
+
+def test_refuses_what_it_cannot_update() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"pass model.named_parameters\(\), not model.parameters\(\)"):
+        Lamb([weight], lr=0.1)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        Lamb([("weight", weight.detach())], lr=0.1)
+    with pytest.raises(ValueError, match="two different parameters are named 'w'"):
+        Lamb([("w", weight), ("w", torch.nn.Parameter(torch.ones(2)))], lr=0.1)
+    half = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+    half.grad = torch.ones(2, 2, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="keep fp32 master weights"):
+        Lamb([("w", half)], lr=0.1).step()
+    lazy = torch.nn.Parameter(torch._neg_view(torch.ones(2, 2)))
+    lazy.grad = torch.ones(2, 2)
+    with pytest.raises(ValueError, match="w is a lazy negation"):
+        Lamb([("w", lazy)], lr=0.1).step()
+    weight.grad = torch._efficientzerotensor(2, 2)
+    with pytest.raises(ValueError, match=r"the gradient w .* has no memory of its own"):
+        Lamb([("w", weight)], lr=0.1).step()
+    twin = torch.nn.Parameter(torch.ones(2, 2))
+    twin.data = weight.data
+    with pytest.raises(ValueError, match="w and twin are two parameters that share their memory"):
+        Lamb([("w", weight), ("twin", twin)], lr=0.1)
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="dense gradients"):
+        Lamb(table.named_parameters(), lr=0.1).step()
+    optimizer = Lamb([("weight", weight)], lr=0.1)
+    with pytest.raises(ValueError, match="one parameter group"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+
+
+def test_refuses_replaced_parameters_while_unbound() -> None:
+    """Also where the flat partition happens to have the shape of the only tensor."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = Lamb([("weight", weight)], lr=0.1)
+    flat = torch.ones(4, requires_grad=True)
+    flat.grad = torch.ones(4)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match=r"call optimizer.bind\(engine\) after deepspeed.initialize"):
+        optimizer.step()
+    optimizer = Lamb([("a", weight), ("b", torch.nn.Parameter(torch.ones(2)))], lr=0.1)
+    optimizer.param_groups[0]["params"] = [flat, torch.ones(2, requires_grad=True)]
+    with pytest.raises(ValueError, match="copies of its parameters: DeepSpeed's stage 0 does so"):
+        optimizer.step()

@@ -1,0 +1,394 @@
+"""The ablation's variants, its table, and its command with the training itself replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import ablate
+from launch.ablation import job as ablation_job
+from launch.ablation.figure import plot
+from launch.ablation.table import Ablation, Result, Scale, as_json, as_markdown, as_text
+from launch.ablation.variants import (
+    FREE_TO_DIFFER,
+    FULL,
+    PUBLISHED,
+    Variant,
+    chosen_variants,
+    variants_of,
+)
+from launch.cli import parse_config
+from tests.paths import ROOT
+from train.config import Config
+from train.finetuning.results import write_scores
+from train.finetuning.tasks import GLUE
+from train.models.students import resolve_layer_map
+from train.run_folder import as_tree, differing_keys, flatten
+
+QUICKSTART = ["--config", str(ROOT / "launch" / "recipes" / "quickstart-student.yaml")]
+HELDOUT = {
+    "heldout_kl": 0.05,
+    "heldout_top1_agreement": 0.8,
+    "heldout_mlm_loss": 4.9,
+    "heldout_accuracy": 0.22,
+}
+
+
+def variants(
+    words: Sequence[str], teacher_layers: int, full_seeds: int = 1
+) -> tuple[dict[str, Variant], dict]:
+    found, left_out = variants_of(parse_config(words, ""), teacher_layers, full_seeds)
+    return {variant.name: variant for variant in found}, left_out
+
+
+@pytest.mark.parametrize(
+    ("words", "teacher_layers"),
+    [
+        (QUICKSTART, 4),
+        ([], 12),
+        (["--model.layer_map=[1,5,11]"], 12),
+        (["--model.layer_map=random"], 12),
+        (["--model.layer_map=random", "--model.student_layers=3", "--objective.kd_positions=masked"], 12),
+        (["--objective.temperature=3", "--objective.kd_positions=masked"], 12),
+        (["--objective.kd_positions=masked", "--objective.mse_weight=1"], 12),
+        (["--objective.projection=true"], 12),
+        (
+            [
+                "--objective.projection=true",
+                "--objective.layer_cosine_weight=1",
+                "--objective.layer_pairs=[[1,2]]",
+            ],
+            12,
+        ),
+    ],
+)
+def test_each_variant_is_accepted_and_differs_in_exactly_what_it_says(
+    words: list[str], teacher_layers: int
+) -> None:
+    base = flatten(as_tree(parse_config(words, "")))
+    found, left_out = variants(words, teacher_layers, full_seeds=3)
+    assert {"full", "no-kd", "no-cosine", "no-mlm", "full-seed-1", "full-seed-2"} <= set(found)
+    assert len(found) + len(left_out) == 12
+    for name, variant in found.items():
+        config = flatten(as_tree(parse_config([*words, *variant.words], "")))
+        assert {key: value for key, value in config.items() if value != base[key]} == variant.changes, name
+        assert bool(variant.changes) == (name != FULL)
+
+
+def test_what_the_variants_of_the_quickstart_change() -> None:
+    found, left_out = variants(QUICKSTART, 4)
+    assert {name: variant.changed for name, variant in found.items()} == {
+        "full": "nothing",
+        "no-kd": "objective.kd_weight=0.0",
+        "no-cosine": "objective.cosine_weight=0.0",
+        "no-mlm": "objective.mlm_weight=0.0",
+        "random": "model.layer_map=random",
+        "masked-kd": "objective.kd_positions=masked",
+        "first-half": "model.layer_map=[0,1]",
+        "last-half": "model.layer_map=[2,3]",
+    }
+    assert left_out == {
+        "every-other": "has the same layers [0, 2] as full",
+        "distilbert": "takes 6 layers of a teacher of 12; this student has 2, its teacher 4",
+    }
+
+
+def test_layer_maps_of_the_published_recipe() -> None:
+    found, left_out = variants([], 12)
+    assert list(found)[-3:] == ["every-other", "first-half", "last-half"]
+    assert found["last-half"].words == ["--model.layer_map=[6,7,8,9,10,11]"]
+    assert left_out == {"distilbert": "has the same layers [0, 2, 4, 7, 9, 11] as full"}
+    assert "distilbert" in variants(["--model.layer_map=every_other"], 12)[0]
+
+
+@pytest.mark.parametrize("name", ["random", "every-other", "first-half", "last-half"])
+def test_every_student_has_as_many_layers_as_the_recipes(name: str) -> None:
+    """A recipe that lists three layers: a name alone would mean half of the teacher's twelve."""
+    words = ["--model.layer_map=[1,5,11]"]
+    model = parse_config([*words, *variants(words, 12)[0][name].words], "").model
+    if model.layer_map == "random":
+        assert model.student_layers == 3
+    else:
+        assert len(resolve_layer_map(model.layer_map, 12, model.student_layers)) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "reason"),
+    [
+        (["--objective.cosine_weight=0"], "no-cosine", "the recipe has objective.cosine_weight=0 already"),
+        (["--objective.cosine_weight=0", "--objective.mlm_weight=0"], "no-kd", "no other term than"),
+        (["--objective.kd_positions=masked"], "masked-kd", "objective.kd_positions=masked already"),
+        (["--objective.kd_weight=0"], "masked-kd", "the recipe has objective.kd_weight=0"),
+        (["--model.layer_map=random"], "random", "model.layer_map=random already"),
+        (["--model.layer_map=random", "--model.student_width=384"], "first-half", "a student of width 384"),
+        (["--model.layer_map=random", "--model.student_layers=13"], "last-half", "13 layers, the teacher"),
+    ],
+)
+def test_what_makes_no_sense_is_left_out_with_a_reason(words: list[str], name: str, reason: str) -> None:
+    found, left_out = variants(words, 12)
+    assert name not in found
+    assert reason in left_out[name]
+
+
+def test_refusals_of_the_variants() -> None:
+    found, left_out = variants_of(parse_config(QUICKSTART, ""), 4, 2)
+    assert [v.name for v in chosen_variants(found, left_out, ["no-mlm"])] == ["full", "no-mlm", "full-seed-1"]
+    with pytest.raises(ValueError, match=r"--variants no-such: no such variant; there are first-half, full"):
+        chosen_variants(found, left_out, ["no-such"])
+    with pytest.raises(
+        ValueError, match=r"--variants distilbert: takes 6 layers of a teacher of 12.*leave it out"
+    ):
+        chosen_variants(found, left_out, ["distilbert"])
+    with pytest.raises(ValueError, match="--full-seeds 0: give at least 1"):
+        variants(QUICKSTART, 4, 0)
+    scratch = ["--model.teacher=null", "--model.scratch={model_type: bert}", "--objective.kd_weight=0"]
+    with pytest.raises(ValueError, match=r"model\.teacher=None: an ablation takes terms of the distillation"):
+        variants([*scratch, "--objective.cosine_weight=0"], 0)
+
+
+def test_differing_keys_leave_out_what_does_not_matter() -> None:
+    before = as_tree(Config())
+    now = as_tree(
+        parse_config(["--run.dir=x", "--checkpoint.every_steps=7", "--evaluation.every_steps=9"], "")
+    )
+    assert differing_keys(before, now, FREE_TO_DIFFER) == []
+    now = as_tree(parse_config(["--evaluation.max_windows=9", "--data.seed=4"], ""))
+    assert differing_keys(before, now, FREE_TO_DIFFER) == [
+        "data.seed: 0 -> 4",
+        "evaluation.max_windows: 2048 -> 9",
+    ]
+
+
+def result(name: str, kl: float, scores: dict[str, float] | None = None) -> Result:
+    return Result(name, "nothing", {**HELDOUT, "heldout_kl": kl}, 1000.0, scores or {})
+
+
+SMALL = Scale(1_461_952, 1_858_752, 300, 1_228_800)
+LARGE = Scale(66_985_530, 109_514_298, 100_000, 10**11)
+RESULTS = [result("full", 0.05), result("no-kd", 0.09), result("no-mlm", 0.052), result("full-seed-1", 0.047)]
+
+
+def test_differences_and_noise_by_hand() -> None:
+    ablation = Ablation(RESULTS, SMALL)
+    assert ablation.differences(RESULTS[1])["heldout_kl"] == pytest.approx(0.04)
+    noise = ablation.noise()
+    assert noise is not None
+    assert noise["heldout_kl"] == pytest.approx(0.003)
+    rows = {row.split("│")[1].strip(): row for row in as_text(ablation).splitlines() if row.startswith("│")}
+    assert "+0.0400" in rows["no-kd"]
+    assert "+0.0400 ~" not in rows["no-kd"]
+    assert "+0.0020 ~" in rows["no-mlm"]
+    assert "-0.0030" in rows["full-seed-1"]
+    assert "~" not in rows["full-seed-1"] + rows["full"]
+    alone = Ablation(RESULTS[:2], SMALL)
+    assert alone.noise() is None
+    assert "how large chance is, is not known" in as_text(alone)
+
+
+def test_the_scale_and_what_is_published_are_labelled() -> None:
+    for text in (as_text(Ablation(RESULTS, SMALL)), as_markdown(Ablation(RESULTS, SMALL))):
+        text = " ".join(text.split())
+        assert "SMALL SCALE: student of 1.46M parameters, teacher of 1.86M; 300 steps, 1.23M tokens" in text
+        assert "-2.96" in text
+        assert "the paper's column: GLUE points lost in Sanh et al. 2019, table 4" in text
+        assert "not measured here" in text
+    assert "SMALL" not in as_text(Ablation(RESULTS, LARGE))
+    assert dataclasses.replace(LARGE, tokens=10**8).is_small
+    assert PUBLISHED == {"no-kd": -2.96, "no-cosine": -1.46, "no-mlm": -0.31, "random": -3.69}
+
+
+def test_scores_of_tasks_and_a_missing_one() -> None:
+    results = [
+        result("full", 0.05, {"sst2": 80.0, "rte": 60.0}),
+        result("no-kd", 0.09, {"sst2": 78.0, "rte": 57.0}),
+        result("random", 0.5, {"sst2": 70.0}),
+    ]
+    ablation = Ablation(results, SMALL, finetuning_seeds=3, failed={"random": "fine-tuning: exit code 1"})
+    assert ablation.differences(results[1])["mean"] == pytest.approx(-2.5)
+    saved = {row["name"]: row for row in as_json(ablation)["variants"]}
+    assert saved["full"]["glue"] == 70.0
+    assert saved["no-kd"]["scores"] == {"sst2": 78.0, "rte": 57.0}
+    assert saved["random"]["published_glue_difference"] == -3.69
+    text = as_markdown(ablation)
+    assert "| no-kd | `nothing` | 78.0 (-2.0) | 57.0 (-3.0) | 67.5 (-2.5) | -2.96 |" in text
+    assert "| random | `nothing` | 70.0 (-10.0) | missing | missing | -3.69 |" in text
+    assert "FAILED: random: fine-tuning: exit code 1" in text
+    assert "median of 3 fine-tuning seeds" in text
+
+
+def test_nothing_is_cut_off_on_a_terminal() -> None:
+    """All of GLUE, long numbers, long names."""
+    scores = dict.fromkeys(GLUE, 100.0)
+    results = [
+        result(name, -12.3456, scores) for name in ("full", "every-other", "distilbert", "full-seed-10")
+    ]
+    text = as_text(Ablation(results, SMALL, finetuning_seeds=3))
+    assert "…" not in text
+    assert text.count("full-seed-10") == 2
+
+
+def test_the_figure_is_a_png(tmp_path: Path) -> None:
+    results = [dataclasses.replace(entry, scores={"rte": 60.0}) for entry in RESULTS]
+    plot(Ablation(results, SMALL, finetuning_seeds=3), tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def words(tmp_path: Path, teacher_folder: str) -> list[str]:
+    out = str(tmp_path / "out")
+    return [
+        *QUICKSTART,
+        f"--model.teacher={teacher_folder}",
+        "--out",
+        out,
+        "--ranks",
+        "1",
+        "--full-seeds",
+        "1",
+    ]
+
+
+class Stages:
+    """Stands in for the training and the fine-tuning: leaves what they leave, and remembers their flags."""
+
+    def __init__(self, codes: dict[str, int]) -> None:
+        self.codes, self.commands = codes, []
+
+    def __call__(self, command: Sequence[str], environment: Any) -> int:
+        self.commands.append(list(command))
+        if "--task" in command:
+            scores = Path(command[command.index("--out") + 1]) / "sst2"
+            scores.mkdir(parents=True)
+            write_scores(scores, {"task": "sst2"}, {seed: {"score": 60.0 + seed} for seed in range(3)})
+            return 0
+        run_dir = Path(next(word for word in command if word.startswith("--run.dir=")).partition("=")[2])
+        code = self.codes.get(run_dir.name, 0)
+        if code == 0:
+            (run_dir / "student").mkdir(parents=True)
+            (run_dir / "student" / "config.json").write_text("{}")
+            summary = {"steps": 300, "tokens": 1228800, "tokens_per_s": 9.0, "heldout": HELDOUT}
+            summary["heldout_before"] = {**HELDOUT, "teacher_heldout_mlm_loss": 4.7}
+            summary["parameters"] = {"student": 1461952, "teacher": 1858752}
+            (run_dir / "summary.json").write_text(json.dumps(summary))
+        return code
+
+
+def stages(monkeypatch: pytest.MonkeyPatch, **codes: int) -> Stages:
+    stand_in = Stages({name.replace("_", "-"): code for name, code in codes.items()})
+    monkeypatch.setattr(ablation_job, "run_stage", stand_in)
+    return stand_in
+
+
+def test_a_failed_variant_is_named_and_the_others_are_kept(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages(monkeypatch, no_mlm=1, random=-9)
+    assert ablate.main(words) == 1
+    printed = capsys.readouterr()
+    assert "FAILED: no-mlm (exit code 1, see above)\nFAILED: random (killed by SIGKILL)" in printed.err
+    saved = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    names = [row["name"] for row in saved["variants"]]
+    assert names == ["full", "no-kd", "no-cosine", "masked-kd", "first-half", "last-half"]
+    assert list(saved["failed"]) == ["no-mlm", "random"]
+    assert saved["teacher"] == {"heldout_mlm_loss": 4.7}
+    assert "the teacher itself, on the same masked tokens: MLM loss 4.7000 nats" in printed.out
+    again = stages(monkeypatch)
+    assert ablate.main(words) == 0
+    assert len(again.commands) == 2
+    assert "[1/8] full: the recipe as it is (nothing changed) - done before" in capsys.readouterr().out
+
+
+def test_nothing_is_trained_after_the_full_recipe_has_failed(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = stages(monkeypatch, full=2)
+    assert ablate.main(words) == 2
+    assert len(trained.commands) == 1
+    assert "without the full recipe there is nothing to compare with" in capsys.readouterr().err
+
+
+def test_a_stop_ends_the_ablation_with_75(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = stages(monkeypatch, no_cosine=75)
+    assert ablate.main(words) == 75
+    assert len(trained.commands) == 3
+    assert "run the same command again to go on" in capsys.readouterr().err
+
+
+def test_tasks_are_scored_with_finetune(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called = stages(monkeypatch)
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text("sentence\tlabel\nthe model learns\t1\na layer\t0\n")
+    more = ["--variants", "no-kd", "--tasks", "SST-2", "--data", str(tmp_path), "--seeds", "3"]
+    assert ablate.main([*words, *more, "--finetune.max-train-examples=50"]) == 0
+    command = called.commands[-1]
+    assert Path(command[1]) == ROOT / "launch" / "finetune.py"
+    run_dir = tmp_path / "out" / "no-kd"
+    flags = ["--task", "SST-2", "--seeds", "3", "--data", str(tmp_path), "--max-train-examples=50"]
+    assert command[2:] == [*flags, "--model", str(run_dir / "student"), "--out", str(run_dir / "scores")]
+    assert not any("max-train-examples" in word for word in called.commands[0])
+    saved = json.loads((tmp_path / "out" / "ablation.json").read_text())["variants"]
+    assert [row["scores"] for row in saved] == [{"sst2": 61.0}, {"sst2": 61.0}]
+    assert "[scores 2/2] no-kd: sst2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--run.dir=x"], "--run.dir has no effect here"),
+        (["--ranks", "0"], "--ranks 0: give at least 1"),
+        (["--data", "."], "--data has no effect without --tasks"),
+        (["--seeds", "3"], "--seeds has no effect without --tasks"),
+        (
+            ["--tasks", "rte", "--data", ".", "--finetune.foo=1"],
+            r"--finetune\.KEY=VALUE, which becomes --KEY=VALUE of launch/finetune\.py: .*--foo=1",
+        ),
+        (
+            ["--tasks", "rte", "--data", ".", "--finetune.epochs=x"],
+            r"launch/finetune\.py: argument --epochs: invalid float",
+        ),
+        (["--finetune.epochs=1"], r"--finetune\.\* has no effect without --tasks"),
+        (["--tasks", "sst2", "--data", "nowhere"], "there is no folder nowhere"),
+        (["--tasks", "rte", "--data", ".", "--finetune.epochs=0"], "--epochs is 0.0; give a number above 0"),
+        (["--tasks", "rt", "--data", "."], "there is no task 'rt'; the tasks are cola"),
+        (["--tasks", "rte", "--data", ".", "--seeds", "0"], "--seeds 0: give at least 1"),
+        (["--variants", ","], "names nothing"),
+        (["--variants", "no-kl"], "--variants no-kl: no such variant"),
+        (["--objective.kd_wait=1"], "kd_wait"),
+        (["--objective.kd_weight=-1"], r"objective.kd_weight=-1.0: give 0 or more"),
+        (["stray"], "stray"),
+    ],
+)
+def test_broken_options_are_refused_before_anything_is_trained(
+    words: list[str], more: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trained = stages(monkeypatch)
+    with pytest.raises((ValueError, FileNotFoundError), match=expected):
+        ablate.main([*words, *more])
+    assert not trained.commands
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_hostfile_is_refused(teacher_folder: str) -> None:
+    with pytest.raises(ValueError, match="--hostfile no-hosts: no such file"):
+        ablate.main(["--hostfile", "no-hosts"])
+
+
+def test_the_list_trains_nothing(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trained = stages(monkeypatch)
+    assert ablate.main([*words, "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "│ last-half  │ model.layer_map=[2,3]" in printed
+    assert "left out: distilbert: takes 6 layers" in printed
+    assert not trained.commands
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,452 @@
+"""launch/doctor.py on this machine alone, and its judgements of made-up answers."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.utils import logging as hub_logging
+
+from launch import doctor
+from launch.cli import parse_config
+from launch.preflight import probe as doctor_probe
+from launch.preflight.checks import (
+    Finding,
+    check_all_reduce,
+    check_clocks,
+    check_disk,
+    check_equal,
+    check_gpus,
+    check_keep_alive,
+    check_memory,
+    check_pdsh,
+    check_run_folder,
+    check_shards,
+    check_teachers,
+    check_variables,
+    check_versions,
+    watched_variables,
+)
+from launch.preflight.hosts import Host, HostEntry, UnreachableError, keep_alive_s, read_hostfile
+from launch.preflight.local_checks import CPU_TOKENS, check_teacher, needed_disk_gib
+from launch.preflight.recipe_checks import check_recipe
+from tests.distributed.pretraining import small_settings
+from train.distributed.rendezvous import free_port
+
+GPU = {"name": "NVIDIA A100", "driver": "550.54", "memory": "81920 MiB", "used": "0 MiB"}
+HEALTHY: dict[str, Any] = {
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"},
+    "code": "0123456789ab",
+    "memory": {"total_gib": 100.0, "free_gib": 90.0, "shm_gib": 50.0},
+    "gpus": [GPU, GPU],
+    "run_folder": {"free_gib": 100.0},
+    "shards": {"digest": "aaaa", "shards": 3},
+    "teachers": {"/t": "bbbb"},
+    "variables": {},
+}
+SLOTS = {"a": 2, "b": 2}
+
+
+def hosts(**changed: Any) -> dict[str, dict[str, Any]]:
+    """Two healthy hosts, the second with some answers changed."""
+    return {"a": copy.deepcopy(HEALTHY), "b": {**copy.deepcopy(HEALTHY), **changed}}
+
+
+def judge(name: str, answers: dict[str, dict[str, Any]]) -> Finding:
+    (finding,) = {
+        "versions": lambda: check_versions(answers),
+        "code": lambda: [check_equal(answers, "code", "code", "copy it")],
+        "gpus": lambda: check_gpus(answers, SLOTS),
+        "memory": lambda: [check_memory(answers, SLOTS)],
+        "shards": lambda: [check_shards(answers, "/shards")],
+        "teachers": lambda: [check_teachers(answers)],
+        "run_folder": lambda: [check_run_folder(answers, "/run")],
+        "disk": lambda: [check_disk(answers, 5.0, "/run")],
+    }[name]()
+    return finding
+
+
+@pytest.mark.parametrize(
+    "check", ["versions", "code", "gpus", "memory", "shards", "teachers", "run_folder", "disk"]
+)
+def test_healthy(check: str) -> None:
+    finding = judge(check, hosts())
+    assert finding.ok
+    assert finding.remedy == ""
+    assert finding.result
+
+
+@pytest.mark.parametrize(
+    ("check", "changed", "seen", "remedy"),
+    [
+        (
+            "versions",
+            {"versions": {**HEALTHY["versions"], "torch": "missing"}},
+            "b: torch missing",
+            "pip install",
+        ),
+        (
+            "versions",
+            {"versions": {**HEALTHY["versions"], "python": "3.10.1"}},
+            "first host: 3.11.7",
+            "Python",
+        ),
+        ("code", {"code": "ffff"}, "b: ffff, on a 0123456789ab", "copy it"),
+        ("gpus", {"gpus": [GPU]}, "b: 1 x NVIDIA A100, 81920 MiB, driver 550.54 for 2 slots", "nvidia-smi"),
+        ("gpus", {"gpus": [{**GPU, "driver": "535.1"}] * 2}, "driver 535.1; first host: 2 x", "drivers"),
+        ("gpus", {"gpus": []}, "b: no GPU; first host", "equal GPUs"),
+        ("gpus", {"gpus": {"error": "driver mismatch"}}, "b: driver mismatch", "nvidia-smi"),
+        (
+            "memory",
+            {"memory": {"total_gib": 4, "free_gib": 1.5, "shm_gib": 9}},
+            "1.5 GiB free for 2 ranks",
+            "slots=",
+        ),
+        (
+            "memory",
+            {"memory": {"total_gib": 99, "free_gib": 90, "shm_gib": 0.0625}},
+            "/dev/shm",
+            "--shm-size",
+        ),
+        ("shards", {"shards": {"digest": "cccc", "shards": 3}}, "b: manifest cccc, on a aaaa", "/shards"),
+        ("shards", {"shards": {"error": "gone"}}, "b: gone", "mount or copy"),
+        ("teachers", {"teachers": {"/t": "cccc"}}, "b: differ from those on a", "same folder"),
+        ("run_folder", {"run_folder": {"error": "Read-only file system"}}, "b: Read-only", "--run.dir"),
+        ("disk", {"run_folder": {"free_gib": 1.25}}, "b: 1.25 GiB free", "free 5.0 GiB"),
+    ],
+)
+def test_faults(check: str, changed: dict[str, Any], seen: str, remedy: str) -> None:
+    finding = judge(check, hosts(**changed))
+    assert not finding.ok
+    assert seen in finding.result
+    assert remedy in finding.remedy
+
+
+def test_first_host_at_fault() -> None:
+    """What the first host lacks is told of it, and does not hide what the others have."""
+    answers = {"a": {**HEALTHY, "shards": {"error": "no manifest"}}, "b": HEALTHY}
+    assert "a: no manifest" in judge("shards", answers).result
+    assert "data_prep/write_shards.py" in judge("shards", {"a": answers["a"]}).remedy
+
+
+def test_clocks() -> None:
+    assert check_clocks({"a": (0.001, 0.0005), "b": (3.0, 2.0)}).ok  # too slow an answer to tell
+    finding = check_clocks({"a": (0.0, 0.0), "b": (-3.0, 0.5)})
+    assert not finding.ok
+    assert finding.result == "b: -3.0 s"
+
+
+def test_variables_that_do_not_arrive() -> None:
+    own = {"HF_HOME": "/cache", "NCCL_DEBUG": "INFO", "PATH": "/bin", "GLOO_SOCKET_IFNAME": "eth0"}
+    assert watched_variables(own, remote_shards=False) == ["GLOO_SOCKET_IFNAME", "HF_HOME"]
+    assert watched_variables({**own, "AWS_PROFILE": "x"}, remote_shards=True)[0] == "AWS_PROFILE"
+    answers = hosts(variables={"HF_HOME": "/cache", "GLOO_SOCKET_IFNAME": None})
+    answers["a"]["variables"] = {"HF_HOME": "/cache", "GLOO_SOCKET_IFNAME": "eth0"}
+    files, lost = check_variables(own, {}, answers, ["b"])
+    assert files.ok
+    assert lost.result == "GLOO_SOCKET_IFNAME on b"
+    assert "cluster.env" in lost.remedy
+    listed = check_variables(own, {"f": "GLOO_SOCKET_IFNAME=eth0\n"}, answers, ["b"])
+    assert all(finding.ok for finding in listed)
+    assert [f.check for f in check_variables(own, {"f": "\n"}, answers, []) if not f.ok] == [".deepspeed_env"]
+    answers["b"]["variables"] = {"error": "/here/cluster.env is a folder"}
+    assert check_variables({}, {}, answers, ["a", "b"])[1].result == "b: /here/cluster.env is a folder"
+
+
+def test_ssh_that_does_not_look_is_a_warning(tmp_path: Path) -> None:
+    fine = check_keep_alive({"b": 5, "c": 15})
+    assert (fine.ok, fine.remedy, fine.result) == (True, "", "ServerAliveInterval is at most 15 s")
+    warned = check_keep_alive({"b": 0, "c": 15})
+    assert warned.ok
+    assert "is 0 for b:" in warned.result
+    assert "~/.ssh/config" in warned.remedy
+    assert check_keep_alive({"b": None}).remedy == ""
+    stand_in = tmp_path / "ssh"
+    for says, expected in (("port 22\\nserveraliveinterval 7", 7), ("usage", None)):
+        stand_in.write_text(f"#!/bin/sh\nprintf '{says}\\n'\n")
+        stand_in.chmod(0o755)
+        assert keep_alive_s("b", [str(stand_in), "-o", "X=y"]) == expected
+    assert keep_alive_s("b", ["no-such-ssh"]) is None
+
+
+def test_a_missing_pdsh_is_a_warning() -> None:
+    assert check_pdsh("/usr/bin/pdsh").remedy == ""
+    warned = check_pdsh(None)
+    assert warned.ok
+    assert "apt install pdsh" in warned.remedy
+
+
+def test_all_reduce_results() -> None:
+    good = {"code": 0, "output": 'noise\n{"right": true, "gb_per_s": 2.0, "megabytes": 17}'}
+    slow = {"code": 0, "output": '{"right": true, "gb_per_s": 0.5, "megabytes": 17}'}
+    wrong = {"code": 0, "output": '{"right": false, "gb_per_s": 2.0, "megabytes": 17}'}
+    assert "0.50 GB/s" in check_all_reduce([good, slow], "all-reduce", False).result
+    assert "rank 1 got a wrong sum" in check_all_reduce([good, wrong], "all-reduce", False).result
+    failed = check_all_reduce([good, {"code": 1, "output": "x\nConnection refused"}], "all-reduce", True)
+    assert "Connection refused" in failed.result
+    assert "NCCL_SOCKET_IFNAME" in failed.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a 8\n", "line 1: 'a 8' is not `NAME slots=GPUS`"),
+        ("a slots=0\n", "is not `NAME"),
+        ("a slots=1\na slots=2\n", "names a twice"),
+        ("# none\n", "names no host"),
+        ("\ufeffa slots=1\n", "begins with a byte order mark"),
+        ("# all\na[1-2] slots=1\n", r"line 2: deepspeed takes 'a\[1-2\]' for one host; give each a line"),
+        ("a slots=2x\n", "is not `NAME"),
+        ("a slots= 2\n", "is not `NAME"),
+    ],
+)
+def test_hostfiles_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_hostfile(str(tmp_path / "hosts"))
+
+
+def test_hostfile(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("# mine\n\na slots=8\nb slots=4 # smaller\n")
+    assert read_hostfile(str(tmp_path / "hosts")) == [HostEntry("a", 8), HostEntry("b", 4)]
+    (tmp_path / "windows").write_bytes(
+        b"a\tslots=8\r\n\r\n  10.0.0.2   slots=4 max_slots=8\r\nfd00::3 slots=1#c"
+    )
+    assert read_hostfile(str(tmp_path / "windows")) == [
+        HostEntry("a", 8),
+        HostEntry("10.0.0.2", 4),
+        HostEntry("fd00::3", 1),
+    ]
+    with pytest.raises(ValueError, match="No such file"):
+        doctor.main(["--hostfile", str(tmp_path / "none")])
+    with pytest.raises(ValueError, match="has no effect beside --hostfile"):
+        doctor.main(["--hostfile", str(tmp_path / "hosts"), "--num-gpus", "2"])
+    (tmp_path / "utf-16").write_bytes("a slots=8\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"--hostfile .*/utf-16 is not UTF-8 .*; save it as UTF-8"):
+        doctor.main(["--hostfile", str(tmp_path / "utf-16")])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--ssh", "'x", '--ssh "\'x": no closing quotation; give a command'),
+        ("--ssh", "", "--ssh '' is empty; give a command"),
+        ("--master-port", "0", "--master-port 0 is no port: give a number from 1 to 65535"),
+        ("--master-port", "65536", "--master-port 65536 is no port"),
+        ("--master-port", "-1", "--master-port -1 is no port"),
+    ],
+)
+def test_flags_refused(flag: str, value: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        doctor.main(["--hostfile", str(tmp_path / "hosts"), f"{flag}={value}"])
+
+
+def test_ssh_without_a_hostfile_is_refused() -> None:
+    with pytest.raises(ValueError, match="--ssh 'ssh -p 7' has no effect without --hostfile"):
+        doctor.main(["--ssh", "ssh -p 7"])
+
+
+def test_env_file_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "variables").write_bytes(b"A=\xff\n")
+    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "variables"))
+    with pytest.raises(ValueError, match=r"/variables is not UTF-8 \(byte 0xff at offset 2\)"):
+        doctor.read_env_files()
+
+
+def test_listener_refuses_what_is_no_port() -> None:
+    listener = doctor_probe.Listener()
+    try:
+        assert listener.open(65536) == {"error": "no port: give a number from 1 to 65535"}
+    finally:
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "data_prep/write_shards.py",
+        "train/lamb/native.c",
+        "train/finetuning/__init__.py",
+        "launch/reporting/page.html",
+        "launch/pretrain.py",
+        "launch/recipes/distilbert-base.yaml",
+        "ds_configs/fp16.json",
+    ],
+)
+def test_code_is_all_that_a_run_needs(changed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A byte more in any of them is other code; what Python leaves beside them is not."""
+    for name in ("data_prep", "train", "launch", "ds_configs"):
+        shutil.copytree(doctor_probe.ROOT / name, tmp_path / name)
+    before = doctor_probe.code_digest()
+    monkeypatch.setattr(doctor_probe, "ROOT", tmp_path)
+    (tmp_path / "train" / "left.pyc").write_bytes(b"compiled")
+    assert doctor_probe.code_digest() == before
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n")
+    assert doctor_probe.code_digest() != before
+
+
+def test_every_fact_is_judged(tmp_path: Path) -> None:
+    request = {"run_dir": str(tmp_path), "shards": str(tmp_path), "teachers": [], "variables": []}
+    answered = doctor_probe.facts({**request, "folder": str(tmp_path)})
+    assert answered.keys() == {*HEALTHY, "address", "hostname"}  # where the ranks meet, or start
+
+
+def test_disk_is_for_every_checkpoint_that_is_kept(tmp_path: Path) -> None:
+    """fp16 weights, an fp32 master and two moments in each, and one in the making; the student in fp32 once."""
+    from transformers import BertConfig, DistilBertConfig, DistilBertForMaskedLM
+
+    BertConfig().save_pretrained(tmp_path)
+    with torch.device("meta"):
+        student = DistilBertForMaskedLM(DistilBertConfig())
+    parameters = student.num_parameters()
+    for keep_last in (1, 5):
+        config = parse_config([f"--model.teacher={tmp_path}", f"--checkpoint.keep_last={keep_last}"], "")
+        expected = parameters * (14 * (keep_last + 1) + 4) / 2**30
+        assert needed_disk_gib(config) == pytest.approx(expected, rel=1e-6)
+
+
+def test_disk_is_for_the_student_that_the_recipe_makes(tmp_path: Path) -> None:
+    from transformers import BertConfig
+
+    BertConfig().save_pretrained(tmp_path)
+
+    def needed(*settings: str) -> float:
+        return needed_disk_gib(
+            parse_config([f"--model.teacher={tmp_path}", "--checkpoint.keep_last=9", *settings], "")
+        )
+
+    all_layers = f"--model.layer_map={list(range(12))}"
+    assert needed(all_layers) == needed("--model.layer_map=random", "--model.student_layers=12")
+    assert needed(all_layers) > needed()
+    assert (
+        needed("--model.layer_map=random", "--model.student_width=384", "--objective.projection=true")
+        < needed()
+    )
+
+
+def test_teacher_that_overflows_at_a_late_token(teacher_folder: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    model = AutoModelForMaskedLM.from_pretrained(teacher_folder)
+    with torch.no_grad():
+        model.bert.embeddings.position_embeddings.weight[CPU_TOKENS - 1] = 1e6
+    model.save_pretrained(tmp_path)
+    (finding,) = check_teacher(parse_config([f"--model.teacher={tmp_path}", "--data.sequence_length=32"], ""))
+    assert not finding.ok
+    assert "infinite or NaN logits in float16" in finding.result
+
+
+def test_cluster_env_counts_as_a_ranks_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cluster.env").write_text("# for all hosts\nexport HF_HOME=/there\nHF_TOKEN=file\n")
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "shell")
+    found = doctor_probe.variables(["HF_HOME", "HF_TOKEN", "HF_NONE"], tmp_path)
+    assert found == {"HF_HOME": "/there", "HF_TOKEN": "shell", "HF_NONE": None}
+
+
+def test_this_machine_with_a_run_folder_in_a_file(
+    teacher_folder: str, shards_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The probe as a plain subprocess; every check is well but the planted one."""
+    (tmp_path / "file").write_text("in the way")
+    words = [
+        f"--data.shards={shards_folder}",
+        f"--model.teacher={teacher_folder}",
+        "--data.sequence_length=32",
+    ]
+    words += [
+        "--model.layer_map=every_other",
+        "--training.global_batch_size=32",
+        "--training.micro_batch_size=8",
+    ]
+    words += [f"--run.dir={tmp_path / 'file' / 'run'}", "--skip-all-reduce", f"--master-port={free_port()}"]
+    hub_logging.set_verbosity_warning()
+    assert doctor.main(words) == 1
+    assert hub_logging.get_verbosity() == hub_logging.ERROR  # no line for every question that is repeated
+    said = capsys.readouterr().out
+    failed = [line for line in said.splitlines() if "FAILED" in line]
+    assert [line.split("│")[1].strip() for line in failed] == ["run folder", "disk"]
+    assert "Not a directory" in " ".join(said.replace("│", " ").split())  # it may be broken in two lines
+    assert "give --run.dir" in said
+    assert "19 checks, 2 failed" in said
+
+
+def test_a_probe_that_dies_with_a_question_unread_is_a_row_and_no_crash(tmp_path: Path) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\necho '{}'\nexec 0<&-\nsleep 0.3\n")
+    ssh.chmod(0o755)
+    host = Host(HostEntry("node1", 1), [str(ssh)])
+    host.start()
+    time.sleep(0.1)
+    with pytest.raises(UnreachableError):
+        host.ask("time", wait_s=5)
+    host.close()
+
+
+def test_an_ssh_that_outlives_its_probe_is_a_row_and_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.preflight.hosts.END_TIMEOUT_S", 0.2)
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\nexec 1<&-\nexec sleep 30\n")
+    ssh.chmod(0o755)
+    host = Host(HostEntry("node1", 1), [str(ssh)])
+    with pytest.raises(UnreachableError):
+        host.start()
+    host.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "check", "message"),
+    [
+        (["--model.layer_map=[0,99]"], "student", r"names layers \[99\] that the teacher does not have"),
+        (["--model.layer_map=distilbert"], "student", "of a 12-layer teacher"),
+        (
+            ["--model.layer_map=random", "--model.student_width=33"],
+            "student",
+            "must be a multiple of its heads. width",
+        ),
+        (["--data.sequence_length=65"], "student", "positions for 64 tokens"),
+        (
+            ["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[1, 9]]"],
+            "student",
+            r"layer.*9|9.*layer",
+        ),
+        (["--deepspeed.config=/none.json"], "engine", "/none.json': no such file"),
+        (["--training.global_batch_size=65536"], "steps", "fewer than one batch of 65536"),
+        (["--schedule.warmup_steps=99999", "--training.max_steps=null"], "steps", "more than the run's"),
+    ],
+)
+def test_a_recipe_that_would_be_refused(
+    settings: list[str], check: str, message: str, shards_folder: str, teacher_folder: str
+) -> None:
+    words = [*small_settings(shards_folder, teacher_folder), *settings]
+    assert needed_disk_gib(parse_config(words, "")) >= 1  # of which it does not tell
+    findings = {finding.check: finding for finding in check_recipe(parse_config(words, ""), 1)}
+    assert [name for name, finding in findings.items() if not finding.ok] == [check]
+    assert re.search(message, f"{findings[check].result}; {findings[check].remedy}")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[1, 3]]"],
+        ["--model.layer_map=random", "--model.student_width=16", "--objective.projection=true"],
+    ],
+)
+def test_a_recipe_that_would_be_taken(settings: list[str], shards_folder: str, teacher_folder: str) -> None:
+    words = [*small_settings(shards_folder, teacher_folder), *settings]
+    assert [f.result for f in check_recipe(parse_config(words, ""), 1) if not f.ok] == []
+
+
+def test_a_recipe_whose_micro_batch_is_found_on_the_gpus(shards_folder: str, teacher_folder: str) -> None:
+    words = [*small_settings(shards_folder, teacher_folder), "--training.micro_batch_size=auto"]
+    assert all(finding.ok for finding in check_recipe(parse_config(words, ""), 1))

@@ -1,0 +1,135 @@
+"""Teacher and student as the configuration asks for them: what is refused, and what the message says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from data_prep.shard_format.manifest import Manifest
+from train.build import heldout_scoring
+from train.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from train.loop.trainer import DistillationModule
+from train.models.build import build_objective, build_student, build_teacher, needs_teacher, teacher_config
+from train.models.students import make_student
+from train.models.teacher import load_teacher
+
+PLAIN_MLM = ObjectiveConfig(kd_weight=0.0, cosine_weight=0.0)
+
+
+def scratch(**settings: Any) -> Config:
+    return Config(
+        model=ModelConfig(teacher=None, layer_map="distilbert", scratch=settings), objective=PLAIN_MLM
+    )
+
+
+def test_a_missing_teacher_is_named_with_the_remedy(tmp_path: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"model.teacher='\S+/none': no Hugging Face folder .* give the folder"
+    ):
+        teacher_config(str(tmp_path / "none"))
+
+
+def test_a_score_outside_a_run_has_the_recipe_s_teacher_and_windows(
+    shards_folder: str, teacher_folder: str
+) -> None:
+    config = Config(
+        model=ModelConfig(
+            teacher=[teacher_folder, teacher_folder], teacher_weights=[3.0, 1.0], teacher_dtype="bf16"
+        ),
+        data=DataConfig(shards=shards_folder, sequence_length=32),
+    )
+    _, evaluation, teacher = heldout_scoring(config, "cpu")
+    assert teacher.shares == (0.75, 0.25)
+    assert teacher.models[0].dtype == torch.float32
+    scores = evaluation(teacher.models[0], teacher)
+    assert scores["heldout_kl"] == pytest.approx(0.0, abs=1e-6)
+    too_long = replace(config, data=replace(config.data, sequence_length=32_000))
+    with pytest.raises(ValueError, match="has no held-out windows of 32000 tokens"):
+        heldout_scoring(too_long, "cpu")
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_what_the_engine_trains_and_saves_holds_no_teacher(teacher_folder: str, projection: bool) -> None:
+    config = Config(
+        model=ModelConfig(teacher=teacher_folder), objective=ObjectiveConfig(projection=projection)
+    )
+    teacher = load_teacher(teacher_folder)
+    student = make_student(teacher.models[0])
+    module = DistillationModule(student, build_objective(config, student, teacher))
+    added = set(module.state_dict()) - {f"student.{name}" for name in student.state_dict()}
+    assert all(name.startswith("objective.projection") for name in added)
+    assert bool(added) == projection
+    assert sum(p.numel() for p in module.parameters()) == student.num_parameters() + 32 * 32 * projection
+
+
+def test_a_model_from_scratch_has_the_shards_vocabulary(shards_folder: str) -> None:
+    settings = {"model_type": "bert", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    manifest = Manifest.load(shards_folder)
+    model = build_student(scratch(**settings), manifest)
+    assert model.get_input_embeddings().weight.shape == (manifest.tokenizer.vocab_size, 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "quux"}, "unknown model_type 'quux'"),
+        ({"model_type": "bert", "depth": 3}, "bert has no 'depth'"),
+        ({"model_type": "bert", "vocab_size": 5}, "vocab_size comes from the shards"),
+        ({"model_type": "bert", "hidden_size": 30, "num_attention_heads": 7}, "no bert can be made of"),
+        ({"model_type": "bert", "hidden_size": "wide"}, "no bert can be made of"),
+    ],
+)
+def test_impossible_models_are_refused(shards_folder: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_student(scratch(**settings), Manifest.load(shards_folder))
+
+
+CPU: Any = SimpleNamespace(device=torch.device("cpu"))
+
+
+def taught(teacher_folder: str, sequence_length: int = 16, **objective: Any) -> Config:
+    model = ModelConfig(
+        teacher=[teacher_folder, teacher_folder],
+        teacher_weights=[1.0, 3.0],
+        layer_map="random",
+        student_layers=1,
+        student_width=16,
+    )
+    data = DataConfig(sequence_length=sequence_length)
+    return Config(model=model, data=data, objective=ObjectiveConfig(**objective))
+
+
+def test_teachers_and_objective_follow_the_configuration(teacher_folder: str, shards_folder: str) -> None:
+    config = taught(teacher_folder, projection=True, layer_cosine_weight=1.0, layer_pairs=[(1, 4)])
+    teacher, student = build_teacher(config, CPU), build_student(config, Manifest.load(shards_folder))
+    assert teacher.shares == (0.25, 0.75)
+    assert teacher.output_hidden_states
+    objective = build_objective(config, student, teacher)
+    assert objective.projection_widths == [(16, 32), (16, 32)]
+    assert not build_teacher(taught(teacher_folder), CPU).output_hidden_states
+
+
+def test_what_the_models_cannot_do_is_refused_by_name(teacher_folder: str, shards_folder: str) -> None:
+    with pytest.raises(ValueError, match=r"data.sequence_length=65: teacher .* has positions for 64"):
+        build_teacher(taught(teacher_folder, sequence_length=65), CPU)
+    config = taught(teacher_folder)
+    student = build_student(config, Manifest.load(shards_folder))
+    with pytest.raises(ValueError, match=r"16 wide.*objective.projection=true"):
+        build_objective(config, student, build_teacher(config, CPU))
+
+
+@pytest.mark.parametrize(
+    ("weights", "needed"),
+    [
+        ({}, True),
+        ({"kd_weight": 0.0, "cosine_weight": 0.0}, False),
+        ({"kd_weight": 0.0}, True),
+        ({"kd_weight": 0.0, "cosine_weight": 0.0, "mse_weight": 1.0}, True),
+    ],
+)
+def test_a_teacher_is_needed_where_a_term_reads_it(weights: dict[str, float], needed: bool) -> None:
+    assert needs_teacher(Config(objective=ObjectiveConfig(**weights))) == needed

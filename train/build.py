@@ -1,0 +1,226 @@
+"""From a configuration to a trainer: every part is built here, cheap checks first, models last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic
+from transformers import PreTrainedModel
+
+from data_prep.shard_format.manifest import Manifest
+from train.config import Config
+from train.data.loader import heldout_windows
+from train.data.masking import Masker
+from train.data.order import check_fit, windows_per_shard
+from train.data.pipeline import build_masker, build_run_data, build_schedule
+from train.distributed.world import World, import_deepspeed
+from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
+from train.evaluation.heldout import HeldoutEvaluation
+from train.lamb import Lamb
+from train.loop.startup_timing import StartUp
+from train.loop.timing import Clock
+from train.loop.trainer import DistillationModule, Trainer
+from train.models.build import (
+    TEACHER_DTYPES,
+    build_objective,
+    build_student,
+    build_teacher,
+    check_sequence_length,
+    needs_teacher,
+    teacher_config,
+    teacher_names,
+    tokenizer_source,
+)
+from train.models.flops import measured_matrix_rate, shape_of, training_flops_per_token
+from train.models.loading import check_vocabulary, folder_fingerprint
+from train.models.teacher import Teacher, load_teacher
+
+
+@dataclass
+class Parts:
+    """What launch/pretrain.py runs."""
+
+    trainer: Trainer
+    heldout: HeldoutEvaluation | None
+    """None where the corpus has no held-out windows."""
+    student: PreTrainedModel
+    teacher: Teacher | None
+    engine_config: dict[str, Any]
+    tokenizer_source: str
+    """Folder or hub name of the tokenizer that goes with the student."""
+    flops_per_token: dict[int, float]
+    """Model FLOPs of teacher and student, by sequence length."""
+    matrix_rate: float
+
+
+def assemble(
+    config: Config, world: World, clock: Clock, start_up: StartUp, load_universal: bool = False
+) -> Parts:
+    """Build everything, cheap checks first.
+
+    Args:
+        start_up: told of each stage that has ended.
+        load_universal: the engine is to read a universal checkpoint (train/checkpointing/resume.py).
+    Raises:
+        ValueError, FileNotFoundError: what is wrong with the configuration, the shards or the teacher.
+    """
+    manifest = load_manifest(config.data.shards)
+    engine_config = engine_config_for(config, world)
+    data = build_run_data(
+        config,
+        manifest,
+        rank=world.rank,
+        world_size=world.world_size,
+        pin_memory=world.device.startswith("cuda"),
+    )
+    schedule = build_schedule(config, data.total_steps)
+    start_up.ended("data")
+    for name in teacher_names(config):
+        check_vocabulary(name, teacher_config(name), folder_fingerprint(name), manifest.tokenizer)
+    teacher = build_teacher(config, world) if needs_teacher(config) else None
+    start_up.ended("teacher")
+    student = build_student(config, manifest)
+    objective = build_objective(config, student, teacher)
+    check_sequence_length(student, config.data.sequence_length)
+    start_up.ended("student")
+    flops = {
+        phase.sequence_length: training_flops_per_token(
+            shape_of(student),
+            [shape_of(model) for model in teacher.models] if teacher is not None else [],
+            phase.sequence_length,
+            phase.masker.num_masked,
+            config.objective.soft_targets,
+        ).total
+        for phase in data.phases
+    }
+    start_config = (
+        {**engine_config, "checkpoint": {"load_universal": True}} if load_universal else engine_config
+    )
+    engine = start_engine(config, DistillationModule(student, objective), start_config)
+    start_up.ended("engine")
+    trainer = Trainer(
+        engine,
+        teacher,
+        data,
+        schedule,
+        dropout_seed=config.data.seed,
+        rank=world.rank,
+        clock=clock,
+    )
+    parts = Parts(
+        trainer=trainer,
+        heldout=build_heldout(config, manifest, data.phases[-1].masker, world),
+        student=student,
+        teacher=teacher,
+        engine_config=engine_config,
+        tokenizer_source=tokenizer_source(config),
+        flops_per_token=flops,
+        matrix_rate=measured_matrix_rate(world.device, next(student.parameters()).dtype),
+    )
+    start_up.ended("data")
+    return parts
+
+
+def load_manifest(shards: str) -> Manifest:
+    """The shards' manifest; where there is none, the error says how to make shards."""
+    try:
+        return Manifest.load(shards)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"data.shards={shards!r} holds no manifest.json; make shards from text with\n"
+            f"  python data_prep/write_shards.py CORPUS.txt --tokenizer google-bert/bert-base-uncased --out {shards}\n"
+            "or try the whole system on a small corpus with `make quickstart`"
+        ) from None
+
+
+def engine_template(config: Config, world: World) -> dict[str, Any]:
+    """DeepSpeed's JSON as the user gave it, or the shipped one for this device."""
+    return read_engine_config(config.deepspeed.config or default_engine_config(world.device.split(":")[0]))
+
+
+def engine_config_for(config: Config, world: World) -> dict[str, Any]:
+    """DeepSpeed's JSON with the recipe's numbers filled in."""
+    training = config.training
+    return resolve_engine_config(
+        engine_template(config, world),
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.settled_micro_batch_size,
+        gradient_accumulation_steps=check_fit(
+            training.global_batch_size, config.data.lanes, world.world_size, training.settled_micro_batch_size
+        ),
+        gradient_clipping=training.gradient_clipping,
+    )
+
+
+def build_heldout(
+    config: Config, manifest: Manifest, masker: Masker, world: World
+) -> HeldoutEvaluation | None:
+    """The evaluation on fixed held-out windows; None where the corpus has none."""
+    tokens = [shard.tokens for shard in manifest.splits["heldout"]]
+    if not sum(windows_per_shard(tokens, config.data.sequence_length)):
+        return None
+    input_ids, window_ids = heldout_windows(
+        config.data.shards,
+        manifest,
+        config.data.sequence_length,
+        config.evaluation.max_windows,
+        cache_dir=config.data.cache_dir,
+        verify=config.data.verify,
+    )
+    return HeldoutEvaluation(
+        input_ids,
+        window_ids,
+        masker,
+        batch_size=config.training.settled_micro_batch_size,
+        device=world.device,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+
+
+def heldout_scoring(config: Config, device: str) -> tuple[Manifest, HeldoutEvaluation, Teacher]:
+    """What scores a model outside of a run: the recipe's shards, its held-out windows and masks, its teacher.
+
+    The teacher (or ensemble, with its weights) has the recipe's number format on a GPU, and fp32 on a CPU.
+
+    Raises:
+        ValueError: the shards have no held-out windows of the recipe's length.
+    """
+    manifest = load_manifest(config.data.shards)
+    here = World(rank=0, local_rank=0, world_size=1, local_size=1, device=device)
+    evaluation = build_heldout(config, manifest, build_masker(config, manifest), here)
+    if evaluation is None:
+        raise ValueError(
+            f"{config.data.shards} has no held-out windows of {config.data.sequence_length} tokens"
+        )
+    teacher = load_teacher(
+        teacher_names(config),
+        device=device,
+        dtype=None if device == "cpu" else TEACHER_DTYPES[config.model.teacher_dtype],
+        weights=config.model.teacher_weights,
+    )
+    return manifest, evaluation, teacher
+
+
+def start_engine(config: Config, module: DistillationModule, engine_config: dict[str, Any]) -> Any:
+    """DeepSpeed's engine with LAMB bound to it."""
+    settings = config.optimizer
+    optimizer = Lamb(
+        module.named_parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        adapt_all=settings.adapt_all,
+        clamp=settings.clamp,
+        prenormalize=settings.prenormalize,
+    )
+    deepspeed = import_deepspeed(config.deepspeed.log_level)
+    try:
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config)
+    except pydantic.ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"deepspeed.config: DeepSpeed refuses {faults}") from None
+    optimizer.bind(engine)
+    return engine

@@ -1,0 +1,243 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is written under checkpoints/.partial/, its files are flushed to disk and listed with their sizes
+in complete.json, and only then the folder is renamed to checkpoints/step-NNNNNNNN. A kill at any moment
+leaves either the old state of affairs or the new one; a folder whose files do not match complete.json any
+more is passed over, aloud.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from train.errors import CheckpointNotWrittenError
+from train.loop.loss_accumulator import LossWindow
+from train.run_folder import write_json
+
+COMPLETE = "complete.json"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run has to remember beside the engine's tensors. Order, masks, learning rate and dropout
+    are functions of the step."""
+
+    step: int = 0
+    """Optimizer steps done."""
+
+    losses: LossWindow = field(default_factory=LossWindow)
+    """Losses since the last logged row; filled in when the state is saved."""
+
+    loss_history: tuple[float, ...] = ()
+    """Losses of the steps before, for train/loop/loss_spikes.py; filled in when the state is saved."""
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> TrainState:
+        """The inverse of dataclasses.asdict."""
+        return cls(saved["step"], LossWindow(**saved.get("losses", {})), tuple(saved.get("loss_history", ())))
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which complete checkpoints stay."""
+
+    keep_last: int
+    """The newest ones."""
+
+    milestone_every_steps: int | None = None
+    """Those at multiples of this step stay for good."""
+
+    def superfluous(self, checkpoints: Sequence[Path]) -> list[Path]:
+        """Those to remove: neither among the last, nor a milestone, nor the best by held-out loss.
+
+        Args:
+            checkpoints: complete ones, newest first.
+        """
+        facts = {path: read_facts(path) for path in checkpoints}
+        scored = {
+            path: fact["heldout_mlm_loss"] for path, fact in facts.items() if fact.get("heldout_mlm_loss")
+        }
+        kept = {*checkpoints[: self.keep_last], *sorted(scored, key=lambda path: scored[path])[:1]}
+        if every := self.milestone_every_steps:
+            kept |= {path for path, fact in facts.items() if fact["step"] % every == 0}
+        return [path for path in checkpoints if path not in kept]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What writing a checkpoint took."""
+
+    seconds: float
+    bytes: int
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    engine: Any,
+    folder: Path,
+    state: TrainState,
+    world_size: int,
+    retention: Retention,
+    heldout_mlm_loss: float | None = None,
+    description: Path | None = None,
+) -> Written:
+    """Write checkpoint `folder`/step-NNNNNNNN, then remove superfluous ones; every rank calls this.
+
+    Args:
+        heldout_mlm_loss: of this step, where it was evaluated: the best checkpoint is kept.
+        description: folder copied into the checkpoint, with which it can be exported wherever it is moved.
+    Raises:
+        CheckpointNotWrittenError: on every rank, where any rank could not write; nothing is left half-written.
+    """
+    start = time.perf_counter()
+    partial, name = folder / ".partial", checkpoint_name(state.step)
+    fault = _any_fault(_make_folder(partial / name, description) if dist.get_rank() == 0 else None)
+    if fault is None:
+        fault = _any_fault(_save_engine(engine, partial, name, state) or _flush_own(partial / name))
+    if fault is None and dist.get_rank() == 0:
+        facts = {"step": state.step, "world_size": world_size, "heldout_mlm_loss": heldout_mlm_loss}
+        fault = _complete(partial / name, facts)
+    if (first := _any_fault(fault)) is not None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointNotWrittenError(f"checkpoint {folder / name} could not be written: {first}")
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (partial / name).rename(folder / name)
+        _flush(folder)
+        for old in retention.superfluous([path for path in _step_folders(folder) if _fault(path) is None]):
+            _remove(old, partial)
+    dist.barrier()
+    size = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
+    return Written(time.perf_counter() - start, size)
+
+
+def _remove(checkpoint: Path, partial: Path) -> None:
+    """Under its name no checkpoint is ever half there, and what a kill leaves of it goes with the next write. One that
+    cannot be removed (a file held open on NFS) is no reason to stop: it is tried again."""
+    with contextlib.suppress(OSError):
+        checkpoint.rename(partial / checkpoint.name)
+    shutil.rmtree(partial / checkpoint.name, ignore_errors=True)
+
+
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint, or None; `say` is told of each one that is passed over."""
+    for candidate in _step_folders(folder):
+        fault = _fault(candidate)
+        if fault is None:
+            return candidate
+        say(f"{candidate} is passed over: {fault}")
+    return None
+
+
+def _make_folder(folder: Path, description: Path | None) -> str | None:
+    """What went wrong, or None."""
+    try:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if description is not None:
+            shutil.copytree(description, folder / description.name)
+    except OSError as error:
+        return f"rank 0: {error}"
+    return None
+
+
+def _save_engine(engine: Any, partial: Path, name: str, state: TrainState) -> str | None:
+    """What went wrong on this rank, or None."""
+    try:
+        engine.save_checkpoint(
+            str(partial), tag=name, client_state={"halfling": asdict(state)}, save_latest=False
+        )
+    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+        dist.barrier()  # stands for the one at the end of engine.save_checkpoint, where the others wait
+        return f"rank {dist.get_rank()}: {_first_line(error)}"
+    return None
+
+
+def _flush_own(folder: Path) -> str | None:
+    """Each rank flushes the partition that it wrote, all at once; what went wrong, or None."""
+    try:
+        for file in folder.glob(f"*zero_pp_rank_{dist.get_rank()}_*"):
+            _flush(file)
+    except OSError as error:
+        return f"rank {dist.get_rank()}: {error}"
+    return None
+
+
+def _any_fault(fault: str | None) -> str | None:
+    """The first rank's fault, on every rank."""
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    reason = text[0] if text else type(error).__name__
+    # torch's zip writer reports a short write as a position that it did not expect.
+    return (
+        f"{reason} (is the disk full?)"
+        if "unexpected pos" in reason or "PytorchStreamWriter" in reason
+        else reason
+    )
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: step, world_size, heldout_mlm_loss where it was measured, files."""
+    facts: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text())
+    return facts
+
+
+def _complete(path: Path, facts: dict[str, Any]) -> str | None:
+    """Flush every file, then list them; what went wrong, or None."""
+    try:
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        for file in files:
+            _flush(file)
+        sizes = {str(file.relative_to(path)): file.stat().st_size for file in files}
+        write_json(path / COMPLETE, {**facts, "files": sizes})
+        _flush(path)
+    except OSError as error:
+        return f"rank 0: {error}"
+    return None
+
+
+def _fault(checkpoint: Path) -> str | None:
+    try:
+        facts = read_facts(checkpoint)
+        files, _ = facts["files"], facts["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{COMPLETE} is missing or unreadable"
+    for name, size in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

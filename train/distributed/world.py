@@ -1,0 +1,169 @@
+"""Which rank this process is, on which device it computes, and how the ranks find each other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from train.distributed.discovery import Ranks, discover_ranks
+from train.distributed.rendezvous import interface_towards, rendezvous
+from train.distributed.store import WAIT_S, meet
+from train.errors import NotMetError
+
+# The last resort: train/distributed/heartbeat.py ends a job with a lost or stuck rank long before, and names the rank.
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class World:
+    """Names this process once; printed as JSON in the run folder."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_size: int
+    device: str
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def _device(ranks: Ranks, num_visible: int) -> str:
+    """The local rank's GPU. Where Slurm or MPI shows each task a GPU of its own, that one is number 0."""
+    if num_visible == 0:
+        return "cpu"
+    own = num_visible == 1 and ranks.launcher in ("srun", "mpirun")
+    if ranks.local_rank >= num_visible and not own:
+        raise ValueError(
+            f"{ranks.local_size} ranks on {platform.node()}, but only {num_visible} GPUs are visible to local rank "
+            f"{ranks.local_rank}: start one rank per GPU (slots= in the hostfile, --ntasks-per-node in Slurm)"
+        )
+    return "cuda:0" if own else f"cuda:{ranks.local_rank}"
+
+
+def join_world(log_level: str = "error") -> World:
+    """Discover this process's rank and join the process group: NCCL on GPUs, gloo elsewhere.
+
+    Raises:
+        ValueError: contradicting variables, a taken port, a host name that nobody knows.
+        NotMetError: a rank did not come.
+    """
+    ranks = discover_ranks(os.environ)
+    device = _device(ranks, torch.cuda.device_count())
+    world = World(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_size, device)
+    address, port = _tell_torch(world, ranks)
+    if world.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(_num_threads(world))
+    else:
+        torch.cuda.set_device(world.device)
+    backend = "gloo" if world.device == "cpu" else "nccl"
+    deepspeed = import_deepspeed(log_level)
+    store = meet(world.rank, world.world_size, address, port)
+    _connect(backend, store, world)
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
+    )
+    return world
+
+
+def _connect(backend: str, store: dist.Store, world: World) -> None:
+    """Make the process group, with a shorter patience than for collectives: all ranks were there a moment ago."""
+    soon = timedelta(seconds=WAIT_S) if backend == "gloo" else COLLECTIVE_TIMEOUT  # NCCL connects later
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.world_size, timeout=soon
+        )
+    except RuntimeError as error:  # torch's errors of stores and connections
+        raise NotMetError(
+            f"rank {world.rank} on {platform.node()} lost another rank while the job started "
+            f"({str(error).splitlines()[0]}); run again"
+        ) from None
+    if soon != COLLECTIVE_TIMEOUT:
+        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
+
+
+def _tell_torch(world: World, ranks: Ranks) -> tuple[str, int]:
+    """Set the variables that torch and DeepSpeed read, whoever started this process; rank 0's address and port."""
+    address, port = rendezvous(os.environ, ranks)
+    os.environ.update(
+        RANK=str(world.rank),
+        LOCAL_RANK=str(world.local_rank),
+        WORLD_SIZE=str(world.world_size),
+        LOCAL_SIZE=str(world.local_size),
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+    if world.local_size < world.world_size and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_towards(address)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    return address, port
+
+
+def _num_threads(world: World) -> int:
+    """This rank's share of the host's cores, and no more than Slurm or mpirun bound it to."""
+    return max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // world.local_size))
+
+
+class _AtLeast(logging.Filter):
+    """Lets records through that are as grave as `level`, or graver."""
+
+    level = logging.ERROR
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= self.level
+
+
+_DEEPSPEED_SAYS = _AtLeast()
+
+
+def let_deepspeed_say(log_level: str | None = None) -> None:
+    """Print DeepSpeed's messages of `log_level` ("debug", "info", "warning", "error") and above, and no others.
+
+    None: as was said before; "error" at first.
+    """
+    if log_level is not None:
+        _DEEPSPEED_SAYS.level = getattr(logging, log_level.upper())
+    logger = logging.getLogger("DeepSpeed")
+    logger.addFilter(_DEEPSPEED_SAYS)
+    logger.setLevel(_DEEPSPEED_SAYS.level)
+
+
+def import_deepspeed(log_level: str | None = None) -> Any:
+    """The deepspeed package, made to say what `let_deepspeed_say` lets it."""
+    let_deepspeed_say(log_level)  # it speaks while it is imported
+    if _DEEPSPEED_SAYS.level > logging.WARNING:
+        quiet_libraries()
+        warnings.filterwarnings("ignore", module=r"deepspeed|torch\.jit|torch\.distributed|transformers")
+    import deepspeed
+    import deepspeed.ops
+
+    let_deepspeed_say()  # and sets its logger's level then
+    # On a CPU this op would be compiled for about a minute at the first start, and every rank would leave 66 MiB in
+    # /dev/shm for good; gloo does without it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def quiet_libraries() -> None:
+    """Hold back transformers' bars and remarks; errors still come."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def agree_to_stop(stop: bool, group: Any) -> bool:
+    """True on every rank where it is true on any: one byte over gloo, no device is waited for."""
+    flag = torch.tensor([int(stop)], dtype=torch.int32)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    return bool(flag.item())

@@ -1,0 +1,81 @@
+"""Held-out scores: the same windows and the same masks at every evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from train.data.masking import Masker
+from train.evaluation.scores import HeldoutSums, heldout_statistics
+from train.models.teacher import Teacher
+
+# Masks are drawn per epoch; no training epoch has this number.
+HELDOUT_EPOCH = -1
+
+
+class HeldoutEvaluation:
+    """Scores a student, and its teacher where there is one, at the masked positions of fixed windows.
+
+    Args:
+        input_ids: (N, L) int32, the held-out windows; rank r scores rows r, r + W, r + 2 W, ...
+        window_ids: (N,) int64, for the masks.
+        batch_size: sequences in one forward pass.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        window_ids: torch.Tensor,
+        masker: Masker,
+        *,
+        batch_size: int,
+        device: str,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._batches = list(
+            zip(
+                input_ids[rank::world_size].split(batch_size),
+                window_ids[rank::world_size].split(batch_size),
+                strict=True,
+            )
+        )
+        self._masker, self._device, self._world_size = masker, device, world_size
+
+    @torch.no_grad()
+    def __call__(self, student: PreTrainedModel, teacher: Teacher | None = None) -> dict[str, float]:
+        """Means over all held-out masked positions of all ranks; every rank calls this.
+
+        Returns:
+            heldout_mlm_loss (nats), heldout_accuracy; with a teacher also heldout_kl (nats, T = 1),
+            heldout_top1_agreement, teacher_heldout_mlm_loss and teacher_heldout_accuracy (nats, shares).
+        """
+        was_training = student.training
+        student.eval()
+        total = torch.zeros(len(fields(HeldoutSums)), dtype=torch.float64, device=self._device)
+        for input_ids, window_ids in self._batches:
+            masked = self._masker(input_ids.to(self._device), window_ids.to(self._device), HELDOUT_EPOCH)
+            sums = heldout_statistics(student, masked, teacher(masked.input_ids) if teacher else None)
+            values = [getattr(sums, field.name) for field in fields(HeldoutSums)]
+            total += torch.stack([torch.zeros_like(total[0]) if v is None else v for v in values])
+        student.train(was_training)
+        if self._world_size > 1:
+            dist.all_reduce(total)
+        sums_by_name = dict(zip((field.name for field in fields(HeldoutSums)), total.tolist(), strict=True))
+        return _means(sums_by_name, teacher is not None)
+
+
+def _means(sums: dict[str, float], with_teacher: bool) -> dict[str, float]:
+    count = max(1.0, sums["count"])
+    names = {"heldout_mlm_loss": "student_loss", "heldout_accuracy": "student_correct"}
+    if with_teacher:
+        names |= {
+            "heldout_kl": "kl",
+            "heldout_top1_agreement": "agreement",
+            "teacher_heldout_mlm_loss": "teacher_loss",
+            "teacher_heldout_accuracy": "teacher_correct",
+        }
+    return {name: sums[source] / count for name, source in names.items()}

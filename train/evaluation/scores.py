@@ -1,0 +1,123 @@
+"""How well a student predicts held-out tokens, and how close it is to its teacher, without full logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+
+from train.models.families import family_of
+from train.objective.chunk_terms import DecoderRows, Workspace, tempered_logits
+from train.objective.fused_loss import chunk_rows
+from train.objective.token_selection import select_rows
+
+if TYPE_CHECKING:
+    from train.data.masking import MaskedBatch
+    from train.models.teacher import TeacherOutput
+
+
+@dataclass(frozen=True)
+class HeldoutSums:
+    """Sums over the valid masked positions of one batch: fp64 scalars on the device.
+
+    Add batches and ranks field by field, then divide by `count`. The teacher's fields are None without one.
+    """
+
+    count: torch.Tensor
+    student_loss: torch.Tensor
+    """Cross entropy of the student with the original tokens, nats."""
+    student_correct: torch.Tensor
+    """Positions at which its first choice is the original token."""
+    teacher_loss: torch.Tensor | None = None
+    teacher_correct: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    """KL(teacher || student) at T = 1, nats."""
+    agreement: torch.Tensor | None = None
+    """Positions at which both have the same first choice."""
+
+
+@torch.no_grad()
+def heldout_statistics(
+    student: PreTrainedModel,
+    masked: MaskedBatch,
+    teacher: TeacherOutput | None = None,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> HeldoutSums:
+    """Score a student, and its teacher if given, at the masked positions.
+
+    Args:
+        student: in eval mode; of the teacher's vocabulary.
+        masked: input_ids (B, L) int64; positions, targets (B, n) int64; valid (B, n) bool.
+        teacher: its output on masked.input_ids; several are one ensemble.
+        attention_mask: (B, L), non-zero where a token counts; None when nothing is padded.
+    """
+    family = family_of(student)
+    rows = select_rows(masked, attention_mask, all_positions=False)
+    hidden = family.encode(student, masked.input_ids, attention_mask).last_hidden.flatten(0, 1)
+    student_rows = DecoderRows(family.transform(student, hidden[rows.order]), *family.decoder(student))
+    teachers = teacher.rows(rows.order) if teacher is not None else ()
+    return heldout_sums(student_rows, teachers, rows.targets, masked.valid.flatten(), chunk_tokens)
+
+
+@torch.no_grad()
+def heldout_sums(
+    student: DecoderRows,
+    teachers: Sequence[DecoderRows],
+    targets: torch.Tensor,
+    keep: torch.Tensor,
+    chunk_tokens: int | None = None,
+) -> HeldoutSums:
+    """The same from decoder inputs.
+
+    Args:
+        student: N rows. teachers: their N rows each.
+        targets: (N,) int64 original tokens. keep: (N,) bool.
+    """
+    sums = torch.zeros(6, dtype=torch.float64, device=targets.device)
+    workspace = Workspace()
+    size = chunk_rows(targets.shape[0], student.weight, chunk_tokens)
+    for start in range(0, targets.shape[0], size):
+        rows = slice(start, start + size)
+        log_student = _log_probabilities([student], rows, workspace, "student")
+        columns = _scores(log_student, targets[rows])
+        if teachers:
+            log_teacher = _log_probabilities(teachers, rows, workspace, "teacher")
+            agreement = log_teacher.argmax(-1) == log_student.argmax(-1)
+            columns += _scores(log_teacher, targets[rows])
+            divergence = (log_teacher - log_student).mul_(log_teacher.exp_()).sum(-1)
+            columns += [divergence, agreement]
+        # torch.where, not a product: a row that is dropped may hold an infinity.
+        kept = [torch.where(keep[rows], column.double(), 0.0).sum() for column in columns]
+        sums[: len(kept)] += torch.stack(kept)
+    count = keep.sum().double()
+    return HeldoutSums(count, *sums.unbind()) if teachers else HeldoutSums(count, *sums[:2].unbind())
+
+
+def _log_probabilities(
+    models: Sequence[DecoderRows], rows: slice, workspace: Workspace, name: str
+) -> torch.Tensor:
+    """(rows, V) log of the share-weighted mean of the models' probabilities."""
+    dtype = torch.promote_types(models[0].features.dtype, torch.float32)
+    total = None
+    for model in models:
+        part = DecoderRows(model.features[rows], model.weight, model.bias, model.share).in_dtype(dtype)
+        buffer = workspace.get(name, part.features.shape[0], part.weight, dtype)
+        log_part = torch.log_softmax(tempered_logits(part, 1.0, buffer), -1)
+        if len(models) == 1:
+            return log_part
+        log_part += math.log(model.share)
+        total = log_part if total is None else torch.logaddexp(total, log_part)
+    assert total is not None
+    return total
+
+
+def _scores(log_probabilities: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+    """Cross entropy and correctness, (rows,) each."""
+    loss = -log_probabilities.gather(1, targets[:, None]).squeeze(1)
+    return [loss, log_probabilities.argmax(-1) == targets]

@@ -1,0 +1,138 @@
+"""From a checkpoint to an ordinary Hugging Face folder: safetensors, tokenizer, model card. No GPU needed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+
+from train.checkpointing.checkpoint import COMPLETE, newest_checkpoint, read_facts
+from train.distributed.world import import_deepspeed
+from train.models.build import count_parameters
+
+# Inside each checkpoint: the student's config.json and its tokenizer.
+DESCRIPTION = "student-config"
+PREFIX = "student."
+
+
+def save_student_description(run_dir: Path, student: PreTrainedModel, tokenizer_source: str) -> None:
+    """Leave what each checkpoint takes along, so that it can be exported without the teacher or the shards."""
+    folder = description_folder(run_dir)
+    student.config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(folder)
+
+
+def description_folder(run_dir: Path) -> Path:
+    """Where a run keeps the student's config.json and tokenizer for its checkpoints."""
+    return run_dir / "checkpoints" / DESCRIPTION
+
+
+def find_checkpoint(run_or_checkpoint: Path) -> Path:
+    """The checkpoint itself, or the newest complete one of a run folder; ValueError where there is none."""
+    if (run_or_checkpoint / COMPLETE).exists():
+        return run_or_checkpoint
+    passed_over: list[str] = []
+    found = newest_checkpoint(run_or_checkpoint / "checkpoints", passed_over.append)
+    if found is None:
+        raise ValueError(
+            "; ".join(
+                [f"{run_or_checkpoint} is neither a run folder nor a complete checkpoint", *passed_over]
+            )
+        )
+    return found
+
+
+def load_student(checkpoint: Path) -> PreTrainedModel:
+    """The student of a checkpoint: fp32 weights, on the CPU, in eval mode.
+
+    The weights are the optimizer's fp32 master copy, gathered from the partitions of all ranks, not the
+    engine's rounded fp16 or bf16 ones.
+    """
+    if not (checkpoint / DESCRIPTION / "config.json").exists():
+        raise ValueError(
+            f"{checkpoint} lacks {DESCRIPTION}/config.json: it is not a whole checkpoint of this project"
+        )
+    import_deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # it is talkative
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    config = AutoConfig.from_pretrained(checkpoint / DESCRIPTION)
+    student = AutoModelForMaskedLM.from_config(config).float()
+    weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    student.load_state_dict(weights)
+    return student.eval()
+
+
+def export_checkpoint(checkpoint: Path, out: Path, summary: Mapping[str, Any] | None = None) -> float:
+    """Write the student of a checkpoint as a Hugging Face folder, load it back and compare logits.
+
+    The folder appears whole or not at all.
+
+    Args:
+        summary: the run's figures for the model card (RUN/summary.json); None leaves them out.
+    Returns:
+        The largest difference between the logits of the checkpoint's student and of the folder's.
+    Raises:
+        ValueError: the folder that was written does not give the same logits.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    student = load_student(checkpoint)
+    student.save_pretrained(partial, safe_serialization=True)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / DESCRIPTION)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(model_card(student, checkpoint, summary))
+    difference = _largest_difference(student, AutoModelForMaskedLM.from_pretrained(partial).eval())
+    if difference != 0:
+        raise ValueError(
+            f"{partial}: logits differ from the checkpoint's by {difference}; the disk may be faulty"
+        )
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    return difference
+
+
+@torch.no_grad()
+def _largest_difference(left: PreTrainedModel, right: PreTrainedModel) -> float:
+    vocabulary = left.config.vocab_size
+    input_ids = torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    return float((left(input_ids).logits - right(input_ids).logits).abs().max())
+
+
+def model_card(student: PreTrainedModel, checkpoint: Path, summary: Mapping[str, Any] | None) -> str:
+    """README.md of the exported folder: what it is, how it was made, what it scores."""
+    state = read_facts(checkpoint)
+    parameters = count_parameters(student)
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: fill-mask",
+        "---",
+        "",
+        f"# {student.config.model_type} with {student.config.num_hidden_layers} layers",
+        "",
+        f"{parameters:,} parameters, trained with Halfling for {state['step']:,} steps.",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        'fill_mask = pipeline("fill-mask", model="THIS_FOLDER")',
+        "```",
+    ]
+    if summary:
+        lines += ["", "| figure | value |", "|---|---|"]
+        lines += [f"| teacher | {summary['teacher'] or 'none: masked-language modelling alone'} |"]
+        lines += [f"| tokens | {summary['tokens']:,} |"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in summary["heldout"].items()]
+        lines += [f"| {name} | {version} |" for name, version in summary["versions"].items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,271 @@
+"""SQuAD: an answer is a span of the context. Questions in, a fine-tuned model and its scores out.
+
+The model is what Devlin et al. 2019 (section 4.2) put on BERT: a start and an end logit for each token. A window
+without the answer is taught to point at [CLS], which in SQuAD 2.0 is also what "no answer" is.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForQuestionAnswering
+
+from data_prep.shard_format.manifest import tokenizer_fingerprint
+from train.errors import NonFiniteError
+from train.finetuning.batches import Features, Padding
+from train.finetuning.hub import hub_name
+from train.finetuning.settings import Job
+from train.finetuning.soft_labels import cached_logits, read_logits, write_logits
+from train.finetuning.squad.answers import Answers, find_answers
+from train.finetuning.squad.distillation import distillation_loss, soft_spans, windows_digest
+from train.finetuning.squad.features import Windows, make_windows, pair_template, question_room
+from train.finetuning.squad.files import find_squad_files, questions_digest, read_questions
+from train.finetuning.squad.questions import Question, golds_of
+from train.finetuning.squad.scores import score_v1, score_v2
+from train.finetuning.task_models import (
+    check_encoder,
+    load_finetuned,
+    load_tokenizer,
+    load_with_new_head,
+    longest_input,
+    weights_digest,
+)
+from train.finetuning.training import fit, predict
+from train.models.build import count_parameters
+from train.models.encoder_config import takes_token_types
+from train.run_folder import write_json
+
+NULL_THRESHOLD = 0.0  # --null_score_diff_threshold of BERT's run_squad.py
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def check(job: Job) -> None:
+    """Refuse what can be refused before anything is read or trained.
+
+    Raises:
+        ValueError, OSError: data or models that are not there or do not fit.
+    """
+    if job.unlabelled:
+        raise ValueError(
+            f"--unlabelled has no effect on {job.task.name}, whose teachers label the training questions; leave it out"
+        )
+    for name in ("doc_stride", "max_answer_length"):
+        if getattr(job.settings, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(job.settings, name)}; give at least 1")
+    if hub_name(job.task, job.data) is None:
+        assert job.data is not None
+        find_squad_files(job.task, job.data)
+    _Reader(job)
+
+
+def prepare(job: Job) -> SpanRunner:
+    """Read the questions, make windows, let the teachers label them."""
+    return SpanRunner(job)
+
+
+class WindowExamples(Sequence[Features]):
+    """Windows one by one, as `Padding` takes them."""
+
+    def __init__(
+        self, windows: Windows, token_types: bool, labelled: bool = False, soft: Floats | None = None
+    ) -> None:
+        self._windows, self._token_types, self._labelled, self._soft = windows, token_types, labelled, soft
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: Any) -> Any:
+        windows = self._windows
+        part = slice(windows.bounds[index], windows.bounds[index + 1])
+        example: dict[str, Any] = {"input_ids": windows.input_ids[part]}
+        if self._token_types:
+            types = np.full(len(example["input_ids"]), windows.context_type)
+            types[: windows.context_at[index]] = 0
+            example["token_type_ids"] = types
+        if self._labelled:
+            example["labels"] = windows.answer[index]
+        if self._soft is not None:
+            example["soft_spans"] = self._soft[:, part]
+        return example
+
+
+class SpanPadding(Padding):
+    """`Padding`, with the labels under the names that models for question answering give them."""
+
+    def __call__(self, examples: Sequence[Features]) -> dict[str, torch.Tensor]:
+        batch = super().__call__(examples)
+        if "labels" in batch:
+            batch["start_positions"], batch["end_positions"] = batch.pop("labels").long().unbind(1)
+        if "soft_spans" in examples[0]:
+            soft = np.zeros((len(examples), 2, batch["input_ids"].shape[1]), np.float32)
+            for row, example in enumerate(examples):
+                soft[row, :, : len(example["input_ids"])] = example["soft_spans"]
+            batch["soft_spans"] = torch.from_numpy(soft)
+        return batch
+
+
+class SpanRunner:
+    """One SQuAD task for one model, as train/finetuning/runs.py runs it."""
+
+    def __init__(self, job: Job) -> None:
+        reader = _Reader(job)
+        reader.describe(job)
+        train, self._questions = read_questions(job)
+        self._job, self._tokenizer = job, reader.tokenizer
+        self._windows = reader.windows(job, train, "training set")
+        self._dev_windows = reader.windows(job, self._questions, "dev set")
+        self._padding = SpanPadding(self._tokenizer.pad_token_id)
+        model = self._new_model(0)
+        self._token_types = takes_token_types(model)
+        self.parameters = count_parameters(model)
+        self.train_examples = len(train)
+        self.dev_examples = {"dev": len(self._questions)}
+        self.metrics = job.task.metrics
+        self.fingerprints = {"data": f"{questions_digest(train)} {questions_digest(self._questions)}"}
+        self._soft, self._loss = None, None
+        if job.teachers:
+            assert job.settings.temperature is not None
+            assert job.settings.hard_weight is not None
+            logits = [self._teacher_logits(name) for name in job.teachers]
+            self._soft = soft_spans(logits, self._windows, job.settings.temperature)
+            self._loss = distillation_loss(job.settings.hard_weight, job.settings.temperature)
+
+    def run_seed(self, seed: int, work: Path, out: Path) -> dict[str, float]:
+        """Train, answer the dev set, leave the model and its answers in `out`."""
+        job, started = self._job, time.monotonic()
+        model = self._new_model(seed)
+        examples = WindowExamples(self._windows, self._token_types, labelled=True, soft=self._soft)
+        fitted = fit(model, examples, self._padding, job, seed, work, self._loss)
+        model.eval()
+        logits = self._logits(model, self._dev_windows, f"{job.task.name} dev")
+        if not np.isfinite(logits).all():
+            raise NonFiniteError(
+                f"{job.task.name} seed {seed}: the model's outputs are no numbers any more; give a lower "
+                f"--learning-rate than {job.settings.learning_rate:g}"
+            )
+        assert job.settings.max_answer_length is not None
+        longest = job.settings.max_answer_length
+        answers = find_answers(self._questions, self._dev_windows, logits[0], logits[1], longest)
+        model.save_pretrained(out)
+        self._tokenizer.save_pretrained(out)
+        scores = self._score(answers, out)
+        questions_per_window = self.train_examples / len(self._windows)
+        return {
+            **scores,
+            "seconds": time.monotonic() - started,
+            "examples_per_s": fitted.examples_per_s * questions_per_window,
+        }
+
+    def _score(self, answers: Answers, out: Path) -> dict[str, float]:
+        """Write predictions.json, nbest_predictions.json, for SQuAD 2.0 also null_odds.json; points of 0..100."""
+        golds, texts = golds_of(self._questions), answers.texts()
+        if self._job.task.name == "squad":
+            metrics = score_v1(golds, texts).metrics
+            write_json(out / "predictions.json", texts)
+        else:
+            metrics = score_v2(golds, texts, answers.null_scores, NULL_THRESHOLD).metrics
+            write_json(out / "predictions.json", answers.texts(NULL_THRESHOLD))
+            write_json(out / "null_odds.json", answers.null_scores)
+        write_json(out / "nbest_predictions.json", answers.n_best())
+        return {**metrics, "score": metrics["f1"]}
+
+    def _teacher_logits(self, name: str) -> Floats:
+        """(2, tokens of all windows) of one teacher; kept in OUT/TASK/soft-labels/ and read from there."""
+        job, windows = self._job, self._windows
+        path = cached_logits(job.folder, weights_digest(name), windows_digest(windows))
+        logits = read_logits(path, (2, len(windows.input_ids)))
+        if logits is None:
+            model = load_finetuned(name, AutoModelForQuestionAnswering)
+            logits = self._logits(model, windows, f"{job.task.name} answers of {Path(name).name}")
+            if not np.isfinite(logits).all():
+                raise ValueError(f"teacher {name}: its outputs are no numbers; give another")
+            write_logits(path, logits)
+        return logits
+
+    def _new_model(self, seed: int) -> Any:
+        return load_with_new_head(self._job.model, AutoModelForQuestionAnswering, seed, {"num_labels": 2})
+
+    def _logits(self, model: Any, windows: Windows, name: str) -> Floats:
+        """(2, tokens of all windows) of start and end."""
+        examples = WindowExamples(windows, takes_token_types(model))
+        start, end = predict(model, examples, self._padding, self._job, name)
+        kept = np.arange(start.shape[1])[None, :] < windows.lengths[:, None]
+        return np.stack([start[kept], end[kept]])
+
+
+class _Reader:
+    """The tokenizer, and the windows that the model and its teachers have positions for.
+
+    Raises:
+        ValueError, OSError: models or tokenizers that are not there or do not go together.
+    """
+
+    def __init__(self, job: Job) -> None:
+        settings = job.settings
+        assert settings.doc_stride is not None
+        config = check_encoder(job.model)
+        self.tokenizer = load_tokenizer(job.model, config)
+        template = pair_template(self.tokenizer)
+        positions = [longest_input(config, self.tokenizer)]
+        own = tokenizer_fingerprint(self.tokenizer)
+        for name in job.teachers:
+            teacher = check_encoder(name)
+            tokenizer = load_tokenizer(name, teacher)
+            if tokenizer_fingerprint(tokenizer) != own or pair_template(tokenizer) != template:
+                raise ValueError(
+                    f"--teacher {name} has another tokenizer than {job.model}: where answers begin and end is told in "
+                    "tokens, so both must have the same; GLUE and IMDb can do without"
+                )
+            positions.append(longest_input(teacher, tokenizer))
+        self.max_length = min(settings.max_length, *positions)
+        longest_question, room = question_room(self.max_length, template)
+        if longest_question < 1 or room < 1:
+            raise ValueError(
+                f"windows of {self.max_length} tokens have no room for a question and a part of its context; give more "
+                "--max-length, or a model with more positions"
+            )
+        self.doc_stride = min(settings.doc_stride, room)
+
+    def describe(self, job: Job) -> None:
+        """Say where windows are not as asked for, and why."""
+        settings, name = job.settings, job.task.name
+        if self.max_length < settings.max_length:
+            job.say(
+                f"{name}: windows of {self.max_length} tokens, not {settings.max_length}: there are no more positions"
+            )
+        if self.doc_stride != settings.doc_stride:
+            job.say(
+                f"{name}: windows begin every {self.doc_stride} tokens, not {settings.doc_stride}, so that none of the "
+                "context is left out beside a long question"
+            )
+
+    def windows(self, job: Job, questions: Sequence[Question], what: str) -> Windows:
+        """Windows over `questions`, with a progress bar; questions that had to be cut are counted aloud."""
+
+        def watch(batches: Iterable[Any]) -> Iterable[Any]:
+            name = f"{job.task.name} tokens of the {what}"
+            every_s = 0.2 if sys.stderr.isatty() else 5.0
+            return tqdm(
+                batches,
+                desc=name,
+                unit=" batches",
+                leave=False,
+                dynamic_ncols=True,
+                delay=1.0,
+                mininterval=every_s,
+            )
+
+        made = make_windows(questions, self.tokenizer, self.max_length, self.doc_stride, watch)
+        if made.cut_questions:
+            job.say(
+                f"{job.task.name}: {made.cut_questions:,} of the {what}'s {len(questions):,} questions are too long "
+                "and were cut"
+            )
+        return made

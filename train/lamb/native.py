@@ -1,0 +1,243 @@
+"""The two passes as C loops, built on first use by the machine's own compiler (a tenth of a second).
+
+Nothing is compiled at install time, and where there is no compiler `build` returns None: the eager passes
+then do the same in three times the time. The library is built anew by each process, for its own processor,
+in a temporary folder: nothing stale or foreign is ever loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .formula import Part, Passes
+from .geometry import Piece, TensorRule
+
+SOURCE = Path(__file__).with_name("native.c")
+# -ffp-contract=off keeps each element's rounding the same in vector bodies and scalar tails.
+FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno")
+# gcc's OpenMP is found in torch's own library of it, which is loaded before and open to all. clang brings another one,
+# whose threads compete with torch's.
+THREADS = (("-fopenmp",), ())
+TUNING = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
+FP32_BYTES = 4
+NO_LIMITS = (-math.inf, math.inf)
+KEPT = 1 << 21
+"""Updates that each thread keeps from the first pass to the second, where both run: 8 MiB. Of a larger share of a
+tensor they are computed anew."""
+
+
+# Mirrors of the C structs.
+SPAN = np.dtype(
+    [
+        *((name, np.uintp) for name in ("p", "g", "m", "v")),
+        *((name, np.int64) for name in ("numel", "adapt")),
+        *((name, np.float64) for name in ("sum_p", "sum_u", "step_size")),
+        *(
+            (name, np.float32)
+            for name in (
+                "beta1_weight",
+                "beta2",
+                "beta2_weight",
+                "grad_norm",
+                "stretch",
+                "shift",
+                "decay",
+            )
+        ),
+    ],
+    align=True,
+)
+STEP = np.dtype(
+    [
+        *((name, np.uintp) for name in ("ratios", "sums", "updates")),
+        ("room", np.int64),
+        *((name, np.float64) for name in ("low", "high")),
+        ("threads", np.int64),
+    ],
+    align=True,
+)
+
+
+@functools.cache
+def build() -> ctypes.CDLL | None:
+    """The compiled passes, or None where no C compiler is found or it fails."""
+    try:
+        compiler = _compiler()
+        return _compile(compiler) if compiler else None
+    except (OSError, ValueError):  # no temporary folder; a CC with one quotation mark
+        return None
+
+
+def _compiler() -> list[str]:
+    """The words of a command: CC as a shell would take it, or a path with blanks; [] where there is none."""
+    given = os.environ.get("CC", "").strip()
+    if given:
+        return [given] if shutil.which(given) else shlex.split(given)
+    found = (shutil.which(name) for name in ("cc", "gcc", "clang"))
+    return next(([path] for path in found if path), [])
+
+
+def _compile(compiler: list[str]) -> ctypes.CDLL | None:
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "lamb_native.so")
+        for flags in itertools.product(THREADS, TUNING):
+            command = [*compiler, *FLAGS, *itertools.chain(*flags), "-o", str(library), str(SOURCE), "-lm"]
+            try:
+                subprocess.run(command, check=True, capture_output=True, timeout=60)
+                loaded = ctypes.CDLL(str(library))
+                functions = loaded.lamb_first, loaded.lamb_second, loaded.lamb_both
+            except (OSError, AttributeError, subprocess.SubprocessError):
+                continue  # AttributeError: what was built is not ours
+            for function in functions:
+                function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+                function.restype = None
+            return loaded
+    return None
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+# OpenMP's threads do not survive a fork, and a child that counted on them would wait for ever: it works alone.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+class NativePasses(Passes):
+    """Both passes over fp32 CPU tensors."""
+
+    name = "native"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._spans: np.ndarray | None = None  # from the first pass to the second
+        self._updates = np.empty((0, 0), dtype=np.float32)
+
+    def first(
+        self,
+        parts: Sequence[Part],
+        rules: Sequence[TensorRule],
+        sums: torch.Tensor,
+        grad_norm: torch.Tensor | None,
+    ) -> None:
+        layout = lay_out(tuple(part.pieces for part in parts), tuple(rules))
+        spans = spans_of(parts, layout, grad_norm)
+        self._run(self._library.lamb_first, spans)
+        for column, name in enumerate(("sum_p", "sum_u")):
+            of_adapted = np.where(layout.adapt, spans[name], 0.0)
+            totals = np.bincount(layout.tensor, weights=of_adapted, minlength=len(rules))
+            sums[:, column] += torch.from_numpy(totals)
+        self._spans = spans
+
+    def second(self, parts: Sequence[Part], rules: Sequence[TensorRule], ratios: torch.Tensor) -> None:
+        assert self._spans is not None, "the second pass follows the first one of the same step"
+        spans, self._spans = self._spans, None
+        layout = lay_out(tuple(part.pieces for part in parts), tuple(rules))
+        self._run(self._library.lamb_second, spans, ratios.numpy()[layout.tensor])
+
+    def both(
+        self,
+        parts: Sequence[Part],
+        rules: Sequence[TensorRule],
+        adapted: torch.Tensor,
+        clamp: tuple[float, float] | None,
+        grad_norm: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Tensor by tensor in one call, so that the second pass meets what the first one left in the caches."""
+        layout = lay_out(tuple(part.pieces for part in parts), tuple(rules))
+        spans = spans_of(parts, layout, grad_norm)
+        ratios = self._run(self._library.lamb_both, spans, room=KEPT, limits=clamp or NO_LIMITS)
+        of_all = torch.ones(len(rules))
+        of_all.numpy()[layout.tensor] = ratios
+        return of_all
+
+    def _run(
+        self,
+        function: ctypes._NamedFuncPointer,
+        spans: np.ndarray,
+        ratios: np.ndarray | None = None,
+        room: int = 0,
+        limits: tuple[float, float] = NO_LIMITS,
+    ) -> np.ndarray:
+        """Call one of the C functions; (spans,) fp32 trust ratios, in to lamb_second and out of lamb_both."""
+        threads = 1 if _forked else torch.get_num_threads()
+        if self._updates.shape != (threads, room):
+            self._updates = np.empty((threads, room), dtype=np.float32)
+        ratios = np.empty(len(spans), dtype=np.float32) if ratios is None else ratios
+        sums = np.empty((len(spans), threads, 2))
+        addresses = (array.ctypes.data for array in (ratios, sums, self._updates))
+        step = np.array((*addresses, room, *limits, threads), dtype=STEP)
+        # ctypes releases the interpreter's lock for the length of the call.
+        function(spans.ctypes.data, len(spans), step.ctypes.data)
+        return ratios
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the pieces of a step lie; arrays with one element per piece."""
+
+    part: np.ndarray
+    """Which of the step's parts it lies in, int64."""
+    tensor: np.ndarray
+    start: np.ndarray
+    """Its first element in the part."""
+    numel: np.ndarray
+    decay: np.ndarray
+    """bool, as adapt."""
+    adapt: np.ndarray
+
+
+@functools.lru_cache(maxsize=4)
+def lay_out(pieces: tuple[tuple[Piece, ...], ...], rules: tuple[TensorRule, ...]) -> Layout:
+    """Tabulate the pieces of each part; where no tensor moves, every step's layout is the same."""
+    rows = [
+        (part, piece.tensor, piece.start, piece.stop - piece.start)
+        for part, its_pieces in enumerate(pieces)
+        for piece in its_pieces
+    ]
+    part, tensor, start, numel = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+    decay, adapt = (np.array([getattr(rule, name) for rule in rules])[tensor] for name in ("decay", "adapt"))
+    return Layout(part, tensor, start, numel, decay, adapt)
+
+
+def spans_of(parts: Sequence[Part], layout: Layout, grad_norm: torch.Tensor | None) -> np.ndarray:
+    """What the passes are told of each piece: addresses and scalars, (pieces,) of SPAN."""
+    spans = np.zeros(len(layout.part), dtype=SPAN)
+    for name in ("p", "g", "m", "v"):
+        addresses = np.array([getattr(part, name).data_ptr() for part in parts], dtype=np.uintp)
+        spans[name] = addresses[layout.part] + (FP32_BYTES * layout.start).astype(np.uintp)
+    spans["numel"] = layout.numel
+    spans["adapt"] = layout.adapt
+    spans["grad_norm"] = 1.0 if grad_norm is None else float(grad_norm)
+    scalars = np.array(
+        [
+            (1 - c.beta1, c.beta2, 1 - c.beta2, c.stretch, c.shift, c.step_size, c.weight_decay)
+            for c in (x.c for x in parts)
+        ]
+    )
+    *columns, decay = scalars.T[:, layout.part]
+    for name, column in zip(
+        ("beta1_weight", "beta2", "beta2_weight", "stretch", "shift", "step_size"), columns, strict=True
+    ):
+        spans[name] = column
+    spans["decay"] = np.where(layout.decay, decay, 0.0)
+    return spans

@@ -1,0 +1,180 @@
+"""The two passes as Triton kernels, for CUDA: one launch per pass over all tensors, whatever their number.
+
+NOT YET RUN ON A GPU. Triton 3.9's interpreter has run the kernels on a CPU, against the reference
+(tests/gpu/test_lamb_cuda.py), and the compilers of 3.7 and 3.9 have made sm_90 binaries of them, in which all
+divisions, roots and fused multiply-adds are the correctly rounded ones; their speed is unmeasured.
+
+Every piece of a tensor is a row of addresses and scalars, which go to the device in one small asynchronous
+copy; every program takes one block of one piece. No atomics: each block writes its own fp64 sums, and a second
+small kernel adds those of a tensor in a fixed order. Nothing waits for the device.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .formula import Part, Passes, pieces_of
+from .geometry import TensorRule
+
+BLOCK = 4096
+SUM_BLOCK = 1024
+# Contraction would round unlike the eager passes; the fused multiply-adds meant are written out.
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
+
+
+@triton.jit
+def _direction(p, m, v, stretch, shift, decay):
+    """m / (stretch sqrt(v) + shift) + decay p, correctly rounded throughout."""
+    return tl.fma(decay, p, tl.div_rn(m, tl.fma(stretch, tl.sqrt_rn(v), shift)))
+
+
+@triton.jit
+def _block(rows, scalars, blocks, BLOCK: tl.constexpr):
+    """This program's row, its scalars, and its offsets into the piece with their mask."""
+    program = tl.program_id(0)
+    piece = tl.load(blocks + 2 * program).to(tl.int64)
+    row = rows + piece * 6
+    offsets = tl.load(blocks + 2 * program + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return row, scalars + piece * 8, offsets, offsets < tl.load(row + 4)
+
+
+@triton.jit
+def _first_kernel(rows, scalars, blocks, partial, BLOCK: tl.constexpr, grad_norm, NORMALIZE: tl.constexpr):
+    row, scalar, offsets, inside = _block(rows, scalars, blocks, BLOCK)
+    p_at = tl.load(row).to(tl.pointer_type(tl.float32)) + offsets
+    g_at = tl.load(row + 1).to(tl.pointer_type(tl.float32)) + offsets
+    m_at = tl.load(row + 2).to(tl.pointer_type(tl.float32)) + offsets
+    v_at = tl.load(row + 3).to(tl.pointer_type(tl.float32)) + offsets
+    p = tl.load(p_at, mask=inside, other=0.0)
+    g = tl.load(g_at, mask=inside, other=0.0)
+    m = tl.load(m_at, mask=inside, other=0.0)
+    v = tl.load(v_at, mask=inside, other=0.0)
+    if NORMALIZE:
+        g = tl.div_rn(g, g * 0.0 + tl.load(grad_norm))
+    # torch's lerp, whose accurate form depends on which end is nearer.
+    weight = tl.load(scalar) + p * 0.0
+    m = tl.where(weight < 0.5, tl.fma(weight, g - m, m), tl.fma(weight - 1.0, g - m, g))
+    v = tl.fma(tl.load(scalar + 2) * g, g, v * tl.load(scalar + 1))
+    tl.store(m_at, m, mask=inside)
+    tl.store(v_at, v, mask=inside)
+    zeros = p * 0.0
+    u = _direction(
+        p, m, v, tl.load(scalar + 3) + zeros, tl.load(scalar + 4) + zeros, tl.load(scalar + 5) + zeros
+    )
+    wide_p = p.to(tl.float64)
+    wide_u = u.to(tl.float64)
+    program = tl.program_id(0)
+    tl.store(partial + 2 * program, tl.sum(wide_p * wide_p, 0))
+    tl.store(partial + 2 * program + 1, tl.sum(wide_u * wide_u, 0))
+
+
+@triton.jit
+def _sum_kernel(partial, spans, rows, sums, SUM_BLOCK: tl.constexpr):
+    """Write the block sums of one piece, added in order, as its tensor's row of `sums`.
+
+    A rank holds at most one piece of a tensor, and `sums` is 0 before: writing is adding.
+    """
+    piece = tl.program_id(0)
+    first = tl.load(spans + piece)
+    stop = tl.load(spans + piece + 1)
+    total_p = tl.zeros((SUM_BLOCK,), dtype=tl.float64)
+    total_u = tl.zeros((SUM_BLOCK,), dtype=tl.float64)
+    for start in range(first, stop, SUM_BLOCK):
+        index = start + tl.arange(0, SUM_BLOCK)
+        inside = index < stop
+        total_p += tl.load(partial + 2 * index, mask=inside, other=0.0)
+        total_u += tl.load(partial + 2 * index + 1, mask=inside, other=0.0)
+    tensor = tl.load(rows + piece * 6 + 5)
+    tl.store(sums + 2 * tensor, tl.sum(total_p, 0))
+    tl.store(sums + 2 * tensor + 1, tl.sum(total_u, 0))
+
+
+@triton.jit
+def _second_kernel(rows, scalars, blocks, ratios, BLOCK: tl.constexpr):
+    row, scalar, offsets, inside = _block(rows, scalars, blocks, BLOCK)
+    p_at = tl.load(row).to(tl.pointer_type(tl.float32)) + offsets
+    p = tl.load(p_at, mask=inside, other=0.0)
+    m = tl.load(tl.load(row + 2).to(tl.pointer_type(tl.float32)) + offsets, mask=inside, other=0.0)
+    v = tl.load(tl.load(row + 3).to(tl.pointer_type(tl.float32)) + offsets, mask=inside, other=0.0)
+    zeros = p * 0.0
+    u = _direction(
+        p, m, v, tl.load(scalar + 3) + zeros, tl.load(scalar + 4) + zeros, tl.load(scalar + 5) + zeros
+    )
+    factor = tl.load(scalar + 6) * tl.load(ratios + tl.load(row + 5)) + zeros
+    tl.store(p_at, tl.fma(-factor, u, p), mask=inside)
+
+
+class TritonPasses(Passes):
+    """Both passes over fp32 tensors on one device."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self._sizes: tuple[int, ...] = ()
+        self._blocks = self._spans = self._rows = self._scalars = torch.empty(0)
+
+    def first(
+        self,
+        parts: Sequence[Part],
+        rules: Sequence[TensorRule],
+        sums: torch.Tensor,
+        grad_norm: torch.Tensor | None,
+    ) -> None:
+        self._describe(parts, rules)
+        if not self._sizes:
+            return
+        blocks = self._blocks.shape[0]
+        partial = torch.empty(blocks, 2, dtype=torch.float64, device=sums.device)
+        norm = self._scalars if grad_norm is None else grad_norm
+        with _launching_on(sums.device):
+            _first_kernel[(blocks,)](
+                self._rows, self._scalars, self._blocks, partial, BLOCK, norm, grad_norm is not None, **LAUNCH
+            )
+            _sum_kernel[(len(self._sizes),)](partial, self._spans, self._rows, sums, SUM_BLOCK)
+
+    def second(self, parts: Sequence[Part], rules: Sequence[TensorRule], ratios: torch.Tensor) -> None:
+        """Uses the description that `first` made of the same parts."""
+        if self._sizes:
+            grid = (self._blocks.shape[0],)
+            with _launching_on(ratios.device):
+                _second_kernel[grid](self._rows, self._scalars, self._blocks, ratios, BLOCK, **LAUNCH)
+
+    def _describe(self, parts: Sequence[Part], rules: Sequence[TensorRule]) -> None:
+        """Put on the device: addresses and scalars of every piece, and, when sizes change, its blocks."""
+        device = parts[0].p.device
+        rows, scalars = [], []
+        for part, piece, _, decay in pieces_of(parts, rules):
+            c, at = part.c, 4 * piece.start
+            addresses = [x.data_ptr() + at for x in (part.p, part.g, part.m, part.v)]
+            rows.append([*addresses, piece.stop - piece.start, piece.tensor])
+            scalars.append([1 - c.beta1, c.beta2, 1 - c.beta2, c.stretch, c.shift, decay, c.step_size, 0.0])
+        self._rows = _to_device(torch.tensor(rows, dtype=torch.int64), device)
+        self._scalars = _to_device(torch.tensor(scalars, dtype=torch.float32), device)
+        sizes = tuple(row[4] for row in rows)
+        if sizes != self._sizes:
+            self._sizes = sizes
+            counts = torch.tensor([-(-size // BLOCK) for size in sizes], dtype=torch.int64)
+            spans = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
+            piece_of_block = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+            place = torch.arange(int(spans[-1])) - spans[piece_of_block]
+            self._spans = spans.to(torch.int32).to(device)
+            self._blocks = torch.stack((piece_of_block, place), 1).to(torch.int32).contiguous().to(device)
+
+
+def _launching_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda":
+        return table.pin_memory().to(device, non_blocking=True)
+    return table.to(device)

@@ -1,0 +1,89 @@
+"""Mean losses between two logged rows, summed on the device and kept in checkpoints.
+
+A row that a kill falls into is the same as an undisturbed run's: the sums so far are part of the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from train.objective.distillation import LossTerms
+
+
+@dataclass(frozen=True)
+class LossWindow:
+    """What has been added up since the last logged row, on all ranks."""
+
+    sums: Mapping[str, list[float]] = field(default_factory=dict)
+    """Name of a loss term -> its sum over micro batches, one per rank (fp32 values)."""
+
+    micro_batches: int = 0
+    """Micro batches in each of these sums."""
+
+
+class Means(NamedTuple):
+    """What `LossSums.take` returns: names beside one tensor on the device, so that ranks add up once."""
+
+    terms: list[str]
+    steps: list[int]
+    """Steps that were added since the last call or the start."""
+    values: torch.Tensor
+    """(terms + steps,) fp32: each term's mean over the micro batches, then the loss of each step."""
+
+
+class LossSums:
+    """Adds up loss terms on the device; nothing is waited for until they are asked for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._count = 0.0
+        self._by_step: dict[int, list[torch.Tensor]] = {}
+        self._finite: torch.Tensor | None = None
+
+    def add(self, step: int, terms: LossTerms) -> None:
+        """Count one micro batch of a step."""
+        for name, value in terms.as_dict().items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.float()
+        self._count += 1
+        self._by_step.setdefault(step, []).append(terms.loss.detach())
+        finite = torch.isfinite(terms.loss.detach())
+        self._finite = finite if self._finite is None else self._finite & finite
+
+    def take(self) -> Means:
+        """The means since the last call."""
+        terms, steps = list(self._sums), list(self._by_step)
+        means = [total / self._count for total in self._sums.values()]
+        means += [torch.stack(losses).mean() for losses in self._by_step.values()]
+        self._sums, self._count, self._by_step = {}, 0.0, {}
+        return Means(terms, steps, torch.stack(means))
+
+    def were_finite(self) -> bool:
+        """Whether every loss since the last call was a number; waits for the device."""
+        finite, self._finite = self._finite, None
+        return finite is None or bool(finite)
+
+    def window(self) -> LossWindow:
+        """The sums of all ranks; every rank calls this, with as many micro batches added."""
+        if not self._sums:
+            return LossWindow()
+        own = torch.stack(list(self._sums.values()))
+        ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, own)
+        by_term = torch.stack(ranks, dim=1).tolist()
+        return LossWindow(dict(zip(self._sums, by_term, strict=True)), int(self._count))
+
+    def restore(self, window: LossWindow, rank: int, world_size: int, device: str) -> None:
+        """Go on from a checkpoint's sums.
+
+        The same number of ranks each takes its own, bit for bit; for another number the total, and the
+        micro batches in it, are shared out equally.
+        """
+        for name, sums in window.sums.items():
+            own = sums[rank] if len(sums) == world_size else sum(sums) / world_size
+            self._sums[name] = torch.tensor(own, dtype=torch.float32, device=device)
+            self._count = window.micro_batches * len(sums) / world_size

@@ -1,0 +1,234 @@
+"""One stream of rows, several readers: metrics.jsonl, TensorBoard, and the progress bar or plain lines.
+
+A row of losses is the mean since the row before, also where a kill came between (loss_accumulator.py); speeds and
+times after a resume cover the steps since the resume.
+
+Rank 0 opens `RunEvents`; the other ranks hold a `NoEvents`, so that the trainer never asks for its rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+PLAIN_LINE_EVERY_S = 15.0
+# What this module writes; other .jsonl files in the folder are the user's.
+RECORDS = ("metrics", "spikes")
+
+
+class Events(Protocol):
+    """Where rows go."""
+
+    def row(
+        self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor] = ...
+    ) -> None: ...
+
+    def record(self, name: str, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoEvents:
+    """Takes everything, does nothing."""
+
+    def row(
+        self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor] = {}
+    ) -> None:
+        """Ignore."""
+
+    def record(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        """Ignore."""
+
+    def say(self, message: str) -> None:
+        """Ignore."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class RunEvents:
+    """Writes the rows of steps after `resumed_step`; rows that a killed run had already written past that step
+    are removed, so that each step stands in metrics.jsonl once. A start at step 0 writes that step's row anew.
+
+    A disk that fills up costs rows, said once, and not the run: whether that goes on, the checkpoints decide.
+    """
+
+    def __init__(self, run_dir: Path, name: str, resumed_step: int, total_steps: int) -> None:
+        self._run_dir, self._told = run_dir, False
+        for record in RECORDS:
+            _drop_rows_after(run_dir / f"{record}.jsonl", resumed_step)
+        self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        self._board: Any = _open_board(run_dir, resumed_step + 1 if resumed_step else 0)
+        self._progress = _Progress(name, resumed_step, total_steps)
+
+    def row(
+        self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor] = {}
+    ) -> None:
+        """One row: scalars to all readers, histograms (any shape) to TensorBoard alone."""
+        with self._rows_may_be_lost():
+            self._file.write(_json_line({"step": step, **values}))
+        with self._rows_may_be_lost():
+            self._to_board(step, values, histograms)
+        self._progress.update(step, values)
+
+    def record(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        """One JSON line in RUN/`name`.jsonl, for what is no figure."""
+        assert name in RECORDS
+        with self._rows_may_be_lost(), (self._run_dir / f"{name}.jsonl").open("a") as file:
+            file.write(_json_line({"step": step, **values}))
+
+    def say(self, message: str) -> None:
+        """One line for the user, beside the progress bar."""
+        self._progress.say(message)
+
+    def close(self) -> None:
+        """Flush and close every reader."""
+        self._progress.close()
+        with self._rows_may_be_lost():
+            self._file.close()
+        if self._board is not None:
+            with self._rows_may_be_lost():
+                self._board.close()
+
+    def _to_board(
+        self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor]
+    ) -> None:
+        board, self._board = self._board, None  # a writer that has failed once fails for ever
+        board = board or _open_board(self._run_dir, None)
+        for key, value in values.items():
+            board.add_scalar(board_tag(key), value, step)
+        for key, tensor in histograms.items():
+            numbers = tensor.detach().float().cpu()
+            if len(numbers := numbers[torch.isfinite(numbers)]):
+                board.add_histogram(board_tag(key), numbers, step)
+        self._board = board
+
+    @contextmanager
+    def _rows_may_be_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                self.say(f"{self._run_dir}: rows cannot be written ({error}); training goes on without them")
+            self._told = True
+
+
+# The first word of a key tells TensorBoard's group, where the key does not need to say it again.
+NAMED_GROUPS = ("loss", "share", "heldout", "time", "startup")
+GROUPS = {
+    "teacher": "heldout",
+    "top1": "loss",
+    "loss_scale": "optimizer",
+    "trust": "optimizer",
+    "lr": "optimizer",
+    "grad": "optimizer",
+    "skipped": "optimizer",
+    "tokens_per_s": "speed",
+    "mfu": "speed",
+    "memory_gib": "speed",
+    "checkpoint_gib": "speed",
+}
+
+
+def board_tag(key: str) -> str:
+    """TensorBoard's name of a key of metrics.jsonl: it groups by the part before the slash."""
+    first, _, rest = key.partition("_")
+    if first in NAMED_GROUPS and key not in GROUPS:
+        return f"{first}/{rest or 'total'}"
+    return f"{GROUPS.get(key) or GROUPS.get(first, 'progress')}/{key.replace('heldout_', '')}"
+
+
+def _open_board(run_dir: Path, purge_step: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+
+def _json_line(values: Mapping[str, Any]) -> str:
+    """JSON has no NaN and no infinity: null stands for both."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, oldest first; a line that a kill cut short is left out."""
+    return _read(run_dir / "metrics.jsonl")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [row for row in _read(path) if step and row["step"] <= step]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    partial.rename(path)
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a plain line every 15 s. Where nobody reads any more, training goes on."""
+
+    def __init__(self, name: str, step: int, total_steps: int) -> None:
+        self._name, self._first, self._total = name, step, total_steps
+        self._start = time.monotonic()
+        self._last_line = 0.0
+        self._bar = tqdm(
+            desc=name,
+            initial=step,
+            total=total_steps,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        shown = {key: values[key] for key in ("loss", "heldout_mlm_loss") if key in values}
+        if "tokens_per_s" in values:
+            shown["tokens_per_s"] = values["tokens_per_s"]
+        if not self._bar.disable:
+            self._bar.set_postfix({key: f"{value:,.4g}" for key, value in shown.items()}, refresh=False)
+            with contextlib.suppress(OSError):
+                self._bar.update(step - self._bar.n)
+        elif shown and (time.monotonic() - self._last_line > PLAIN_LINE_EVERY_S or step == self._total):
+            self._last_line = time.monotonic()
+            figures = "  ".join(f"{key} {value:,.4g}" for key, value in shown.items())
+            self.say(f"{self._name}: step {step}/{self._total}  {figures}  {self._time_left(step)}")
+
+    def _time_left(self, step: int) -> str:
+        if step == self._first:
+            return ""
+        seconds = (time.monotonic() - self._start) / (step - self._first) * (self._total - step)
+        return f"{tqdm.format_interval(seconds)} left"
+
+    def say(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            tqdm.write(message, file=sys.stderr)
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._bar.close()

@@ -1,0 +1,126 @@
+"""training.micro_batch_size=auto: the largest micro batch whose step fits into a GPU's memory.
+
+Not yet run on a GPU; the search and the arithmetic are tested on a CPU, with a made-up memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_prep.shard_format.manifest import Manifest
+from launch.planner.memory import EngineSettings, engine_settings, partition_size
+from train.config import Config
+from train.data.masking import MaskedBatch
+from train.data.order import fitting_world_sizes
+from train.distributed.world import World
+from train.loop.trainer import DistillationModule
+from train.models.build import build_objective, build_student, build_teacher, count_parameters, needs_teacher
+
+# What stays free for the allocator's fragments, NCCL's buffers and cuBLAS's workspace.
+USABLE_SHARE = 0.92
+
+
+def candidates(global_batch_size: int, lanes: int, world_size: int) -> list[int]:
+    """Micro batches, ascending, with which `world_size` ranks serve the global batch."""
+    share = global_batch_size // world_size
+    return [
+        size
+        for size in range(1, share + 1)
+        if share % size == 0 and world_size in fitting_world_sizes(global_batch_size, lanes, size)
+    ]
+
+
+def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The largest size that fits, by bisection; None where not even the smallest does.
+
+    Args:
+        sizes: ascending.
+        fits: true up to some size and false from there on.
+    """
+    low, high = 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if fits(sizes[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    return sizes[low - 1] if low else None
+
+
+def engine_bytes(parameters: int, world_size: int, engine: EngineSettings) -> int:
+    """What the engine holds on one rank beside the weights and their gradients: its partition of the fp32 weights,
+    LAMB's two moments and the accumulated gradient, and the buckets that gradients are reduced in."""
+    shard = partition_size(parameters, world_size)
+    buckets = (2 if engine.overlap else 1) * min(engine.reduce_bucket_size, parameters)
+    return (4 + 8 + engine.accumulation_bytes) * shard + engine.bytes_per_element * buckets
+
+
+def find_micro_batch_size(
+    config: Config, manifest: Manifest, world: World, engine_config: dict[str, Any]
+) -> Config:
+    """The configuration with the largest micro batch that fits on every rank's GPU; every rank calls this.
+
+    Args:
+        engine_config: DeepSpeed's JSON as it was given; says the precision and the bucket size.
+    Raises:
+        ValueError: there is no GPU, no size divides the batch, or not even one sequence fits.
+    """
+    if not world.device.startswith("cuda"):
+        raise ValueError(
+            "training.micro_batch_size='auto' measures a GPU's memory, and there is none here: give a number"
+        )
+    sizes = candidates(config.training.global_batch_size, config.data.lanes, world.world_size)
+    if not sizes:
+        raise ValueError(
+            f"training.global_batch_size={config.training.global_batch_size} cannot be shared by {world.world_size} "
+            f"ranks: these fit: {fitting_world_sizes(config.training.global_batch_size, config.data.lanes)}"
+        )
+    best = largest_fitting(sizes, _trial(config, manifest, world, engine_config))
+    found = torch.tensor(best or 0, device=world.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    if not int(found):
+        raise ValueError(
+            f"training.micro_batch_size='auto': not even {sizes[0]} sequences of {config.data.sequence_length} tokens "
+            f"fit on {world.device}; shorten data.sequence_length, or take a GPU with more memory"
+        )
+    return replace(config, training=replace(config.training, micro_batch_size=int(found)))
+
+
+def _trial(
+    config: Config, manifest: Manifest, world: World, engine_config: dict[str, Any]
+) -> Callable[[int], bool]:
+    """fits(size): whether a forward and backward pass of that many sequences leaves room for the engine."""
+    teacher = build_teacher(config, world) if needs_teacher(config) else None
+    student = build_student(config, manifest)
+    module = DistillationModule(student, build_objective(config, student, teacher)).to(world.device)
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        if engine_config.get(name, {}).get("enabled"):
+            module.to(dtype)
+    parameters = count_parameters(module)
+    free, _ = torch.cuda.mem_get_info(world.device)
+    usable = USABLE_SHARE * (free + torch.cuda.memory_reserved(world.device))
+    usable -= engine_bytes(parameters, world.world_size, engine_settings(engine_config))
+    length = config.data.sequence_length
+    masked_per_row = max(1, round(config.masking.probability * length))
+
+    def fits(size: int) -> bool:
+        module.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(world.device)
+        input_ids = torch.randint(0, manifest.tokenizer.vocab_size, (size, length), device=world.device)
+        positions = torch.arange(masked_per_row, device=world.device).expand(size, -1).contiguous()
+        masked = MaskedBatch(
+            input_ids, positions, input_ids.gather(1, positions), torch.ones_like(positions, dtype=torch.bool)
+        )
+        try:
+            module(masked, teacher(input_ids) if teacher else None).loss.backward()
+        except torch.cuda.OutOfMemoryError:
+            return False
+        return torch.cuda.max_memory_allocated(world.device) <= usable
+
+    return fits

@@ -1,0 +1,179 @@
+"""Where each architecture keeps what distillation needs: encoder, MLM transform, decoder, layers.
+
+A family is a small table entry; the rest of the project never asks for a model's class. To add one, write
+a `Family` with its attribute paths (see `MODERNBERT`) and list it in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """Hidden states of one forward pass."""
+
+    last_hidden: torch.Tensor
+    """(batch, sequence, width) of the last layer, after any final norm: what the MLM head reads."""
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    """num_layers + 1 tensors like `last_hidden`, the embeddings' output first; None if not asked for."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute paths of one architecture's masked language model."""
+
+    model_type: str
+    """`config.model_type` of Hugging Face."""
+    encoder: str
+    """Path of the encoder without pooler or head."""
+    layers: str
+    """Path of the ModuleList of layers."""
+    head: tuple[str, ...]
+    """Prefixes of the MLM head's parameter names, tied ones aside."""
+    num_layers_field: str = "num_hidden_layers"
+    """Name of the layer count in the config."""
+    transform_function: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = field(kw_only=True)
+    """The MLM head before its decoder."""
+    first_position: Callable[[Any], int] = field(default=lambda config: 0, kw_only=True)
+    """Positions of `max_position_embeddings` that no token can take (RoBERTa's padding offset)."""
+    position_ids: Callable[[Any, torch.Tensor], torch.Tensor] | None = field(default=None, kw_only=True)
+    """Positions by token id, where the model would take others if it is given embeddings instead of ids."""
+    config_for_depth: Callable[[Any, tuple[int, ...]], dict[str, Any]] = field(
+        default=lambda config, layers: {}, kw_only=True
+    )
+    """Config fields besides the layer count that must follow the kept layers (per-layer lists)."""
+
+    def encode(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> EncoderOutput:
+        """Run the encoder alone.
+
+        Args:
+            input_ids: (batch, sequence) int64.
+            attention_mask: (batch, sequence), 1 where the token counts; None for all.
+            inputs_embeds: (batch, sequence, width) word embeddings of `input_ids`, if looked up before.
+        """
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        if inputs_embeds is not None:
+            inputs = {"inputs_embeds": inputs_embeds}
+            if self.position_ids is not None:
+                inputs["position_ids"] = self.position_ids(model, input_ids)
+        output = attrgetter(self.encoder)(model)(
+            **inputs,
+            attention_mask=attention_mask,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        return EncoderOutput(output.last_hidden_state, output.hidden_states if output_hidden_states else None)
+
+    def transform(self, model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+        """Features that the decoder multiplies: (..., width) from (..., width)."""
+        return self.transform_function(model, hidden)
+
+    def decoder(self, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Decoder weight (vocabulary, width), usually tied with the embedding, and bias (vocabulary,)."""
+        output = model.get_output_embeddings()
+        return output.weight, output.bias
+
+    def layer_list(self, model: PreTrainedModel) -> nn.ModuleList:
+        return attrgetter(self.layers)(model)
+
+    def num_layers(self, model: PreTrainedModel) -> int:
+        return int(getattr(model.config, self.num_layers_field))
+
+    def width(self, model: PreTrainedModel) -> int:
+        return int(self.decoder(model)[0].shape[1])
+
+    def max_sequence_length(self, model: PreTrainedModel) -> int:
+        """Longest input in tokens that the position table (or the config) allows."""
+        return int(model.config.max_position_embeddings) - self.first_position(model.config)
+
+
+def _bert_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return model.cls.predictions.transform(hidden)
+
+
+def _distilbert_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
+
+
+def _roberta_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return model.lm_head.layer_norm(nn.functional.gelu(model.lm_head.dense(hidden)))
+
+
+def _modernbert_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return model.head(hidden)
+
+
+def _roberta_positions(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    embeddings = model.roberta.embeddings
+    return embeddings.create_position_ids_from_input_ids(input_ids, embeddings.padding_idx)
+
+
+BERT = Family(
+    model_type="bert",
+    encoder="bert",
+    layers="bert.encoder.layer",
+    head=("cls.predictions.",),
+    transform_function=_bert_transform,
+)
+DISTILBERT = Family(
+    model_type="distilbert",
+    encoder="distilbert",
+    layers="distilbert.transformer.layer",
+    head=("vocab_",),
+    num_layers_field="n_layers",
+    transform_function=_distilbert_transform,
+)
+ROBERTA = Family(
+    model_type="roberta",
+    encoder="roberta",
+    layers="roberta.encoder.layer",
+    head=("lm_head.",),
+    transform_function=_roberta_transform,
+    first_position=lambda config: config.pad_token_id + 1,
+    position_ids=_roberta_positions,
+)
+XLM_ROBERTA = replace(ROBERTA, model_type="xlm-roberta")
+MODERNBERT = Family(
+    model_type="modernbert",
+    encoder="model",
+    layers="model.layers",
+    head=("head.", "decoder."),
+    transform_function=_modernbert_transform,
+    config_for_depth=lambda config, layers: {"layer_types": [config.layer_types[layer] for layer in layers]},
+)
+
+FAMILIES = {family.model_type: family for family in (BERT, DISTILBERT, ROBERTA, XLM_ROBERTA, MODERNBERT)}
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The adapter of a model, by its config's `model_type`.
+
+    Raises:
+        ValueError: the architecture is not in the table.
+    """
+    return family_of_type(model.config.model_type)
+
+
+def family_of_type(model_type: str) -> Family:
+    """The adapter of a `config.model_type`; ValueError if the architecture is not in the table."""
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model type {model_type!r} is not supported; known are {', '.join(FAMILIES)} "
+            "(another one needs an entry in train/models/families.py)"
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,102 @@
+"""How many floating-point operations a token costs, and how many the machine could do.
+
+A matrix product of (m, k) and (k, n) counts 2 m k n. Per token and layer of width d, with a feed-forward
+width f and a sequence of L tokens: 8 d^2 (query, key, value, output) + 4 d f (two feed-forward products)
++ 4 L d (scores and their weighted sum). Embeddings, norms, softmax and activations are left out, as in the
+model-FLOPs utilisation of Chowdhery et al. 2022 (arXiv:2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from train.models.families import family_of
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the count depends on."""
+
+    layers: int
+    width: int
+    feed_forward: int
+    vocabulary: int
+
+
+def shape_of(model: PreTrainedModel) -> ModelShape:
+    """The shape of any model of train/models/families.py."""
+    config = model.config
+    feed_forward = getattr(config, "intermediate_size", None) or config.hidden_dim
+    family = family_of(model)
+    return ModelShape(
+        family.num_layers(model), family.width(model), int(feed_forward), int(config.vocab_size)
+    )
+
+
+def forward_flops_per_token(shape: ModelShape, sequence_length: int, decoded_share: float) -> float:
+    """FLOPs of one forward pass per token.
+
+    Args:
+        decoded_share: share of the positions whose logits are computed: 1 for all, 0.15 for masked ones.
+    """
+    d, f = shape.width, shape.feed_forward
+    encoder = shape.layers * (8 * d * d + 4 * d * f + 4 * sequence_length * d)
+    head = 2 * d * d + 2 * d * shape.vocabulary
+    return encoder + decoded_share * head
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Model FLOPs of one training step per token of its sequences."""
+
+    student: float
+    """Forward and backward: three forward passes."""
+    teachers: float
+    """Forward."""
+
+    @property
+    def total(self) -> float:
+        return self.student + self.teachers
+
+
+def training_flops_per_token(
+    student: ModelShape,
+    teachers: Sequence[ModelShape],
+    sequence_length: int,
+    num_masked: int,
+    soft_targets: Literal["all", "masked", "none"],
+) -> FlopsPerToken:
+    """Of a step of distillation; both models' logits are computed only where the objective reads them.
+
+    Args:
+        num_masked: masked positions of each sequence.
+        soft_targets: positions whose teacher's logits are learnt from.
+    """
+    masked = num_masked / sequence_length
+    share = 1.0 if soft_targets == "all" else masked
+    of_student = 3 * forward_flops_per_token(student, sequence_length, share)
+    soft = 0.0 if soft_targets == "none" else share
+    return FlopsPerToken(
+        of_student, sum(forward_flops_per_token(teacher, sequence_length, soft) for teacher in teachers)
+    )
+
+
+def measured_matrix_rate(device: str, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP/s that this rank reaches in a square matrix product: the median of 5, after one to warm up."""
+    on_gpu = device.startswith("cuda")
+    size = size or (8192 if on_gpu else 768)
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / sorted(seconds[1:])[2]

@@ -1,0 +1,270 @@
+"""Make a student from a teacher: which of its layers to keep, and what becomes of embeddings and head."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+from collections.abc import Sequence
+
+import torch
+from transformers import (
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from train.models.families import BERT, DISTILBERT, Family, family_of
+
+ORIGINAL_LAYERS = (0, 2, 4, 7, 9, 11)
+"""Teacher layers of the published DistilBERT (scripts/extract_distilbert.py of the original code)."""
+
+logger = logging.getLogger(__name__)
+
+
+def make_student(
+    teacher_model: PreTrainedModel,
+    num_layers: int | None = None,
+    layer_map: str | Sequence[int] = "every_other",
+    *,
+    width: int | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A trainable fp32 student on the CPU, in train mode.
+
+    BERT becomes DistilBertForMaskedLM, whose positions take in token-type row 0 (DistilBERT has no token
+    types; the original code dropped that row); every other family keeps its class. With all the layers and
+    the same width a student computes what its teacher does.
+
+    Args:
+        num_layers: depth; None for the map's own, which is half of the teacher's except for a list.
+        layer_map: "every_other" (evenly spaced from layer 0), "distilbert" (0, 2, 4, 7, 9, 11), a list of
+            teacher layers counted from 0, or "random" (fresh weights everywhere).
+        width: hidden width of a "random" student; heads and inner width shrink in proportion.
+        seed: of the fresh weights.
+    Raises:
+        ValueError: a depth or a map that does not fit the teacher, with what would.
+    """
+    family = family_of(teacher_model)
+    if layer_map == "random":
+        depth = num_layers if num_layers is not None else max(1, family.num_layers(teacher_model) // 2)
+        if depth < 1:
+            raise ValueError(f"model.student_layers is {depth}; give at least 1")
+        return _random_student(teacher_model, depth, width, seed)
+    if width is not None and width != family.width(teacher_model):
+        raise ValueError(
+            f"a student of width {width} cannot copy layers of width {family.width(teacher_model)}; "
+            "use model.layer_map=random"
+        )
+    layers = resolve_layer_map(layer_map, family.num_layers(teacher_model), num_layers)
+    if family is BERT:
+        return _distilbert_from_bert(teacher_model, layers)
+    return _same_class(family, teacher_model, layers)
+
+
+def resolve_layer_map(
+    layer_map: str | Sequence[int], teacher_layers: int, num_layers: int | None = None
+) -> tuple[int, ...]:
+    """The teacher layers, counted from 0, that the student's layers are copied from.
+
+    >>> resolve_layer_map("every_other", 12)
+    (0, 2, 4, 6, 8, 10)
+    >>> resolve_layer_map("every_other", 12, 4)
+    (0, 3, 6, 9)
+    """
+    if num_layers is not None and num_layers < 1:
+        raise ValueError(f"model.student_layers is {num_layers}; give at least 1")
+    if num_layers is not None and num_layers > teacher_layers:
+        raise ValueError(
+            f"model.student_layers is {num_layers} but the teacher has only {teacher_layers} layers to copy; "
+            f"give at most {teacher_layers}, or model.layer_map=random"
+        )
+    if isinstance(layer_map, str):
+        return _named_layer_map(layer_map, teacher_layers, num_layers)
+    try:
+        layers = tuple(operator.index(layer) for layer in layer_map)
+    except TypeError:
+        raise ValueError(
+            f"model.layer_map {list(layer_map)}: give whole numbers, the teacher's layers counted from 0"
+        ) from None
+    wrong = [layer for layer in layers if not 0 <= layer < teacher_layers]
+    if wrong or not layers:
+        raise ValueError(
+            f"model.layer_map {list(layers)} names layers {wrong} that the teacher does not have; "
+            f"its layers are 0 to {teacher_layers - 1}"
+        )
+    if num_layers is not None and num_layers != len(layers):
+        raise ValueError(
+            f"model.student_layers is {num_layers} but model.layer_map lists {len(layers)} layers; "
+            "leave model.student_layers out or make them agree"
+        )
+    if len(layers) > teacher_layers:
+        raise ValueError(
+            f"model.layer_map lists {len(layers)} layers but the teacher has only {teacher_layers}; "
+            f"list at most {teacher_layers}, or give model.layer_map=random"
+        )
+    return layers
+
+
+def _evenly_spaced(teacher_layers: int, depth: int) -> tuple[int, ...]:
+    return tuple(index * teacher_layers // depth for index in range(depth))
+
+
+def _named_layer_map(name: str, teacher_layers: int, num_layers: int | None) -> tuple[int, ...]:
+    if name == "every_other":
+        depth = num_layers if num_layers is not None else max(1, teacher_layers // 2)
+        return _evenly_spaced(teacher_layers, depth)
+    if name == "distilbert":
+        if teacher_layers != 12 or num_layers not in (None, len(ORIGINAL_LAYERS)):
+            raise ValueError(
+                f"model.layer_map=distilbert copies layers {list(ORIGINAL_LAYERS)} of a 12-layer teacher into "
+                f"6; this is {num_layers or 6} layers from {teacher_layers}; use every_other or a list"
+            )
+        return ORIGINAL_LAYERS
+    raise ValueError(
+        f"model.layer_map is {name!r}; choose every_other, distilbert, random or a list of layers"
+    )
+
+
+def _distilbert_config(teacher_model: PreTrainedModel, num_layers: int) -> DistilBertConfig:
+    config = teacher_model.config
+    if config.layer_norm_eps != 1e-12:
+        logger.warning(
+            "DistilBERT's layer norms use epsilon 1e-12, the teacher's %g: the student starts with a small "
+            "difference",
+            config.layer_norm_eps,
+        )
+    student_config = DistilBertConfig(
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        n_layers=num_layers,
+        n_heads=config.num_attention_heads,
+        dim=config.hidden_size,
+        hidden_dim=config.intermediate_size,
+        dropout=config.hidden_dropout_prob,
+        attention_dropout=config.attention_probs_dropout_prob,
+        activation=config.hidden_act,
+        initializer_range=config.initializer_range,
+        pad_token_id=config.pad_token_id,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+    student_config._attn_implementation = "sdpa"
+    return student_config
+
+
+def _same_class_config(
+    family: Family, teacher_model: PreTrainedModel, layers: tuple[int, ...]
+) -> PretrainedConfig:
+    config = copy.deepcopy(teacher_model.config)
+    setattr(config, family.num_layers_field, len(layers))
+    for name, value in family.config_for_depth(teacher_model.config, layers).items():
+        setattr(config, name, value)
+    config._attn_implementation = "sdpa"
+    config.dtype = torch.float32
+    return config
+
+
+def _distilbert_from_bert(teacher_model: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedModel:
+    assert isinstance(teacher_model, BertForMaskedLM)
+    student = DistilBertForMaskedLM(_distilbert_config(teacher_model, len(layers)))
+    teacher = {name: value.detach().float() for name, value in teacher_model.state_dict().items()}
+    state = {
+        "distilbert.embeddings.word_embeddings.weight": teacher["bert.embeddings.word_embeddings.weight"],
+        "distilbert.embeddings.position_embeddings.weight": teacher[
+            "bert.embeddings.position_embeddings.weight"
+        ]
+        + teacher["bert.embeddings.token_type_embeddings.weight"][0],
+        "vocab_projector.weight": teacher["cls.predictions.decoder.weight"],
+        "vocab_projector.bias": teacher["cls.predictions.decoder.bias"],
+    }
+    modules = {
+        "distilbert.embeddings.LayerNorm": "bert.embeddings.LayerNorm",
+        "vocab_transform": "cls.predictions.transform.dense",
+        "vocab_layer_norm": "cls.predictions.transform.LayerNorm",
+    }
+    within_layer = {
+        "attention.q_lin": "attention.self.query",
+        "attention.k_lin": "attention.self.key",
+        "attention.v_lin": "attention.self.value",
+        "attention.out_lin": "attention.output.dense",
+        "sa_layer_norm": "attention.output.LayerNorm",
+        "ffn.lin1": "intermediate.dense",
+        "ffn.lin2": "output.dense",
+        "output_layer_norm": "output.LayerNorm",
+    }
+    for index, layer in enumerate(layers):
+        for name, source in within_layer.items():
+            modules[f"{DISTILBERT.layers}.{index}.{name}"] = f"{BERT.layers}.{layer}.{source}"
+    for name, source in modules.items():
+        state[f"{name}.weight"] = teacher[f"{source}.weight"]
+        state[f"{name}.bias"] = teacher[f"{source}.bias"]
+    student.load_state_dict(state)
+    return student.train()
+
+
+def _same_class(family: Family, teacher_model: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedModel:
+    _check_first_layer(family, teacher_model, layers)
+    student = type(teacher_model)(_same_class_config(family, teacher_model, layers))
+    teacher = teacher_model.state_dict()
+    prefix = f"{family.layers}."
+    state = {name: value for name, value in teacher.items() if not name.startswith(prefix)}
+    for index, layer in enumerate(layers):
+        source = f"{prefix}{layer}."
+        state |= {
+            f"{prefix}{index}.{name.removeprefix(source)}": value
+            for name, value in teacher.items()
+            if name.startswith(source)
+        }
+    student.load_state_dict({name: value.detach().float() for name, value in state.items()})
+    return student.train()
+
+
+def _check_first_layer(family: Family, teacher_model: PreTrainedModel, layers: tuple[int, ...]) -> None:
+    """Layer 0 of ModernBERT lacks the norm that the others have, so it cannot change places with them."""
+    teacher_layers = family.layer_list(teacher_model)
+    parameters = [{name for name, _ in layer.named_parameters()} for layer in teacher_layers]
+    for index, layer in enumerate(layers):
+        if parameters[layer] != parameters[index]:
+            raise ValueError(
+                f"model.layer_map {list(layers)} puts layer {layer} of this {family.model_type} in place "
+                f"{index}, but the two are built differently; keep layer 0 first and nowhere else"
+            )
+
+
+def _random_student(
+    teacher_model: PreTrainedModel, num_layers: int, width: int | None, seed: int
+) -> PreTrainedModel:
+    family = family_of(teacher_model)
+    config: PretrainedConfig
+    if family is BERT:
+        kind: type[PreTrainedModel] = DistilBertForMaskedLM
+        config = _distilbert_config(teacher_model, num_layers)
+    else:
+        kind = type(teacher_model)
+        config = _same_class_config(
+            family, teacher_model, _evenly_spaced(family.num_layers(teacher_model), num_layers)
+        )
+    if width is not None:
+        _set_width(config, width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = kind(config)
+    return student.train()
+
+
+def _set_width(config: PretrainedConfig, width: int) -> None:
+    """Fewer heads of the same size, and an inner width in proportion."""
+    distilbert = config.model_type == DISTILBERT.model_type
+    # DistilBERT's config answers to the usual names, but to its own for the inner width.
+    inner_name = "hidden_dim" if distilbert else "intermediate_size"
+    old_width, heads = config.hidden_size, config.num_attention_heads
+    head_width = old_width // heads
+    if width < 1 or width % head_width:
+        raise ValueError(
+            f"a student's width must be a multiple of its heads' width {head_width}; it is {width}"
+        )
+    setattr(config, inner_name, getattr(config, inner_name) * width // old_width)
+    config.num_attention_heads = width // head_width
+    config.hidden_size = width

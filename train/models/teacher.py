@@ -1,0 +1,223 @@
+"""One or several frozen masked language models as a teacher.
+
+It lives outside the engine, the optimizer and every checkpoint: it is no submodule of anything that is
+trained. It runs in eval mode under torch.inference_mode, fp16 on a GPU and fp32 on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from train.models.families import Family, family_of
+from train.models.loading import folder_fingerprint, load_masked_lm
+from train.objective.chunk_terms import DecoderRows
+
+
+@dataclass(frozen=True)
+class TeacherMember:
+    """Output of one teacher on one micro batch; all tensors are inference tensors."""
+
+    family: Family
+    model: PreTrainedModel
+    share: float
+    """Weight in the ensemble's average."""
+    last_hidden: torch.Tensor
+    """(B, L, width)."""
+    hidden_states: tuple[torch.Tensor, ...] | None
+    """Embeddings' output and every layer's, each (B, L, width); None if not asked for."""
+
+    @torch.inference_mode()
+    def rows(self, order: torch.Tensor) -> DecoderRows:
+        """Decoder inputs for the tokens `order` (N,) of the flattened (B * L) tokens."""
+        features = self.family.transform(self.model, self.last_hidden.flatten(0, 1)[order])
+        weight, bias = self.family.decoder(self.model)
+        return DecoderRows(features, weight, bias, self.share)
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """Output of all teachers of an ensemble."""
+
+    members: tuple[TeacherMember, ...]
+
+    @torch.compiler.disable
+    def rows(self, order: torch.Tensor) -> tuple[DecoderRows, ...]:
+        return tuple(member.rows(order) for member in self.members)
+
+
+class Teacher:
+    """One or several frozen models with one vocabulary.
+
+    Deliberately no nn.Module: nothing can register it as a part of what is trained or saved.
+
+    Args:
+        models: put into eval mode and frozen here.
+        shares: weights of the ensemble's average, scaled to add up to 1; None for equal ones.
+        names: of the models, for messages.
+        fingerprints: of the tokenizers beside them.
+        sources: folder or hub name that each was loaded from, where there is one.
+        output_hidden_states: keep every layer's output, for the mapped-layer cosine.
+        compile: run the encoders through torch.compile.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel],
+        shares: Sequence[float] | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        fingerprints: Sequence[str | None] | None = None,
+        sources: Sequence[str | None] | None = None,
+        output_hidden_states: bool = False,
+        compile: bool = False,
+    ) -> None:
+        if not models:
+            raise ValueError("model.teacher is an empty list; name at least one teacher, or leave it out")
+        _check_compilation(compile, output_hidden_states)
+        self.names = tuple(names or (f"teacher {index}" for index in range(len(models))))
+        self.models = tuple(model.eval().requires_grad_(False) for model in models)
+        self.families = tuple(family_of(model) for model in models)
+        self.shares = normalised_shares(len(models), shares)
+        self.output_hidden_states = output_hidden_states
+        self.fingerprints = tuple(fingerprints or [None] * len(models))
+        self.sources = tuple(sources or [None] * len(models))
+        self._check_one_vocabulary()
+        encoders = (family.encode for family in self.families)
+        self._encoders = tuple(torch.compile(encode) if compile else encode for encode in encoders)
+
+    def _check_one_vocabulary(self) -> None:
+        first = self.names[0]
+        known = self.tokenizer_fingerprint
+        for name, model, fingerprint in zip(self.names, self.models, self.fingerprints, strict=True):
+            if model.config.vocab_size != self.vocab_size:
+                raise ValueError(
+                    f"the teachers' vocabularies differ: {first} has {self.vocab_size} tokens, {name} has "
+                    f"{model.config.vocab_size}; an ensemble needs teachers with one tokenizer"
+                )
+            if fingerprint not in (None, known):
+                other = self.names[self.fingerprints.index(known)]
+                raise ValueError(
+                    f"the tokenizers of {other} and {name} differ, though both have {self.vocab_size} tokens; "
+                    "an ensemble needs teachers with one tokenizer"
+                )
+
+    def check_sequence_length(self, sequence_length: int) -> None:
+        """Refuse sequences that are longer than one of the teachers has positions for."""
+        for name, family, model in zip(self.names, self.families, self.models, strict=True):
+            longest = family.max_sequence_length(model)
+            if sequence_length > longest:
+                raise ValueError(
+                    f"data.sequence_length={sequence_length}: teacher {name} has positions for {longest} tokens; "
+                    "give that or less"
+                )
+
+    @property
+    def config(self) -> Any:
+        """Config of the first teacher, from which the student is made."""
+        return self.models[0].config
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the first folder that ships a tokenizer; None if none does."""
+        return next((value for value in self.fingerprints if value is not None), None)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the members' hidden states."""
+        return tuple(family.width(model) for family, model in zip(self.families, self.models, strict=True))
+
+    @property
+    def num_layers(self) -> tuple[int, ...]:
+        return tuple(
+            family.num_layers(model) for family, model in zip(self.families, self.models, strict=True)
+        )
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TeacherOutput:
+        """Hidden states of every member; logits are computed later, chunk by chunk and only where needed.
+
+        Args:
+            input_ids: (B, L) int64 on the teacher's device.
+            attention_mask: (B, L), non-zero where a token counts; None when nothing is padded.
+        """
+        members = []
+        for family, model, share, encode in zip(
+            self.families, self.models, self.shares, self._encoders, strict=True
+        ):
+            output = encode(model, input_ids, attention_mask, self.output_hidden_states)
+            members.append(TeacherMember(family, model, share, output.last_hidden, output.hidden_states))
+        return TeacherOutput(tuple(members))
+
+
+def normalised_shares(count: int, weights: Sequence[float] | None) -> tuple[float, ...]:
+    """Weights of an ensemble, scaled to add up to 1; equal ones for None."""
+    if weights is None:
+        return (1.0 / count,) * count
+    if len(weights) != count:
+        raise ValueError(f"{len(weights)} teacher weights for {count} teachers; give one weight each")
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise ValueError(f"teacher weights are {list(weights)}; give numbers above 0, or leave a teacher out")
+    largest = max(weights)
+    scaled = [float(weight) / largest for weight in weights]
+    if min(scaled) == 0:
+        raise ValueError(
+            f"teacher weights are {list(weights)}; the smallest counts for nothing beside the largest"
+        )
+    return tuple(weight / sum(scaled) for weight in scaled)
+
+
+def _check_compilation(compile: bool, output_hidden_states: bool) -> None:
+    if compile and output_hidden_states:
+        raise ValueError(
+            "a compiled teacher cannot return the hidden states of its layers (transformers collects them "
+            "with hooks); turn compilation off, or the cosine on mapped layers"
+        )
+
+
+def load_teacher(
+    paths: str | Sequence[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+    weights: Sequence[float] | None = None,
+    *,
+    output_hidden_states: bool = False,
+) -> Teacher:
+    """Load one or several teachers, frozen, onto a device.
+
+    Args:
+        paths: Hugging Face folders or hub names.
+        dtype: None for fp16 on a GPU and fp32 on a CPU.
+        compile, output_hidden_states: see Teacher.
+        weights: of the ensemble's members, scaled to add up to 1.
+    Raises:
+        ValueError, OSError: see load_masked_lm; vocabularies that differ; bad weights.
+    """
+    paths = [paths] if isinstance(paths, str) else list(paths)
+    normalised_shares(max(1, len(paths)), weights)  # before minutes of loading
+    _check_compilation(compile, output_hidden_states)
+    device = torch.device(device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.float16
+    models = []
+    for path in paths:
+        model: Any = load_masked_lm(path, dtype)
+        models.append(model.to(device))
+    return Teacher(
+        models,
+        weights,
+        names=paths,
+        fingerprints=[folder_fingerprint(path) for path in paths],
+        sources=paths,
+        output_hidden_states=output_hidden_states,
+        compile=compile,
+    )

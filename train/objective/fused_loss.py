@@ -1,0 +1,223 @@
+"""The vocabulary part of the objective, in one pass over chunks of tokens.
+
+For each chunk both decoders' logits are computed into buffers that the next chunk uses again; the losses,
+top-1 agreement and the gradients of features, decoder weight and bias come out, and the logits are gone. The
+gradients are computed in the forward pass, because it alone has the logits at hand; the backward pass only
+multiplies them by the incoming gradient (the loss scale and DeepSpeed's 1/accumulation arrive there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from train.objective.chunk_terms import Chunk, DecoderRows, Workspace, chunk_terms, product
+from train.objective.tied_embedding import TiedGradient
+
+CPU_BUFFER_BYTES = 32 * 2**20
+GPU_BUFFER_BYTES = 256 * 2**20
+HALF_SCALE = 64.0
+"""Lifts the small entries of a half-precision logit gradient out of fp16's subnormals; the largest, weights
+of the terms times T times this, stay far below fp16's 65,504, and products are summed in fp32."""
+
+
+@dataclass(frozen=True)
+class VocabularyTerms:
+    """Results of `vocabulary_loss`: scalars, fp32 (fp64 for fp64 features); only `loss` has a gradient."""
+
+    loss: torch.Tensor
+    kd: torch.Tensor
+    mlm: torch.Tensor
+    mse: torch.Tensor
+    top1_agreement: torch.Tensor
+
+
+@torch.compiler.disable
+def vocabulary_loss(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor | None,
+    target_weights: torch.Tensor | None,
+    teachers: Sequence[DecoderRows],
+    row_weights: torch.Tensor,
+    *,
+    temperature: float,
+    kd_weight: float,
+    mlm_weight: float,
+    mse_weight: float = 0.0,
+    chunk_tokens: int | None = None,
+    workspace: Workspace | None = None,
+    tied: TiedGradient | None = None,
+) -> VocabularyTerms:
+    """kd_weight T^2 KL + mlm_weight CE + mse_weight |z_s - z_t|^2 over N tokens, chunk by chunk.
+
+    One backward pass only: it hands over the gradients that the forward pass made.
+
+    Args:
+        features: (N, width) student features; gradient.
+        weight: (V, width) student decoder; gradient.
+        bias: (V,) or None; gradient.
+        targets: (M,) int64 original tokens of the first M <= N rows; M = N where there is no teacher.
+        target_weights: (M,) weight of each in the MLM mean, 0 for rows that do not count.
+        teachers: their rows in the same order; tempered probabilities are averaged by share.
+        row_weights: (N,) weight of each row in the KD and MSE mean.
+        chunk_tokens: rows of logits that exist at once; None for what fills 32 MiB (GPU: 256 MiB) per buffer.
+        workspace: buffers to use again; None makes them afresh.
+        tied: takes the gradient of `weight`, for the embedding's backward pass to return; None returns it.
+    """
+    if targets is None or target_weights is None or mlm_weight == 0:
+        targets = torch.empty(0, dtype=torch.int64, device=features.device)
+        target_weights = torch.empty(0, dtype=torch.float64, device=features.device)
+    assert teachers or targets.shape[0] == features.shape[0]
+    # A GPU's allocator keeps freed blocks at hand; holding them would only take memory from activations.
+    keep_buffers = workspace is not None and features.device.type == "cpu"
+    chunked = _Pass(
+        teachers=tuple(teachers),
+        targets=targets,
+        target_weights=target_weights,
+        row_weights=row_weights,
+        temperature=temperature if teachers and kd_weight > 0 else 1.0,
+        kd_weight=kd_weight if teachers else 0.0,
+        mlm_weight=mlm_weight,
+        mse_weight=mse_weight if teachers else 0.0,
+        chunk_rows=chunk_rows(features.shape[0], weight, chunk_tokens),
+        workspace=workspace if workspace is not None and keep_buffers else Workspace(),
+    )
+    if not torch.is_grad_enabled():  # autograd would ask for the gradients all the same
+        features, weight, bias = features.detach(), weight.detach(), None if bias is None else bias.detach()
+    loss, values = _VocabularyLoss.apply(features, weight, bias, chunked, tied)
+    return VocabularyTerms(loss, *values.unbind())
+
+
+def chunk_rows(num_rows: int, weight: torch.Tensor, chunk_tokens: int | None = None) -> int:
+    """Rows per chunk: at most `chunk_tokens` (or what fills one fp32 buffer), in chunks of equal size."""
+    if chunk_tokens is None:
+        size = CPU_BUFFER_BYTES if weight.device.type == "cpu" else GPU_BUFFER_BYTES
+        chunk_tokens = max(1, size // (4 * weight.shape[0]))
+    num_chunks = max(1, -(-num_rows // chunk_tokens))
+    return max(1, -(-num_rows // num_chunks))
+
+
+class _VocabularyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        features: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        chunked: _Pass,
+        tied: TiedGradient | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(features.device.type, enabled=False):
+            student = DecoderRows(features, weight, bias)
+            values, ctx.gradients, ctx.unit = chunked.run(student, tuple(ctx.needs_input_grad[:3]))
+        ctx.tied = tied
+        ctx.dtypes = (features.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(values)
+        kd, mlm, mse, _ = values
+        return chunked.kd_weight * kd + chunked.mlm_weight * mlm + chunked.mse_weight * mse, values
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError("the fused loss keeps its gradients for one backward pass; run forward again")
+        gradients, ctx.gradients = ctx.gradients, None
+        # In fp32 and in place: fp16 would underflow before the loss scale, and a second tensor of the
+        # decoder's size would cost a pass over fresh memory.
+        scale = grad_loss * ctx.unit
+        of_features, of_weight, of_bias = (
+            None if gradient is None else gradient.mul_(scale) for gradient in gradients
+        )
+        if ctx.tied is not None:
+            ctx.tied.gradient, of_weight = of_weight, None
+        scaled = (
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip((of_features, of_weight, of_bias), ctx.dtypes, strict=True)
+        )
+        return (*scaled, None, None)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Arguments of one pass, see `vocabulary_loss`."""
+
+    teachers: tuple[DecoderRows, ...]
+    targets: torch.Tensor
+    target_weights: torch.Tensor
+    row_weights: torch.Tensor
+    temperature: float
+    kd_weight: float
+    mlm_weight: float
+    mse_weight: float
+    chunk_rows: int
+    workspace: Workspace
+
+    def run(
+        self, student: DecoderRows, needs_gradient: tuple[bool, ...]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...], torch.Tensor]:
+        """Values (kd, mlm, mse, top1_agreement); gradients (features, weight, bias); their common factor."""
+        dtype = torch.promote_types(student.features.dtype, torch.float32)
+        student = student.in_dtype(dtype)
+        features, weight = student.features, student.weight
+        teachers = tuple(teacher.in_dtype(dtype) for teacher in self.teachers)
+        row_weights, target_weights, unit = self._unit_weights(dtype, half=weight.dtype != dtype)
+        dropped = self._dropped_rows()
+        values = torch.zeros(4, dtype=dtype, device=features.device)
+        grad_features = torch.empty_like(features, dtype=dtype) if needs_gradient[0] else None
+        grad_weight = torch.empty_like(weight, dtype=dtype) if needs_gradient[1] else None
+        grad_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if needs_gradient[2] else None
+        if grad_weight is not None and features.shape[0] == 0:
+            grad_weight.zero_()
+        for start in range(0, features.shape[0], self.chunk_rows):
+            rows = slice(start, start + self.chunk_rows)
+            chunk = Chunk(
+                student=_slice(student, rows, dropped),
+                teachers=tuple(_slice(teacher, rows, dropped) for teacher in teachers),
+                row_weights=row_weights[rows],
+                targets=self.targets[rows],
+                target_weights=target_weights[rows],
+                temperature=self.temperature,
+                kd_weight=self.kd_weight,
+                mlm_weight=self.mlm_weight,
+                mse_weight=self.mse_weight,
+                workspace=self.workspace,
+                dtype=dtype,
+            )
+            gradient = chunk_terms(chunk, values)
+            if grad_bias is not None:
+                grad_bias += gradient.sum(0)
+            operand = gradient if weight.dtype == dtype else gradient.to(weight.dtype)
+            if grad_features is not None:
+                product(operand, weight, grad_features[rows])
+            if grad_weight is not None:
+                product(operand.t(), chunk.student.features, grad_weight, accumulate=start > 0)
+        values[:3] *= unit
+        values[3] /= (self.row_weights > 0).sum().clamp_min(1)
+        return values, (grad_features, grad_weight, grad_bias), unit
+
+    def _dropped_rows(self) -> torch.Tensor:
+        """(N, 1) bool, True for rows that count in no mean (padding)."""
+        kept = self.row_weights > 0
+        kept[: self.targets.shape[0]] |= self.target_weights > 0
+        return ~kept[:, None]
+
+    def _unit_weights(
+        self, dtype: torch.dtype, half: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Row and target weights over a common factor that keeps half-precision gradients in range."""
+        row_weights, target_weights = self.row_weights.to(dtype), self.target_weights.to(dtype)
+        if not half:
+            return row_weights, target_weights, torch.ones((), dtype=dtype, device=row_weights.device)
+        floor = row_weights.new_full((1,), 1e-30)
+        unit = torch.cat([row_weights, target_weights, floor]).max() / HALF_SCALE
+        return row_weights / unit, target_weights / unit, unit
+
+
+def _slice(model: DecoderRows, rows: slice, dropped: torch.Tensor) -> DecoderRows:
+    """One chunk; zeros for rows that are dropped, because a weight of 0 times a NaN would be a NaN."""
+    features = model.features[rows].masked_fill(dropped[rows], 0.0)
+    return DecoderRows(features, model.weight, model.bias, model.share)

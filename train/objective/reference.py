@@ -1,0 +1,138 @@
+"""The objective as its formula is written, on full logits: the oracle of the tests and of the benchmark.
+
+Slow and hungry on purpose: no chunk, no trick, gradients by autograd. `original_distiller_loss` is the
+formula of the original code, step by step, for parity with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from train.data.masking import MaskedBatch
+
+
+@dataclass(frozen=True)
+class ReferenceTerms:
+    """Scalars in the dtype of the student's logits; all have gradients, save for the agreement."""
+
+    kd: torch.Tensor
+    mlm: torch.Tensor
+    mse: torch.Tensor
+    top1_agreement: torch.Tensor
+
+
+def reference_terms(
+    student_logits: torch.Tensor,
+    teacher_logits: Sequence[torch.Tensor],
+    shares: Sequence[float],
+    masked: MaskedBatch,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    temperature: float = 2.0,
+    kd_positions: str = "all",
+    num_tokens: float | None = None,
+    num_masked_tokens: float | None = None,
+) -> ReferenceTerms:
+    """Terms of the objective on full logits, unweighted; see train.objective.distillation.LossTerms.
+
+    Args:
+        student_logits: (B, L, V).
+        teacher_logits: one (B, L, V) per teacher; their tempered probabilities are averaged by `shares`.
+        attention_mask: (B, L), non-zero where a token counts.
+    """
+    is_masked = torch.zeros_like(masked.input_ids, dtype=torch.bool)
+    labels = torch.zeros_like(masked.input_ids)
+    for row, column in masked.valid.nonzero():
+        is_masked[row, masked.positions[row, column]] = True
+        labels[row, masked.positions[row, column]] = masked.targets[row, column]
+    kept = torch.ones_like(is_masked) if attention_mask is None else attention_mask != 0
+    if kd_positions == "masked":
+        kept = is_masked
+    count = num_masked_tokens if kd_positions == "masked" else num_tokens
+    student = student_logits[kept]
+    teachers = [logits[kept].to(student.dtype) for logits in teacher_logits]
+    kd = mse = agreement = student_logits.sum() * 0
+    if teachers:
+        weighted = list(zip(shares, teachers, strict=True))
+        soft = sum(share * torch.softmax(logits / temperature, -1) for share, logits in weighted)
+        assert isinstance(soft, torch.Tensor)
+        log_student = torch.log_softmax(student / temperature, -1)
+        kd = temperature**2 * _mean((torch.xlogy(soft, soft) - soft * log_student).sum(-1), count)
+        mean_logits = sum(share * logits for share, logits in weighted)
+        mse = _mean((student - mean_logits).square().sum(-1), count)
+        best = soft.argmax(-1, keepdim=True)
+        agreement = _mean((student.gather(-1, best).squeeze(-1) == student.amax(-1)).to(student.dtype), None)
+    losses = -torch.log_softmax(student_logits[is_masked], -1).gather(-1, labels[is_masked][:, None])
+    return ReferenceTerms(kd, _mean(losses, num_masked_tokens), mse, agreement.detach())
+
+
+def reference_cosine(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    num_tokens: float | None = None,
+) -> torch.Tensor:
+    """1 - cos of (B, L, width) hidden states, mean over non-padding positions."""
+    kept = slice(None) if attention_mask is None else attention_mask.flatten() != 0
+    student, teacher = student_hidden.flatten(0, 1)[kept], teacher_hidden.flatten(0, 1)[kept]
+    cosines = (student * teacher).sum(-1) / (student.norm(dim=-1) * teacher.norm(dim=-1))
+    return _mean(1 - cosines, num_tokens)
+
+
+def _mean(values: torch.Tensor, count: float | None) -> torch.Tensor:
+    """Sum over `count`, or over the number of values; 0 for none."""
+    divisor = values.numel() if count is None else count
+    return values.sum() / divisor if divisor else values.sum()
+
+
+def original_distiller_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float = 2.0,
+    kd_weight: float = 5.0,
+    mlm_weight: float = 2.0,
+    cosine_weight: float = 1.0,
+    mse_weight: float = 0.0,
+    masked_only: bool = False,
+) -> torch.Tensor:
+    """The loss of `Distiller.step` in Hugging Face's research project distillation/distiller.py.
+
+    Args:
+        student_logits, teacher_logits: (B, L, V). student_hidden, teacher_hidden: (B, L, width), last layer.
+        attention_mask: (B, L) bool. labels: (B, L) int64, -100 where nothing is asked.
+        masked_only: its `restrict_ce_to_mask`.
+    """
+    vocabulary = student_logits.size(-1)
+    kept = labels > -1 if masked_only else attention_mask
+    over_logits = kept.unsqueeze(-1).expand_as(student_logits)
+    student = torch.masked_select(student_logits, over_logits).view(-1, vocabulary)
+    teacher = torch.masked_select(teacher_logits, over_logits).view(-1, vocabulary)
+    soft_targets = nn.functional.softmax(teacher / temperature, dim=-1)
+    log_student = nn.functional.log_softmax(student / temperature, dim=-1)
+    divergence = nn.KLDivLoss(reduction="batchmean")(log_student, soft_targets)
+    loss = kd_weight * divergence * temperature**2
+    if mlm_weight > 0:
+        cross_entropy = nn.CrossEntropyLoss(ignore_index=-100)
+        loss = loss + mlm_weight * cross_entropy(student_logits.view(-1, vocabulary), labels.view(-1))
+    if mse_weight > 0:
+        loss = loss + mse_weight * nn.MSELoss(reduction="sum")(student, teacher) / student.size(0)
+    if cosine_weight > 0:
+        width = student_hidden.size(-1)
+        over_hidden = attention_mask.unsqueeze(-1).expand_as(student_hidden)
+        student_rows = torch.masked_select(student_hidden, over_hidden).view(-1, width)
+        teacher_rows = torch.masked_select(teacher_hidden, over_hidden).view(-1, width)
+        same = student_rows.new_ones(student_rows.size(0))
+        cosine = nn.CosineEmbeddingLoss(reduction="mean")(student_rows, teacher_rows, same)
+        loss = loss + cosine_weight * cosine
+    return loss
