@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.progress import Progress
-from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, replace_file
+from data_prep.shard_format.errors import UserError
+from data_prep.shard_format.files import write_text
+from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest, TokenizerInfo
 from data_prep.sources.records import ReadOptions
 from data_prep.sources.resolve import Source
 from data_prep.workers import JobFailed, World
@@ -187,7 +189,7 @@ class FolderLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another run is writing into {work.parent}; wait for it, or stop it") from None
+            raise UserError(f"another run is writing into {work.parent}; wait for it, or stop it") from None
 
     def release(self) -> None:
         """Let go; where the job has not even begun, leave nothing behind."""
@@ -206,7 +208,7 @@ def prepare_folder(
     Returns:
         The name of this run's folder of claims; the manifest where the shards are complete.
     Raises:
-        ValueError: DIR holds something else: other options, other inputs, other files.
+        UserError: DIR holds something else: other options, other inputs, other files.
     """
     out = Path(options.out)
     identity = {
@@ -237,10 +239,10 @@ def prepare_folder(
     if begun is None:
         foreign = sorted(path.name for path in out.iterdir() if path.name != WORK_FOLDER)
         if foreign:
-            raise ValueError(
+            raise UserError(
                 f"{out} is not empty ({foreign[0]}) and was not made by write_shards; choose an empty folder"
             )
-        replace_file(journal, json.dumps(identity).encode())
+        write_text(journal, json.dumps(identity))
     for stale in (out / WORK_FOLDER).glob("run-*"):
         shutil.rmtree(stale)
     run = f"run-{uuid.uuid4().hex}"
@@ -308,6 +310,6 @@ def _refuse_difference(out: Path, made: dict[str, Any], wanted: dict[str, Any]) 
         )
     elif not different:
         different.append("inputs that have changed since")
-    raise ValueError(
+    raise UserError(
         f"{out} was made with {'; '.join(different)}; choose another --out, or remove that folder first"
     )

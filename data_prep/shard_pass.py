@@ -18,6 +18,8 @@ from data_prep.bucket_files import Spill, open_spill
 from data_prep.job import Job, Team, describe_sources
 from data_prep.placement import Documents, Plan, ShardPlan, order_and_deduplicate, plan_shards
 from data_prep.progress import Progress
+from data_prep.shard_format.errors import UserError
+from data_prep.shard_format.files import write_text
 from data_prep.shard_format.manifest import (
     SPLITS,
     TOKENIZER_FOLDER,
@@ -25,7 +27,6 @@ from data_prep.shard_format.manifest import (
     ShardInfo,
     blocks_of,
     count_tokens,
-    replace_file,
     write_shard,
 )
 from data_prep.tokenize_pass import spill_counts, write_skipped
@@ -39,7 +40,7 @@ def make_plan(job: Job) -> Plan:
     """Decide the shards from the keys, digests and lengths in the spills; on rank 0.
 
     Raises:
-        ValueError: there is nothing to write.
+        UserError: there is nothing to write.
     """
     paths = sorted(job.spills.glob("*.spill"))
     heads = spill_counts(job)
@@ -47,7 +48,7 @@ def make_plan(job: Job) -> Plan:
     if total == 0:
         read = sum(head["read"] for head in heads)
         short = sum(head["too_short"] for head in heads)
-        raise ValueError(
+        raise UserError(
             f"no document to write: {read:,} read, of which {short:,} have fewer than "
             f"{job.options.min_tokens} tokens (--min-tokens); sources: {' '.join(job.options.sources)}"
         )
@@ -64,7 +65,7 @@ def make_plan(job: Job) -> Plan:
 
     plan = plan_shards(read_parts, job.options.shard_tokens)
     if not any(shard.split == "train" for shard in plan.shards):
-        raise ValueError(
+        raise UserError(
             f"all {plan.documents:,} documents fall to the held-out split; lower --heldout-fraction "
             f"{job.options.heldout_fraction} or add documents"
         )
@@ -119,7 +120,7 @@ class Builder:
             for block in blocks_of(documents):  # one by one, each would cost a pass over the vocabulary
                 count_tokens(counts, np.concatenate(block) if len(block) > 1 else block[0])
             np.save(self._job.records / f"{shard.name}.npy", counts.astype(np.uint32))
-        replace_file(self._job.records / f"{shard.name}.json", json.dumps(asdict(info)).encode())
+        write_text(self._job.records / f"{shard.name}.json", json.dumps(asdict(info)))
         os.replace(part, Path(self._job.options.out, shard.name))
         return info
 

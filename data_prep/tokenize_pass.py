@@ -18,6 +18,7 @@ from data_prep.document_encoder import Encoder
 from data_prep.job import Job, Team
 from data_prep.placement import order_and_deduplicate
 from data_prep.progress import Progress
+from data_prep.shard_format.errors import UserError
 from data_prep.sources.records import FORMATS, Reading, Record, SourceFile
 from data_prep.sources.resolve import Unit, chunk_bytes, make_units
 from data_prep.sources.texts import BadRecord, Text
@@ -149,7 +150,7 @@ class Spiller:
     def _bad(self, bad: list[dict[str, str]], file: str, place: str, problem: str) -> None:
         where = f"{file}, {place}" if place else file
         if not self._job.options.skip_bad_records:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {problem}; mend it, or leave such records out with --on-bad-record skip"
             )
         bad.append({"where": where, "problem": problem})

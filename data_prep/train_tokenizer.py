@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.job import exit_code
+from data_prep.shard_format.errors import UserError
 from data_prep.sources.records import FORMATS, Reading, ReadOptions, text_fields
 from data_prep.sources.resolve import HELP as SOURCES_HELP
 from data_prep.sources.resolve import TXT_DOCUMENTS, Unit, make_units, resolve_sources
@@ -47,7 +48,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
     temporary file for the trainer, which must know the letters before it begins.
 
     Raises:
-        ValueError: the texts are too few for any vocabulary, or `vocab_size` too small for their letters.
+        UserError: the texts are too few for any vocabulary, or `vocab_size` too small for their letters.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizer
@@ -62,7 +63,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
             copy.write(text + "\n")
         letters = _letters(counts, backend.normalizer, limit=min(1000, vocab_size // 4))
         if not letters:
-            raise ValueError("the sources hold no text to train a vocabulary on")
+            raise UserError("the sources hold no text to train a vocabulary on")
         # The trainer numbers the "##" letters in the order of a hash table that differs from run to run, and
         # breaks ties between merges by these numbers. As "special" tokens they get theirs beforehand.
         inner = [letter for letter in letters if _goes_on(letter, backend)]
@@ -169,9 +170,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(parsed: argparse.Namespace) -> str:
     """Train, save and tell; raises ValueError or OSError with one plain message."""
     if not 64 <= parsed.vocab_size <= 1 << 20:
-        raise ValueError(f"--vocab-size {parsed.vocab_size}: must be between 64 and {1 << 20}")
+        raise UserError(f"--vocab-size {parsed.vocab_size}: must be between 64 and {1 << 20}")
     if parsed.processes is not None and parsed.processes < 1:
-        raise ValueError(f"--processes {parsed.processes}: must be at least 1")
+        raise UserError(f"--processes {parsed.processes}: must be at least 1")
     fields = text_fields(parsed.text_field)
     units = make_units(resolve_sources(parsed.sources, parsed.txt_documents))
     num_processes = parsed.processes or len(os.sched_getaffinity(0))

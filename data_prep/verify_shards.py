@@ -17,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.manifest import (
     SPLITS,
     TOKENIZER_FOLDER,
@@ -38,24 +39,24 @@ def check_shard(path: Path, info: ShardInfo, manifest: Manifest) -> np.ndarray:
     Returns:
         int64 (vocab_size,), how often each token stands in it.
     Raises:
-        FileNotFoundError, ValueError: what is wrong, naming the file.
+        FileNotFoundError, UserError: what is wrong, naming the file.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; {REMEDY}")
     size = path.stat().st_size
     if size != info.bytes:
-        raise ValueError(f"{path} has {size:,} bytes, the manifest says {info.bytes:,}; {REMEDY}")
+        raise UserError(f"{path} has {size:,} bytes, the manifest says {info.bytes:,}; {REMEDY}")
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while data := file.read(1 << 20):
             digest.update(data)
         if digest.hexdigest() != info.sha256:
-            raise ValueError(f"{path} is altered: its sha256 is not the manifest's; {REMEDY}")
+            raise UserError(f"{path} is altered: its sha256 is not the manifest's; {REMEDY}")
         file.seek(0)
         try:
             blocks = read_blocks(file, token_dtype(manifest.tokenizer.vocab_size))
         except ValueError as error:
-            raise ValueError(f"{path} is no shard: {error}; {REMEDY}") from None
+            raise UserError(f"{path} is no shard: {error}; {REMEDY}") from None
     return _check_blocks(blocks, path, info, manifest)
 
 
@@ -66,21 +67,21 @@ def _check_blocks(
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for block in blocks:
         if not len(block):
-            raise ValueError(f"{path}: a block has no tokens; {REMEDY}")
+            raise UserError(f"{path}: a block has no tokens; {REMEDY}")
         if int(block.max()) >= tokenizer.vocab_size:
-            raise ValueError(f"{path}: token {int(block.max())} is beyond the vocabulary; {REMEDY}")
+            raise UserError(f"{path}: token {int(block.max())} is beyond the vocabulary; {REMEDY}")
         if block[-1] != tokenizer.sep_id:
-            raise ValueError(f"{path}: a block does not end with a whole document; {REMEDY}")
+            raise UserError(f"{path}: a block does not end with a whole document; {REMEDY}")
         count_tokens(counts, block)
     found = {"documents": int(counts[tokenizer.sep_id]), "tokens": int(counts.sum())}
     for name, value in found.items():
         if value != getattr(info, name):
-            raise ValueError(
+            raise UserError(
                 f"{path} has {value:,} {name}, the manifest says {getattr(info, name):,}; {REMEDY}"
             )
     for index in set(tokenizer.special_ids) - {tokenizer.sep_id, tokenizer.unk_id}:
         if counts[index]:
-            raise ValueError(f"{path}: special token {index} stands inside a document; {REMEDY}")
+            raise UserError(f"{path}: special token {index} stands inside a document; {REMEDY}")
     return counts
 
 
@@ -90,7 +91,7 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
     Returns:
         The manifest and the loaded tokenizer.
     Raises:
-        FileNotFoundError, ValueError: the first thing that is wrong.
+        FileNotFoundError, UserError: the first thing that is wrong.
     """
     from tqdm import tqdm
     from transformers import AutoTokenizer
@@ -100,7 +101,7 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
     named = {shard.name for _, shard in shards}
     strangers = sorted(path.name for path in folder.glob("*.tar") if path.name not in named)
     if strangers:
-        raise ValueError(f"{folder} holds {strangers[0]}, which the manifest does not name; {REMEDY}")
+        raise UserError(f"{folder} holds {strangers[0]}, which the manifest does not name; {REMEDY}")
     histogram = np.zeros(manifest.tokenizer.vocab_size, dtype=np.int64)
     total = sum(shard.bytes for _, shard in shards)
     with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
@@ -115,9 +116,9 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{folder / TOKENIZER_FOLDER} does not load ({reason}); {REMEDY}") from None
+        raise UserError(f"{folder / TOKENIZER_FOLDER} does not load ({reason}); {REMEDY}") from None
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer.fingerprint:
-        raise ValueError(f"{folder / TOKENIZER_FOLDER} is not the tokenizer of the manifest; {REMEDY}")
+        raise UserError(f"{folder / TOKENIZER_FOLDER} is not the tokenizer of the manifest; {REMEDY}")
     return manifest, tokenizer
 
 
@@ -129,9 +130,9 @@ def _check_histogram(path: Path, expected: np.ndarray) -> None:
             data = file.read(expected.nbytes + 1024)  # its header is shorter
         found = npy_array(memoryview(data), "it", expected.dtype)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from None
+        raise UserError(f"{path} is damaged ({error}); {REMEDY}") from None
     if not np.array_equal(found, expected):
-        raise ValueError(f"{path} does not count the tokens of the train split; {REMEDY}")
+        raise UserError(f"{path} does not count the tokens of the train split; {REMEDY}")
 
 
 def passages(folder: Path, manifest: Manifest, tokenizer: Any, count: int) -> Iterator[str]:
@@ -164,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         if parsed.passages < 0:
-            raise ValueError(f"--passages {parsed.passages}: must be at least 0")
+            raise UserError(f"--passages {parsed.passages}: must be at least 0")
         manifest, tokenizer = check_folder(parsed.folder)
         for passage in passages(parsed.folder, manifest, tokenizer, parsed.passages):
             print(passage)

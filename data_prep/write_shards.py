@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.job import WORK_FOLDER, FolderLock, Job, JobOptions, Team, exit_code, explain, prepare_folder
+from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, tokenizer_info
 from data_prep.shard_pass import SKIPPED_NAME, Builder, finish, make_plan
 from data_prep.sources.records import text_fields
@@ -101,11 +102,11 @@ def options_of(arguments: argparse.Namespace) -> JobOptions:
     for name, lowest in (("min_tokens", 1), ("shard_tokens", 1024), ("seed", 0), ("processes", 1)):
         value = getattr(arguments, name)
         if value is not None and value < lowest:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
     if arguments.seed >= 1 << 63:
-        raise ValueError(f"--seed {arguments.seed}: must be below 2**63")
+        raise UserError(f"--seed {arguments.seed}: must be below 2**63")
     if not 0 <= arguments.heldout_fraction < 1:
-        raise ValueError(f"--heldout-fraction {arguments.heldout_fraction}: must be at least 0 and below 1")
+        raise UserError(f"--heldout-fraction {arguments.heldout_fraction}: must be at least 0 and below 1")
     return JobOptions(
         sources=tuple(arguments.sources),
         tokenizer=arguments.tokenizer,
@@ -124,7 +125,7 @@ def load_tokenizer(name: str) -> Any:
     """A Hugging Face tokenizer from a folder or the hub.
 
     Raises:
-        ValueError: there is none, in one line where transformers has ten.
+        UserError: there is none, in one line where transformers has ten.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -132,13 +133,13 @@ def load_tokenizer(name: str) -> Any:
     quiet_hub()
     logging.set_verbosity_error()  # it warns of texts longer than the model; shards hold whole documents
     if not os.path.isdir(name) and (os.path.exists(name) or name.startswith((".", "/", "~"))):
-        raise ValueError(f"--tokenizer {name}: not a folder with a Hugging Face tokenizer")
+        raise UserError(f"--tokenizer {name}: not a folder with a Hugging Face tokenizer")
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to
         where = "in this folder" if os.path.isdir(name) else "on this machine or the hub"
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"--tokenizer {name}: no tokenizer that loads {where} ({reason})") from None
+        raise UserError(f"--tokenizer {name}: no tokenizer that loads {where} ({reason})") from None
 
 
 def run_job(world: World, options: JobOptions | None) -> Manifest | None:
@@ -175,7 +176,7 @@ class _Root:
         self._tokenizer = load_tokenizer(options.tokenizer)
         info: TokenizerInfo = tokenizer_info(self._tokenizer)
         if Path(options.out).exists() and not Path(options.out).is_dir():
-            raise ValueError(f"--out {options.out}: is not a folder")
+            raise UserError(f"--out {options.out}: is not a folder")
         self._lock = FolderLock(Path(options.out, WORK_FOLDER))
         run, manifest = prepare_folder(options, sources, info)
         if manifest is not None:
@@ -227,9 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
         existed = Path(options.out, MANIFEST_NAME).exists()
         if world.size > 1:
             if parsed.processes is not None:
-                raise ValueError(
-                    "--processes has no effect under mpirun: its ranks do the work; leave it out"
-                )
+                raise UserError("--processes has no effect under mpirun: its ranks do the work; leave it out")
             manifest = run_job(world, options)
         else:
             num_processes = parsed.processes or len(os.sched_getaffinity(0))

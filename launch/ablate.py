@@ -35,6 +35,7 @@ from launch.ablation.job import Job, StoppedError, finetune_all, reason_of, trai
 from launch.cli import BAD_USAGE, parse_config, run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words
 from train.distributed.signals import STOPPED_AFTER_SAVING
+from train.errors import UserError
 
 FINETUNE = "--finetune."
 FINETUNING_SEEDS = 5
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     words = [word for word in words if not word.startswith(FINETUNE)]
     words = [flag for recipe in options.config for flag in ("--config", recipe)] + words
     if any(word.startswith("--run.dir") for word in words):
-        raise ValueError("--run.dir has no effect here: every variant has its folder below --out; remove it")
+        raise UserError("--run.dir has no effect here: every variant has its folder below --out; remove it")
     base = parse_config(words, "")
 
     from launch.ablation.runs import refuse_other_runs, teacher_layers
@@ -129,16 +130,16 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     options, words = parser.parse_known_args(arguments)
     if options.ranks is not None and options.ranks < 1:
-        raise ValueError(f"--ranks {options.ranks}: give at least 1")
+        raise UserError(f"--ranks {options.ranks}: give at least 1")
     if options.hostfile is not None and not options.hostfile.is_file():
-        raise ValueError(f"--hostfile {options.hostfile}: no such file")
+        raise UserError(f"--hostfile {options.hostfile}: no such file")
     return options, words
 
 
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise ValueError(f"{text!r} names nothing: give names with commas between them")
+        raise UserError(f"{text!r} names nothing: give names with commas between them")
     return names
 
 
@@ -150,21 +151,21 @@ def _finetuning(
     Args:
         stand_in: a model whose check stands for that of the students, which are not there yet: the teacher.
     Raises:
-        ValueError: what would otherwise only be found wrong after hours of training.
+        UserError: what would otherwise only be found wrong after hours of training.
     """
     if options.tasks is None:
         for name, given in (("--data", options.data), ("--seeds", options.seeds)):
             if given is not None:
-                raise ValueError(f"{name} has no effect without --tasks; name tasks, or remove it")
+                raise UserError(f"{name} has no effect without --tasks; name tasks, or remove it")
         if own_words:
-            raise ValueError(f"{FINETUNE}* has no effect without --tasks; name tasks, or remove it")
+            raise UserError(f"{FINETUNE}* has no effect without --tasks; name tasks, or remove it")
         return [], []
     from launch import finetune
     from launch.ablation.variants import FULL
     from train.finetuning.runs import check_task
 
     if options.seeds is not None and options.seeds < 1:
-        raise ValueError(f"--seeds {options.seeds}: give at least 1")
+        raise UserError(f"--seeds {options.seeds}: give at least 1")
     flags = ["--task", *_names(options.tasks), "--seeds", str(options.seeds or FINETUNING_SEEDS)]
     flags += [] if options.data is None else ["--data", options.data]
     flags += own_words
@@ -178,7 +179,7 @@ def _finetuning(
 
 
 def _refuse_flag(message: str) -> NoReturn:
-    raise ValueError(f"{FINETUNE}KEY=VALUE, which becomes --KEY=VALUE of launch/finetune.py: {message}")
+    raise UserError(f"{FINETUNE}KEY=VALUE, which becomes --KEY=VALUE of launch/finetune.py: {message}")
 
 
 def _has_gpu() -> bool:
@@ -222,11 +223,12 @@ def _work(job: Job) -> int:
 
 def _show(job: Job) -> str:
     """Write ablation.json, .md and .png of what is finished; the table for the screen."""
+    from data_prep.shard_format.files import write_json, write_text
     from launch.ablation.figure import plot
     from launch.ablation.runs import is_finished, result_of, scale_of, teacher_scores
     from launch.ablation.table import Ablation, as_json, as_markdown, as_text
     from launch.ablation.variants import FULL
-    from train.run_folder import provenance, write_atomically, write_json
+    from train.run_folder import provenance
 
     finished = [variant for variant in job.variants if is_finished(job.out / variant.name)]
     ablation = Ablation(
@@ -238,7 +240,7 @@ def _show(job: Job) -> str:
         left_out=job.left_out,
     )
     write_json(job.out / "ablation.json", {**as_json(ablation), "versions": provenance()})
-    write_atomically(job.out / "ablation.md", as_markdown(ablation))
+    write_text(job.out / "ablation.md", as_markdown(ablation))
     plot(ablation, job.out / "ablation.png")
     return as_text(ablation)
 

@@ -21,7 +21,7 @@ from launch.error_messages import tell
 from train.config import Config
 from train.distributed.discovery import probable_rank
 from train.environment_file import load_environment_file
-from train.errors import RunError
+from train.errors import RunError, UserError
 
 BAD_USAGE = 2
 BAD_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -39,7 +39,7 @@ def parse_config(arguments: Sequence[str], description: str) -> Config:
     """The configuration of a command line: defaults < `--config` files < `--section.key=value`.
 
     Raises:
-        ValueError: unknown key, ill-typed or impossible value; the message names it.
+        UserError: unknown key, ill-typed or impossible value; the message names it.
         SystemExit: after `--help`.
     """
     parser = jsonargparse.ArgumentParser(
@@ -60,7 +60,7 @@ def parse_config(arguments: Sequence[str], description: str) -> Config:
         tree = vars(parser.instantiate(namespace))
         config = Config(**{name: tree[name] for name in Config.__dataclass_fields__})
     except jsonargparse.ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise UserError(" ".join(str(error).split())) from None
     if namespace.profile and not config.run.profile_steps:
         return replace(config, run=replace(config.run, profile_steps=PROFILE_STEPS))
     return config
@@ -73,14 +73,14 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
         # torch reads it when it is imported: a name server without the hosts' names would cost a line per connection.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         code = main(sys.argv[1:])
-    except (ValueError, OSError, RunError) as error:
+    except (UserError, OSError, RunError) as error:
         if os.environ.get("HALFLING_TRACEBACK"):
             raise
         if isinstance(error, BrokenPipeError) and _reader_has_left():
             code = 128 + signal.SIGPIPE
         else:
             tell(f"error: {error}", os.environ, others_know=isinstance(error, RunError) and error.others_know)
-            code = BAD_USAGE if isinstance(error, (ValueError, *BAD_PATHS)) else 1
+            code = BAD_USAGE if isinstance(error, (UserError, *BAD_PATHS)) else 1
     except SystemExit as ended:  # argparse's, after --help or bad usage
         if isinstance(ended.code, str):
             raise

@@ -49,6 +49,7 @@ from launch.preflight.hosts import (
 )
 from launch.text_table import text_table
 from train.config import Config
+from train.errors import UserError
 from train.text_files import read_utf8
 
 ALL_REDUCE_TIMEOUT_S = 90.0
@@ -59,15 +60,15 @@ def main(arguments: Sequence[str]) -> int:
     options, rest = build_parser().parse_known_args(arguments)
     config = parse_config(rest, "")
     if options.num_gpus is not None and options.num_gpus < 1:
-        raise ValueError(f"--num-gpus {options.num_gpus}: give a number above 0")
+        raise UserError(f"--num-gpus {options.num_gpus}: give a number above 0")
     if options.hostfile is not None and options.num_gpus is not None:
-        raise ValueError(f"--num-gpus {options.num_gpus} has no effect beside --hostfile, whose slots= count")
+        raise UserError(f"--num-gpus {options.num_gpus} has no effect beside --hostfile, whose slots= count")
     if options.hostfile is None and options.ssh is not None:
-        raise ValueError(
+        raise UserError(
             f"--ssh {options.ssh!r} has no effect without --hostfile: this machine is asked plainly"
         )
     if not 0 < options.master_port < 65536:
-        raise ValueError(f"--master-port {options.master_port} is no port: give a number from 1 to 65535")
+        raise UserError(f"--master-port {options.master_port} is no port: give a number from 1 to 65535")
     entries, ssh = [HostEntry("localhost", options.num_gpus or 1)], None
     if options.hostfile is not None:
         entries = read_hostfile(options.hostfile)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import run_main
+from train.errors import UserError
 
 if TYPE_CHECKING:
     from train.export.onnx_export import OnnxFile
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     refuse_idle_options(options)
     if options.out.exists():
-        raise ValueError(f"{options.out} exists; give another folder or remove it first")
+        raise UserError(f"{options.out} exists; give another folder or remove it first")
     if options.onnx:
         from train.export.onnx_check import require_onnx
 
@@ -79,13 +80,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def refuse_idle_options(options: argparse.Namespace) -> None:
-    """ValueError where an option would change nothing."""
+    """UserError where an option would change nothing."""
     if options.int8 and not options.onnx:
-        raise ValueError("--int8 quantises the ONNX file: give --onnx too")
+        raise UserError("--int8 quantises the ONNX file: give --onnx too")
     if options.texts and not options.int8:
-        raise ValueError("--texts is what int8 is measured on: give --onnx --int8 too")
+        raise UserError("--texts is what int8 is measured on: give --onnx --int8 too")
     if (options.source / "config.json").exists() and not options.onnx:
-        raise ValueError(f"{options.source} is a Hugging Face folder already; --onnx writes it as ONNX")
+        raise UserError(f"{options.source} is a Hugging Face folder already; --onnx writes it as ONNX")
 
 
 def read_texts(path: Path) -> list[str]:
@@ -93,9 +94,9 @@ def read_texts(path: Path) -> list[str]:
     try:
         texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8: give a text file with one sentence per line") from None
+        raise UserError(f"{path} is not UTF-8: give a text file with one sentence per line") from None
     if not texts:
-        raise ValueError(f"{path} holds no sentences: give a file with one per line")
+        raise UserError(f"{path} holds no sentences: give a file with one per line")
     return texts
 
 

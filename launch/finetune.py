@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import run_main
+from train.errors import UserError
 from train.finetuning.settings import Job, Settings, settings_for
 from train.finetuning.tasks import GLUE, TASKS, Task, task_named
 
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str]) -> int:
     tasks = tasks_of(options.task)
     jobs = [job_of(task, options) for task in tasks]
     if options.seeds < 1:
-        raise ValueError(f"--seeds is {options.seeds}; give at least 1")
+        raise UserError(f"--seeds is {options.seeds}; give at least 1")
     one_gpu(os.environ)
     return run_jobs(jobs, range(options.seeds), options.out)
 
@@ -143,15 +144,15 @@ def job_of(task: Task, options: argparse.Namespace) -> Job:
         return path.replace("{task}", task.name)
 
     if options.unlabelled and not options.teacher:
-        raise ValueError("--unlabelled has no effect without --teacher, who would label it; give both")
+        raise UserError("--unlabelled has no effect without --teacher, who would label it; give both")
     if options.unlabelled_only and not options.unlabelled:
-        raise ValueError("--unlabelled-only needs --unlabelled FILE")
+        raise UserError("--unlabelled-only needs --unlabelled FILE")
     if options.teacher and options.hard_weight == 1.0 and not options.unlabelled:
-        raise ValueError(
+        raise UserError(
             "--hard-weight 1 leaves the soft labels out, so that --teacher has no effect; give less, or no --teacher"
         )
     if not options.checkpoint_seconds >= 0:
-        raise ValueError(f"--checkpoint-seconds is {options.checkpoint_seconds}; give 0 or more")
+        raise UserError(f"--checkpoint-seconds is {options.checkpoint_seconds}; give 0 or more")
     given = {field.name: getattr(options, field.name) for field in fields(Settings)}
     teachers = tuple(map(for_task, options.teacher))
     return Job(

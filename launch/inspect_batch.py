@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import parse_config, run_main
 from train.config import Config
+from train.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +98,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Confi
     words = [*rest, *(f"--{key}={value}" for key, value in short.items())]
     for name, least in (("step", 0), ("world_size", 1), ("show", 0)):
         if getattr(options, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')}={getattr(options, name)}: give at least {least}")
+            raise UserError(f"--{name.replace('_', '-')}={getattr(options, name)}: give at least {least}")
     # A micro batch of 1 fits every batch. One of the whole batch does, too, and tells a 1 that was given,
     # here or in a recipe, from the default.
     config = parse_config(["--training.micro_batch_size=1", *words], __doc__ or "")
@@ -116,7 +117,7 @@ def rebuild(config: Config, step: int, world_size: int, micro_batch_size: int | 
     Args:
         micro_batch_size: None takes a rank's whole share at once.
     Raises:
-        ValueError, FileNotFoundError: as in training.
+        UserError, FileNotFoundError: as in training.
     """
     from train.build import load_manifest
     from train.data.masking import MaskedBatch

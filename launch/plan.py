@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import parse_config, run_main
 from train.config import Config, DataConfig
+from train.errors import UserError
 
 if TYPE_CHECKING:
     from launch.planner.cost import Machines
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     rest += [f"--data.shards={shards}" for shards in options.shards]
     config = parse_config(rest, "")
     # Only now the seconds that transformers takes to import.
+    from data_prep.shard_format.files import write_json
     from launch.planner.planning import as_json, fitting_micro_batch, make_plan, scaling_curve
     from launch.planner.tables import (
         comparison_table,
@@ -48,7 +50,6 @@ def main(arguments: Sequence[str]) -> int:
         work_table,
     )
     from launch.planner.workload import read_recipe
-    from train.run_folder import write_json
 
     machines, memory_gib, notes = machines_of(options)
     engine = engine_of(config)
@@ -134,33 +135,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def refuse_impossible(options: argparse.Namespace) -> None:
-    """ValueError for a number that cannot be, a file that cannot be written or a second corpus, naming the flag."""
+    """UserError for a number that cannot be, a file that cannot be written or a second corpus, naming the flag."""
     for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, (int, float)) and not SMALLEST <= value <= LARGEST:  # NaN too
-            raise ValueError(f"{flag} {value}: give a number above 0, from {SMALLEST:g} to {LARGEST:g}")
+            raise UserError(f"{flag} {value}: give a number above 0, from {SMALLEST:g} to {LARGEST:g}")
         if isinstance(value, Path):
             refuse_unwritable(flag, value)
     if options.mfu is not None and options.mfu > 1:
-        raise ValueError(f"--mfu {options.mfu}: a share of the matrix rate; give a number up to 1")
+        raise UserError(f"--mfu {options.mfu}: a share of the matrix rate; give a number up to 1")
     if options.plot is not None and options.plot.suffix not in PLOT_SUFFIXES:
-        raise ValueError(f"--plot {options.plot}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
+        raise UserError(f"--plot {options.plot}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
     corpora = [] if options.tokens is None else [f"--tokens {options.tokens:g}"]
     corpora += [f"--shards {shards}" for shards in options.shards]
     if len(corpora) > 1:
-        raise ValueError(
-            f"{' and '.join(corpora)}: only one can say how large the corpus is; remove the rest"
-        )
+        raise UserError(f"{' and '.join(corpora)}: only one can say how large the corpus is; remove the rest")
 
 
 def refuse_unwritable(flag: str, path: Path) -> None:
-    """ValueError where no file can be written, before the plan is made."""
+    """UserError where no file can be written, before the plan is made."""
     if path.is_dir():
-        raise ValueError(f"{flag} {path}: a folder; give a file's name")
+        raise UserError(f"{flag} {path}: a folder; give a file's name")
     if not path.parent.is_dir():
-        raise ValueError(f"{flag} {path}: there is no folder {path.parent}; make it, or choose another")
+        raise UserError(f"{flag} {path}: there is no folder {path.parent}; make it, or choose another")
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise ValueError(f"{flag} {path}: cannot be written to; choose another place")
+        raise UserError(f"{flag} {path}: cannot be written to; choose another place")
 
 
 def machines_of(options: argparse.Namespace) -> tuple[Machines, float, list[str]]:
@@ -201,12 +200,12 @@ def engine_of(config: Config) -> EngineSettings:
 
 
 def check_precision(options: argparse.Namespace, precision: str) -> None:
-    """ValueError where the table's rate is not the rate of the run's precision."""
+    """UserError where the table's rate is not the rate of the run's precision."""
     from launch.planner.hardware import find_gpu
 
     gpu = find_gpu(options.gpu)
     if options.matrix_rate is None and (precision == "fp32" or (precision == "bf16" and not gpu.bf16)):
-        raise ValueError(
+        raise UserError(
             f"deepspeed.config asks for {precision}, and the table has the fp16 rate of {gpu.name} alone: give "
             "--matrix-rate (TFLOP/s), or another deepspeed.config"
         )

@@ -25,9 +25,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from data_prep.shard_format.files import write_json
 from launch.cli import BAD_USAGE, run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words, run_stage
-from train.run_folder import hold, write_json
+from train.errors import UserError
+from train.run_folder import hold
 
 VOCABULARY = 8000
 SEQUENCE_LENGTH = 64
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps (default 1)")
     options = parser.parse_args(arguments)
     if not 0 < options.scale <= 1:
-        raise ValueError(f"--scale {options.scale}: give a share above 0, at most 1")
+        raise UserError(f"--scale {options.scale}: give a share above 0, at most 1")
     start = time.monotonic()
     with hold(options.out):
         chosen = {"scale": options.scale, "source": options.source}
@@ -131,7 +133,7 @@ def make_shards(corpus: str | Path, out: Path) -> None:
     heldout = sum(shard.tokens for shard in Manifest.load(str(out / "shards")).splits["heldout"])
     if heldout < SEQUENCE_LENGTH:
         shutil.rmtree(out / "shards")
-        raise ValueError(
+        raise UserError(
             f"the source has too little text: {heldout} tokens were held out, and scoring needs {SEQUENCE_LENGTH}; "
             "give more documents (in .txt files a blank line ends one)"
         )
@@ -216,7 +218,7 @@ def _refuse_other_options(out: Path, options: dict[str, object]) -> None:
     """Stages made with other options must not be mixed."""
     path = out / "options.json"
     if path.exists() and (before := json.loads(path.read_text())) != options:
-        raise ValueError(
+        raise UserError(
             f"{out} was started with {before}: use that again, remove the folder, or give another --out"
         )
 

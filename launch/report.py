@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import parse_config, run_main
 from launch.text_table import text_table
+from train.errors import UserError
 
 if TYPE_CHECKING:
     from launch.reporting.build import Given
@@ -38,12 +39,13 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str]) -> int:
     """Parse, read, compare, write, print."""
     options = parse(arguments)
+    from data_prep.shard_format.files import write_text
     from launch.reporting.build import Given, build
     from launch.reporting.inputs import named_folders, read_ablation, read_inference, read_model_scores
     from launch.reporting.page import as_html, as_markdown
     from launch.reporting.runs import read_curve, read_run_facts
     from train.distributed.world import quiet_libraries
-    from train.run_folder import provenance, write_atomically
+    from train.run_folder import provenance
 
     quiet_libraries()
     refuse_unclear_names([*options.runs, *options.curves])
@@ -65,8 +67,8 @@ def main(arguments: Sequence[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.runs:
         lines = write_comparison(options, compared, given)
-    write_atomically(options.out / "report.html", as_html(report))
-    write_atomically(options.out / "report.md", as_markdown(report))
+    write_text(options.out / "report.html", as_html(report))
+    write_text(options.out / "report.md", as_markdown(report))
     lines.append(f"page:        {options.out / 'report.html'}")
     text = "\n".join(lines) + "\n"
     (options.out / "report.txt").write_text(text)
@@ -94,11 +96,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ablation", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     if not (options.runs or options.scores or options.inference or options.ablation):
-        raise ValueError("nothing to report: give run folders, --scores, --inference or --ablation")
+        raise UserError("nothing to report: give run folders, --scores, --inference or --ablation")
     if options.curves and not options.runs:
-        raise ValueError("--curves adds to the plot of runs: give run folders too")
+        raise UserError("--curves adds to the plot of runs: give run folders too")
     if options.reference and not options.scores:
-        raise ValueError(f"--reference {options.reference} names a model of --scores: give --scores too")
+        raise UserError(f"--reference {options.reference} names a model of --scores: give --scores too")
     options.runs, options.curves = (
         [run.resolve() for run in runs] for runs in (options.runs, options.curves)
     )
@@ -117,8 +119,9 @@ def write_comparison(
     options: argparse.Namespace, compared: Sequence[ComparedModel], given: Given
 ) -> list[str]:
     """Write loss.png and summary.json; the table and where things are, as lines."""
+    from data_prep.shard_format.files import write_json
     from launch.reporting.comparison import as_json, plot_losses
-    from train.run_folder import provenance, write_json
+    from train.run_folder import provenance
 
     plot_losses(given.curves, options.out / "loss.png")
     cost = [
@@ -136,13 +139,13 @@ def write_comparison(
 
 
 def refuse_unclear_names(runs: Sequence[Path]) -> None:
-    """ValueError where a run is missing, or two rows or curves would have the same name."""
+    """UserError where a run is missing, or two rows or curves would have the same name."""
     names = [run.name for run in runs]
     for run in runs:
         if not (run / "metrics.jsonl").exists():
-            raise ValueError(f"{run} is not a run folder: it holds no metrics.jsonl")
+            raise UserError(f"{run} is not a run folder: it holds no metrics.jsonl")
         if names.count(run.name) > 1:
-            raise ValueError(
+            raise UserError(
                 f"two runs are named {run.name!r}; rename a folder, since rows and curves go by that name"
             )
 

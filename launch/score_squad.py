@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import run_main
+from train.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(arguments)
     if options.threshold is not None and options.null_scores is None:
-        raise ValueError("--threshold compares with null scores: give --null-scores FILE too")
+        raise UserError("--threshold compares with null scores: give --null-scores FILE too")
     from train.finetuning.squad import questions as squad_data
     from train.finetuning.squad import scores as squad_scores
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     predictions = squad_data.read_predictions(options.predictions)
     golds = squad_data.golds_of(questions)
     if predictions and not golds.keys() & predictions.keys():
-        raise ValueError(
+        raise UserError(
             f"{options.predictions}: no question of {options.questions} has any of its ids "
             f"({squad_data.named(list(predictions))}); are they of another data set?"
         )
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         null_scores = squad_data.read_null_scores(options.null_scores) if options.null_scores else None
         scores = squad_scores.score_v2(golds, predictions, null_scores, options.threshold)
     elif options.null_scores is not None:
-        raise ValueError(
+        raise UserError(
             f"--null-scores: every question of {options.questions} has an answer, none can be null"
         )
     else:

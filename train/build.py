@@ -16,6 +16,7 @@ from train.data.order import check_fit, windows_per_shard
 from train.data.pipeline import build_masker, build_run_data, build_schedule
 from train.distributed.world import World, import_deepspeed
 from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
+from train.errors import UserError
 from train.evaluation.heldout import HeldoutEvaluation
 from train.lamb import Lamb
 from train.loop.startup_timing import StartUp
@@ -63,7 +64,7 @@ def assemble(
         start_up: told of each stage that has ended.
         load_universal: the engine is to read a universal checkpoint (train/checkpointing/resume.py).
     Raises:
-        ValueError, FileNotFoundError: what is wrong with the configuration, the shards or the teacher.
+        UserError, FileNotFoundError: what is wrong with the configuration, the shards or the teacher.
     """
     manifest = load_manifest(config.data.shards)
     engine_config = engine_config_for(config, world)
@@ -185,13 +186,13 @@ def heldout_scoring(config: Config, device: str) -> tuple[Manifest, HeldoutEvalu
     The teacher (or ensemble, with its weights) has the recipe's number format on a GPU, and fp32 on a CPU.
 
     Raises:
-        ValueError: the shards have no held-out windows of the recipe's length.
+        UserError: the shards have no held-out windows of the recipe's length.
     """
     manifest = load_manifest(config.data.shards)
     here = World(rank=0, local_rank=0, world_size=1, local_size=1, device=device)
     evaluation = build_heldout(config, manifest, build_masker(config, manifest), here)
     if evaluation is None:
-        raise ValueError(
+        raise UserError(
             f"{config.data.shards} has no held-out windows of {config.data.sequence_length} tokens"
         )
     teacher = load_teacher(
@@ -221,6 +222,6 @@ def start_engine(config: Config, module: DistillationModule, engine_config: dict
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config)
     except pydantic.ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"deepspeed.config: DeepSpeed refuses {faults}") from None
+        raise UserError(f"deepspeed.config: DeepSpeed refuses {faults}") from None
     optimizer.bind(engine)
     return engine

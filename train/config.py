@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data_prep.shard_format.manifest import is_remote
+from train.errors import UserError
 
 
 def _require(condition: bool, name: str, value: object, remedy: str) -> None:
     if not condition:
-        raise ValueError(f"{name}={value!r}: {remedy}")
+        raise UserError(f"{name}={value!r}: {remedy}")
 
 
 def _require_positive(section: object, prefix: str, *names: str) -> None:
@@ -365,7 +366,7 @@ class TrainingConfig:
     def settled_micro_batch_size(self) -> int:
         """The micro batch as a number; ValueError while it is still "auto"."""
         if self.micro_batch_size == "auto":
-            raise ValueError(
+            raise UserError(
                 "training.micro_batch_size='auto' is found when training starts; give a number here"
             )
         return self.micro_batch_size

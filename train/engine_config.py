@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from train.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # DeepSpeed's own optimizer, scheduler and TensorBoard are not used: the recipe brings its own.
@@ -65,13 +67,13 @@ def read_engine_config(path: str | Path) -> dict[str, Any]:
         shipped = ", ".join(
             f"ds_configs/{file.name}" for file in sorted((ROOT / "ds_configs").glob("*.json"))
         )
-        raise ValueError(
+        raise UserError(
             f"deepspeed.config={str(path)!r}: no such file; this project ships {shipped}"
         ) from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"deepspeed.config={str(path)!r} is not JSON: {error}") from None
+        raise UserError(f"deepspeed.config={str(path)!r} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(
+        raise UserError(
             f"deepspeed.config={str(path)!r} holds a {type(config).__name__}; a JSON object is needed"
         )
     return config
@@ -92,7 +94,7 @@ def resolve_engine_config(
         global_batch_size, micro_batch_size: sequences.
         gradient_clipping: largest global gradient norm; 0 for none.
     Raises:
-        ValueError: an unknown section, a literal where the recipe decides, a ZeRO stage above 2, or an "auto"
+        UserError: an unknown section, a literal where the recipe decides, a ZeRO stage above 2, or an "auto"
             left over.
     """
     values = {
@@ -107,35 +109,33 @@ def resolve_engine_config(
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"deepspeed.config: unknown section {key!r}; {hint}")
+            raise UserError(f"deepspeed.config: unknown section {key!r}; {hint}")
     resolved = copy.deepcopy(template)
     for key, owner in {**RECIPE_OWNS, **REPLACED}.items():
         if resolved.get(key, "auto") != "auto":
-            raise ValueError(
+            raise UserError(
                 f'deepspeed.config: {key}={resolved[key]!r} belongs to {owner}; write "auto" there or leave it out'
             )
     for key in REPLACED:
         resolved.pop(key, None)
     resolved.update(values)
     if left := _left_over(resolved):
-        raise ValueError(
-            f'deepspeed.config: nothing fills in "auto" at {", ".join(left)}; give a value there'
-        )
+        raise UserError(f'deepspeed.config: nothing fills in "auto" at {", ".join(left)}; give a value there')
     zero = resolved.get("zero_optimization")
     if not isinstance(zero, dict):
-        raise ValueError(
+        raise UserError(
             f'deepspeed.config: zero_optimization={zero!r}; give an object such as {{"stage": 2}}'
         )
     for key in ("fp16", "bf16", "data_types"):
         if not isinstance(resolved.get(key, {}), dict):
-            raise ValueError(
+            raise UserError(
                 f'deepspeed.config: {key}={resolved[key]!r}; give an object such as {{"enabled": true}}'
             )
     # DeepSpeed keeps a list of the optimizer classes it knows; LAMB's state is its own.
     resolved["zero_allow_untested_optimizer"] = True
     stage = zero.get("stage", 0)
     if stage not in (1, 2):
-        raise ValueError(
+        raise UserError(
             f"deepspeed.config: zero_optimization.stage={stage!r}; this trainer runs stages 1 and 2"
         )
     return resolved

@@ -20,6 +20,7 @@ import shlex
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from train.errors import UserError
 from train.text_files import read_utf8
 
 FILE = "cluster.env"
@@ -31,11 +32,11 @@ def load_environment_file(environment: MutableMapping[str, str] = os.environ, fo
     """Add what folder/cluster.env says, if there is one.
 
     Raises:
-        ValueError: a line that is not NAME=value, a variable that would have no effect, no UTF-8, a folder.
+        UserError: a line that is not NAME=value, a variable that would have no effect, no UTF-8, a folder.
     """
     path = folder / FILE
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; rename it: ranks read a file of NAME=value lines of that name")
+        raise UserError(f"{path} is a folder; rename it: ranks read a file of NAME=value lines of that name")
     if path.is_file():
         for name, value in parse_environment(read_utf8(path, str(path)), str(path)).items():
             environment.setdefault(name, value)
@@ -48,18 +49,18 @@ def parse_environment(text: str, where: str = FILE) -> dict[str, str]:
         try:
             words = [] if line.lstrip().startswith("#") else _before_comment(shlex.split(line))
         except ValueError as error:
-            raise ValueError(f"{where}, line {number}: {str(error).lower()} in {line!r}") from None
+            raise UserError(f"{where}, line {number}: {str(error).lower()} in {line!r}") from None
         for word in words[1:] if words[:1] == ["export"] else words:
             name, equals, value = word.partition("=")
             if not (equals and name.isidentifier()):
-                raise ValueError(
+                raise UserError(
                     f"{where}, line {number}: {word!r} is not NAME=value; quote values with blanks, put no blank "
                     "around ="
                 )
             if name in BY_LAUNCHER:
-                raise ValueError(f"{where}, line {number}: {name} is the launcher's to set; remove it")
+                raise UserError(f"{where}, line {number}: {name} is the launcher's to set; remove it")
             if name in TOO_LATE:
-                raise ValueError(
+                raise UserError(
                     f"{where}, line {number}: {name} has no effect here, where Python runs already: set it in the "
                     "hosts' ~/.bashrc"
                 )

@@ -3,6 +3,8 @@ errors of libraries are told."""
 
 from __future__ import annotations
 
+from data_prep.shard_format.errors import UserError as UserError
+
 
 def one_line(error: BaseException, longest: int = 300) -> str:
     """A library's message on one line, cut to `longest` characters; the error's name where it has none."""

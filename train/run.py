@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data_prep.shard_format.files import write_json
 from train.build import Parts, assemble, engine_template, load_manifest
 from train.checkpointing.checkpoint import Retention, TrainState, newest_checkpoint
 from train.checkpointing.resume import agree_on_checkpoint, load_checkpoint, needs_conversion
@@ -52,7 +53,6 @@ from train.run_folder import (
     read_summary,
     refuse_changes,
     write_configs,
-    write_json,
 )
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -21,12 +19,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
+from data_prep.shard_format.files import try_lock, write_json, write_text
 from train.config import Config
-from train.errors import one_line
+from train.errors import UserError, one_line
 from train.versions import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,26 +55,6 @@ def _commit() -> str:
     return commit.strip() + (" with uncommitted changes" if changed.strip() else "")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a reader finds the old file or the whole new one, also after a crash."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
-
-
 @contextlib.contextmanager
 def hold(
     folder: Path, wait_s: float = 120.0, wait_if_not_stopping_s: float = 3.0
@@ -88,21 +67,21 @@ def hold(
         wait_s: how long to wait for a job that is stopping.
         wait_if_not_stopping_s: how long for one that is not, or does not know yet that its launcher was killed.
     Raises:
-        ValueError: another process holds the folder, or it cannot be made or locked.
+        UserError: another process holds the folder, or it cannot be made or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be used as a folder: {error.strerror}; choose another") from None
+        raise UserError(f"{folder} cannot be used as a folder: {error.strerror}; choose another") from None
     name = f"process {os.getpid()} on {platform.node()}"
     with (folder / ".lock").open("a+") as lock:
         started, said = time.monotonic(), False
-        while not _locked(lock):
+        while not try_lock(lock):
             lock.seek(0)
             holder = lock.read().strip() or "unknown"
             stopping = holder.endswith(STOPPING)
             if time.monotonic() - started > (wait_s if stopping else wait_if_not_stopping_s):
-                raise ValueError(
+                raise UserError(
                     f"{folder} is in use by another job ({holder}): wait for its end, stop it, or choose another folder"
                 )
             if stopping and not said:
@@ -118,21 +97,6 @@ def hold(
 
         write(name)
         yield lambda: write(name + STOPPING)
-
-
-def _locked(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        raise ValueError(
-            f"{file.name} cannot be locked ({error.strerror}), which keeps two jobs out of one folder: mount that file "
-            "system with locks (Lustre: -o flock), or choose another folder"
-        ) from None
-    return True
 
 
 def changed_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> list[str]:
@@ -154,7 +118,7 @@ def write_configs(
     """Leave both resolved configs, with the versions and the commit, and what they name, in the run folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
     header = "".join(f"# {name}: {version}\n" for name, version in provenance().items())
-    write_atomically(run_dir / "config.yaml", header + yaml.safe_dump(as_tree(config), sort_keys=False))
+    write_text(run_dir / "config.yaml", header + yaml.safe_dump(as_tree(config), sort_keys=False))
     write_json(run_dir / "ds_config.json", dict(engine_config))
     write_json(run_dir / "inputs.json", dict(inputs))
 
@@ -192,9 +156,9 @@ def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], free: tupl
 
 
 def refuse_changes(run_dir: Path, changes: Sequence[str]) -> None:
-    """ValueError with what `changed_config` or `changed_inputs` found, if anything."""
+    """UserError with what `changed_config` or `changed_inputs` found, if anything."""
     if changes:
-        raise ValueError(
+        raise UserError(
             f"{run_dir} holds a run that was started with another configuration:\n  "
             + "\n  ".join(changes)
             + "\ngive another run.dir, restore what was, or --checkpoint.allow_changed_config=true to go on anyway"
@@ -214,9 +178,9 @@ def _read_tree(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         tree = parse(path.read_text())
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is damaged ({one_line(error, 200)}); {remedy}") from None
+        raise UserError(f"{path} is damaged ({one_line(error, 200)}); {remedy}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} is damaged (it holds no keys); {remedy}")
+        raise UserError(f"{path} is damaged (it holds no keys); {remedy}")
     return tree
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from train.errors import UserError
+
 
 def read_utf8(path: Path, name: str) -> str:
     """Text of a file.
@@ -11,13 +13,13 @@ def read_utf8(path: Path, name: str) -> str:
     Args:
         name: what a message calls it, such as the flag that gave it.
     Raises:
-        ValueError: it is not UTF-8.
+        UserError: it is not UTF-8.
         OSError: it cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise ValueError(
+        raise UserError(
             f"{name} is not UTF-8 (byte 0x{byte:02x} at offset {error.start}); save it as UTF-8 text"
         ) from None

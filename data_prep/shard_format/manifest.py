@@ -18,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
+from data_prep.shard_format.errors import UserError
+from data_prep.shard_format.files import write_text
 from data_prep.shard_format.manifest_checks import check_content, check_file_name
 from data_prep.shard_format.token_blocks import (
     BLOCK_TOKENS,
@@ -48,7 +50,6 @@ __all__ = [
     "npy_array",
     "read_blocks",
     "read_url",
-    "replace_file",
     "shard_url",
     "token_blocks",
     "token_dtype",
@@ -111,7 +112,7 @@ class Manifest:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `folder`/manifest.json in one step: it is there whole or not at all."""
-        replace_file(Path(folder, MANIFEST_NAME), self.to_json().encode())
+        write_text(Path(folder, MANIFEST_NAME), self.to_json())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Manifest:
@@ -119,14 +120,14 @@ class Manifest:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is not a manifest of this version.
+            UserError: it is not a manifest of this version.
         """
         url = shard_url(folder, MANIFEST_NAME)
         text = read_url(url)
         try:
             return cls.from_dict(json.loads(text))
         except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{url} is not a manifest of shards ({type(error).__name__}: {error}); "
                 "make the shards again with data_prep/write_shards.py"
             ) from None
@@ -134,7 +135,7 @@ class Manifest:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Manifest:
         if content["version"] != MANIFEST_VERSION:
-            raise ValueError(
+            raise UserError(
                 f"the shards' manifest has version {content['version']}, this code reads version "
                 f"{MANIFEST_VERSION}; make the shards again with data_prep/write_shards.py"
             )
@@ -189,7 +190,7 @@ def _identity(tokenizer: Any) -> dict[str, Any]:
 def _backend(tokenizer: Any) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(
+        raise UserError(
             f"{type(tokenizer).__name__} is not a fast tokenizer (no `tokenizers` backend); save one with a "
             "tokenizer.json, for example AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
@@ -205,12 +206,12 @@ def tokenizer_info(tokenizer: Any) -> TokenizerInfo:
     """The record of a Hugging Face fast tokenizer for the manifest.
 
     Raises:
-        ValueError: it lacks one of the tokens that masked language modelling needs.
+        UserError: it lacks one of the tokens that masked language modelling needs.
     """
     ids = _special_ids(tokenizer)
     missing = [f"{name}_token" for name in ("pad", "unk", "cls", "sep", "mask") if ids[name] is None]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has no {', '.join(missing)}: masked language modelling needs equivalents of "
             "[PAD], [UNK], [CLS], [SEP] and [MASK]; choose a BERT-like tokenizer or train one with "
             "data_prep/train_tokenizer.py"
@@ -239,7 +240,7 @@ def without_scheme(location: str | os.PathLike[str]) -> str:
         return text
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
-        raise ValueError(f"{text} names a file on {parts.netloc!r}: give file:///PATH, or the path alone")
+        raise UserError(f"{text} names a file on {parts.netloc!r}: give file:///PATH, or the path alone")
     return unquote(text.removeprefix("file:").removeprefix(f"//{parts.netloc}"))
 
 
@@ -247,7 +248,7 @@ def shard_url(folder: str | os.PathLike[str], name: str) -> str:
     """Where file `name` of a folder or URL of shards lies; a `pipe:` URL ends with the folder's path too.
 
     Raises:
-        ValueError: the name, which comes from a manifest, may do harm in a URL or a command.
+        UserError: the name, which comes from a manifest, may do harm in a URL or a command.
     """
     check_file_name(name)
     return f"{without_scheme(folder).rstrip('/')}/{name}"
@@ -277,13 +278,3 @@ def read_url(url: str) -> bytes:
     if not content:
         raise FileNotFoundError(f"{url} cannot be read, or is empty")
     return content
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one step, on the disk before the name changes."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from data_prep.shard_format.errors import UserError
+
 _REMEDY = "make the shards again with data_prep/write_shards.py"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*")
 # Sums of counts stay within int64, and JSON readers in other languages keep them exactly.
@@ -19,9 +21,9 @@ _TOKENS = ("pad_id", "unk_id", "cls_id", "sep_id", "mask_id")
 
 
 def check_file_name(name: object) -> None:
-    """ValueError unless `name` may be put behind a folder, a URL or a `pipe:` command without harm."""
+    """UserError unless `name` may be put behind a folder, a URL or a `pipe:` command without harm."""
     if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-        raise ValueError(
+        raise UserError(
             f"the shards' manifest names {name!r}, which is not a plain file name: only letters, digits and "
             f"_ . + = - may stand in it; {_REMEDY}"
         )
@@ -31,7 +33,7 @@ def check_content(content: dict[str, Any], splits: tuple[str, ...]) -> None:
     """Refuse a manifest, as read from JSON, whose fields are not what Manifest documents.
 
     Raises:
-        ValueError: names the field, its value and what it must be.
+        UserError: names the field, its value and what it must be.
         KeyError, TypeError: a part is missing or has another structure.
     """
     check_file_name(content["token_histogram"])
@@ -85,4 +87,4 @@ def _require(place: str, value: object, kind: type, words: str) -> None:
 def _refuse(place: str, value: object, words: str) -> None:
     shown = repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    raise ValueError(f"the shards' manifest has {place} = {shown}: it must be {words}; {_REMEDY}")
+    raise UserError(f"the shards' manifest has {place} = {shown}: it must be {words}; {_REMEDY}")

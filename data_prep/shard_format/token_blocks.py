@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.tar_members import tar_members
 
 TOKENS_KEY = "tokens.npy"
@@ -79,7 +80,7 @@ def read_blocks(file: BinaryIO, dtype: np.dtype[Any] | None = None) -> list[np.n
     """The token arrays of a shard, in order, as views of its bytes.
 
     Raises:
-        ValueError: the file is no whole shard (of this dtype, where one is given).
+        UserError: the file is no whole shard (of this dtype, where one is given).
     """
     return token_blocks(file.read(), dtype)
 
@@ -88,12 +89,12 @@ def token_blocks(data: bytes | bytearray, dtype: np.dtype[Any] | None = None) ->
     """The arrays of a tar's members, as views of `data`: 1-D, of `dtype` or else uint16 or uint32.
 
     Raises:
-        ValueError: it is no such tar; the message names the member.
+        UserError: it is no such tar; the message names the member.
     """
     blocks = []
     for name, start, stop in tar_members(data):
         if not _MEMBER_NAME.fullmatch(name):
-            raise ValueError(f"member {name!r} is not called KEY.{TOKENS_KEY}")
+            raise UserError(f"member {name!r} is not called KEY.{TOKENS_KEY}")
         blocks.append(npy_array(memoryview(data)[start:stop], f"member {name!r}", dtype))
     return blocks
 
@@ -107,17 +108,17 @@ def npy_array(data: memoryview, name: str, dtype: np.dtype[Any] | None) -> np.nd
     Args:
         dtype: what they must be; None for uint16 or uint32.
     Raises:
-        ValueError: it is anything else; the message begins with `name`.
+        UserError: it is anything else; the message begins with `name`.
     """
     header = _NPY_HEADER.match(data)
     if header is None or header.end() != 10 + int.from_bytes(data[8:10], "little"):
-        raise ValueError(f"{name} is not an .npy file of one array")
+        raise UserError(f"{name} is not an .npy file of one array")
     found, shape = header[1].decode("latin-1"), header[2].decode()
     if dtype is None:
         dtype = np.dtype("<u4" if found == "<u4" else "<u2")
     if found != dtype.str or not re.fullmatch(r"\d{1,18},", shape):
-        raise ValueError(f"{name} is an array of {found}, shape ({shape}), not of {dtype.str} in one row")
+        raise UserError(f"{name} is an array of {found}, shape ({shape}), not of {dtype.str} in one row")
     content = data[header.end() :]
     if int(shape[:-1]) * dtype.itemsize != len(content):
-        raise ValueError(f"{name} has {len(content)} bytes of numbers for a shape of ({shape})")
+        raise UserError(f"{name} has {len(content)} bytes of numbers for a shape of ({shape})")
     return np.frombuffer(content, dtype=dtype)

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_prep.shard_format.errors import UserError
+
 LARGEST_PAGE = 1_000_000_000
 """Bytes of a page in memory: packed, and unpacked too where its codec knows no streams."""
 _STREAMED = ("GZIP", "ZSTD", "BROTLI")
@@ -42,7 +44,7 @@ def pages(file: BinaryIO, column: Any) -> list[Page]:
     Args:
         column: its pyarrow ColumnChunkMetaData.
     Raises:
-        ValueError: these are no page headers.
+        UserError: these are no page headers.
     """
     at = column.data_page_offset
     if column.has_dictionary_page and column.dictionary_page_offset:
@@ -57,9 +59,9 @@ def pages(file: BinaryIO, column: Any) -> list[Page]:
             specific = header.get(_SPECIFIC.get(header[1], 0), {})
             page = Page(at + data.at, header[3], header[2], header[1], specific)
         except (LookupError, TypeError, ValueError, RecursionError):
-            raise ValueError("a page's header is damaged") from None
+            raise UserError("a page's header is damaged") from None
         if page.packed < 0 or page.unpacked < 0 or page.start + page.packed > end:
-            raise ValueError("a page ends beyond its column")
+            raise UserError("a page ends beyond its column")
         found.append(page)
         at = page.start + page.packed
     return found
@@ -75,7 +77,7 @@ class _Bytes:
     def take(self, size: int) -> bytes:
         self.at += size
         if self.at > len(self._data):
-            raise ValueError("a page ends too early")
+            raise UserError("a page ends too early")
         return self._data[self.at - size : self.at]
 
     def varint(self) -> int:
@@ -152,7 +154,7 @@ def _page_texts(
         width = content.read(1)[0]
         values = map(dictionary.at, _hybrid(content.read(), width, num_there).tolist())
     else:
-        raise ValueError(f"a large page in encoding {encoding}: write the file again with smaller pages")
+        raise UserError(f"a large page in encoding {encoding}: write the file again with smaller pages")
     for is_there in there.tolist():
         yield next(values) if is_there else None
 
@@ -169,11 +171,11 @@ class _Values:
             head = file.read(4)
             size = int.from_bytes(head, "little")
             if len(head) < 4:
-                raise ValueError("a page ends too early")
+                raise UserError("a page ends too early")
             self._places.append((at + 4, size))
             at += 4 + size
         if at > file.seek(0, 2):
-            raise ValueError("a page ends too early")
+            raise UserError("a page ends too early")
 
     def __iter__(self) -> Iterator[bytes]:
         return map(self.at, range(len(self._places)))
@@ -195,7 +197,7 @@ def _unpack(file: BinaryIO, page: Page, codec: str, target: Any) -> None:
     while left:
         data = file.read(min(left, 1 << 20))
         if not data:
-            raise ValueError("a page ends too early")
+            raise UserError("a page ends too early")
         target.write(data)
         left -= len(data)
     if page.packed > plain:
@@ -208,7 +210,7 @@ def _decompress(data: bytes, size: int, codec: str, target: Any) -> None:
 
     streamed = codec in _STREAMED
     if len(data) + (0 if streamed else size) > LARGEST_PAGE:
-        raise ValueError(
+        raise UserError(
             f"a page of {size:,} bytes; write the file again with fewer rows in a row group, or with zstd"
         )
     if not streamed:
@@ -236,7 +238,7 @@ def _hybrid(data: bytes, width: int, count: int) -> np.ndarray:
             value = int.from_bytes(source.take((width + 7) // 8), "little")
             part = np.full(min(head >> 1, left), value, dtype=np.int64)
         if not len(part):
-            raise ValueError("a page's levels or indices are damaged")
+            raise UserError("a page's levels or indices are damaged")
         parts.append(part)
         left -= len(part)
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)

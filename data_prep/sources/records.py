@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from data_prep.shard_format.errors import UserError
 from data_prep.sources.streams import open_stream
 from data_prep.sources.texts import BOM, LONG, BadRecord, LongText, Text, decode, text_of
 
@@ -40,7 +41,7 @@ def text_fields(names: str) -> tuple[str, ...]:
     """The fields that `--text-field` names, separated by commas; ValueError where it names none."""
     fields = tuple(name.strip() for name in names.split(",") if name.strip())
     if not fields:
-        raise ValueError(f"--text-field {names!r}: names no field")
+        raise UserError(f"--text-field {names!r}: names no field")
     return fields
 
 
@@ -69,7 +70,7 @@ def _lines(stream: Any, path: str) -> Iterator[tuple[int, bytes]]:
 
 def _check_size(size: int, path: str, place: str) -> None:
     if size > MAX_RECORD_BYTES:
-        raise ValueError(
+        raise UserError(
             f"{path}, {place}: a document of more than {MAX_RECORD_BYTES >> 20} MiB; split it, or read the "
             "file by lines or blocks (--txt-documents)"
         )

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from data_prep.shard_format.errors import UserError
 from data_prep.sources.records import SPLITTABLE, SourceFile
 from data_prep.sources.streams import COMPRESSIONS, plain_name
 
@@ -56,7 +57,7 @@ def resolve_sources(names: Sequence[str], txt_documents: str = "file") -> list[S
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: what is there is no text that can be read.
+        UserError: what is there is no text that can be read.
     """
     return [_resolve(name, txt_documents) for name in names]
 
@@ -86,11 +87,11 @@ def _resolve_path(name: str, path: str, txt_documents: str) -> Source:
             return Source(name, "dataset", tuple(dataset_parts(path)))
         files = [file for file in _walk(path) if _format(file, txt_documents)]
         if not files:
-            raise ValueError(f"{path}: no .txt, .jsonl, .parquet or wiki_NN file in this folder")
+            raise UserError(f"{path}: no .txt, .jsonl, .parquet or wiki_NN file in this folder")
         return Source(name, "files", _source_files(files, txt_documents))
     if os.path.exists(path):
         if not _format(path, txt_documents):
-            raise ValueError(
+            raise UserError(
                 f"{path}: not a kind of file that is read; give .txt, .jsonl or .parquet, plain or with "
                 f"{', '.join(COMPRESSIONS)}, or WikiExtractor's wiki_NN"
             )

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from data_prep.shard_format.errors import UserError
 from data_prep.sources.parquet_pages import Page, pages, texts_of
 from data_prep.sources.records import Reading, ReadOptions, Record, SourceFile, no_such_field
 from data_prep.sources.streams import DamagedFile, open_stream, plain_name
@@ -101,7 +102,7 @@ def dataset_parts(path: str) -> list[SourceFile]:
     """A folder saved by `datasets`, in ranges of rows of about 4 MB."""
     if os.path.exists(os.path.join(path, "dataset_dict.json")):
         splits = sorted(name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name)))
-        raise ValueError(
+        raise UserError(
             f"{path} holds several splits ({', '.join(splits)}); name one: {os.path.join(path, splits[0])}"
         )
     dataset = _load_folder(path)
@@ -152,14 +153,14 @@ def _stream(name: str) -> Any:
 
     parts = name.split(":")[1:]
     if not 1 <= len(parts) <= 3 or not all(parts):
-        raise ValueError(f"{name!r}: write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
+        raise UserError(f"{name!r}: write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
     config = parts[1] if len(parts) > 1 else None
     split = parts[2] if len(parts) > 2 else "train"
     quiet_hub()
     try:
         return datasets.load_dataset(parts[0], config, split=split, streaming=True)
     except Exception as error:
-        raise ValueError(f"{name}: the dataset cannot be streamed: {_line(error)}") from None
+        raise UserError(f"{name}: the dataset cannot be streamed: {_line(error)}") from None
 
 
 def read_hub(file: SourceFile, options: ReadOptions, reading: Reading) -> Iterator[Record]:
@@ -185,8 +186,8 @@ def _text_column(path: str, schema: Any, options: ReadOptions) -> str:
             kind = schema.field(name).type
             if pa.types.is_string(kind) or pa.types.is_large_string(kind):
                 return name
-            raise ValueError(f"{path}: the field {name!r} holds {kind}, not a text")
-    raise ValueError(f"{path}: {no_such_field(options.text_fields, schema.names)}")
+            raise UserError(f"{path}: the field {name!r} holds {kind}, not a text")
+    raise UserError(f"{path}: {no_such_field(options.text_fields, schema.names)}")
 
 
 def _rows(batches: Any, column: str, first: int) -> Iterator[Record]:

@@ -11,14 +11,16 @@ import torch
 import yaml
 from transformers import AutoModelForMaskedLM
 
+from data_prep.shard_format.files import write_json
 from launch.ablation.table import METRICS, Result, Scale
 from launch.ablation.variants import FREE_TO_DIFFER, FULL, Variant
 from train.build import heldout_scoring
 from train.config import Config
 from train.distributed.consistency import manifest_digest
+from train.errors import UserError
 from train.finetuning.results import read_scores
 from train.models.build import teacher_config, teacher_names
-from train.run_folder import as_tree, changed_inputs, differing_keys, found_before, read_summary, write_json
+from train.run_folder import as_tree, changed_inputs, differing_keys, found_before, read_summary
 
 AS_FULL = "heldout_as_full.json"
 
@@ -35,7 +37,7 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def refuse_other_runs(out: Path, variants: Sequence[Variant], config_of: Callable[[Variant], Config]) -> None:
-    """ValueError naming the first variant whose folder was made with other settings, or from other shards."""
+    """UserError naming the first variant whose folder was made with other settings, or from other shards."""
     for variant in variants:
         run_dir, config = out / variant.name, config_of(variant)
         if not (run_dir / "config.yaml").exists():
@@ -44,7 +46,7 @@ def refuse_other_runs(out: Path, variants: Sequence[Variant], config_of: Callabl
         changes = differing_keys(before, as_tree(found_before(run_dir, config)), FREE_TO_DIFFER)
         changes += changed_inputs(run_dir, {"data.shards": manifest_digest(config.data.shards)})
         if changes:
-            raise ValueError(
+            raise UserError(
                 f"{run_dir} holds a run that was started with other settings:\n  "
                 + "\n  ".join(changes)
                 + f"\ngive those again, another --out, or remove {run_dir}"
@@ -101,7 +103,7 @@ def score(student: Path, config: Config) -> dict[str, float]:
     """Scores of a student's folder on a recipe's held-out windows and masks, against its teacher.
 
     Raises:
-        ValueError: the shards hold no held-out windows.
+        UserError: the shards hold no held-out windows.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _, evaluation, teacher = heldout_scoring(config, device)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from train.config import OBJECTIVE_WEIGHTS, Config, ObjectiveConfig
+from train.errors import UserError
 from train.models.students import resolve_layer_map
 from train.run_folder import WATCHING
 
@@ -62,12 +63,12 @@ def variants_of(
         Variants in the order of the table, the full recipe first; {name: reason} of those that are left out.
     """
     if config.model.teacher is None:
-        raise ValueError(
+        raise UserError(
             "model.teacher=None: an ablation takes terms of the distillation away, and without a teacher there is "
             "none; name a teacher"
         )
     if full_seeds < 1:
-        raise ValueError(f"--full-seeds {full_seeds}: give at least 1")
+        raise UserError(f"--full-seeds {full_seeds}: give at least 1")
     found, left_out = [Variant(FULL, "the recipe as it is")], {}
     candidates = (
         *_terms(config.objective),
@@ -94,14 +95,14 @@ def chosen_variants(
     """The variants of these names in the order of the table, and always the full recipe and its repeats.
 
     Raises:
-        ValueError: an unknown name, or one that makes no sense here, with the reason.
+        UserError: an unknown name, or one that makes no sense here, with the reason.
     """
     known = {variant.name for variant in variants}
     for name in names:
         if name in left_out:
-            raise ValueError(f"--variants {name}: {left_out[name]}; leave it out")
+            raise UserError(f"--variants {name}: {left_out[name]}; leave it out")
         if name not in known:
-            raise ValueError(f"--variants {name}: no such variant; there are {', '.join(sorted(known))}")
+            raise UserError(f"--variants {name}: no such variant; there are {', '.join(sorted(known))}")
     return [
         variant for variant in variants if variant.name in names or variant.name == FULL or variant.is_repeat
     ]

@@ -24,9 +24,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.shard_format.files import write_json
 from data_prep.write_shards import load_tokenizer
 from launch.benchmarks import options
-from train.run_folder import write_json
+from train.errors import UserError
 
 RUNS = Path(__file__).with_name("data_runs.py")
 RATIOS = (
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     if args.documents < 0:
-        raise ValueError(f"--documents {args.documents}: give 0 for all, or more")
+        raise UserError(f"--documents {args.documents}: give 0 for all, or more")
     load_tokenizer(args.tokenizer)  # before the first run meets what is wrong with it
     with tempfile.TemporaryDirectory() as folder:
         corpus = _first_documents(str(args.corpus), args.documents, folder)
@@ -113,7 +114,7 @@ def _measure(corpus: str, args: argparse.Namespace, folder: str) -> dict[str, li
             env.pop("TOKENIZERS_PARALLELISM", None)
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             if done.returncode:
-                raise ValueError(f"{name} failed: {done.stderr.strip()[-2000:]}")
+                raise UserError(f"{name} failed: {done.stderr.strip()[-2000:]}")
             results.setdefault(name, []).append(json.loads(done.stdout.strip().splitlines()[-1]))
     return results
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from data_prep.shard_format.files import write_json
 from launch.benchmarks import options
 from launch.benchmarks.inference_models import (
     MAX_TEXTS,
@@ -43,9 +44,9 @@ from launch.benchmarks.machine import hardware
 from launch.reporting import published
 from launch.text_table import text_table
 from train.distributed.world import quiet_libraries
-from train.errors import one_line
+from train.errors import UserError, one_line
 from train.export.onnx_check import require_onnx
-from train.run_folder import provenance, write_json
+from train.run_folder import provenance
 
 RUNTIMES = ("eager", "compile", "onnx", "onnx-int8")
 
@@ -104,9 +105,9 @@ def chosen_runtimes(words: str | None, device: str) -> list[str]:
     chosen = (words or ",".join(RUNTIMES if device == "cpu" else RUNTIMES[:2])).split(",")
     for name in chosen:
         if name not in RUNTIMES:
-            raise ValueError(f"--runtimes {name}: there are {', '.join(RUNTIMES)}")
+            raise UserError(f"--runtimes {name}: there are {', '.join(RUNTIMES)}")
         if name.startswith("onnx") and device == "cuda":
-            raise ValueError(f"--runtimes {name}: ONNX Runtime is measured on the CPU alone")
+            raise UserError(f"--runtimes {name}: ONNX Runtime is measured on the CPU alone")
     if any(name.startswith("onnx") for name in chosen):
         require_onnx()
     return list(dict.fromkeys(chosen))

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from launch.reporting.inputs import named_folders
+from train.errors import UserError
 from train.export.onnx_check import open_session, run_session
 from train.export.onnx_export import quantise, trace
 from train.models.build import count_parameters
@@ -102,7 +103,7 @@ def make_workloads(
     room = min(_positions(contender) for contender in contenders)
     if max(lengths) > room:
         short = next(contender.name for contender in contenders if _positions(contender) == room)
-        raise ValueError(
+        raise UserError(
             f"--lengths {max(lengths)}: {short} has positions for {room} tokens; give that or less"
         )
     if texts is not None:
@@ -151,9 +152,9 @@ def texts_of(path: Path, contender: Contender) -> list[Inputs]:
     """At most `MAX_TEXTS` lines of the file, evenly spread, through the model's own tokenizer, one by one."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"--texts {path}: holds no sentences")
+        raise UserError(f"--texts {path}: holds no sentences")
     if not Path(contender.source).is_dir():
-        raise ValueError("--texts: needs models with tokenizers; give --model NAME=DIR")
+        raise UserError("--texts: needs models with tokenizers; give --model NAME=DIR")
     tokenizer = AutoTokenizer.from_pretrained(contender.source)
     made = []
     for line in lines[:: -(-len(lines) // MAX_TEXTS)]:
@@ -209,5 +210,5 @@ def numbers(flag: str, words: str) -> list[int]:
     except ValueError:
         found = [0]
     if min(found) < 1:
-        raise ValueError(f"{flag} {words}: give positive numbers with commas between")
+        raise UserError(f"{flag} {words}: give positive numbers with commas between")
     return found

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from data_prep.shard_format.files import write_json
 from launch.benchmarks import options
 from launch.benchmarks.lamb_alternatives import ForeachLamb, LoopLamb
 from launch.benchmarks.machine import hardware
 from train.lamb import Lamb
-from train.run_folder import write_json
 
 LAMB_BYTES = 40
 ADAMW_BYTES = 28

@@ -24,6 +24,7 @@ import psutil
 import torch
 import webdataset
 
+from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import Manifest, ShardInfo, TokenizerInfo, write_shard
 from data_prep.shard_pass import HISTOGRAM_NAME
 from launch.benchmarks import options
@@ -32,7 +33,6 @@ from train.data.loader import BatchLoader
 from train.data.order import fitting_world_sizes
 from train.data.shard_reader import read_shard, shard_tokens, url_of
 from train.data.shard_streams import Readings
-from train.run_folder import write_json
 
 H200_TOKENS_PER_S = 1e6  # about what one H200 trains on at BERT-base size
 DOCUMENTS_PER_SAMPLE_TAR = 20_000

@@ -27,6 +27,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from data_prep.shard_format.files import write_json
 from launch.benchmarks import options
 from launch.benchmarks.machine import hardware
 from launch.benchmarks.options import Shape
@@ -37,7 +38,6 @@ from train.objective.chunk_terms import DecoderRows, Workspace
 from train.objective.distillation import DistillationLoss
 from train.objective.fused_loss import vocabulary_loss
 from train.objective.reference import original_distiller_loss, reference_cosine, reference_terms
-from train.run_folder import write_json
 
 FORMULATIONS = ("plain original", "plain", "fused all", "fused masked")
 PROBABILITY = 0.15

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from train.errors import UserError
+
 LINK_EFFICIENCY = 0.75
 """Share of a link's nominal rate that a large all-reduce reaches (bus bandwidth of NVIDIA's nccl-tests: about
 230 of 300 GB/s on A100, 360 of 450 on H100). Applied to the defaults alone, not to rates that are given."""
@@ -89,14 +91,14 @@ def find_gpu(name: str) -> Gpu:
     """A GPU by its name in any case and punctuation.
 
     Raises:
-        ValueError: it is not in the table; the message lists what is.
+        UserError: it is not in the table; the message lists what is.
     """
     wanted = _plain(name)
     aliases = {"v100": "V100-16GB", "a100": "A100-80GB", "4090": "RTX4090"}
     for gpu in GPUS.values():
         if _plain(gpu.name) == wanted or gpu.name == aliases.get(wanted):
             return gpu
-    raise ValueError(
+    raise UserError(
         f"--gpu {name}: not in the table, which has {', '.join(GPUS)}; for another one give a similar name with "
         "--matrix-rate (TFLOP/s) and --memory-gib"
     )

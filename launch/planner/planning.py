@@ -63,7 +63,7 @@ def make_plan(recipe: Recipe, machines: Machines) -> Plan:
     """The plan for machines that the data order must fit.
 
     Raises:
-        ValueError: the number of GPUs does not fit the recipe; the message lists the numbers that do.
+        UserError: the number of GPUs does not fit the recipe; the message lists the numbers that do.
     """
     accumulation = check_fit(
         recipe.global_batch_size, recipe.lanes, machines.world_size, recipe.micro_batch_size

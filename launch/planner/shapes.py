@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from train.errors import UserError
 from train.models.flops import ModelShape
 
 # What the hub's config.json of each says.
@@ -84,11 +85,11 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> PlannedModel:
     """The shape that a Hugging Face config describes.
 
     Raises:
-        ValueError: a family without a formula here, or a config without a needed entry or with an impossible one.
+        UserError: a family without a formula here, or a config without a needed entry or with an impossible one.
     """
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"{name} is of model type {kind!r}, for which plan.py has no formula; it knows {', '.join(FAMILIES)}"
         )
     own = ("n_layers", "dim", "n_heads", "hidden_dim")
@@ -97,7 +98,7 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> PlannedModel:
     wanted = (*names, "vocab_size", "max_position_embeddings")
     missing = [entry for entry in wanted if entry not in config]
     if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}; save the model anew with transformers")
+        raise UserError(f"{name} lacks {', '.join(missing)}; save the model anew with transformers")
     sizes = {entry: config[entry] for entry in wanted}
     sizes["type_vocab_size"] = 0 if kind == "distilbert" else config.get("type_vocab_size", 2)
     wrong = [
@@ -106,7 +107,7 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> PlannedModel:
         if not isinstance(size, int) or size < (0 if entry == "type_vocab_size" else 1)
     ]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{name} has {', '.join(wrong)}, where whole numbers above 0 belong; save the model anew with transformers"
         )
     return PlannedModel(kind, *sizes.values())
@@ -116,22 +117,22 @@ def named_model(name: str) -> PlannedModel:
     """A model by the name a recipe gives it: a local folder, or one of the published ones.
 
     Raises:
-        ValueError: neither (nothing is downloaded to find out), or a config.json that describes no model.
+        UserError: neither (nothing is downloaded to find out), or a config.json that describes no model.
     """
     path = Path(name, "config.json")
     if path.is_file():
         try:
             config = json.loads(path.read_text())
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}); save the model anew with transformers") from None
+            raise UserError(f"{path} is no JSON ({error}); save the model anew with transformers") from None
         if not isinstance(config, dict):
-            raise ValueError(f"{path} holds no JSON object; save the model anew with transformers")
+            raise UserError(f"{path} holds no JSON object; save the model anew with transformers")
         return model_from_config(str(path), config)
     known = {key.rpartition("/")[2]: key for key in PUBLISHED}
     if name.rpartition("/")[2] in known and not Path(name).exists():
         key = known[name.rpartition("/")[2]]
         return model_from_config(key, PUBLISHED[key])
-    raise ValueError(
+    raise UserError(
         f"model.teacher={name!r}: no folder with a config.json, and not in plan.py's table of published shapes "
         f"({', '.join(PUBLISHED)}); nothing is downloaded here: give a local folder, or the name of one like it"
     )
@@ -156,7 +157,7 @@ def student_of(teacher: PlannedModel, layers: int | None = None, width: int | No
         return student
     head = teacher.width // teacher.heads
     if width % head:
-        raise ValueError(f"model.student_width={width}: give a multiple of the width of a head, {head}")
+        raise UserError(f"model.student_width={width}: give a multiple of the width of a head, {head}")
     return replace(
         student, width=width, heads=width // head, feed_forward=teacher.feed_forward * width // teacher.width
     )

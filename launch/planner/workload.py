@@ -10,6 +10,7 @@ from launch.planner.shapes import PlannedModel, model_from_config, named_model, 
 from train.config import Config
 from train.data.order import DataOrder, windows_per_shard
 from train.data.pipeline import phase_stops, planned_phases, total_steps
+from train.errors import UserError
 from train.models.build import needs_teacher, teacher_names
 from train.models.flops import FlopsPerToken, training_flops_per_token
 
@@ -76,14 +77,14 @@ def read_recipe(
         vocabulary: of the shards' tokenizer, where there are shards.
         micro_batch_size: what training.micro_batch_size says, or stands for "auto".
     Raises:
-        ValueError: a model whose shape is not known, a vocabulary that does not fit, too small a corpus.
+        UserError: a model whose shape is not known, a vocabulary that does not fit, too small a corpus.
     """
     student, teachers = _models(config, vocabulary)
     length, batch = config.data.sequence_length, config.training.global_batch_size
     for model in (student, *teachers):
         longest = model.positions - (2 if "roberta" in model.model_type else 0)
         if length > longest:
-            raise ValueError(
+            raise UserError(
                 f"data.sequence_length={length}: the model has positions for {longest} tokens; give that or less"
             )
     lengths, shares = planned_phases(config)
@@ -118,7 +119,7 @@ def _models(config: Config, vocabulary: int | None) -> tuple[PlannedModel, tuple
         try:
             settings = AutoConfig.for_model(kind, **scratch).to_dict()
         except ValueError:
-            raise ValueError(
+            raise UserError(
                 f"model.scratch: unknown model_type {kind!r}; for example bert or roberta"
             ) from None
         if vocabulary is not None:
@@ -127,7 +128,7 @@ def _models(config: Config, vocabulary: int | None) -> tuple[PlannedModel, tuple
     named = tuple(named_model(name) for name in teacher_names(config))
     for name, model in zip(teacher_names(config), named, strict=True):
         if vocabulary is not None and model.vocabulary < vocabulary:
-            raise ValueError(
+            raise UserError(
                 f"model.teacher={name!r} has a vocabulary of {model.vocabulary} tokens, the shards' tokenizer one of "
                 f"{vocabulary}: write the shards with --tokenizer {name}"
             )

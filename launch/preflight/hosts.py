@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.errors import UserError
 from train.text_files import read_utf8
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,16 +41,16 @@ def read_hostfile(path: str) -> list[HostEntry]:
     """`NAME slots=GPUS` a line, as DeepSpeed reads it; blank lines and comments are passed over.
 
     Raises:
-        ValueError: no such file, no UTF-8, no host, a line that is none, a host twice.
+        UserError: no such file, no UTF-8, no host, a line that is none, a host twice.
     """
     try:
         lines = read_utf8(Path(path), f"--hostfile {path}").splitlines()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"--hostfile {path}: {error.strerror}; write a line `NAME slots=GPUS` for each host"
         ) from None
     if lines and lines[0].startswith("\ufeff"):
-        raise ValueError(
+        raise UserError(
             f"--hostfile {path} begins with a byte order mark, which deepspeed takes for a name; remove it"
         )
     hosts = []
@@ -58,20 +59,20 @@ def read_hostfile(path: str) -> list[HostEntry]:
         if not words:
             continue
         if "[" in words[0] or "," in words[0]:
-            raise ValueError(
+            raise UserError(
                 f"--hostfile {path}, line {number}: deepspeed takes {words[0]!r} for one host; give each a line"
             )
         # Like deepspeed, no look at what follows, such as mpirun's max_slots=.
         count = words[1].removeprefix("slots=") if len(words) > 1 and words[1].startswith("slots=") else ""
         if not (count.isdecimal() and int(count) > 0):
-            raise ValueError(f"--hostfile {path}, line {number}: {line.strip()!r} is not `NAME slots=GPUS`")
+            raise UserError(f"--hostfile {path}, line {number}: {line.strip()!r} is not `NAME slots=GPUS`")
         hosts.append(HostEntry(words[0], int(count)))
     names = [host.name for host in hosts]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"--hostfile {path} names {name} twice; give it one line with all its slots")
+            raise UserError(f"--hostfile {path} names {name} twice; give it one line with all its slots")
     if not hosts:
-        raise ValueError(f"--hostfile {path} names no host; write a line `NAME slots=GPUS` for each")
+        raise UserError(f"--hostfile {path} names no host; write a line `NAME slots=GPUS` for each")
     return hosts
 
 
@@ -79,15 +80,15 @@ def read_ssh(text: str) -> list[str]:
     """The words of a --ssh.
 
     Raises:
-        ValueError: no words, or an open quote.
+        UserError: no words, or an open quote.
     """
     remedy = "give a command that runs another on a host, such as `ssh -p 2222`"
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise ValueError(f"--ssh {text!r}: {str(error).lower()}; {remedy}") from None
+        raise UserError(f"--ssh {text!r}: {str(error).lower()}; {remedy}") from None
     if not words:
-        raise ValueError(f"--ssh {text!r} is empty; {remedy}")
+        raise UserError(f"--ssh {text!r} is empty; {remedy}")
     return words
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.preflight.checks import Finding
 from train.config import Config
-from train.errors import one_line
+from train.errors import UserError, one_line
 
 CHECKPOINT_BYTES_PER_PARAMETER = 2 + 3 * 4
 """fp16 weights; fp32 master and two moments, all ranks' partitions together."""
@@ -71,7 +71,7 @@ def check_tokenizer(config: Config) -> Finding:
         tokenizer = Manifest.load(config.data.shards).tokenizer
         beside = Path(without_scheme(config.data.shards), "tokenizer")
         if beside.is_dir() and folder_fingerprint(str(beside)) != tokenizer.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{beside} is not the tokenizer that the shards were made with; make the shards again"
             )
         for name in teacher_names(config):
@@ -88,7 +88,7 @@ def ask_hub(name: str) -> None:
     Loading asks again and again, for 23 s, where nothing answers.
 
     Raises:
-        ValueError: the hub does not answer, or has no such model.
+        UserError: the hub does not answer, or has no such model.
     """
     from huggingface_hub import constants, file_exists, try_to_load_from_cache
     from huggingface_hub.utils import HFValidationError
@@ -101,12 +101,12 @@ def ask_hub(name: str) -> None:
         return
     except Exception as error:  # of whichever HTTP library the hub's client uses
         reason = one_line(error, 200)
-        raise ValueError(
+        raise UserError(
             f"model.teacher={name!r}: no folder of that name here, not in the hub's cache, and {constants.ENDPOINT} "
             f"cannot be asked ({reason}); give a folder, or download it where there is internet: hf download {name}"
         ) from None
     if not found:
-        raise ValueError(
+        raise UserError(
             f"model.teacher={name!r}: no folder of that name here, and no model at {constants.ENDPOINT} (or "
             "HF_TOKEN may not see it); give the folder of a masked language model, or the name of one on the hub"
         )

@@ -40,7 +40,7 @@ def build(given: Given) -> Report:
     """The report of what was given.
 
     Raises:
-        ValueError: the reference is not among the scored models.
+        UserError: the reference is not among the scored models.
     """
     tables: list[Table | None] = [heldout_table(given.compared) if given.compared else None]
     left_out = {} if given.runs else {"Held-out scores, loss curves and cost": RUNS}

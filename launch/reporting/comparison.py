@@ -17,6 +17,7 @@ from data_prep.shard_format.manifest import is_remote, without_scheme
 from launch.reporting.runs import Curve, teacher_loss
 from train.build import heldout_scoring
 from train.config import Config
+from train.errors import UserError
 from train.evaluation.heldout import HeldoutEvaluation
 from train.models.build import build_student, count_parameters, teacher_names
 from train.models.teacher import Teacher
@@ -48,7 +49,7 @@ def read_run_config(run_dir: Path, parse: Callable[[Sequence[str]], Config]) -> 
     """The configuration of a run folder, through the same parser as the command line's."""
     path = run_dir / "config.yaml"
     if not path.exists():
-        raise ValueError(f"{run_dir} is not a run folder: it holds no config.yaml")
+        raise UserError(f"{run_dir} is not a run folder: it holds no config.yaml")
     return parse(["--config", str(path)])
 
 
@@ -61,11 +62,11 @@ def compare(
         run_dirs, configs: finished runs over the same shards; the first has a teacher.
         say: told of each model as it is scored.
     Raises:
-        ValueError: a run is not finished, the first has no teacher, or the shards have no held-out windows.
+        UserError: a run is not finished, the first has no teacher, or the shards have no held-out windows.
     """
     config = configs[0]
     if not teacher_names(config):
-        raise ValueError(f"{run_dirs[0]} has no teacher to compare with: name a distilled run first")
+        raise UserError(f"{run_dirs[0]} has no teacher to compare with: name a distilled run first")
     shards = config.data.shards
     folder = Path(without_scheme(shards))
     if not (is_remote(shards) or folder.is_absolute() or folder.exists()):
@@ -77,7 +78,7 @@ def compare(
     models: dict[str, PreTrainedModel] = {"teacher": teacher.models[0]}
     for run_dir, run_config in zip(run_dirs, configs, strict=True):
         if not (run_dir / "student").is_dir():
-            raise ValueError(f"{run_dir} is not finished: it holds no student/ yet")
+            raise UserError(f"{run_dir} is not finished: it holds no student/ yet")
         if teacher_names(run_config) and run_config.model.layer_map != "random":
             models[f"{run_dir.name} before training"] = build_student(run_config, manifest).eval()
         models[run_dir.name] = AutoModelForMaskedLM.from_pretrained(run_dir / "student").eval()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from train.errors import UserError
 from train.finetuning.results import FILE
 from train.finetuning.tasks import TASKS, task_named
 
@@ -56,11 +57,9 @@ def named_folders(words: Sequence[str], flag: str) -> dict[str, Path]:
     for word in words:
         name, _, folder = word.partition("=")
         if not (name and folder):
-            raise ValueError(f"{flag} {word}: give NAME=DIR")
+            raise UserError(f"{flag} {word}: give NAME=DIR")
         if name in found:
-            raise ValueError(
-                f"{flag} {word}: there is a model {name!r} already; each needs a name of its own"
-            )
+            raise UserError(f"{flag} {word}: there is a model {name!r} already; each needs a name of its own")
         found[name] = Path(folder)
     return found
 
@@ -69,21 +68,21 @@ def read_model_scores(name: str, folder: Path) -> ModelScores:
     """Every DIR/TASK/scores.json.
 
     Raises:
-        ValueError: there is none, or one of them is not what its folder says; the message names the file.
+        UserError: there is none, or one of them is not what its folder says; the message names the file.
     """
     if (folder / FILE).exists():
-        raise ValueError(
+        raise UserError(
             f"--scores {name}={folder}: that is the folder of one task; give the one that holds it, "
             f"{folder.resolve().parent}"
         )
     paths = sorted(folder.glob(f"*/{FILE}"))
     if not paths:
-        raise ValueError(f"{folder} holds no TASK/{FILE} (--scores {name}={folder}); {FINETUNE} makes them")
+        raise UserError(f"{folder} holds no TASK/{FILE} (--scores {name}={folder}); {FINETUNE} makes them")
     read: dict[str, tuple[TaskScores, int]] = {}
     for path in paths:
         found = _read(path, _task_scores)
         if found[0].task in read:
-            raise ValueError(f"{folder} holds two folders of scores of {found[0].task}; move one away")
+            raise UserError(f"{folder} holds two folders of scores of {found[0].task}; move one away")
         read[found[0].task] = found
     tasks = {task: read[task][0] for task in TASKS if task in read}
     return ModelScores(name, max(parameters for _, parameters in read.values()), tasks)
@@ -92,10 +91,10 @@ def read_model_scores(name: str, folder: Path) -> ModelScores:
 def _task_scores(scores: Any, path: Path) -> tuple[TaskScores, int]:
     task, folder = task_named(scores["task"]).name, task_named(path.parent.name).name
     if task != folder:
-        raise ValueError(f"{path}: these are scores of {task}, in a folder of {folder}; give each its own")
+        raise UserError(f"{path}: these are scores of {task}, in a folder of {folder}; give each its own")
     median = {key: _number(value, f'"median" of {key}') for key, value in scores["median"].items()}
     if "score" not in median:
-        raise ValueError(f'{path}: "median" holds no "score"')
+        raise UserError(f'{path}: "median" holds no "score"')
     spread = {
         key: (_number(low, f'"spread" of {key}'), _number(high, f'"spread" of {key}'))
         for key, (low, high) in scores["spread"].items()
@@ -139,7 +138,7 @@ class AblationFile:
 
 
 def read_ablation(path: Path) -> AblationFile:
-    """ValueError, naming the file, where it is not an ablation's."""
+    """UserError, naming the file, where it is not an ablation's."""
     return _read(path, _ablation)
 
 
@@ -158,7 +157,7 @@ def _ablation(given: Any, path: Path) -> AblationFile:
         for variant in given["variants"]
     ]
     if not variants:
-        raise ValueError(f"{path}: holds no variants")
+        raise UserError(f"{path}: holds no variants")
     scale = given.get("scale") or {}
     words = [
         f"{scale[key]:,} {text}"
@@ -216,7 +215,7 @@ class InferenceFile:
 
 
 def read_inference(path: Path) -> InferenceFile:
-    """ValueError, naming the file, where it is not the benchmark's."""
+    """UserError, naming the file, where it is not the benchmark's."""
     return _read(path, _inference)
 
 
@@ -244,7 +243,7 @@ def _inference(given: Any, path: Path) -> InferenceFile:
     ]
     names = [model.name for model in models]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"{path}: its models are named {names}; each needs a name of its own")
+        raise UserError(f"{path}: its models are named {names}; each needs a name of its own")
     device = {row.runtime: row.device for row in models[0].rows}
     faster = {
         (
@@ -266,18 +265,18 @@ def _read(path: Path, parse: Callable[[Any, Path], Value]) -> Value:
     try:
         return parse(json.loads(path.read_text()), path)
     except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
+        raise UserError(f"there is no file {path}") from None
     except KeyError as error:
-        raise ValueError(f"{path}: lacks {error}; make it again with this version") from None
+        raise UserError(f"{path}: lacks {error}; make it again with this version") from None
     except (TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: is not such a file ({error}); make it again") from None
+        raise UserError(f"{path}: is not such a file ({error}); make it again") from None
     except ValueError as error:
         if str(path) in str(error):
             raise
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where} is {value!r}, no number; score or measure it again")
+        raise UserError(f"{where} is {value!r}, no number; score or measure it again")
     return float(value)

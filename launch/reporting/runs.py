@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.errors import UserError
 from train.loop.metrics import read_rows
 from train.run_folder import read_summary
 
@@ -54,10 +55,10 @@ class Curve:
 
 
 def read_run_facts(run_dir: Path) -> RunFacts:
-    """ValueError, naming the run, where it is not finished."""
+    """UserError, naming the run, where it is not finished."""
     summary = read_summary(run_dir)
     if summary is None:
-        raise ValueError(f"{run_dir} is not finished: it holds no summary.json yet; run it to its end")
+        raise UserError(f"{run_dir} is not finished: it holds no summary.json yet; run it to its end")
     engine = json.loads((run_dir / "ds_config.json").read_text())
     per_step = engine["train_micro_batch_size_per_gpu"] * engine["gradient_accumulation_steps"]
     return RunFacts(

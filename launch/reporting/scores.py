@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from launch.reporting import published
 from launch.reporting.inputs import ModelScores, TaskScores
 from launch.reporting.tables import DASH, Column, Table, columns_of
+from train.errors import UserError
 from train.finetuning.tasks import GLUE, SPLIT_OFF, TASKS
 
 DOWNSTREAM = (
@@ -26,10 +27,10 @@ def reference_of(names: Sequence[str], wanted: str | None) -> str:
     """The model that retention is a share of: the one asked for, else `teacher`, else the first.
 
     Raises:
-        ValueError: there is no model of that name.
+        UserError: there is no model of that name.
     """
     if wanted is not None and wanted not in names:
-        raise ValueError(f"--reference {wanted}: --scores has {', '.join(names)}")
+        raise UserError(f"--reference {wanted}: --scores has {', '.join(names)}")
     return wanted or ("teacher" if "teacher" in names else names[0])
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_prep.shard_format.files import write_text
 from tests.paths import ROOT
 from train.checkpointing.checkpoint import TrainState, _complete, _remove, newest_checkpoint
 from train.config import Config, OptimizerConfig, RunConfig
@@ -24,14 +25,7 @@ from train.distributed.signals import StopRequest
 from train.distributed.world import World
 from train.loop.metrics import RunEvents, board_tag, read_rows
 from train.loop.profiling import profiling
-from train.run_folder import (
-    changed_config,
-    changed_inputs,
-    hold,
-    refuse_changes,
-    write_atomically,
-    write_configs,
-)
+from train.run_folder import changed_config, changed_inputs, hold, refuse_changes, write_configs
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:
@@ -283,11 +277,11 @@ def test_a_fault_on_the_first_rank_is_a_users_or_the_machines(monkeypatch: pytes
 def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):
-        write_atomically(tmp_path / "folder", "text")
+        write_text(tmp_path / "folder", "text")
     with pytest.raises(FileNotFoundError):
-        write_atomically(tmp_path / "none" / "file", "text")
+        write_text(tmp_path / "none" / "file", "text")
     with pytest.raises(UnicodeEncodeError):
-        write_atomically(tmp_path / "file", "\ud800")
+        write_text(tmp_path / "file", "\ud800")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data_prep.shard_format.files import write_json
 from train.errors import CheckpointNotWrittenError
 from train.loop.loss_accumulator import LossWindow
-from train.run_folder import write_json
 
 COMPLETE = "complete.json"
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from train.checkpointing.checkpoint import TrainState, newest_checkpoint, read_facts
-from train.errors import one_line
+from train.errors import UserError, one_line
 
 UNIVERSAL = ".universal"
 
@@ -44,7 +44,7 @@ def load_checkpoint(
         engine: made with load_universal where `needs_conversion` says so.
         checkpoint: None starts at step 0.
     Raises:
-        ValueError: DeepSpeed cannot read or convert it.
+        UserError: DeepSpeed cannot read or convert it.
     """
     if checkpoint is None:
         return TrainState()
@@ -61,12 +61,12 @@ def load_checkpoint(
     except RuntimeError as error:
         if "state_dict" not in str(error) and "size" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} holds another model than the configuration describes "
             f"({one_line(error, 200)}); give the model.* keys it was trained with, or another run.dir"
         ) from None
     if path is None:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint}: DeepSpeed found nothing to load there; remove the folder and start again"
         )
     dist.barrier()
@@ -92,7 +92,7 @@ def _convert(checkpoint: Path) -> Path:
             failure = [(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]]
     dist.broadcast_object_list(failure)
     if failure[0] is not None:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} cannot be converted for another number of ranks ({failure[0]}); start as many ranks as "
             f"wrote it, {_written_by(checkpoint)}"
         )

@@ -37,6 +37,7 @@ from train.data.shard_cache import ShardCache
 from train.data.shard_checks import check_shards
 from train.data.shard_reader import read_shard, shard_tokens
 from train.data.shard_streams import Readings
+from train.errors import UserError
 
 PREFETCH_TOKENS = 1 << 20
 READER_THREADS = 2
@@ -72,7 +73,7 @@ class BatchLoader:
         pin_memory: page-locked micro batches, for copies to the current CUDA device that do not wait.
         cache_dir: folder for shards that are not local (webdataset's cache); None reads them anew each time.
     Raises:
-        ValueError: a shard is missing, truncated or altered; fewer windows than a global batch; a world size
+        UserError: a shard is missing, truncated or altered; fewer windows than a global batch; a world size
             that does not fit (the message lists those that do).
     """
 
@@ -194,13 +195,13 @@ def heldout_windows(
     Returns:
         input_ids (N, sequence_length) int32, window_ids (N,) int64, N = min(max_windows, windows there are).
     Raises:
-        ValueError: the held-out split has no window of this length, or a shard is bad.
+        UserError: the held-out split has no window of this length, or a shard is bad.
     """
     infos = manifest.splits["heldout"]
     windows = windows_per_shard([shard.tokens for shard in infos], sequence_length)
     total = sum(windows)
     if total == 0 or max_windows < 1:
-        raise ValueError(
+        raise UserError(
             f"the held-out split has {total} windows of {sequence_length} tokens, {max_windows} are wanted: "
             "write shards with a larger held-out share, or turn evaluation off"
         )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from data_prep.shard_format.manifest import TokenizerInfo
+from train.errors import UserError
 
 # Independent streams of the hash: which positions, what to do with each, which random token.
 _SELECT, _REPLACE, _RANDOM = 1, 2, 3
@@ -42,7 +43,7 @@ def continuation_table(pieces: Sequence[str | None], special_ids: Sequence[int])
         pieces: the vocabulary by id, None at ids without a piece. WordPiece marks continuations (##ing);
             byte-level BPE and SentencePiece mark the starts of words instead.
     Raises:
-        ValueError: the vocabulary marks neither.
+        UserError: the vocabulary marks neither.
     """
     present = [piece or "" for piece in pieces]
     if any(piece.startswith("##") and len(piece) > 2 for piece in present):
@@ -50,7 +51,7 @@ def continuation_table(pieces: Sequence[str | None], special_ids: Sequence[int])
     else:
         start = next((mark for mark in ("Ġ", "▁") if any(piece.startswith(mark) for piece in present)), None)
         if start is None:
-            raise ValueError(
+            raise UserError(
                 "masking.whole_word is on, but the vocabulary marks no words (##, Ġ, ▁): turn it off"
             )
         table = np.array([piece != "" and not piece.startswith(start) for piece in present])
@@ -75,7 +76,7 @@ class Masker:
             weight of its first piece.
         smoothing: used with `histogram` only.
     Raises:
-        ValueError: n is not between 1 and L - 2, or a table does not have V entries.
+        UserError: n is not between 1 and L - 2, or a table does not have V entries.
     """
 
     def __init__(
@@ -90,16 +91,14 @@ class Masker:
     ) -> None:
         self.num_masked = round(probability * sequence_length)
         if not 1 <= self.num_masked <= sequence_length - 2:
-            raise ValueError(
+            raise UserError(
                 f"masking.probability {probability} of data.sequence_length {sequence_length} is "
                 f"{self.num_masked} positions: choose a probability that gives 1 to {sequence_length - 2}"
             )
         if sequence_length >= 1 << _POSITION_BITS:
-            raise ValueError(
-                f"data.sequence_length is {sequence_length}: at most {(1 << _POSITION_BITS) - 1}"
-            )
+            raise UserError(f"data.sequence_length is {sequence_length}: at most {(1 << _POSITION_BITS) - 1}")
         if not 0 <= seed < 2**64:
-            raise ValueError(f"data.seed is {seed}: it must be at least 0 and below 2**64")
+            raise UserError(f"data.seed is {seed}: it must be at least 0 and below 2**64")
         self.sequence_length = sequence_length
         self.mask_id = tokenizer.mask_id
         self._seed = seed
@@ -116,7 +115,7 @@ class Masker:
         if histogram is not None:
             counts = np.maximum(_table("histogram", histogram, size).astype(np.float64), 1.0)
             if not np.isfinite(counts).all():
-                raise ValueError("the histogram table holds a count that is not a number: rebuild it")
+                raise UserError("the histogram table holds a count that is not a number: rebuild it")
             tables["rarity"] = torch.from_numpy(counts**smoothing)
         self._tables = {torch.device("cpu"): tables}
 
@@ -187,7 +186,7 @@ class Masker:
 
 def _table(name: str, values: np.ndarray, size: int) -> np.ndarray:
     if np.shape(values) != (size,):
-        raise ValueError(
+        raise UserError(
             f"the {name} table has shape {np.shape(values)}, the vocabulary {size} entries: rebuild it"
         )
     return np.asarray(values)

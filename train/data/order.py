@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from train.errors import UserError
+
 FRAME_TOKENS = 2  # [CLS] before and [SEP] after the content of a window
 
 # Purposes of the permutations, so that no two share random bits. Changing one changes every order.
@@ -39,7 +41,7 @@ def windows_per_shard(tokens: Sequence[int], sequence_length: int) -> tuple[int,
     """Whole windows in shards of `tokens` tokens (separators included) each; remainders are dropped."""
     content = sequence_length - FRAME_TOKENS
     if content < 1:
-        raise ValueError(
+        raise UserError(
             f"data.sequence_length is {sequence_length}: [CLS] and [SEP] leave no room, use at least 3"
         )
     return tuple(count // content for count in tokens)
@@ -48,7 +50,7 @@ def windows_per_shard(tokens: Sequence[int], sequence_length: int) -> tuple[int,
 def num_lanes(global_batch_size: int, lanes: int = 64) -> int:
     """K, the largest divisor of the global batch not above `lanes`: recipe numbers alone decide it."""
     if global_batch_size < 1 or lanes < 1:
-        raise ValueError(
+        raise UserError(
             f"training.global_batch_size is {global_batch_size} and lanes is {lanes}: both must be at least 1"
         )
     return max(k for k in range(1, min(lanes, global_batch_size) + 1) if global_batch_size % k == 0)
@@ -68,10 +70,10 @@ def check_fit(global_batch_size: int, lanes: int, world_size: int, micro_batch_s
     """Gradient accumulation steps per global step.
 
     Raises:
-        ValueError: the world size does not fit; the message lists the sizes that do.
+        UserError: the world size does not fit; the message lists the sizes that do.
     """
     if micro_batch_size < 1:
-        raise ValueError(f"training.micro_batch_size is {micro_batch_size}: it must be at least 1")
+        raise UserError(f"training.micro_batch_size is {micro_batch_size}: it must be at least 1")
     fitting = fitting_world_sizes(global_batch_size, lanes, micro_batch_size)
     if world_size not in fitting:
         remedy = (
@@ -84,7 +86,7 @@ def check_fit(global_batch_size: int, lanes: int, world_size: int, micro_batch_s
             remedy += f", or data.lanes={world_size}, which changes the order of the data"
         elif world_size > k:
             remedy += f"; more ranks than {k} need a larger data.lanes that divides the global batch"
-        raise ValueError(
+        raise UserError(
             f"a world size of {world_size} does not fit training.global_batch_size {global_batch_size}, "
             f"training.micro_batch_size {micro_batch_size} and {k} lanes: {remedy}"
         )
@@ -112,14 +114,14 @@ class DataOrder:
         seed: 0 <= seed < 2**64.
         lanes: upper bound of the number of lanes, see num_lanes.
     Raises:
-        ValueError: fewer windows than one global batch, or a seed out of range.
+        UserError: fewer windows than one global batch, or a seed out of range.
     """
 
     def __init__(
         self, windows_per_shard: Sequence[int], global_batch_size: int, seed: int, lanes: int = 64
     ) -> None:
         if not 0 <= seed < 2**64:
-            raise ValueError(f"data.seed is {seed}: it must be at least 0 and below 2**64")
+            raise UserError(f"data.seed is {seed}: it must be at least 0 and below 2**64")
         self.seed = seed
         self.global_batch_size = global_batch_size
         self.num_lanes = num_lanes(global_batch_size, lanes)
@@ -130,7 +132,7 @@ class DataOrder:
         self.num_windows = int(self._first_id[-1])
         self.steps_per_epoch = self.num_windows // global_batch_size
         if self.steps_per_epoch == 0:
-            raise ValueError(
+            raise UserError(
                 f"the shards hold {self.num_windows} windows, fewer than one batch of {global_batch_size}: "
                 "add text, or lower training.global_batch_size or data.sequence_length"
             )
@@ -140,10 +142,10 @@ class DataOrder:
         """(epoch, step within the epoch) of a global step, both from 0.
 
         Raises:
-            ValueError: the step is negative, or 2**63 and more.
+            UserError: the step is negative, or 2**63 and more.
         """
         if not 0 <= step < _STEPS:
-            raise ValueError(f"step is {step}: steps count from 0, and end below 2**63")
+            raise UserError(f"step is {step}: steps count from 0, and end below 2**63")
         return divmod(step, self.steps_per_epoch)
 
     def runs(self, step: int, lane: int) -> list[Run]:

@@ -19,6 +19,7 @@ from train.config import Config
 from train.data.loader import BatchLoader, MicroBatch
 from train.data.masking import MaskedBatch, Masker, continuation_table
 from train.data.shard_reader import read_histogram
+from train.errors import UserError
 from train.models.build import tokenizer_source
 
 # Sanh et al. 2019; where the recipe gives neither training.epochs nor training.max_steps.
@@ -95,7 +96,7 @@ def build_run_data(
     """The data of a recipe for one rank.
 
     Raises:
-        ValueError, FileNotFoundError: as train/data/loader.py does.
+        UserError, FileNotFoundError: as train/data/loader.py does.
     """
     lengths, shares = planned_phases(config)
     loaders = [
@@ -157,7 +158,7 @@ def build_schedule(config: Config, total: int) -> dict[str, Any]:
     """peak, warmup_steps, total_steps and decay_power for train/loop/schedule.py."""
     warmup = config.schedule.warmup_steps
     if warmup is not None and warmup > total:
-        raise ValueError(f"schedule.warmup_steps={warmup} is more than the run's {total} steps; give fewer")
+        raise UserError(f"schedule.warmup_steps={warmup} is more than the run's {total} steps; give fewer")
     return {
         "peak": config.optimizer.lr,
         "warmup_steps": max(1, total // 40) if warmup is None else warmup,

@@ -18,6 +18,7 @@ from pathlib import Path
 from data_prep.shard_format.manifest import ShardInfo
 from train.data.shard_messages import check_size, unreadable
 from train.data.shard_streams import Readings
+from train.errors import UserError
 
 # A part is written at once, when the shard is in memory: one as old as this was left by a killed process.
 _STALE_S = 3600.0
@@ -48,7 +49,7 @@ class ShardCache:
         A file here of another size (with verify="full", of another sha256) is fetched again.
 
         Raises:
-            ValueError: it cannot be read or kept, or its size is not the manifest's.
+            UserError: it cannot be read or kept, or its size is not the manifest's.
         """
         path = self.path(shard)
         try:
@@ -86,9 +87,9 @@ class ShardCache:
                     os.unlink(part)
             raise self._unusable(error) from None
 
-    def _unusable(self, error: OSError) -> ValueError:
+    def _unusable(self, error: OSError) -> UserError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "make room there, or choose" if full else "choose"
-        return ValueError(
+        return UserError(
             f"shards cannot be kept in data.cache_dir {self.folder} ({error}): {remedy} another folder, or none"
         )

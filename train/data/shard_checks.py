@@ -13,6 +13,7 @@ from train.data.shard_cache import ShardCache
 from train.data.shard_reader import read_shard, shard_tokens
 from train.data.shard_sizes import check_shard_sizes
 from train.data.shard_streams import Readings
+from train.errors import UserError
 
 _THREADS = 8
 
@@ -41,14 +42,14 @@ def check_shards(
         splits: the splits to check; all by default.
         cache: where shards that are not local are kept, so that they are fetched once for this and for use.
     Raises:
-        ValueError: names the first bad shard in the manifest's order, what is wrong and what to do.
+        UserError: names the first bad shard in the manifest's order, what is wrong and what to do.
     """
     if verify not in ("size", "full"):
-        raise ValueError(f"data.verify is {verify!r}: use size or full")
+        raise UserError(f"data.verify is {verify!r}: use size or full")
     chosen = [shard for split in splits or tuple(manifest.splits) for shard in manifest.splits[split]]
     twice = [name for name, count in Counter(shard.name for shard in chosen).items() if count > 1]
     if twice:
-        raise ValueError(f"the manifest lists shard {twice[0]} twice: write the shards again")
+        raise UserError(f"the manifest lists shard {twice[0]} twice: write the shards again")
 
     check_shard_sizes(shards, chosen)
     if verify == "full":

@@ -24,6 +24,7 @@ from data_prep.shard_format.manifest import (
 from train.data.shard_cache import ShardCache
 from train.data.shard_messages import REMEDY, check_size, unreadable
 from train.data.shard_streams import Readings
+from train.errors import UserError
 
 # A member holds a document at least, and costs a tar header, a pax header, an .npy header and padding.
 _OVERHEAD_PER_DOCUMENT = 4096
@@ -49,7 +50,7 @@ def read_shard(
     Args:
         readings: what ends the reading when its user leaves; None: nobody does.
     Raises:
-        ValueError: it is missing, cannot be read, or its size (with verify="full" its sha256) is not the
+        UserError: it is missing, cannot be read, or its size (with verify="full" its sha256) is not the
             manifest's.
     """
     url = url_of(shards, shard)
@@ -63,7 +64,7 @@ def read_shard(
             raise unreadable(f"shard {shard.name}", url, error) from None
         check_size(shard, len(data), url)
     if verify == "full" and hashlib.sha256(data).hexdigest() != shard.sha256:
-        raise ValueError(
+        raise UserError(
             f"shard {shard.name} at {url} was altered, its sha256 is not the manifest's: {REMEDY}"
         )
     return data
@@ -73,7 +74,7 @@ def read_histogram(shards: str, manifest: Manifest) -> np.ndarray:
     """(V,) int64 >= 0: how often each token stands in the train split.
 
     Raises:
-        ValueError: the file is missing, cannot be read, or holds something else.
+        UserError: the file is missing, cannot be read, or holds something else.
     """
     url, size = shard_url(shards, manifest.token_histogram), manifest.tokenizer.vocab_size
     what = f"token histogram {manifest.token_histogram}"
@@ -85,9 +86,9 @@ def read_histogram(shards: str, manifest: Manifest) -> np.ndarray:
     try:
         counts = npy_array(memoryview(data)[: longest + 1], "it", np.dtype("<i8"))
     except ValueError as error:
-        raise ValueError(f"{what} at {url} is damaged ({error}): {REMEDY}") from None
+        raise UserError(f"{what} at {url} is damaged ({error}): {REMEDY}") from None
     if len(counts) != size or counts.min(initial=0) < 0:
-        raise ValueError(
+        raise UserError(
             f"{what} at {url} has {len(counts)} counts, the lowest {counts.min(initial=0)}: "
             f"it must have {size}, none below 0; {REMEDY}"
         )
@@ -98,31 +99,31 @@ def shard_tokens(data: bytearray, shard: ShardInfo, tokenizer: TokenizerInfo) ->
     """(shard.tokens,) uint16 or uint32: the shard's blocks end to end.
 
     Raises:
-        ValueError: they are more or fewer than the manifest says, lie outside the vocabulary, are of another number
+        UserError: they are more or fewer than the manifest says, lie outside the vocabulary, are of another number
             of documents, or do not end with a whole one.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     limit = shard.tokens * dtype.itemsize + shard.documents * _OVERHEAD_PER_DOCUMENT + _TAR_TRAILER
     if len(data) > limit:
-        raise ValueError(
+        raise UserError(
             f"shard {shard.name} has {len(data)} bytes, too many for its {shard.tokens} tokens: {REMEDY}"
         )
     try:
         blocks = token_blocks(data, dtype)
     except ValueError as error:
-        raise ValueError(f"shard {shard.name} is not a shard of tokens ({error}): {REMEDY}") from None
+        raise UserError(f"shard {shard.name} is not a shard of tokens ({error}): {REMEDY}") from None
     tokens = np.concatenate(blocks) if blocks else np.zeros(0, dtype)
     if len(tokens) != shard.tokens:
-        raise ValueError(
+        raise UserError(
             f"shard {shard.name} holds {len(tokens)} tokens, not the manifest's {shard.tokens}: {REMEDY}"
         )
     highest = int(tokens.max(initial=0))
     if highest >= tokenizer.vocab_size:
         vocabulary = f"the vocabulary of {tokenizer.vocab_size}"
-        raise ValueError(f"shard {shard.name} holds token {highest}, beyond {vocabulary}: {REMEDY}")
+        raise UserError(f"shard {shard.name} holds token {highest}, beyond {vocabulary}: {REMEDY}")
     documents = int(np.count_nonzero(tokens == tokenizer.sep_id))
     if documents != shard.documents or (len(tokens) and tokens[-1] != tokenizer.sep_id):
-        raise ValueError(
+        raise UserError(
             f"shard {shard.name} holds {documents} separators for the manifest's {shard.documents} documents "
             f"or does not end with one: {REMEDY}"
         )

@@ -39,7 +39,7 @@ def check_shard_sizes(shards: str, infos: Sequence[ShardInfo]) -> None:
     """Refuse missing, truncated or grown shards, the first of them in the order given.
 
     Raises:
-        ValueError: names the shard, what is wrong and what to do.
+        UserError: names the shard, what is wrong and what to do.
     """
     readings = Readings()
     size_of = _sizes(shards, infos, readings)

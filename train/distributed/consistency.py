@@ -13,6 +13,7 @@ import torch.distributed as dist
 from data_prep.shard_format.manifest import Manifest
 from train.config import Config
 from train.distributed.world import World
+from train.errors import UserError
 from train.run_folder import flatten, provenance
 
 Result = TypeVar("Result")
@@ -40,7 +41,7 @@ def start_up_facts(config: Config, shards_digest: str) -> dict[str, str]:
 
 
 def refuse_differences(facts: dict[str, str], world: World) -> None:
-    """ValueError on every rank where a fact differs from rank 0's; names facts, ranks and hosts."""
+    """UserError on every rank where a fact differs from rank 0's; names facts, ranks and hosts."""
     gathered: list[Any] = [None] * world.world_size
     dist.all_gather_object(gathered, {"host": platform.node(), "facts": facts})
     first = gathered[0]["facts"]
@@ -52,7 +53,7 @@ def refuse_differences(facts: dict[str, str], world: World) -> None:
         if other["facts"].get(name) != first[name]
     ]
     if differences:
-        raise ValueError(
+        raise UserError(
             "the ranks differ, and would train something that nobody asked for; make them equal:\n  "
             + "\n  ".join(differences[:10])
         )

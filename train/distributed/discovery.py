@@ -16,6 +16,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from train.errors import UserError
+
 ADVICE = (
     "start with `deepspeed launch/pretrain.py`, `srun python ...` or `mpirun python ...` (docs/CLUSTER.md)"
 )
@@ -66,7 +68,7 @@ def discover_ranks(environment: Mapping[str, str]) -> Ranks:
     does mpirun in a batch job. RANK, LOCAL_RANK and WORLD_SIZE set by hand beside srun or mpirun must say the same.
 
     Raises:
-        ValueError: variables are missing, no numbers, or contradict each other.
+        UserError: variables are missing, no numbers, or contradict each other.
     """
     marked = _marked_launcher(environment)
     source = _source(environment, marked)
@@ -76,7 +78,7 @@ def discover_ranks(environment: Mapping[str, str]) -> Ranks:
     missing = [name for name in source.names if name not in environment]
     if missing:
         given = {name: environment[name] for name in source.names if name in environment}
-        raise ValueError(f"the launcher set {given} but not {', '.join(missing)}: {ADVICE}")
+        raise UserError(f"the launcher set {given} but not {', '.join(missing)}: {ADVICE}")
     rank, local_rank, world_size = (_number(environment, name) for name in source.names)
     local_size = _local_size(environment, source, world_size)
     # A local rank may lie above the rank: mpirun may deal the ranks out to a host in any order.
@@ -84,7 +86,7 @@ def discover_ranks(environment: Mapping[str, str]) -> Ranks:
         names = [name for name in (*source.names, *source.local_size) if name in environment]
         given = {name: environment[name] for name in names}
         needed = f"0 <= {source.rank} < {source.world_size} and 0 <= {source.local_rank} < {local_size}"
-        raise ValueError(
+        raise UserError(
             f"{given}: needs {needed}, the ranks of this host, <= {source.world_size}; unset what an earlier job left"
         )
     if source is not _TORCH:
@@ -103,11 +105,11 @@ def slurm_rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
     """Host of rank 0 and a port, the same on every rank of a job step and another for the next step.
 
     Raises:
-        ValueError: Slurm did not say which hosts or which job.
+        UserError: Slurm did not say which hosts or which job.
     """
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if not nodes or "SLURM_JOB_ID" not in environment:
-        raise ValueError(
+        raise UserError(
             f"SLURM_PROCID is set but not SLURM_JOB_NODELIST and SLURM_JOB_ID, which say where rank 0 is: {ADVICE}"
         )
     job = _number(environment, "SLURM_JOB_ID")
@@ -142,7 +144,7 @@ def _source(environment: Mapping[str, str], marked: str | None) -> _Source | Non
 
 def _refuse_batch_script_without_srun(environment: Mapping[str, str]) -> None:
     if _number({"SLURM_NTASKS": "1", **environment}, "SLURM_NTASKS") > 1:
-        raise ValueError(
+        raise UserError(
             f"this Slurm job has SLURM_NTASKS={environment['SLURM_NTASKS']} tasks, but this process was not started by "
             "srun and would train alone: `srun python launch/pretrain.py`, or `unset SLURM_NTASKS` to mean it"
         )
@@ -151,7 +153,7 @@ def _refuse_batch_script_without_srun(environment: Mapping[str, str]) -> None:
 def _refuse_contradictions(environment: Mapping[str, str], source: _Source) -> None:
     for name, other in zip(_TORCH.names, source.names, strict=True):
         if name in environment and _number(environment, name) != _number(environment, other):
-            raise ValueError(
+            raise UserError(
                 f"{name}={environment[name]} but {other}={environment[other]}: two launchers contradict each other; "
                 f"unset {name} if an earlier job or the job script left it, or start with one launcher"
             )
@@ -161,7 +163,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     try:
         return int(environment[name])
     except ValueError:
-        raise ValueError(f"{name}={environment[name]!r} is no whole number: {ADVICE}") from None
+        raise UserError(f"{name}={environment[name]!r} is no whole number: {ADVICE}") from None
 
 
 def _local_size(environment: Mapping[str, str], source: _Source, world_size: int) -> int:

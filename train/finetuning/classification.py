@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForSequenceClassification
 
-from train.errors import NonFiniteError
+from train.errors import NonFiniteError, UserError
 from train.finetuning import hub, readers, soft_labels
 from train.finetuning.batches import Features, Padding
 from train.finetuning.examples import Examples
@@ -33,7 +33,7 @@ def check(job: Job) -> None:
     """Is there a model, are its teachers', is there data? Nothing large is read.
 
     Raises:
-        ValueError, FileNotFoundError: what is missing or does not fit.
+        UserError, FileNotFoundError: what is missing or does not fit.
     """
     _model_and_tokenizer(job, job.model)
     if hub.hub_name(job.task, job.data) is None:
@@ -149,7 +149,7 @@ def teacher_logits(job: Job, teacher: str, examples: Examples) -> np.ndarray:
         name = f"{job.task.name} labels of {Path(teacher).name}"
         logits = predict(model, features, Padding(tokenizer.pad_token_id), job, name)[0]
         if not np.isfinite(logits).all():
-            raise ValueError(f"teacher {teacher}: its outputs are no numbers; give another")
+            raise UserError(f"teacher {teacher}: its outputs are no numbers; give another")
         soft_labels.write_logits(path, logits)
     return logits[:, order]
 

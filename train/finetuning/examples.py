@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from train.errors import UserError
 from train.finetuning.tasks import Task
 
 NO_LABEL = -100
@@ -78,10 +79,10 @@ def examples_of(task: Task, table: Table, labelled: bool = True) -> Examples:
     Args:
         labelled: False ignores a label column, if there is one.
     Raises:
-        ValueError: no rows, no such column (with those there are), a text or label that cannot be, with its row.
+        UserError: no rows, no such column (with those there are), a text or label that cannot be, with its row.
     """
     if not len(table.rows):
-        raise ValueError(f"{table.where} holds no examples")
+        raise UserError(f"{table.where} holds no examples")
     texts = [_text_column(task, table, names) for names in task.texts]
     if labelled:
         labels = _labels(task, table)
@@ -97,7 +98,7 @@ def _text_column(task: Task, table: Table, names: Sequence[str]) -> list[str]:
     texts = table.columns[_column(task, table, names)]
     for row, text in zip(table.rows, texts, strict=True):
         if not isinstance(text, str):
-            raise ValueError(f"{table.where}, row {row}: {names[0]} is {text!r}, not a text")
+            raise UserError(f"{table.where}, row {row}: {names[0]} is {text!r}, not a text")
     return list(texts)
 
 
@@ -106,7 +107,7 @@ def _column(task: Task, table: Table, names: Sequence[str]) -> str:
         if name in table.columns:
             return name
     wanted = [*(" or ".join(column) for column in task.texts), " or ".join(task.label)]
-    raise ValueError(
+    raise UserError(
         f"{table.where} has no column {' or '.join(names)}; it has {', '.join(table.columns)}; {task.title} wants "
         f"{', '.join(wanted)}"
     )
@@ -116,7 +117,7 @@ def _labels(task: Task, table: Table) -> np.ndarray:
     try:
         column = _column(task, table, task.label)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{error}. A test set without labels cannot be scored: give train and dev sets"
         ) from None
     values = table.columns[column]
@@ -126,7 +127,7 @@ def _labels(task: Task, table: Table) -> np.ndarray:
         try:
             labels.append(read(task, value))
         except ValueError as error:
-            raise ValueError(f"{table.where}, row {row}: {column} {error}") from None
+            raise UserError(f"{table.where}, row {row}: {column} {error}") from None
     return np.array(labels, dtype=np.float32 if task.is_regression else np.int64)
 
 
@@ -136,14 +137,14 @@ def _class(task: Task, value: Any) -> int:
     if text.lower() in task.labels:
         return task.labels.index(text.lower())
     if text == "-1":
-        raise ValueError("is -1: this is a test set without labels, which cannot be scored; give the dev set")
+        raise UserError("is -1: this is a test set without labels, which cannot be scored; give the dev set")
     try:
         number = int(text)
     except ValueError:
         number = -1
     if not 0 <= number < len(task.labels):
         known = ", ".join(f"{index} ({name})" for index, name in enumerate(task.labels))
-        raise ValueError(f"is {value!r}; {task.title} has {known}")
+        raise UserError(f"is {value!r}; {task.title} has {known}")
     return number
 
 
@@ -155,7 +156,7 @@ def _number(task: Task, value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if number == -1:
-        raise ValueError("is -1: this is a test set without labels, which cannot be scored; give the dev set")
+        raise UserError("is -1: this is a test set without labels, which cannot be scored; give the dev set")
     if not low <= number <= high:
-        raise ValueError(f"is {value!r}; {task.title} has numbers from {low:g} to {high:g}")
+        raise UserError(f"is {value!r}; {task.title} has numbers from {low:g} to {high:g}")
     return number

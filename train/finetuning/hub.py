@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from data_prep.sources.tables import quiet_hub
-from train.errors import one_line
+from train.errors import UserError, one_line
 from train.finetuning.examples import Examples, Table, examples_of
 from train.finetuning.tasks import Task
 
@@ -24,7 +24,7 @@ def hub_name(task: Task, data: str | None) -> tuple[str, str | None] | None:
         return None
     name, _, config = data.removeprefix(PREFIX).partition(":")
     if not name:
-        raise ValueError(f"--data {data}: write hub:NAME or hub:NAME:CONFIG")
+        raise UserError(f"--data {data}: write hub:NAME or hub:NAME:CONFIG")
     return name, config or None
 
 
@@ -32,7 +32,7 @@ def load_hub(name: str, config: str | None) -> Any:
     """A DatasetDict.
 
     Raises:
-        ValueError: it cannot be loaded, with what the hub's client says and the way without it.
+        UserError: it cannot be loaded, with what the hub's client says and the way without it.
     """
     import datasets
 
@@ -42,7 +42,7 @@ def load_hub(name: str, config: str | None) -> Any:
     try:
         return datasets.load_dataset(name, config)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"the dataset {name}{f' ({config})' if config else ''} cannot be loaded: {one_line(error)}; "
             "with local files, give --data FOLDER"
         ) from None
@@ -52,7 +52,7 @@ def read_hub(task: Task, name: str, config: str | None) -> tuple[Examples, dict[
     """(train, dev sets by name), as `readers.read_examples`.
 
     Raises:
-        ValueError: no such dataset or split; see `examples_of`.
+        UserError: no such dataset or split; see `examples_of`.
     """
     splits = load_hub(name, config)
     train = _examples(task, name, splits, ("train",))
@@ -62,7 +62,7 @@ def read_hub(task: Task, name: str, config: str | None) -> tuple[Examples, dict[
 def _examples(task: Task, name: str, splits: Any, names: tuple[str, ...]) -> Examples:
     found = next((split for split in names if split in splits), None)
     if found is None:
-        raise ValueError(f"the dataset {name} has no split {' or '.join(names)}; it has {', '.join(splits)}")
+        raise UserError(f"the dataset {name} has no split {' or '.join(names)}; it has {', '.join(splits)}")
     dataset = splits[found]
     columns = {column: dataset[column][:] for column in dataset.column_names if column != "idx"}
     for column, feature in dataset.features.items():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.errors import UserError
 from train.finetuning.examples import Examples, Table, examples_of
 from train.finetuning.tasks import SPLIT_OFF, Task
 
@@ -31,7 +32,7 @@ def data_folder(data: str) -> Path:
     """The folder that `--data` names; ValueError for a file, FileNotFoundError where there is none."""
     folder = Path(data)
     if folder.is_file():
-        raise ValueError(f"--data {data} is a file; give the folder that holds the train and dev sets")
+        raise UserError(f"--data {data} is a file; give the folder that holds the train and dev sets")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {data}")
     return folder
@@ -42,7 +43,7 @@ def find_files(task: Task, data: str) -> Files:
 
     Raises:
         FileNotFoundError: none are there, with what was looked for.
-        ValueError: `data` is a file.
+        UserError: `data` is a file.
     """
     folder = data_folder(data)
     plain = {_plain(name) for name in task.folders}
@@ -69,7 +70,7 @@ def read_examples(
     """(train, dev sets by name). What is left out or split off is said aloud.
 
     Raises:
-        ValueError: see `examples_of`; damaged files.
+        UserError: see `examples_of`; damaged files.
     """
     train = examples_of(task, read_table(task, files.train, say))
     dev = {name: examples_of(task, read_table(task, path, say)) for name, path in files.dev.items()}
@@ -83,7 +84,7 @@ def read_examples(
             "by a hash"
         )
         if not len(train) or not len(part):
-            raise ValueError(f"{files.train} is too small to split a dev set off; give a dev set")
+            raise UserError(f"{files.train} is too small to split a dev set off; give a dev set")
     elif absent:
         say(f"{task.name}: {files.train.parent} has no {', '.join(absent)} set; scored without")
     return train, dev
@@ -93,14 +94,14 @@ def read_unlabelled(task: Task, path: Path, say: Callable[[str], None]) -> Examp
     """Texts for the teachers to label: .txt with one on each line, or .tsv or .jsonl with the task's text columns.
 
     Raises:
-        FileNotFoundError, ValueError: not there, not such a file, or single texts for a task of pairs.
+        FileNotFoundError, UserError: not there, not such a file, or single texts for a task of pairs.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--unlabelled {path}: there is no such file")
     if path.name.endswith((".txt", ".txt.gz")):
         if task.is_pair:
             names = ", ".join(column[0] for column in task.texts)
-            raise ValueError(
+            raise UserError(
                 f"--unlabelled {path}: {task.title} is about pairs of texts; give a .tsv or .jsonl with the "
                 f"columns {names}"
             )
@@ -108,7 +109,7 @@ def read_unlabelled(task: Task, path: Path, say: Callable[[str], None]) -> Examp
         column = {task.texts[0][0]: [line for _, line in kept]}
         return examples_of(task, Table(column, str(path), [row for row, _ in kept]), labelled=False)
     if not path.name.endswith(ENDINGS):
-        raise ValueError(f"--unlabelled {path}: give a .txt, .tsv or .jsonl file, plain or .gz")
+        raise UserError(f"--unlabelled {path}: give a .txt, .tsv or .jsonl file, plain or .gz")
     return examples_of(task, read_table(task, path, say, headerless=False), labelled=False)
 
 
@@ -147,22 +148,22 @@ def _lines(path: Path) -> Iterator[str]:
             for number, line in enumerate(file, start=1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}, row {number}: not UTF-8") from None
+        raise UserError(f"{path}, row {number}: not UTF-8") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}; fetch it again") from None
+        raise UserError(f"{path} is damaged or cut short: {error}; fetch it again") from None
 
 
 def _read_tsv(path: Path, names: Sequence[str] | None, say: Callable[[str], None]) -> Table:
     rows = [(row, line.split("\t")) for row, line in enumerate(_lines(path), start=1) if line.strip()]
     if not rows:
-        raise ValueError(f"{path} is empty")
+        raise UserError(f"{path} is empty")
     if names is None or len(rows[0][1]) != len(names):
         names = rows.pop(0)[1]
     good = [(row, cells) for row, cells in rows if len(cells) == len(names)]
     if num_bad := len(rows) - len(good):
         bad = next(row for row, cells in rows if len(cells) != len(names))
         if num_bad > MALFORMED_SHARE * len(rows):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {num_bad:,} of {len(rows):,} rows do not have the {len(names)} columns {', '.join(names)}; "
                 f"the first is row {bad}"
             )
@@ -180,16 +181,16 @@ def _read_jsonl(path: Path) -> Table:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, row {row}: no JSON: {error}") from None
+            raise UserError(f"{path}, row {row}: no JSON: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, row {row}: not a JSON object with named fields")
+            raise UserError(f"{path}, row {row}: not a JSON object with named fields")
         if not numbers:
             columns = {name: [] for name in record}
         for name, values in columns.items():
             values.append(record.get(name))
         numbers.append(row)
     if not numbers:
-        raise ValueError(f"{path} is empty")
+        raise UserError(f"{path} is empty")
     return Table(columns, str(path), numbers)
 
 

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_prep.shard_format.files import write_json
+from train.errors import UserError
 from train.finetuning.tasks import GLUE
-from train.run_folder import provenance, write_json
+from train.run_folder import provenance
 
 FILE = "scores.json"
 NOT_SCORES = ("seconds", "examples_per_s")
@@ -41,7 +43,7 @@ def read_scores(folder: Path) -> dict[str, Any] | None:
     """What `write_scores` left in a task's folder, or None where nothing is.
 
     Raises:
-        ValueError: the file is not such a file.
+        UserError: the file is not such a file.
     """
     path = folder / FILE
     try:
@@ -52,7 +54,7 @@ def read_scores(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no file of scores ({error!r}); delete it and run launch/finetune.py again"
         ) from None
     return scores
@@ -62,14 +64,14 @@ def read_seed_scores(folder: Path) -> dict[str, float]:
     """The scores of a finished seed, from its model folder.
 
     Raises:
-        ValueError: the file is not such a file.
+        UserError: the file is not such a file.
     """
     path = folder / FILE
     try:
         scores = json.loads(path.read_text())
         _refuse_without_score(scores)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no file of a seed's scores ({error!r}); delete {folder} and run launch/finetune.py again"
         ) from None
     return scores
@@ -77,7 +79,7 @@ def read_seed_scores(folder: Path) -> dict[str, float]:
 
 def _refuse_without_score(scores: Mapping[str, float]) -> None:
     if not math.isfinite(scores["score"]):
-        raise ValueError(f"its score is {scores['score']}")
+        raise UserError(f"its score is {scores['score']}")
 
 
 def median_and_spread(

@@ -18,11 +18,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_prep.shard_format.files import write_json
+from train.errors import UserError
 from train.finetuning.results import FILE, median_and_spread, read_scores, read_seed_scores, write_scores
 from train.finetuning.settings import Job
 from train.finetuning.task_models import weights_digest
 from train.finetuning.training import Stopped
-from train.run_folder import hold, write_json
+from train.run_folder import hold
 
 KINDS = {"sequence": "train.finetuning.classification", "span": "train.finetuning.squad.training"}
 OPTIONS = "options.json"
@@ -44,7 +46,7 @@ def check_task(job: Job) -> None:
     """Everything that can be refused cheaply, before hours are spent on the tasks before.
 
     Raises:
-        ValueError, OSError: see the kind's `check`.
+        UserError, OSError: see the kind's `check`.
     """
     _module(job).check(job)
 
@@ -55,7 +57,7 @@ def run_task(job: Job, seeds: Sequence[int]) -> dict[str, Any]:
     Returns:
         The contents of scores.json.
     Raises:
-        ValueError, OSError: bad input, or a folder of another run.
+        UserError, OSError: bad input, or a folder of another run.
         train.finetuning.training.Stopped: a signal came; a checkpoint was left.
     """
     with hold(job.folder) as stopping:
@@ -152,14 +154,14 @@ def _absolute(name: str) -> str:
 
 
 def _refuse_changes(folder: Path, options: Mapping[str, Any]) -> None:
-    """ValueError where the folder was begun with other options; contents that are not known yet are not compared."""
+    """UserError where the folder was begun with other options; contents that are not known yet are not compared."""
     path = folder / OPTIONS
     if not path.exists():
         return
     try:
         before = _flat(json.loads(path.read_text()))
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {folder} or give another --out") from None
+        raise UserError(f"{path} is damaged ({error}); delete {folder} or give another --out") from None
     now = _flat(options)
     compared = [key for key in {**before, **now} if key in now or not key.startswith("contents.")]
     changes = [
@@ -170,7 +172,7 @@ def _refuse_changes(folder: Path, options: Mapping[str, Any]) -> None:
         if before.get(key) != now.get(key)
     ]
     if changes:
-        raise ValueError(
+        raise UserError(
             f"{folder} was begun with other options:\n  "
             + "\n  ".join(changes)
             + "\ngive another --out, restore what was, or delete the folder"

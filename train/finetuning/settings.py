@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from train.errors import UserError
 from train.finetuning.tasks import Task
 
 SPAN_ALONE = ("doc_stride", "max_answer_length")
@@ -77,18 +78,18 @@ def settings_for(task: Task, options: Mapping[str, Any], teachers: Sequence[str]
     Args:
         options: names of Settings -> value; None where the user said nothing.
     Raises:
-        ValueError: a value that cannot be, or one without effect on this task.
+        UserError: a value that cannot be, or one without effect on this task.
     """
     given = {key: value for key, value in options.items() if value is not None}
     values = {**asdict(task.defaults), **given}
     for name in SPAN_ALONE:
         if name in given and task.kind != "span":
-            raise ValueError(f"--{name.replace('_', '-')} has no effect on {task.name}; leave it out")
+            raise UserError(f"--{name.replace('_', '-')} has no effect on {task.name}; leave it out")
     for name in ("temperature", "hard_weight", "unlabelled_only"):
         if name in given and not teachers:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect without --teacher; leave it out")
+            raise UserError(f"--{name.replace('_', '-')} has no effect without --teacher; leave it out")
     if given.get("unlabelled_only") and "hard_weight" in given:
-        raise ValueError(
+        raise UserError(
             "--hard-weight has no effect with --unlabelled-only: there are no true labels; leave it out"
         )
     if teachers:
@@ -114,4 +115,4 @@ def _check(settings: Settings) -> None:
 
 def _refuse_unless(name: str, value: Any, good: Callable[[Any], bool], wanted: str) -> None:
     if value is not None and not (math.isfinite(value) and good(value)):
-        raise ValueError(f"--{name.replace('_', '-')} is {value}; give {wanted}")
+        raise UserError(f"--{name.replace('_', '-')} is {value}; give {wanted}")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 
+from train.errors import UserError
 from train.finetuning.examples import NO_LABEL
 
 
@@ -82,20 +83,20 @@ def class_order(name: str, config: Any, labels: tuple[str, ...] | None) -> list[
     A teacher whose config only says LABEL_0, LABEL_1 is taken to have the task's order.
 
     Raises:
-        ValueError: other labels, or another number of them.
+        UserError: other labels, or another number of them.
     """
     own = [str(config.id2label[index]).lower() for index in range(config.num_labels)]
     wanted = list(labels) if labels else None
     if len(own) != (len(wanted) if wanted else 1):
         expected = f"{len(wanted)} labels ({', '.join(wanted)})" if wanted else "one number, a regression"
-        raise ValueError(
+        raise UserError(
             f"teacher {name} has {len(own)} labels ({', '.join(own)}), the task {expected}; give a teacher that was "
             "fine-tuned on this task"
         )
     if wanted is None or own == [f"label_{index}" for index in range(len(own))]:
         return list(range(len(own)))
     if sorted(own) != sorted(wanted):
-        raise ValueError(
+        raise UserError(
             f"teacher {name} has the labels {', '.join(own)}, the task {', '.join(wanted)}; give a teacher that was "
             "fine-tuned on this task"
         )

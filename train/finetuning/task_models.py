@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from train.errors import one_line
+from train.errors import UserError, one_line
 from train.models.encoder_config import listed, max_positions, read_encoder_config, refuse_gaps
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
@@ -22,7 +22,7 @@ def check_encoder(name: str) -> Any:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: no config, tokenizer or weights in it, or the model is no encoder.
+        UserError: no config, tokenizer or weights in it, or the model is no encoder.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -35,29 +35,29 @@ def check_encoder(name: str) -> Any:
 def _check_files(folder: Path) -> None:
     remedy = "give the Hugging Face folder of a model, such as RUN/student"
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json; {remedy}")
+        raise UserError(f"{folder} has no config.json; {remedy}")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}); {remedy}")
+        raise UserError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}); {remedy}")
     if not any(any(folder.glob(name)) for name in WEIGHTS):
-        raise ValueError(f"{folder} has no weights (model.safetensors); {remedy}")
+        raise UserError(f"{folder} has no weights (model.safetensors); {remedy}")
 
 
 def load_tokenizer(name: str, config: Any) -> Any:
     """The tokenizer beside a model.
 
     Raises:
-        ValueError: it cannot be read, cannot pad, or knows tokens that the model has no embedding for.
+        UserError: it cannot be read, cannot pad, or knows tokens that the model has no embedding for.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     # Of a broken file come KeyErrors, and bare Exceptions from tokenizers.
     except Exception as error:
-        raise ValueError(f"{name}: its tokenizer cannot be read: {one_line(error)}") from None
+        raise UserError(f"{name}: its tokenizer cannot be read: {one_line(error)}") from None
     if tokenizer.pad_token_id is None:
-        raise ValueError(f"{name}: its tokenizer has no padding token; texts cannot be batched")
+        raise UserError(f"{name}: its tokenizer has no padding token; texts cannot be batched")
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{name}: its tokenizer goes up to token {largest}, its model has {config.vocab_size} embeddings; give a "
             "folder whose tokenizer and weights belong together"
         )
@@ -71,7 +71,7 @@ def load_with_new_head(name: str, kind: Any, seed: int, head: Mapping[str, Any])
         kind: AutoModelForSequenceClassification or AutoModelForQuestionAnswering.
         head: fields of the config, such as num_labels.
     Raises:
-        ValueError: weights of the encoder are missing, of the wrong shape, or more than its config says.
+        UserError: weights of the encoder are missing, of the wrong shape, or more than its config says.
     """
     try:
         encoder, info = AutoModel.from_pretrained(
@@ -79,7 +79,7 @@ def load_with_new_head(name: str, kind: Any, seed: int, head: Mapping[str, Any])
         )
     # safetensors, pickle and torch have an error each for a damaged file.
     except Exception as error:
-        raise ValueError(f"{name}: its weights cannot be read: {one_line(error)}") from None
+        raise UserError(f"{name}: its weights cannot be read: {one_line(error)}") from None
     missing = sorted(info["missing_keys"])
     refuse_gaps(name, encoder.config, [key for key in missing if "pooler." not in key], info)
     torch.manual_seed(seed)
@@ -100,19 +100,19 @@ def load_finetuned(name: str, kind: Any) -> PreTrainedModel:
     """A model whose head is trained already, in fp32 and eval mode.
 
     Raises:
-        ValueError: weights are missing, the head's among them.
+        UserError: weights are missing, the head's among them.
     """
     try:
         model, info = kind.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:
-        raise ValueError(f"{name}: its weights cannot be read: {one_line(error)}") from None
+        raise UserError(f"{name}: its weights cannot be read: {one_line(error)}") from None
     missing = sorted(info["missing_keys"])
     if missing and all(
         not key.startswith(f"{model.base_model_prefix}.") or "pooler." in key for key in missing
     ):
-        raise ValueError(
+        raise UserError(
             f"{name} is not fine-tuned: {listed(missing)} missing from its weights; fine-tune it on the task first "
             "and give OUT/TASK/seed-N"
         )

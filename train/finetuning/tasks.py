@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from train.errors import UserError
+
 SPLIT_OFF = "split off train"
 """Name of a dev set that is a part of the training set, for want of one: its scores are not the published ones."""
 
@@ -188,13 +190,13 @@ def task_named(name: str) -> Task:
     """The task of a name; spelling as in SST-2, STS_B or sst2 is all the same.
 
     Raises:
-        ValueError: there is none, with the list of those there are.
+        UserError: there is none, with the list of those there are.
     """
     plain = {_plain(key): task for key, task in TASKS.items()}
     try:
         return plain[_plain(name)]
     except KeyError:
-        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}") from None
+        raise UserError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}") from None
 
 
 def _plain(name: str) -> str:

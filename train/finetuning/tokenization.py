@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from train.errors import UserError
 from train.finetuning.examples import Examples
 
 CHUNK = 2000
@@ -36,22 +37,22 @@ def encode(
 
 
 def check_pairs(name: str, tokenizer: Any) -> None:
-    """ValueError where a tokenizer puts nothing between the two texts of a pair."""
+    """UserError where a tokenizer puts nothing between the two texts of a pair."""
     ids = tokenizer("a", "a")["input_ids"]
     without = tokenizer("a", add_special_tokens=False)["input_ids"]
     single = tokenizer("a")["input_ids"]
     if len(ids) <= len(single) + len(without):
-        raise ValueError(
+        raise UserError(
             f"{name}: its tokenizer gives a pair of texts as {tokenizer.convert_ids_to_tokens(ids)}, with nothing "
             "between them; give its tokenizer.json a pair template, as BERT's [CLS] A [SEP] B [SEP]"
         )
 
 
 def check_room(name: str, tokenizer: Any, max_length: int, is_pair: bool) -> None:
-    """ValueError where `max_length` is all special tokens, and the model would see nothing of the texts."""
+    """UserError where `max_length` is all special tokens, and the model would see nothing of the texts."""
     special = tokenizer.num_special_tokens_to_add(pair=is_pair)
     least = special + (2 if is_pair else 1)
     if max_length < least:
-        raise ValueError(
+        raise UserError(
             f"--max-length is {max_length}, of which {name} takes {special} for special tokens; give at least {least}"
         )

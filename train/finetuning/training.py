@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from data_prep.shard_format.files import write_json
 from train.errors import NonFiniteError
 from train.finetuning.batches import EpochBatches, Features
 from train.finetuning.settings import Job, MayStop
-from train.run_folder import write_json
 
 COMPLETE = "complete.json"
 EVAL_BATCH_SIZE = 64

@@ -18,6 +18,7 @@ from train.config import Config
 from train.data.masking import MaskedBatch
 from train.data.order import fitting_world_sizes
 from train.distributed.world import World
+from train.errors import UserError
 from train.loop.trainer import DistillationModule
 from train.models.build import build_objective, build_student, build_teacher, count_parameters, needs_teacher
 
@@ -68,15 +69,15 @@ def find_micro_batch_size(
     Args:
         engine_config: DeepSpeed's JSON as it was given; says the precision and the bucket size.
     Raises:
-        ValueError: there is no GPU, no size divides the batch, or not even one sequence fits.
+        UserError: there is no GPU, no size divides the batch, or not even one sequence fits.
     """
     if not world.device.startswith("cuda"):
-        raise ValueError(
+        raise UserError(
             "training.micro_batch_size='auto' measures a GPU's memory, and there is none here: give a number"
         )
     sizes = candidates(config.training.global_batch_size, config.data.lanes, world.world_size)
     if not sizes:
-        raise ValueError(
+        raise UserError(
             f"training.global_batch_size={config.training.global_batch_size} cannot be shared by {world.world_size} "
             f"ranks: these fit: {fitting_world_sizes(config.training.global_batch_size, config.data.lanes)}"
         )
@@ -84,7 +85,7 @@ def find_micro_batch_size(
     found = torch.tensor(best or 0, device=world.device)
     dist.all_reduce(found, op=dist.ReduceOp.MIN)
     if not int(found):
-        raise ValueError(
+        raise UserError(
             f"training.micro_batch_size='auto': not even {sizes[0]} sequences of {config.data.sequence_length} tokens "
             f"fit on {world.device}; shorten data.sequence_length, or take a GPU with more memory"
         )

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from data_prep.shard_format.manifest import Manifest, TokenizerInfo, without_scheme
 from train.config import OBJECTIVE_WEIGHTS, Config
 from train.distributed.world import World
-from train.errors import one_line
+from train.errors import UserError, one_line
 from train.evaluation.teacher_precision import check_teacher_precision
 from train.models.families import family_of
 from train.models.loading import load_masked_lm
@@ -61,7 +61,7 @@ def teacher_config(name: str) -> Any:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"model.teacher={name!r}: no Hugging Face folder of that name here, and none from the hub ({reason}); give "
             "the folder of a masked language model, or the name of one on the hub"
         ) from None
@@ -98,16 +98,16 @@ def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int)
     try:
         known = AutoConfig.for_model(model_type).to_dict()
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"model.scratch: unknown model_type {model_type!r}; for example bert or roberta"
         ) from None
     for key in settings:
         if key in own:
-            raise ValueError(
+            raise UserError(
                 f"model.scratch: {key} comes from the shards' tokenizer ({own[key]}); leave it out"
             )
         if key not in known:
-            raise ValueError(f"model.scratch: {model_type} has no {key!r}; it has {', '.join(sorted(known))}")
+            raise UserError(f"model.scratch: {model_type} has no {key!r}; it has {', '.join(sorted(known))}")
     try:
         hf_config = AutoConfig.for_model(**{**settings, **own})
         with torch.random.fork_rng(devices=[]):
@@ -115,16 +115,16 @@ def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int)
             return AutoModelForMaskedLM.from_config(hf_config, attn_implementation="sdpa").float().train()
     # A word for a number, a width that no head count divides: many kinds of errors come of it.
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"model.scratch: no {model_type} can be made of {settings} ({one_line(error, 200)})"
         ) from None
 
 
 def check_sequence_length(student: PreTrainedModel, sequence_length: int) -> None:
-    """ValueError where the model has no position for a token of the sequence."""
+    """UserError where the model has no position for a token of the sequence."""
     longest = family_of(student).max_sequence_length(student)
     if sequence_length > longest:
-        raise ValueError(
+        raise UserError(
             f"data.sequence_length={sequence_length}: the model has positions for {longest} tokens; give that or less"
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from train.errors import one_line
+from train.errors import UserError, one_line
 from train.models.families import FAMILIES
 
 PADDING_OFFSET = ("camembert", "xlm-roberta-xl", "roberta-prelayernorm", "longformer", "mpnet")
@@ -24,16 +24,16 @@ def read_encoder_config(name: str | Path) -> Any:
     """The config of a Hugging Face folder, or of a name on the hub.
 
     Raises:
-        ValueError: it cannot be read, or the model is no encoder of text.
+        UserError: it cannot be read, or the model is no encoder of text.
     """
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name}: its config cannot be read: {one_line(error)}") from None
+        raise UserError(f"{name}: its config cannot be read: {one_line(error)}") from None
     is_decoder = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False)
     if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or is_decoder:
         kind = f"{config.model_type} decoder" if is_decoder else config.model_type
-        raise ValueError(
+        raise UserError(
             f"{name} is a {kind}, which is no encoder of text; give a BERT, DistilBERT, RoBERTa or the like"
         )
     return config
@@ -80,20 +80,20 @@ def refuse_gaps(name: str | Path, config: Any, missing: Sequence[str], info: Map
         missing: keys that must be there and are not.
         info: what `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` returned.
     Raises:
-        ValueError: a key has another shape than by the config, is missing, or belongs to a layer beyond the config's.
+        UserError: a key has another shape than by the config, is missing, or belongs to a layer beyond the config's.
     """
     together = "give a folder whose weights and config belong together"
     for key, found, expected in sorted(info["mismatched_keys"]):
-        raise ValueError(
+        raise UserError(
             f"{name}: {key} has shape {tuple(found)}, by its config.json {tuple(expected)}; {together}"
         )
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{name} is incomplete: {listed(missing)} missing from its weights; give a whole checkpoint"
         )
     pattern = _layers_of(config.model_type)
     layers = [int(found[1]) for key in info["unexpected_keys"] if (found := pattern.search(key))]
     if max(layers, default=-1) >= config.num_hidden_layers:  # others are something else's: an adapter's, say
-        raise ValueError(
+        raise UserError(
             f"{name}: its weights have {max(layers) + 1} layers, its config.json {config.num_hidden_layers}; {together}"
         )

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from train.errors import UserError
+
 
 @dataclass(frozen=True)
 class EncoderOutput:
@@ -164,7 +166,7 @@ def family_of(model: PreTrainedModel) -> Family:
     """The adapter of a model, by its config's `model_type`.
 
     Raises:
-        ValueError: the architecture is not in the table.
+        UserError: the architecture is not in the table.
     """
     return family_of_type(model.config.model_type)
 
@@ -172,7 +174,7 @@ def family_of(model: PreTrainedModel) -> Family:
 def family_of_type(model_type: str) -> Family:
     """The adapter of a `config.model_type`; ValueError if the architecture is not in the table."""
     if model_type not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"model type {model_type!r} is not supported; known are {', '.join(FAMILIES)} "
             "(another one needs an entry in train/models/families.py)"
         )

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from data_prep.shard_format.manifest import TokenizerInfo, tokenizer_fingerprint
-from train.errors import one_line
+from train.errors import UserError, one_line
 from train.models.encoder_config import listed, refuse_gaps
 from train.models.families import family_of_type
 
@@ -32,7 +32,7 @@ def load_masked_lm(path_or_hub: str, dtype: torch.dtype = torch.float32) -> PreT
         path_or_hub: a Hugging Face folder or a name on the hub.
     Raises:
         FileNotFoundError: it looks like a folder, and there is none.
-        ValueError: the architecture is not supported, or weights are missing or of the wrong shape.
+        UserError: the architecture is not supported, or weights are missing or of the wrong shape.
         OSError: nothing to load there (from transformers).
     """
     if path_or_hub.startswith((".", "/", "~")) and not Path(path_or_hub).is_dir():
@@ -50,11 +50,11 @@ def load_masked_lm(path_or_hub: str, dtype: torch.dtype = torch.float32) -> PreT
                 ignore_mismatched_sizes=True,  # refused below, by name
             )
     except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path_or_hub}: its weights cannot be read: {one_line(error)}") from None
+        raise UserError(f"{path_or_hub}: its weights cannot be read: {one_line(error)}") from None
     missing = sorted(info["missing_keys"])
     if any(name.startswith(family.head) for name in missing):
         kinds = ", ".join(config.architectures or ["no architecture"])
-        raise ValueError(
+        raise UserError(
             f"{path_or_hub} has no MLM head: {listed(missing)} missing from its weights (its config.json "
             f"names {kinds}); give a checkpoint that was saved with its masked-language-model head"
         )
@@ -101,14 +101,14 @@ def check_vocabulary(name: str, config: Any, fingerprint: str | None, tokenizer:
     """
     remedy = f"write the shards with --tokenizer {name}, or give a teacher with the shards' tokenizer"
     if fingerprint is not None and fingerprint != tokenizer.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"{name} has another tokenizer than the shards (fingerprint {fingerprint[:12]}, shards' "
             f"{tokenizer.fingerprint[:12]}): {remedy}"
         )
     # Some models pad their embedding beyond the tokenizer, which is harmless where the tokenizers are equal.
     padded = fingerprint is not None and config.vocab_size > tokenizer.vocab_size
     if config.vocab_size != tokenizer.vocab_size and not padded:
-        raise ValueError(
+        raise UserError(
             f"{name} has a vocabulary of {config.vocab_size} tokens, the shards' tokenizer one of "
             f"{tokenizer.vocab_size}: {remedy}"
         )
@@ -123,6 +123,6 @@ def check_vocabulary(name: str, config: Any, fingerprint: str | None, tokenizer:
     for kind, expected in special.items() if fingerprint is None else ():
         own = getattr(config, f"{kind}_token_id", None)
         if own is not None and own != expected:
-            raise ValueError(
+            raise UserError(
                 f"{name} has {kind}_token_id {own}, the shards' tokenizer {expected} in its place: {remedy}"
             )

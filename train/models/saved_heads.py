@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
-from train.errors import one_line
+from train.errors import UserError, one_line
 from train.models.encoder_config import max_positions, read_encoder_config, refuse_gaps, takes_token_types
 
 # Names of dynamic axes, as in Hugging Face's optimum.
@@ -56,29 +56,29 @@ def _head_of_class(class_name: str, where: str) -> Head:
         # BertLMHeadModel is no BertModel: its head would be lost.
         if class_name.endswith(suffix) and not class_name.endswith("LMHeadModel"):
             return head
-    raise ValueError(f"{where}: {class_name} is not among the heads known here: {', '.join(HEADS)}")
+    raise UserError(f"{where}: {class_name} is not among the heads known here: {', '.join(HEADS)}")
 
 
 def load_with_saved_head(folder: Path) -> PreTrainedModel:
     """The model of a Hugging Face folder with the head that it was saved with: fp32, CPU, eval mode.
 
     Raises:
-        ValueError: no such folder, no encoder, a head not known here, or weights that are missing (never a random
+        UserError: no such folder, no encoder, a head not known here, or weights that are missing (never a random
             head), of another shape, or of more layers than the config says.
     """
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is not a Hugging Face folder: it holds no config.json")
+        raise UserError(f"{folder} is not a Hugging Face folder: it holds no config.json")
     config = read_encoder_config(folder)
     class_name = next(iter(config.architectures or []), "")
     if not class_name:
-        raise ValueError(f"{folder}/config.json names no architectures: save the model with save_pretrained")
+        raise UserError(f"{folder}/config.json names no architectures: save the model with save_pretrained")
     auto_class = getattr(transformers, _head_of_class(class_name, str(folder)).auto_class)
     try:
         model, info = auto_class.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # of every kind, where files are cut off or do not belong together
-        raise ValueError(f"{folder}: its weights cannot be read: {one_line(error)}") from None
+        raise UserError(f"{folder}: its weights cannot be read: {one_line(error)}") from None
     refuse_gaps(folder, config, sorted(info["missing_keys"]), info)
     return model.eval()
 

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from train.errors import UserError
 from train.models.families import BERT, DISTILBERT, Family, family_of
 
 ORIGINAL_LAYERS = (0, 2, 4, 7, 9, 11)
@@ -45,16 +46,16 @@ def make_student(
         width: hidden width of a "random" student; heads and inner width shrink in proportion.
         seed: of the fresh weights.
     Raises:
-        ValueError: a depth or a map that does not fit the teacher, with what would.
+        UserError: a depth or a map that does not fit the teacher, with what would.
     """
     family = family_of(teacher_model)
     if layer_map == "random":
         depth = num_layers if num_layers is not None else max(1, family.num_layers(teacher_model) // 2)
         if depth < 1:
-            raise ValueError(f"model.student_layers is {depth}; give at least 1")
+            raise UserError(f"model.student_layers is {depth}; give at least 1")
         return _random_student(teacher_model, depth, width, seed)
     if width is not None and width != family.width(teacher_model):
-        raise ValueError(
+        raise UserError(
             f"a student of width {width} cannot copy layers of width {family.width(teacher_model)}; "
             "use model.layer_map=random"
         )
@@ -75,9 +76,9 @@ def resolve_layer_map(
     (0, 3, 6, 9)
     """
     if num_layers is not None and num_layers < 1:
-        raise ValueError(f"model.student_layers is {num_layers}; give at least 1")
+        raise UserError(f"model.student_layers is {num_layers}; give at least 1")
     if num_layers is not None and num_layers > teacher_layers:
-        raise ValueError(
+        raise UserError(
             f"model.student_layers is {num_layers} but the teacher has only {teacher_layers} layers to copy; "
             f"give at most {teacher_layers}, or model.layer_map=random"
         )
@@ -86,22 +87,22 @@ def resolve_layer_map(
     try:
         layers = tuple(operator.index(layer) for layer in layer_map)
     except TypeError:
-        raise ValueError(
+        raise UserError(
             f"model.layer_map {list(layer_map)}: give whole numbers, the teacher's layers counted from 0"
         ) from None
     wrong = [layer for layer in layers if not 0 <= layer < teacher_layers]
     if wrong or not layers:
-        raise ValueError(
+        raise UserError(
             f"model.layer_map {list(layers)} names layers {wrong} that the teacher does not have; "
             f"its layers are 0 to {teacher_layers - 1}"
         )
     if num_layers is not None and num_layers != len(layers):
-        raise ValueError(
+        raise UserError(
             f"model.student_layers is {num_layers} but model.layer_map lists {len(layers)} layers; "
             "leave model.student_layers out or make them agree"
         )
     if len(layers) > teacher_layers:
-        raise ValueError(
+        raise UserError(
             f"model.layer_map lists {len(layers)} layers but the teacher has only {teacher_layers}; "
             f"list at most {teacher_layers}, or give model.layer_map=random"
         )
@@ -118,12 +119,12 @@ def _named_layer_map(name: str, teacher_layers: int, num_layers: int | None) -> 
         return _evenly_spaced(teacher_layers, depth)
     if name == "distilbert":
         if teacher_layers != 12 or num_layers not in (None, len(ORIGINAL_LAYERS)):
-            raise ValueError(
+            raise UserError(
                 f"model.layer_map=distilbert copies layers {list(ORIGINAL_LAYERS)} of a 12-layer teacher into "
                 f"6; this is {num_layers or 6} layers from {teacher_layers}; use every_other or a list"
             )
         return ORIGINAL_LAYERS
-    raise ValueError(
+    raise UserError(
         f"model.layer_map is {name!r}; choose every_other, distilbert, random or a list of layers"
     )
 
@@ -227,7 +228,7 @@ def _check_first_layer(family: Family, teacher_model: PreTrainedModel, layers: t
     parameters = [{name for name, _ in layer.named_parameters()} for layer in teacher_layers]
     for index, layer in enumerate(layers):
         if parameters[layer] != parameters[index]:
-            raise ValueError(
+            raise UserError(
                 f"model.layer_map {list(layers)} puts layer {layer} of this {family.model_type} in place "
                 f"{index}, but the two are built differently; keep layer 0 first and nowhere else"
             )
@@ -262,7 +263,7 @@ def _set_width(config: PretrainedConfig, width: int) -> None:
     old_width, heads = config.hidden_size, config.num_attention_heads
     head_width = old_width // heads
     if width < 1 or width % head_width:
-        raise ValueError(
+        raise UserError(
             f"a student's width must be a multiple of its heads' width {head_width}; it is {width}"
         )
     setattr(config, inner_name, getattr(config, inner_name) * width // old_width)

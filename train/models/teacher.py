@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from train.errors import UserError
 from train.models.families import Family, family_of
 from train.models.loading import folder_fingerprint, load_masked_lm
 from train.objective.chunk_terms import DecoderRows
@@ -77,7 +78,7 @@ class Teacher:
         compile: bool = False,
     ) -> None:
         if not models:
-            raise ValueError("model.teacher is an empty list; name at least one teacher, or leave it out")
+            raise UserError("model.teacher is an empty list; name at least one teacher, or leave it out")
         _check_compilation(compile, output_hidden_states)
         self.names = tuple(names or (f"teacher {index}" for index in range(len(models))))
         self.models = tuple(model.eval().requires_grad_(False) for model in models)
@@ -95,13 +96,13 @@ class Teacher:
         known = self.tokenizer_fingerprint
         for name, model, fingerprint in zip(self.names, self.models, self.fingerprints, strict=True):
             if model.config.vocab_size != self.vocab_size:
-                raise ValueError(
+                raise UserError(
                     f"the teachers' vocabularies differ: {first} has {self.vocab_size} tokens, {name} has "
                     f"{model.config.vocab_size}; an ensemble needs teachers with one tokenizer"
                 )
             if fingerprint not in (None, known):
                 other = self.names[self.fingerprints.index(known)]
-                raise ValueError(
+                raise UserError(
                     f"the tokenizers of {other} and {name} differ, though both have {self.vocab_size} tokens; "
                     "an ensemble needs teachers with one tokenizer"
                 )
@@ -111,7 +112,7 @@ class Teacher:
         for name, family, model in zip(self.names, self.families, self.models, strict=True):
             longest = family.max_sequence_length(model)
             if sequence_length > longest:
-                raise ValueError(
+                raise UserError(
                     f"data.sequence_length={sequence_length}: teacher {name} has positions for {longest} tokens; "
                     "give that or less"
                 )
@@ -163,13 +164,13 @@ def normalised_shares(count: int, weights: Sequence[float] | None) -> tuple[floa
     if weights is None:
         return (1.0 / count,) * count
     if len(weights) != count:
-        raise ValueError(f"{len(weights)} teacher weights for {count} teachers; give one weight each")
+        raise UserError(f"{len(weights)} teacher weights for {count} teachers; give one weight each")
     if not all(0 < weight < float("inf") for weight in weights):
-        raise ValueError(f"teacher weights are {list(weights)}; give numbers above 0, or leave a teacher out")
+        raise UserError(f"teacher weights are {list(weights)}; give numbers above 0, or leave a teacher out")
     largest = max(weights)
     scaled = [float(weight) / largest for weight in weights]
     if min(scaled) == 0:
-        raise ValueError(
+        raise UserError(
             f"teacher weights are {list(weights)}; the smallest counts for nothing beside the largest"
         )
     return tuple(weight / sum(scaled) for weight in scaled)
@@ -177,7 +178,7 @@ def normalised_shares(count: int, weights: Sequence[float] | None) -> tuple[floa
 
 def _check_compilation(compile: bool, output_hidden_states: bool) -> None:
     if compile and output_hidden_states:
-        raise ValueError(
+        raise UserError(
             "a compiled teacher cannot return the hidden states of its layers (transformers collects them "
             "with hooks); turn compilation off, or the cosine on mapped layers"
         )
@@ -200,7 +201,7 @@ def load_teacher(
         compile, output_hidden_states: see Teacher.
         weights: of the ensemble's members, scaled to add up to 1.
     Raises:
-        ValueError, OSError: see load_masked_lm; vocabularies that differ; bad weights.
+        UserError, OSError: see load_masked_lm; vocabularies that differ; bad weights.
     """
     paths = [paths] if isinstance(paths, str) else list(paths)
     normalised_shares(max(1, len(paths)), weights)  # before minutes of loading

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from train.errors import UserError
 from train.models.families import EncoderOutput, Family, family_of
 from train.objective.chunk_terms import Workspace
 from train.objective.fused_loss import VocabularyTerms, vocabulary_loss
@@ -81,7 +82,7 @@ class DistillationLoss(nn.Module):
             widths must agree.
         chunk_tokens: rows of logits that exist at once; None for what fills 32 MiB (GPU: 256 MiB) a buffer.
     Raises:
-        ValueError: a negative weight, T <= 0, an unknown kd_positions, all weights zero.
+        UserError: a negative weight, T <= 0, an unknown kd_positions, all weights zero.
     """
 
     def __init__(
@@ -117,25 +118,25 @@ class DistillationLoss(nn.Module):
         weights = ("kd_weight", "mlm_weight", "cosine_weight", "mse_weight", "layer_cosine_weight")
         for name in weights:
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"objective.{name} is {getattr(self, name)}; give a number >= 0")
+                raise UserError(f"objective.{name} is {getattr(self, name)}; give a number >= 0")
         if all(getattr(self, name) == 0 for name in weights):
-            raise ValueError("all weights of the objective are 0: nothing would be trained; set one above 0")
+            raise UserError("all weights of the objective are 0: nothing would be trained; set one above 0")
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"objective.temperature is {self.temperature}; give a number above 0 (usual: 2)")
+            raise UserError(f"objective.temperature is {self.temperature}; give a number above 0 (usual: 2)")
         if self.kd_positions not in ("all", "masked"):
-            raise ValueError(f"objective.kd_positions is {self.kd_positions!r}; choose 'all' or 'masked'")
+            raise UserError(f"objective.kd_positions is {self.kd_positions!r}; choose 'all' or 'masked'")
         if bool(self.layer_pairs) != (self.layer_cosine_weight > 0):
-            raise ValueError(
+            raise UserError(
                 f"layer_cosine_weight is {self.layer_cosine_weight} but layer_pairs is {self.layer_pairs}: "
                 "one has no effect without the other; set both or neither"
             )
         for pair in self.layer_pairs:
             if len(pair) != 2 or not all(isinstance(layer, int) for layer in pair):
-                raise ValueError(
+                raise UserError(
                     f"objective.layer_pairs names {pair}; give (student layer, teacher layer), two whole numbers"
                 )
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise ValueError(
+            raise UserError(
                 f"objective.chunk_tokens is {self.chunk_tokens}; give a number >= 1 or leave it out"
             )
 
@@ -182,7 +183,7 @@ class DistillationLoss(nn.Module):
             num_masked_tokens: the same for the means over masked positions (MLM; KD and MSE with "masked").
         """
         if self.needs_teacher and teacher is None:
-            raise ValueError("this objective needs a teacher's output; pass it, or set its weights to 0")
+            raise UserError("this objective needs a teacher's output; pass it, or set its weights to 0")
         family = family_of(student)
         embedding, tied, embedded = student.get_input_embeddings(), None, None
         if embedding.weight is family.decoder(student)[0]:

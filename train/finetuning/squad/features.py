@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from train.errors import UserError
 from train.finetuning.squad.questions import Question
 
 MAX_QUESTION_TOKENS = 64  # --max_query_length of BERT's run_squad.py
@@ -74,11 +75,11 @@ def pair_template(tokenizer: Any) -> PairTemplate:
     """Learn from the tokenizer's own output how it joins two texts.
 
     Raises:
-        ValueError: a slow tokenizer, or one that does not put [CLS] first and separators around the texts.
+        UserError: a slow tokenizer, or one that does not put [CLS] first and separators around the texts.
     """
     name = getattr(tokenizer, "name_or_path", "") or "the model"
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
+        raise UserError(
             f"{name}: answers are found by the offsets of a fast tokenizer, and there is none (tokenizer.json)"
         )
     encoded = tokenizer("a", "a", return_token_type_ids=True)
@@ -90,7 +91,7 @@ def pair_template(tokenizer: Any) -> PairTemplate:
         if all(parts) and parts[0][0] == tokenizer.cls_token_id:
             before, between, after = map(tuple, parts)
             return PairTemplate(before, between, after, encoded["token_type_ids"][second])
-    raise ValueError(
+    raise UserError(
         f"{name}: its tokenizer gives a pair of texts as {tokenizer.convert_ids_to_tokens(ids)}, without [CLS] first "
         "and separators after both; SQuAD needs them (post_processor in tokenizer.json)"
     )
@@ -119,12 +120,12 @@ def make_windows(
         doc_stride: tokens between the beginnings of neighbouring windows.
         watch: wraps the iteration over batches of texts; for a progress bar.
     Raises:
-        ValueError: no room for context, or a stride that would leave out text.
+        UserError: no room for context, or a stride that would leave out text.
     """
     template = pair_template(tokenizer)
     longest_question, room = question_room(max_length, template)
     if longest_question < 1 or not 1 <= doc_stride <= room:
-        raise ValueError(
+        raise UserError(
             f"windows of {max_length} tokens that begin every {doc_stride} tokens: beside a question of "
             f"{max(longest_question, 0)} tokens there is room for {max(room, 0)} of the context; the stride must be "
             "between 1 and that"

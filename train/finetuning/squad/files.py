@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train.errors import UserError
 from train.finetuning.hub import hub_name, load_hub
 from train.finetuning.readers import data_folder
 from train.finetuning.settings import Job
@@ -33,7 +34,7 @@ def find_squad_files(task: Task, data: str) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: they are not there, with what was looked for.
-        ValueError: `data` is a file.
+        UserError: `data` is a file.
     """
     folder = data_folder(data)
     names = {
@@ -63,7 +64,7 @@ def read_questions(job: Job) -> tuple[list[Question], list[Question]]:
     """(train, dev) of the job's task, as many as its settings say; what is left out is said.
 
     Raises:
-        ValueError, OSError: see squad_data.py; questions without an answer in SQuAD 1.1, or none such in 2.0.
+        UserError, OSError: see squad_data.py; questions without an answer in SQuAD 1.1, or none such in 2.0.
     """
     hub = hub_name(job.task, job.data)
     if hub is None:
@@ -79,7 +80,7 @@ def read_questions(job: Job) -> tuple[list[Question], list[Question]]:
         }
         for split, own in found.items():
             if own is None:
-                raise ValueError(
+                raise UserError(
                     f"the dataset {name} has no split {' or '.join(SPLITS[split])}; it has {', '.join(splits)}"
                 )
         sources = {split: f"{name}, split {own}" for split, own in found.items()}
@@ -117,10 +118,10 @@ def _check_version(task: Task, read: dict[str, list[Question]], sources: dict[st
         for split, found in two.items():
             if found:
                 first = next(question.id for question in read[split] if not question.answers)
-                raise ValueError(
+                raise UserError(
                     f"{sources[split]}: question {first} has no answer, as in SQuAD 2.0; give --task squad_v2"
                 )
     elif not any(two.values()):
-        raise ValueError(
+        raise UserError(
             f"{sources['dev']}: every question has an answer, as in SQuAD 1.1; give --task squad, or the files of 2.0"
         )

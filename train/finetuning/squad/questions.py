@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.errors import UserError
+
 # Answers that do not stand where the file says are left out of training, and said, up to this share; a file with more
 # of them was written by other rules (offsets in bytes, another text), and is refused.
 TOLERATED_MISPLACED = 0.01
@@ -46,7 +48,7 @@ def read_squad(path: Path) -> list[Question]:
     """All questions of a SQuAD JSON file, in its order.
 
     Raises:
-        ValueError: not JSON, or not SQuAD's: the message names the key that is missing and where.
+        UserError: not JSON, or not SQuAD's: the message names the key that is missing and where.
         OSError: the file cannot be read.
     """
     content = read_json(path)
@@ -64,7 +66,7 @@ def from_columns(rows: Iterable[Mapping[str, Any]], source: str) -> list[Questio
     answer_start}.
 
     Raises:
-        ValueError: a column is missing or of another type.
+        UserError: a column is missing or of another type.
     """
     found = []
     for index, row in enumerate(rows):
@@ -73,7 +75,7 @@ def from_columns(rows: Iterable[Mapping[str, Any]], source: str) -> list[Questio
         texts = list(_value(answers, "text", (list, tuple), f"{where}, answers"))
         starts = list(_value(answers, "answer_start", (list, tuple), f"{where}, answers"))
         if len(texts) != len(starts):
-            raise ValueError(f"{where}: {len(texts)} answers, but {len(starts)} places where they start")
+            raise UserError(f"{where}: {len(texts)} answers, but {len(starts)} places where they start")
         fields = (_text(row, name, where) for name in ("id", "question", "context"))
         found.append(_made(*fields, texts=texts, starts=starts, where=where))
     return _checked(found, source)
@@ -83,16 +85,16 @@ def read_predictions(path: Path) -> dict[str, str]:
     """Predictions in the official format, {question id: answer}.
 
     Raises:
-        ValueError: another kind of JSON, or an answer that is no text.
+        UserError: another kind of JSON, or an answer that is no text.
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(
+        raise UserError(
             f"{path}: predictions are one JSON object of question id: answer, this is {_kind(content)}"
         )
     for key, value in content.items():
         if not isinstance(value, str):
-            raise ValueError(f'{path}: the answer to {key} is {_kind(value)}, not text ("" for no answer)')
+            raise UserError(f'{path}: the answer to {key} is {_kind(value)}, not text ("" for no answer)')
     return content
 
 
@@ -100,12 +102,12 @@ def read_null_scores(path: Path) -> dict[str, float]:
     """{question id: how sure the system is that there is no answer}, as evaluate-v2.0.py's --na-prob-file."""
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(
+        raise UserError(
             f"{path}: null scores are one JSON object of question id: number, this is {_kind(content)}"
         )
     for key, value in content.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{path}: the null score of {key} is {_kind(value)}, not a number")
+            raise UserError(f"{path}: the null score of {key} is {_kind(value)}, not a number")
     return {key: float(value) for key, value in content.items()}
 
 
@@ -123,19 +125,19 @@ def trainable(questions: Sequence[Question], source: str) -> tuple[list[Question
     """The questions to train on, and the ids of those left out because no answer stands where the file says.
 
     Raises:
-        ValueError: none, or more than TOLERATED_MISPLACED of them misplaced.
+        UserError: none, or more than TOLERATED_MISPLACED of them misplaced.
     """
     misplaced = [question.id for question in questions if question.answers and question.span is None]
     answered = sum(bool(question.answers) for question in questions)
     if len(misplaced) > TOLERATED_MISPLACED * answered:
-        raise ValueError(
+        raise UserError(
             f"{source}: {len(misplaced)} of {answered} answers do not stand at their answer_start in the context "
             f"({named(misplaced)}); it counts characters (code points) of the context, from 0"
         )
     left_out = set(misplaced)
     kept = [question for question in questions if question.id not in left_out]
     if not kept:
-        raise ValueError(f"{source}: no questions to train on")
+        raise UserError(f"{source}: no questions to train on")
     return kept, misplaced
 
 
@@ -151,7 +153,7 @@ def read_json(path: Path) -> Any:
         content = path.read_bytes()
         return json.loads(gzip.decompress(content) if content.startswith(GZIP) else content)
     except (ValueError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is not a whole JSON file ({error})") from None
+        raise UserError(f"{path} is not a whole JSON file ({error})") from None
 
 
 def _question(qa: Any, context: str, where: str) -> Question:
@@ -167,16 +169,16 @@ def _made(
     key: str, question: str, context: str, *, texts: list[Any], starts: list[Any], where: str
 ) -> Question:
     if not context.strip():
-        raise ValueError(f"{where}: the context of question {key} is empty")
+        raise UserError(f"{where}: the context of question {key} is empty")
     return Question(key, question, context, tuple(texts), tuple(int(start) for start in starts))
 
 
 def _checked(questions: list[Question], source: str) -> list[Question]:
     if not questions:
-        raise ValueError(f"{source}: there are no questions in it")
+        raise UserError(f"{source}: there are no questions in it")
     repeated = [key for key, count in Counter(question.id for question in questions).items() if count > 1]
     if repeated:
-        raise ValueError(f"{source}: several questions have one id ({named(repeated)}); ids must be unique")
+        raise UserError(f"{source}: several questions have one id ({named(repeated)}); ids must be unique")
     return questions
 
 
@@ -188,14 +190,14 @@ def _items(parent: Any, key: str, where: str) -> Iterable[tuple[Any, str]]:
 
 def _value(parent: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
     if not isinstance(parent, Mapping):
-        raise ValueError(f"{where}: not SQuAD: {_kind(parent)} stands where an object with {key!r} belongs")
+        raise UserError(f"{where}: not SQuAD: {_kind(parent)} stands where an object with {key!r} belongs")
     if key not in parent:
-        raise ValueError(
+        raise UserError(
             f"{where}: not SQuAD: {key!r} is missing (there are: {', '.join(map(str, parent)) or 'none'})"
         )
     value = parent[key]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{where}: not SQuAD: {key!r} is {_kind(value)}")
+        raise UserError(f"{where}: not SQuAD: {key!r} is {_kind(value)}")
     return value
 
 
@@ -204,7 +206,7 @@ def _text(parent: Any, key: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {key!r} is not valid Unicode ({error.reason} at {error.start})") from None
+        raise UserError(f"{where}: {key!r} is not valid Unicode ({error.reason} at {error.start})") from None
     return text
 
 

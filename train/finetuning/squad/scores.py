@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from train.errors import UserError
+
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -60,11 +62,11 @@ def score_v1(golds: Golds, predictions: Mapping[str, str]) -> SquadScores:
     """Scores of SQuAD v1.1, where every question has an answer.
 
     Raises:
-        ValueError: no questions, or one without an answer.
+        UserError: no questions, or one without an answer.
     """
     for key, answers in golds.items():
         if not answers:
-            raise ValueError(f"question {key} has no answer, as in SQuAD 2.0: score it by the rules of 2.0")
+            raise UserError(f"question {key} has no answer, as in SQuAD 2.0: score it by the rules of 2.0")
     exact = _best(exact_match, golds, predictions)
     f1 = _best(f1_v1, golds, predictions)
     metrics = {"exact_match": _mean(exact, golds), "f1": _mean(f1, golds)}
@@ -84,7 +86,7 @@ def score_v2(
             and best_f1, what the best threshold on this very set would give, and where it lies.
         threshold: a prediction whose null score is above it counts as "no answer"; None takes predictions as they are.
     Raises:
-        ValueError: no questions; predictions without a null score where there should be one for each.
+        UserError: no questions; predictions without a null score where there should be one for each.
     """
     # An answer of which normalising leaves nothing counts as none; the splits go by the answers as they were given.
     told = {
@@ -98,7 +100,7 @@ def score_v2(
     if null_scores is not None:
         lacking = [key for key in exact if key not in null_scores]
         if lacking:
-            raise ValueError(
+            raise UserError(
                 f"{len(lacking)} predictions have no null score (the first: {lacking[0]}); give one for each"
             )
         if threshold is not None:
@@ -154,7 +156,7 @@ def _silenced(scores: Mapping[str, float], silent: set[str], golds: Golds) -> di
 
 def _mean(scores: Mapping[str, float], keys: Sequence[str] | Golds) -> float:
     if not keys:
-        raise ValueError("there are no questions to score")
+        raise UserError("there are no questions to score")
     return 100.0 * sum(scores.get(key, 0.0) for key in keys) / len(keys)
 
 

@@ -17,8 +17,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForQuestionAnswering
 
+from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import tokenizer_fingerprint
-from train.errors import NonFiniteError
+from train.errors import NonFiniteError, UserError
 from train.finetuning.batches import Features, Padding
 from train.finetuning.hub import hub_name
 from train.finetuning.settings import Job
@@ -40,7 +41,6 @@ from train.finetuning.task_models import (
 from train.finetuning.training import fit, predict
 from train.models.build import count_parameters
 from train.models.encoder_config import takes_token_types
-from train.run_folder import write_json
 
 NULL_THRESHOLD = 0.0  # --null_score_diff_threshold of BERT's run_squad.py
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -50,15 +50,15 @@ def check(job: Job) -> None:
     """Refuse what can be refused before anything is read or trained.
 
     Raises:
-        ValueError, OSError: data or models that are not there or do not fit.
+        UserError, OSError: data or models that are not there or do not fit.
     """
     if job.unlabelled:
-        raise ValueError(
+        raise UserError(
             f"--unlabelled has no effect on {job.task.name}, whose teachers label the training questions; leave it out"
         )
     for name in ("doc_stride", "max_answer_length"):
         if getattr(job.settings, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(job.settings, name)}; give at least 1")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(job.settings, name)}; give at least 1")
     if hub_name(job.task, job.data) is None:
         assert job.data is not None
         find_squad_files(job.task, job.data)
@@ -185,7 +185,7 @@ class SpanRunner:
             model = load_finetuned(name, AutoModelForQuestionAnswering)
             logits = self._logits(model, windows, f"{job.task.name} answers of {Path(name).name}")
             if not np.isfinite(logits).all():
-                raise ValueError(f"teacher {name}: its outputs are no numbers; give another")
+                raise UserError(f"teacher {name}: its outputs are no numbers; give another")
             write_logits(path, logits)
         return logits
 
@@ -204,7 +204,7 @@ class _Reader:
     """The tokenizer, and the windows that the model and its teachers have positions for.
 
     Raises:
-        ValueError, OSError: models or tokenizers that are not there or do not go together.
+        UserError, OSError: models or tokenizers that are not there or do not go together.
     """
 
     def __init__(self, job: Job) -> None:
@@ -219,7 +219,7 @@ class _Reader:
             teacher = check_encoder(name)
             tokenizer = load_tokenizer(name, teacher)
             if tokenizer_fingerprint(tokenizer) != own or pair_template(tokenizer) != template:
-                raise ValueError(
+                raise UserError(
                     f"--teacher {name} has another tokenizer than {job.model}: where answers begin and end is told in "
                     "tokens, so both must have the same; GLUE and IMDb can do without"
                 )
@@ -227,7 +227,7 @@ class _Reader:
         self.max_length = min(settings.max_length, *positions)
         longest_question, room = question_room(self.max_length, template)
         if longest_question < 1 or room < 1:
-            raise ValueError(
+            raise UserError(
                 f"windows of {self.max_length} tokens have no room for a question and a part of its context; give more "
                 "--max-length, or a model with more positions"
             )

@@ -1,0 +1,83 @@
+"""Files and folders that are whole or not there, and locks between processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from data_prep.shard_format.errors import UserError
+
+
+@contextlib.contextmanager
+def new_file(path: Path, binary: bool = False) -> Iterator[IO[Any]]:
+    """A file to write, which takes its place at `path` in one step when the block ends without an error.
+
+    A reader finds the old file or the whole new one, also after a crash: the content is on the disk before the name
+    changes. After an error nothing is left.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") if binary else partial.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put `text` at `path` in one step."""
+    with new_file(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Put `value` at `path` as indented JSON, in one step."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its place at `path` when the block ends without an error.
+
+    What was at `path` goes at that moment. After an error nothing new is left, and `path` is as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Lock an open file for this process until it is closed; False where another process has it.
+
+    Raises:
+        UserError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise UserError(
+            f"{file.name} cannot be locked ({error.strerror}), which keeps two jobs out of one folder: mount that file "
+            "system with locks (Lustre: -o flock), or choose another folder"
+        ) from None
+    return True
