@@ -87,9 +87,8 @@ def results_of(checkout: Path, work: Path) -> Results:
             "0.1",
         ),
     )
-    results = {
-        f"shards/{file.name}": digest(file.read_bytes()) for file in sorted((work / "shards").glob("[!.]*"))
-    }
+    files = sorted(path for path in (work / "shards").rglob("[!.]*") if path.is_file())
+    results = {str(path.relative_to(work)): digest(path.read_bytes()) for path in files}
     for step in BATCH_STEPS:
         output = command(
             checkout, work, "launch/inspect_batch.py", *SHARED, "--step", str(step), "--show", "0"
