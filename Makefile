@@ -5,12 +5,14 @@ TEST_WORKERS ?= 2
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: quickstart test lint types tests clean
+.PHONY: quickstart test lint types unit-tests rank-tests clean
 
 quickstart: .venv/installed
 	python launch/quickstart.py
 
-test: lint types tests
+# Every one of them runs, also after one has failed.
+test: .venv/installed-dev
+	$(MAKE) --no-print-directory --keep-going lint types unit-tests rank-tests
 
 lint: .venv/installed-dev
 	ruff check .
@@ -19,8 +21,10 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	mypy
 
-tests: .venv/installed-dev
+unit-tests: .venv/installed-dev
 	OMP_NUM_THREADS=1 python -m pytest tests/unit -n $(TEST_WORKERS) --dist loadfile
+
+rank-tests: .venv/installed-dev
 	python -m pytest tests/distributed tests/end_to_end tests/cluster tests/gpu
 
 .venv/bin/python:
