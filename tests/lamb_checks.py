@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from train.lamb.formula import step_coefficients
 from train.lamb.reference import ReferenceLamb
+from train.lamb.update import coefficients
 
-THIRD_STEP = step_coefficients(
+THIRD_STEP = coefficients(
     lr=0.1, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, step=3, bias_correction=True, mode="decoupled"
 )
 

@@ -142,12 +142,12 @@ def run_parity(
         for name, parameter in new.items():
             reference.parameters[name].copy_(parameter)
         old = new
-    pieces = optimizer._binding.pieces if lamb is Lamb else ()
+    fragments = optimizer._layout.fragments if lamb is Lamb else ()
     result = {
         "worst_ulp": worst,
         "ratios": ratios,
         "parameters": old,
-        "held": [p.tensor for p in pieces or ()],
+        "held": [p.tensor for p in fragments or ()],
     }
     engine.destroy()
     return result
@@ -427,7 +427,7 @@ def refused_on_one_rank() -> dict[str, dict[str, Any]]:
         before = full_parameters(engine)
         if dist.get_rank() == 1:
             spoil(optimizer.state[flat], optimizer.param_groups[0], how)
-        optimizer._refusals._later = case in ("later", "checkpoint")  # as on a GPU
+        optimizer._rank_errors._deferred = case in ("later", "checkpoint")  # as on a GPU
         first = attempt(
             lambda e=engine, o=optimizer, c=case: o.bind(e) if c == "bind" else train(e, range(1, 2))
         )

@@ -32,10 +32,10 @@ if not torch.cuda.is_available() and not INTERPRETED:
 def triton_where_it_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, fused=True means the C loops; here it shall mean Triton."""
     if DEVICE == "cpu":
-        from train.lamb import passes as lamb_passes
-        from train.lamb.triton_kernels import TritonPasses
+        from train.lamb import optimizer as lamb_optimizer
+        from train.lamb.triton_kernels import TritonKernel
 
-        monkeypatch.setattr(lamb_passes, "_fused_passes", lambda device, dtype: TritonPasses())
+        monkeypatch.setattr(lamb_optimizer, "_fused_kernel", lambda device, dtype: TritonKernel())
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["triton", "eager"])

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from .geometry import is_bias_or_norm
+from .parameters import is_bias_or_norm
 
 
 class ReferenceLamb:

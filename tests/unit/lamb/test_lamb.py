@@ -14,7 +14,11 @@ import torch
 from tests.lamb_checks import SHAPES, THIRD_STEP, make_gradients, make_parameters, worst_ulp
 from train.lamb import Lamb
 from train.lamb import native as lamb_native
+from train.lamb.optimizer import choose_kernel
+from train.lamb.parameters import tensor_rules
 from train.lamb.reference import ReferenceLamb
+from train.lamb.update import Buffers
+from train.lamb.zero_layout import Fragment
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -139,22 +143,18 @@ def test_without_adaptation_it_is_torch_adam() -> None:
 @pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
 def test_elements_do_not_depend_on_where_they_lie(fused: bool | None) -> None:
     """A world size moves the cuts; an element's result, and with it the fp32 ratios, must not move."""
-    from train.lamb.formula import Part
-    from train.lamb.geometry import Piece, tensor_rules
-    from train.lamb.passes import choose_passes
-
     torch.manual_seed(0)
     n = 20_011
     start = [torch.randn(n) * 0.02, torch.randn(n), torch.randn(n), torch.rand(n)]
     rules = tensor_rules([("weight", start[0].view(1, n))], adapt_all=False, decay_all=False)
     outcomes = []
     for cuts in ([0, n], [0, 1, 2, 37, n], [0, 6_671, 13_339, n], [*range(0, n, 997), n]):
-        passes = choose_passes(fused, torch.device("cpu"), torch.float32)
+        kernel = choose_kernel(fused, (torch.device("cpu"), torch.float32))
         p, g, m, v = (x.clone() for x in start)
         sums = torch.zeros(1, 2, dtype=torch.float64)
-        parts = [Part(p, g, m, v, tuple(Piece(0, a, b) for a, b in pairwise(cuts)), THIRD_STEP)]
-        passes.first(parts, rules, sums, None)
-        passes.second(parts, rules, torch.tensor([0.3]))
+        buffers = [Buffers(p, g, m, v, tuple(Fragment(0, a, b) for a, b in pairwise(cuts)), THIRD_STEP)]
+        kernel.first_pass(buffers, rules, sums, None)
+        kernel.second_pass(buffers, rules, torch.tensor([0.3]))
         outcomes.append((p, m, v, (sums[0, 0] / sums[0, 1]).sqrt().float()))
     for outcome in outcomes[1:]:
         for ours, whole in zip(outcome, outcomes[0], strict=True):

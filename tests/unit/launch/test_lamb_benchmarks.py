@@ -1,16 +1,11 @@
-"""The benchmark's and the comparison's own arithmetic, on small tensors and made-up runs."""
+"""The benchmark's own arithmetic, on small tensors."""
 
 from __future__ import annotations
-
-import argparse
-import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from launch.benchmarks import lamb, lamb_convergence
-from launch.cli import parse_config
+from launch.benchmarks import lamb
 
 
 def test_distilberts_tensors() -> None:
@@ -56,25 +51,3 @@ def test_alternatives_compute_lamb(alternative: str) -> None:
             weight.grad = torch.full((7, 5), 0.5 + step)
             optimizer.step()
     torch.testing.assert_close(weights[0], weights[1], rtol=2e-6, atol=1e-7)
-
-
-def test_comparison_reads_tabulates_and_draws(tmp_path: Path) -> None:
-    rows = [{"step": s, "loss": 9.0 - s} for s in range(1, 5)] + [{"step": 2, "heldout_mlm_loss": 5.0}]
-    rows += [{"step": 4, "heldout_mlm_loss": 4.0}, {"step": 4, "teacher_heldout_mlm_loss": 1.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = lamb_convergence.read_run(tmp_path)
-    assert run["heldout"] == [(2, 5.0), (4, 4.0)]
-    runs = [{"kind": kind, "world_size": w, "lr": 0.01, **run} for kind in ("exact", "flat") for w in (1, 4)]
-    assert "| exact LAMB | 4 | 0.01 | 5.000 | 4.000 |" in lamb_convergence.table(runs)
-    assert lamb_convergence.table(runs).startswith("Both optimizers: every tensor adapted, no weight decay.")
-    lamb_convergence.draw(runs, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-
-
-def test_both_sides_of_the_comparison_adapt_every_tensor_and_decay_none() -> None:
-    """A LAMB on a flat partition can spare no bias and no norm; the exact side must not either."""
-    options = argparse.Namespace(config=lamb_convergence.RECIPE, shards=Path("shards"), steps=10)
-    words = lamb_convergence.recipe_words(options, Path("run"), 0.01)
-    settings = parse_config(words, "").optimizer
-    assert settings.adapt_all
-    assert settings.weight_decay == 0
