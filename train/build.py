@@ -205,23 +205,34 @@ def heldout_scoring(config: Config, device: str) -> tuple[Manifest, HeldoutEvalu
 
 
 def start_engine(config: Config, module: DistillationModule, engine_config: dict[str, Any]) -> Any:
-    """DeepSpeed's engine with LAMB bound to it."""
+    """DeepSpeed's engine with LAMB bound to it.
+
+    Raises:
+        UserError: what Lamb refuses of the recipe's optimizer section or of the engine's JSON, and what DeepSpeed's
+            own check of the JSON does.
+    """
     settings = config.optimizer
-    optimizer = Lamb(
-        module.named_parameters(),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        adapt_all=settings.adapt_all,
-        clamp=settings.clamp,
-        prenormalize=settings.prenormalize,
-    )
+    try:
+        optimizer = Lamb(
+            module.named_parameters(),
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            adapt_all=settings.adapt_all,
+            clamp=settings.clamp,
+            prenormalize=settings.prenormalize,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
     deepspeed = import_deepspeed(config.deepspeed.log_level)
     try:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config)
     except pydantic.ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError(f"deepspeed.config: DeepSpeed refuses {faults}") from None
-    optimizer.bind(engine)
+    try:
+        optimizer.bind(engine)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.distributed.harness import run_ranks
+from tests.lamb_checks import SHAPES
 
 WORLD_SIZES = (1, 2, 3, 4)
 WORKERS = "tests.distributed.workers_lamb"
@@ -31,17 +33,18 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_every_parameter_is_within_4_ulp_of_one_process(parity: Any, world_size: int) -> None:
+def test_every_parameter_is_within_fp32s_roundings_of_one_process(parity: Any, world_size: int) -> None:
     for ranks in parity[world_size]:
-        worst = {name: r["worst_ulp"] for name, r in ranks.items() if "control" not in name}
-        assert max(worst.values()) <= 4, worst
+        worst = {name: r["worst_error"] for name, r in ranks.items() if "control" not in name}
+        assert max(worst.values()) <= 1, worst
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_an_ordinary_lamb_fails_the_same_test_by_partitioning_alone(parity: Any, world_size: int) -> None:
-    """Its own formula, evaluated less carefully, is met while it is given whole tensors."""
-    assert parity[world_size][0]["whole control"]["worst_ulp"] <= 16
-    assert parity[world_size][0]["control"]["worst_ulp"] > 100_000
+    """While it is given whole tensors it misses by what its fp32 norms allow: n roundings in a sum of n squares."""
+    largest = max(math.prod(shape) for shape in SHAPES.values())
+    assert parity[world_size][0]["whole control"]["worst_error"] <= largest
+    assert parity[world_size][0]["control"]["worst_error"] > 10 * largest
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
@@ -116,7 +119,7 @@ def test_collectives_of_a_step(two_ranks: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "told", "message"),
+    ("case", "raised", "message"),
     [
         ("shape", "first", "ValueError: on rank 1: exp_avg of this rank's partition has shape (1,)"),
         (
@@ -129,30 +132,30 @@ def test_collectives_of_a_step(two_ranks: Any) -> None:
         ("checkpoint", "next", "ValueError: on rank 1: exp_avg of this rank's partition has shape (1,)"),
     ],
 )
-def test_what_one_rank_refuses_ends_all_with_one_message(
-    two_ranks: Any, case: str, told: str, message: str
+def test_an_error_on_one_rank_ends_all_with_one_message(
+    two_ranks: Any, case: str, raised: str, message: str
 ) -> None:
     """No rank is left waiting in the all-reduce, and no parameter changes."""
-    one, other = (rank["refused_on_one_rank"][case] for rank in two_ranks[1])
-    assert one[told] == other[told]
-    assert one[told].startswith(message)
+    one, other = (rank["error_on_one_rank"][case] for rank in two_ranks[1])
+    assert one[raised] == other[raised]
+    assert one[raised].startswith(message)
     assert one["same"]
     assert other["same"]
-    if told == "next":
+    if raised == "next":
         assert one["first"] == other["first"] == ""
     elif case != "bind":
         assert (one["step"], other["step"]) == (1, 1)
 
 
-def test_an_error_of_ours_on_one_rank_ends_all(two_ranks: Any) -> None:
-    one, other = (rank["refused_on_one_rank"]["no user's"] for rank in two_ranks[1])
+def test_an_error_that_is_no_value_error_keeps_its_traceback_and_ends_all(two_ranks: Any) -> None:
+    one, other = (rank["error_on_one_rank"]["no ValueError"] for rank in two_ranks[1])
     assert other["first"].startswith("TypeError: float() argument")
     assert one["first"].startswith("RuntimeError: on rank 1:")
 
 
 def test_stage_zero_needs_no_partition(two_ranks: Any) -> None:
     for rank in two_ranks[1]:
-        assert max(rank["stage_zero"].values()) <= 4, rank["stage_zero"]
+        assert max(rank["stage_zero"].values()) <= 1, rank["stage_zero"]
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 
 from launch.benchmarks.lamb_alternatives import LoopLamb
-from tests.lamb_checks import make_gradients, make_parameters, worst_ulp
+from tests.lamb_checks import BoundedReference, U, make_gradients, make_parameters, worst_error
 from train.distributed.world import import_deepspeed
 from train.lamb import Lamb
 from train.lamb import native as lamb_native
-from train.lamb.reference import ReferenceLamb
 
 deepspeed = import_deepspeed()
 
@@ -107,7 +106,8 @@ def clipped(gradients: dict[str, torch.Tensor], engine: Any) -> dict[str, torch.
         return gradients
     norm = torch.as_tensor(engine.get_global_grad_norm())
     true_norm = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
-    assert abs(float(norm) / true_norm - 1) < 1e-6
+    elements = sum(g.numel() for g in gradients.values())
+    assert abs(float(norm) / true_norm - 1) <= elements * U  # an fp32 sum of their squares, in any order
     clip = torch.clamp((norm + 1e-6) / limit, min=1.0)
     assert clip > 1, "the scenario must clip"
     return {name: g * (1.0 / clip) for name, g in gradients.items()}
@@ -121,33 +121,30 @@ def run_parity(
     fused: bool | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Some steps beside the reference: the worst ulp, and what must agree between world sizes."""
+    """Some steps beside the reference: the worst error, and what must agree between world sizes."""
     parameters = tiny_parameters() if tiny else make_parameters()
     kernel = {"fused": fused} if lamb is Lamb else {}
     of_lamb_alone = {} if lamb is Lamb else {"adapt_all"}  # what an ordinary LAMB does anyway
     arguments = {name: value for name, value in options.items() if name not in of_lamb_alone}
     engine, optimizer = make_engine(parameters, settings, lamb, **arguments, **kernel)
     old = full_parameters(engine)
-    reference = ReferenceLamb(old, LR, **options)
+    reference = BoundedReference(old, LR, **options)
     ratios, worst = [], 0.0
     for step in range(STEPS):
         gradients = make_gradients(step, BITS[dtype])
         if tiny:
             gradients = {"w.weight": gradients["embed.weight"][:1, :3]}
         inject(engine, gradients)
-        new = full_parameters(engine)
-        reference.step(clipped(gradients, engine))
-        worst = max(worst, worst_ulp(new, reference, old))
+        bounds, _ = reference.step_from(old, clipped(gradients, engine))
+        old = full_parameters(engine)
+        worst = max(worst, worst_error(old, reference, bounds))
         ratios.append(getattr(optimizer, "trust_ratios", torch.ones(1)).tolist())
-        for name, parameter in new.items():
-            reference.parameters[name].copy_(parameter)
-        old = new
-    pieces = optimizer._binding.pieces if lamb is Lamb else ()
+    fragments = optimizer._layout.fragments if lamb is Lamb else ()
     result = {
-        "worst_ulp": worst,
+        "worst_error": worst,
         "ratios": ratios,
         "parameters": old,
-        "held": [p.tensor for p in pieces or ()],
+        "held": [p.tensor for p in fragments or ()],
     }
     engine.destroy()
     return result
@@ -304,7 +301,7 @@ def refusals() -> dict[str, str]:
 
 
 def stage_zero() -> dict[str, float]:
-    """Without partitions, unbound and bound: the worst ulp."""
+    """Without partitions, unbound and bound: the worst error."""
     worst: dict[str, float] = {}
     for name, bind in (("unbound", False), ("bound", True)):
         model = Bag(make_parameters())
@@ -316,20 +313,17 @@ def stage_zero() -> dict[str, float]:
             optimizer.bind(engine)
         weights = dict(model.named_parameters())
         worst[name] = 0.0
-        reference = ReferenceLamb(weights, LR)
+        reference = BoundedReference(weights, LR)
         for step in range(2):
-            old = {n: p.detach().clone() for n, p in weights.items()}
-            for n, p in old.items():
-                reference.parameters[n].copy_(p)
             gradients = make_gradients(step, BITS["bf16"])
+            bounds, _ = reference.step_from(weights, gradients)
             inject(engine, gradients)
-            reference.step(gradients)
-            worst[name] = max(worst[name], worst_ulp(weights, reference, old))
+            worst[name] = max(worst[name], worst_error(weights, reference, bounds))
     return worst
 
 
 def without_a_compiler() -> dict[str, Any]:
-    """Rank 0 has no C compiler: what fused=True says, and which kernels run, on every rank."""
+    """Rank 0 has no C compiler: the message for fused=True, and which kernels run, on every rank."""
     if dist.get_rank() == 0:
         os.environ["CC"] = "/nonexistent/cc"
     lamb_native.build.cache_clear()
@@ -394,7 +388,7 @@ def collectives() -> dict[str, list[int]]:
     return counts
 
 
-def refused_on_one_rank() -> dict[str, dict[str, Any]]:
+def error_on_one_rank() -> dict[str, dict[str, Any]]:
     """Rank 1 alone cannot step: what every rank raises, and what is left of its parameters and step count."""
     found: dict[str, dict[str, Any]] = {}
 
@@ -416,7 +410,7 @@ def refused_on_one_rank() -> dict[str, dict[str, Any]]:
     for case, how, options in (
         ("shape", "shape", {}),
         ("prenormalize", "lost", {"prenormalize": True}),
-        ("no user's", "lr", {}),
+        ("no ValueError", "lr", {}),
         ("bind", "shape", {}),
         ("later", "shape", {}),
         ("checkpoint", "shape", {}),
@@ -427,7 +421,7 @@ def refused_on_one_rank() -> dict[str, dict[str, Any]]:
         before = full_parameters(engine)
         if dist.get_rank() == 1:
             spoil(optimizer.state[flat], optimizer.param_groups[0], how)
-        optimizer._refusals._later = case in ("later", "checkpoint")  # as on a GPU
+        optimizer._rank_errors._deferred = case in ("later", "checkpoint")  # as on a GPU
         first = attempt(
             lambda e=engine, o=optimizer, c=case: o.bind(e) if c == "bind" else train(e, range(1, 2))
         )
@@ -451,5 +445,5 @@ def everything_else(folder: str) -> dict[str, Any]:
         "refusals": refusals(),
         "without_a_compiler": without_a_compiler(),
         "collectives": collectives(),
-        "refused_on_one_rank": refused_on_one_rank(),
+        "error_on_one_rank": error_on_one_rank(),
     }

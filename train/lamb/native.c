@@ -1,8 +1,8 @@
-/* The two passes of LAMB over spans of memory; see native.py, which builds this file, and formula.py for
+/* The two passes of LAMB over spans of memory; see native.py, which builds this file, and update.py for
  * the formula. Every element is computed by the same IEEE operations wherever it lies (no contraction but the
  * written fmaf), so that the result does not depend on how the parameters are cut.
  *
- * Each thread takes one share of every span. Where both passes run in one call, the threads meet between them,
+ * Each thread takes one share of every span. Where both passes run in one call, the threads synchronise between them,
  * span by span, and the second pass finds much of what the first one left in the cores' caches. Built by gcc
  * the threads are those of torch's own OpenMP, which wait for work in busy loops that others would compete with. */
 
@@ -163,7 +163,7 @@ static void second_pass(const Span *s, float ratio, const float *updates) {
     }
 }
 
-/* As lamb_math.trust_ratios for an adapted tensor: 1 where either norm is 0; a NaN stays one. */
+/* As trust_ratios of update.py for an adapted tensor: 1 where either norm is 0; a NaN stays one. */
 static float trust_ratio(const Step *step, Sums sums) {
     if (!(sums.p > 0 && sums.u > 0))
         return 1.0f;

@@ -1,7 +1,7 @@
-"""The two passes as C loops, built on first use by the machine's own compiler (a tenth of a second).
+"""Both passes as C loops, built on first use by the machine's own compiler (a tenth of a second).
 
-Nothing is compiled at install time, and where there is no compiler `build` returns None: the eager passes
-then do the same in three times the time. The library is built anew by each process, for its own processor,
+Nothing is compiled at install time, and where there is no compiler `build` returns None: the eager kernel
+then does the same in three times the time. The library is built anew by each process, for its own processor,
 in a temporary folder: nothing stale or foreign is ever loaded.
 """
 
@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .formula import Part, Passes
-from .geometry import Piece, TensorRule
+from .parameters import TensorRule
+from .update import Buffers, Kernel
+from .zero_layout import Fragment
 
 SOURCE = Path(__file__).with_name("native.c")
 # -ffp-contract=off keeps each element's rounding the same in vector bodies and scalar tails.
@@ -41,23 +42,13 @@ tensor they are computed anew."""
 
 
 # Mirrors of the C structs.
+FLOATS = ("beta1_weight", "beta2", "beta2_weight", "grad_norm", "stretch", "shift", "decay")
 SPAN = np.dtype(
     [
         *((name, np.uintp) for name in ("p", "g", "m", "v")),
         *((name, np.int64) for name in ("numel", "adapt")),
         *((name, np.float64) for name in ("sum_p", "sum_u", "step_size")),
-        *(
-            (name, np.float32)
-            for name in (
-                "beta1_weight",
-                "beta2",
-                "beta2_weight",
-                "grad_norm",
-                "stretch",
-                "shift",
-                "decay",
-            )
-        ),
+        *((name, np.float32) for name in FLOATS),
     ],
     align=True,
 )
@@ -74,7 +65,7 @@ STEP = np.dtype(
 
 @functools.cache
 def build() -> ctypes.CDLL | None:
-    """The compiled passes, or None where no C compiler is found or it fails."""
+    """The compiled loops, or None where no C compiler is found or it fails."""
     try:
         compiler = _compiler()
         return _compile(compiler) if compiler else None
@@ -122,8 +113,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-class NativePasses(Passes):
-    """Both passes over fp32 CPU tensors."""
+class NativeKernel(Kernel):
+    """Both passes over fp32 CPU tensors. Every element's result is the same on every processor, on any threads."""
 
     name = "native"
 
@@ -132,42 +123,44 @@ class NativePasses(Passes):
         self._spans: np.ndarray | None = None  # from the first pass to the second
         self._updates = np.empty((0, 0), dtype=np.float32)
 
-    def first(
+    def first_pass(
         self,
-        parts: Sequence[Part],
+        buffers: Sequence[Buffers],
         rules: Sequence[TensorRule],
         sums: torch.Tensor,
         grad_norm: torch.Tensor | None,
     ) -> None:
-        layout = lay_out(tuple(part.pieces for part in parts), tuple(rules))
-        spans = spans_of(parts, layout, grad_norm)
+        table = tabulate(tuple(one.fragments for one in buffers), tuple(rules))
+        spans = spans_of(buffers, table, grad_norm)
         self._run(self._library.lamb_first, spans)
         for column, name in enumerate(("sum_p", "sum_u")):
-            of_adapted = np.where(layout.adapt, spans[name], 0.0)
-            totals = np.bincount(layout.tensor, weights=of_adapted, minlength=len(rules))
+            of_adapted = np.where(table.adapt, spans[name], 0.0)
+            totals = np.bincount(table.tensor, weights=of_adapted, minlength=len(rules))
             sums[:, column] += torch.from_numpy(totals)
         self._spans = spans
 
-    def second(self, parts: Sequence[Part], rules: Sequence[TensorRule], ratios: torch.Tensor) -> None:
+    def second_pass(
+        self, buffers: Sequence[Buffers], rules: Sequence[TensorRule], ratios: torch.Tensor
+    ) -> None:
         assert self._spans is not None, "the second pass follows the first one of the same step"
         spans, self._spans = self._spans, None
-        layout = lay_out(tuple(part.pieces for part in parts), tuple(rules))
-        self._run(self._library.lamb_second, spans, ratios.numpy()[layout.tensor])
+        table = tabulate(tuple(one.fragments for one in buffers), tuple(rules))
+        self._run(self._library.lamb_second, spans, ratios.numpy()[table.tensor])
 
-    def both(
+    def both_passes(
         self,
-        parts: Sequence[Part],
+        buffers: Sequence[Buffers],
         rules: Sequence[TensorRule],
         adapted: torch.Tensor,
         clamp: tuple[float, float] | None,
         grad_norm: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Tensor by tensor in one call, so that the second pass meets what the first one left in the caches."""
-        layout = lay_out(tuple(part.pieces for part in parts), tuple(rules))
-        spans = spans_of(parts, layout, grad_norm)
+        """Tensor by tensor in one call, so that the second pass finds in the caches what the first one left there."""
+        table = tabulate(tuple(one.fragments for one in buffers), tuple(rules))
+        spans = spans_of(buffers, table, grad_norm)
         ratios = self._run(self._library.lamb_both, spans, room=KEPT, limits=clamp or NO_LIMITS)
         of_all = torch.ones(len(rules))
-        of_all.numpy()[layout.tensor] = ratios
+        of_all.numpy()[table.tensor] = ratios
         return of_all
 
     def _run(
@@ -192,14 +185,14 @@ class NativePasses(Passes):
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the pieces of a step lie; arrays with one element per piece."""
+class FragmentTable:
+    """The fragments of a step; arrays with one element per fragment."""
 
-    part: np.ndarray
-    """Which of the step's parts it lies in, int64."""
+    buffers: np.ndarray
+    """Which of the step's buffers it lies in, int64."""
     tensor: np.ndarray
     start: np.ndarray
-    """Its first element in the part."""
+    """Its first element there."""
     numel: np.ndarray
     decay: np.ndarray
     """bool, as adapt."""
@@ -207,37 +200,37 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=4)
-def lay_out(pieces: tuple[tuple[Piece, ...], ...], rules: tuple[TensorRule, ...]) -> Layout:
-    """Tabulate the pieces of each part; where no tensor moves, every step's layout is the same."""
+def tabulate(fragments: tuple[tuple[Fragment, ...], ...], rules: tuple[TensorRule, ...]) -> FragmentTable:
+    """The fragments of each of the buffers; where no tensor moves, every step's table is the same."""
     rows = [
-        (part, piece.tensor, piece.start, piece.stop - piece.start)
-        for part, its_pieces in enumerate(pieces)
-        for piece in its_pieces
+        (index, fragment.tensor, fragment.start, fragment.stop - fragment.start)
+        for index, of_one in enumerate(fragments)
+        for fragment in of_one
     ]
-    part, tensor, start, numel = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+    index, tensor, start, numel = np.array(rows, dtype=np.int64).reshape(-1, 4).T
     decay, adapt = (np.array([getattr(rule, name) for rule in rules])[tensor] for name in ("decay", "adapt"))
-    return Layout(part, tensor, start, numel, decay, adapt)
+    return FragmentTable(index, tensor, start, numel, decay, adapt)
 
 
-def spans_of(parts: Sequence[Part], layout: Layout, grad_norm: torch.Tensor | None) -> np.ndarray:
-    """What the passes are told of each piece: addresses and scalars, (pieces,) of SPAN."""
-    spans = np.zeros(len(layout.part), dtype=SPAN)
+def spans_of(buffers: Sequence[Buffers], table: FragmentTable, grad_norm: torch.Tensor | None) -> np.ndarray:
+    """Addresses and scalars of each fragment for the C functions, (fragments,) of SPAN."""
+    spans = np.zeros(len(table.buffers), dtype=SPAN)
     for name in ("p", "g", "m", "v"):
-        addresses = np.array([getattr(part, name).data_ptr() for part in parts], dtype=np.uintp)
-        spans[name] = addresses[layout.part] + (FP32_BYTES * layout.start).astype(np.uintp)
-    spans["numel"] = layout.numel
-    spans["adapt"] = layout.adapt
+        addresses = np.array([getattr(one, name).data_ptr() for one in buffers], dtype=np.uintp)
+        spans[name] = addresses[table.buffers] + (FP32_BYTES * table.start).astype(np.uintp)
+    spans["numel"] = table.numel
+    spans["adapt"] = table.adapt
     spans["grad_norm"] = 1.0 if grad_norm is None else float(grad_norm)
-    scalars = np.array(
-        [
-            (1 - c.beta1, c.beta2, 1 - c.beta2, c.stretch, c.shift, c.step_size, c.weight_decay)
-            for c in (x.c for x in parts)
-        ]
-    )
-    *columns, decay = scalars.T[:, layout.part]
-    for name, column in zip(
-        ("beta1_weight", "beta2", "beta2_weight", "stretch", "shift", "step_size"), columns, strict=True
-    ):
-        spans[name] = column
-    spans["decay"] = np.where(layout.decay, decay, 0.0)
+    scalars = {
+        "beta1_weight": [1 - one.c.beta1 for one in buffers],
+        "beta2": [one.c.beta2 for one in buffers],
+        "beta2_weight": [1 - one.c.beta2 for one in buffers],
+        "stretch": [one.c.stretch for one in buffers],
+        "shift": [one.c.shift for one in buffers],
+        "step_size": [one.c.step_size for one in buffers],
+        "decay": [one.c.weight_decay for one in buffers],
+    }
+    for name, values in scalars.items():
+        spans[name] = np.array(values)[table.buffers]
+    spans["decay"][~table.decay] = 0.0
     return spans

@@ -1,18 +1,7 @@
-"""LAMB with exact per-tensor trust ratios, under DeepSpeed's ZeRO stages 1 and 2 as well as without it.
+"""LAMB with exact per-tensor trust ratios, under DeepSpeed's ZeRO stages 1 and 2 as well as without it; see README.md.
 
-    optimizer = Lamb(model.named_parameters(), lr=1.5e-3)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    optimizer.bind(engine)
-
-The DeepSpeed config needs `"zero_allow_untested_optimizer": true` (DeepSpeed keeps a list of the classes it
-knows) and `"round_robin_gradients": false` (its default); its `gradient_clipping` is 1.0 unless set;
-`"data_types": {"grad_accum_dtype": "fp32"}` is advised where bf16 or fp16 gradients are accumulated. Learning
-rates are set in `param_groups[0]["lr"]`, through the engine's wrapper or here. State lives in flat `exp_avg`,
-`exp_avg_sq` and an integer `step`, which the engine's checkpoints, its universal checkpoints and zero_to_fp32
-carry.
-
-Without DeepSpeed, and at stage 0 in fp32, `bind` is not needed. Stage 0 in fp16 or bf16 is refused: DeepSpeed
-takes a step there, with zero gradients, while it builds its engine, and weight decay would move the model.
+State lives in flat `exp_avg`, `exp_avg_sq` and an integer `step`, which the engine's checkpoints, its universal
+checkpoints and zero_to_fp32 carry.
 """
 
 from __future__ import annotations
@@ -25,27 +14,34 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import increment_version
 
-from .arguments import check_arguments, check_mode
-from .binding import Binding, bind_engine
-from .eager import EagerPasses
-from .formula import Part, Passes, step_coefficients, trust_ratios
-from .geometry import Piece, optimized_parameters, tensor_rules
-from .parts import check_updatable, one_kind, ready_state
-from .passes import all_ranks_have, choose_passes
-from .refusals import SharedRefusals, raise_together
+from . import native
+from .parameters import (
+    check_arguments,
+    check_mode,
+    check_not_replaced,
+    check_updatable,
+    one_kind,
+    optimized_parameters,
+    ready_state,
+    tensor_rules,
+)
+from .rank_errors import RankErrors, raise_on_all_ranks, true_on_all_ranks
+from .update import Buffers, EagerKernel, Kernel, coefficients, trust_ratios
+from .zero_layout import Fragment, ZeroLayout, read_layout
 
-Entry = tuple[str, torch.Tensor, tuple[Piece, ...]]
+Entry = tuple[str, torch.Tensor, tuple[Fragment, ...]]
+Kind = tuple[torch.device, torch.dtype]
 
 # Attributes beside torch's own that a copied or pickled Lamb keeps.
 _OWN = ("_rules", "_parameters", "_clamp", "_prenormalize", "_bias_correction", "_mode", "_fused")
 _OWN_PUBLIC = ("tensor_names", "adapted", "trust_ratios")
-_OF_THIS_PROCESS = ("_passes", "_kind", "_binding", "_refusals")
+_OF_THIS_PROCESS = ("_kernel", "_kind", "_layout", "_rank_errors")
 
 
 class Lamb(torch.optim.Optimizer):
     """Layer-wise adaptive moments (You et al. 2020, arXiv:1904.00962), exact on flat ZeRO partitions.
 
-    Biases and normalisation parameters, told by name or by having one dimension, take no decay and no
+    Biases and normalisation parameters, recognised by name or by having one dimension, take no decay and no
     adaptation. A tied weight counts once. There is one param group; the per-tensor rules are private.
 
     Args:
@@ -61,8 +57,8 @@ class Lamb(torch.optim.Optimizer):
             and adapted, ratio clamped to [0.01, 10] unless `clamp` says otherwise, bias correction outside it.
         fused: a kernel where there is one (Triton on CUDA; C loops on a CPU, built on first use when there is
             a compiler), plain torch operations elsewhere. True insists, False declines.
-            Ranks that are not bound choose each for itself: say False where some lack a compiler and replicas
-            must not differ by rounding.
+            Ranks that are not bound choose each for itself: give False where some lack a compiler and
+            replicas must not differ by rounding.
     Raises:
         ValueError: an argument out of range, or a combination of which one part would have no effect.
     """
@@ -91,10 +87,10 @@ class Lamb(torch.optim.Optimizer):
         self._clamp = (0.01, 10.0) if like_deepspeed and clamp is None else clamp
         self._prenormalize, self._bias_correction, self._mode = prenormalize, bias_correction, mode
         self._fused = fused
-        self._passes: Passes | None = None
-        self._kind: tuple[torch.device, torch.dtype] | None = None
-        self._binding: Binding | None = None
-        self._refusals: SharedRefusals | None = None
+        self._kernel: Kernel | None = None
+        self._kind: Kind | None = None
+        self._layout: ZeroLayout | None = None
+        self._rank_errors: RankErrors | None = None
         self.tensor_names: tuple[str, ...] = tuple(rule.name for rule in self._rules)
         device = self._parameters[0].device
         self.adapted = torch.tensor([rule.adapt for rule in self._rules], device=device)
@@ -114,29 +110,27 @@ class Lamb(torch.optim.Optimizer):
             ValueError: the engine is set up in a way that no LAMB is exact under (the message names it), or
                 fused=True and a rank has no kernel.
         """
-        binding = bind_engine(engine, self, self._parameters)
+        layout = read_layout(engine, self, self._parameters)
         if self._prenormalize and engine.gradient_clipping() > 0:
             raise ValueError(
                 f"prenormalize divides the gradient by its norm, so gradient_clipping "
                 f"{engine.gradient_clipping()} would have no effect: set gradient_clipping to 0"
             )
         parameters = self.param_groups[0]["params"]
-        device, dtype = one_kind(parameters)
-
-        def agree(have: bool) -> bool:
-            return all_ranks_have(have, device, binding.replicas)
-
+        kind = device, _ = one_kind(parameters)
         # Replicas that round differently would drift apart; a rank that fails alone would leave the rest waiting.
-        self._passes, self._kind = choose_passes(self._fused, device, dtype, agree), (device, dtype)
-        self._binding = binding
-        self._refusals = None if binding.group is None else SharedRefusals(binding.group, device)
-        refusal = None
+        self._kernel = choose_kernel(
+            self._fused, kind, lambda here: true_on_all_ranks(here, device, layout.replicas)
+        )
+        self._kind, self._layout = kind, layout
+        self._rank_errors = None if layout.group is None else RankErrors(layout.group, device)
+        error = None
         try:
             for parameter in parameters:
                 ready_state("this engine's parameter", parameter, self.state[parameter])
-        except ValueError as error:  # of a state loaded before, perhaps on this rank alone
-            refusal = error
-        raise_together(refusal, binding.replicas)
+        except ValueError as caught:  # of a state loaded before, perhaps on this rank alone
+            error = caught
+        raise_on_all_ranks(error, layout.replicas)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -144,58 +138,77 @@ class Lamb(torch.optim.Optimizer):
 
         Raises:
             ValueError: the parameters were replaced (by a DeepSpeed engine, say) and `bind` was not called; a
-                state or a gradient does not fit. What one rank of a group refuses is raised on all of them, on
-                a GPU by the next step or state_dict (see refusals.py): no parameter and no step count
-                has changed by then, but the moments of the ranks that did not refuse have.
+                state or a gradient does not fit. An error on one rank of a group is raised on all of them, on
+                a GPU by the next step or state_dict (see rank_errors.py): no parameter and no step count
+                has changed by then, but the moments of the other ranks have.
         """
-        if self._refusals is not None:
-            self._refusals.check()
+        if self._rank_errors is not None:
+            self._rank_errors.raise_deferred()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         entries = self._entries()
-        if not entries:
-            return loss
-        parts: list[Part] = []
-        refusal: Exception | None = None
+        if entries:
+            self._step(entries)
+        return loss
+
+    def _step(self, entries: Sequence[Entry]) -> None:
+        buffers: list[Buffers] = []
+        error: Exception | None = None
         try:
-            parts = self._checked_parts(entries)
-        except Exception as error:
-            if self._refusals is None:
+            buffers = self._checked_buffers(entries)
+        except Exception as caught:
+            if self._rank_errors is None:
                 raise
-            refusal = error  # the other ranks are on their way to the all-reduce
-        assert self._passes is not None
-        assert self._kind is not None
-        device, dtype = self._kind
-        grad_norm = self._grad_norm(parts, device).to(dtype) if self._prenormalize else None
-        if self.adapted.device != device:
-            self.adapted = self.adapted.to(device)
-        if self._cut_over is None:
-            self.trust_ratios = self._passes.both(parts, self._rules, self.adapted, self._clamp, grad_norm)
-        else:
-            self._both_over_ranks(parts, grad_norm, refusal, device)
-            if refusal is not None:
-                return loss
+            error = caught  # the other ranks are on their way to the all-reduce
+        self._update(buffers, error)
+        if error is not None:
+            return
         for _, parameter, _ in entries:
             self.state[parameter]["step"] = int(self.state[parameter]["step"]) + 1
         # The fused kernels write behind autograd's back.
-        increment_version([tensor for part in parts for tensor in (part.p, part.m, part.v)])
-        for (_, parameter, _), part in zip(entries, parts, strict=True):
+        increment_version([tensor for one in buffers for tensor in (one.p, one.m, one.v)])
+        for (_, parameter, _), one in zip(entries, buffers, strict=True):
             if not parameter.is_contiguous():
-                parameter.copy_(part.p)
-        return loss
+                parameter.copy_(one.p)
+
+    def _update(self, buffers: Sequence[Buffers], error: Exception | None) -> None:
+        """The update: both passes, and between them the sums of squares and this rank's `error` go over all ranks."""
+        assert self._kernel is not None
+        assert self._kind is not None
+        device, dtype = self._kind
+        self.adapted = self.adapted.to(device)
+        grad_norm = self._grad_norm(buffers, device).to(dtype) if self._prenormalize else None
+        if self._cut_over is None:
+            self.trust_ratios = self._kernel.both_passes(
+                buffers, self._rules, self.adapted, self._clamp, grad_norm
+            )
+            return
+        assert self._rank_errors is not None
+        # A row per tensor, and one that counts the ranks with an error.
+        sums = torch.zeros(len(self._rules) + 1, 2, dtype=torch.float64, device=device)
+        if error is None:
+            self._kernel.first_pass(buffers, self._rules, sums[:-1], grad_norm)
+        else:
+            sums[-1, 0] = 1
+        self._add_over_ranks(sums)
+        self.trust_ratios = trust_ratios(sums[:-1], self.adapted, self._clamp)
+        self._rank_errors.share(sums[-1, 0], error)
+        self.trust_ratios = torch.where(sums[-1, 0] > 0, 0.0, self.trust_ratios)
+        if error is None:
+            self._kernel.second_pass(buffers, self._rules, self.trust_ratios)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; raises first what a rank refused in the last step."""
-        if self._refusals is not None:
-            self._refusals.check()
+        """As torch's; raises first the errors of the last step on any rank."""
+        if self._rank_errors is not None:
+            self._rank_errors.raise_deferred()
         return super().state_dict()
 
     @property
     def kernel(self) -> str:
-        """Which passes run: "native", "triton" or "eager"; "" before `bind` or the first step."""
-        return self._passes.name if self._passes else ""
+        """Which kernel runs: "native", "triton" or "eager"; "" before `bind` or the first step."""
+        return self._kernel.name if self._kernel else ""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: one group is what keeps a step at one collective."""
@@ -211,48 +224,33 @@ class Lamb(torch.optim.Optimizer):
     @property
     def _cut_over(self) -> Any:
         """The process group among whose ranks tensors are cut; None where each rank holds all of its tensors."""
-        return None if self._binding is None else self._binding.group
+        return None if self._layout is None else self._layout.group
 
     def _entries(self) -> list[Entry]:
         """What this rank updates: name, parameter with a gradient, and the tensors that lie in it."""
         parameters = self.param_groups[0]["params"]
-        if self._binding is None:
-            self._require_own(parameters)
+        if self._layout is None:
+            check_not_replaced(parameters, self._parameters)
             tensors: Iterable[int] = range(len(parameters))
-        elif self._binding.pieces is not None:
-            return [("this rank's partition", parameters[0], self._binding.pieces)]
+        elif self._layout.fragments is not None:
+            return [("this rank's partition", parameters[0], self._layout.fragments)]
         else:
-            tensors = self._binding.tensors
+            tensors = self._layout.tensors
         return [
-            (self.tensor_names[tensor], parameter, (Piece(tensor, 0, parameter.numel()),))
+            (self.tensor_names[tensor], parameter, (Fragment(tensor, 0, parameter.numel()),))
             for tensor, parameter in zip(tensors, parameters, strict=True)
             if parameter.grad is not None
         ]
 
-    def _require_own(self, parameters: list[torch.Tensor]) -> None:
-        if len(parameters) == len(self._parameters):
-            pairs = list(zip(parameters, self._parameters, strict=True))
-            if all(a is b for a, b in pairs):
-                return
-            if len(pairs) > 1 and all(a.shape == b.shape for a, b in pairs):
-                raise ValueError(
-                    "Lamb was asked to step on copies of its parameters: DeepSpeed's stage 0 does so in fp16 and "
-                    "bf16 while it builds its engine; set zero_optimization.stage to 1 or 2"
-                )
-        raise ValueError(
-            "Lamb's parameters were replaced, most likely by a DeepSpeed engine's flat partition, and it "
-            "cannot know where each tensor lies: call optimizer.bind(engine) after deepspeed.initialize"
-        )
-
-    def _checked_parts(self, entries: Sequence[Entry]) -> list[Part]:
+    def _checked_buffers(self, entries: Sequence[Entry]) -> list[Buffers]:
         """The entries with gradient, moments and this step's scalars, all of them checked."""
         for name, parameter, _ in entries:
             check_updatable(name, parameter)
-        self._settle_passes([parameter for _, parameter, _ in entries])
+        self._settle_kernel(one_kind([parameter for _, parameter, _ in entries]))
         group = self.param_groups[0]
-        coefficients = functools.cache(
+        at_step = functools.cache(
             functools.partial(
-                step_coefficients,
+                coefficients,
                 lr=float(group["lr"]),
                 betas=tuple(group["betas"]),
                 eps=group["eps"],
@@ -261,52 +259,28 @@ class Lamb(torch.optim.Optimizer):
                 mode=self._mode,
             )
         )
-        parts = []
-        for name, parameter, pieces in entries:
+        buffers = []
+        for name, parameter, fragments in entries:
             state, gradient = self.state[parameter], parameter.grad
             assert gradient is not None
             ready_state(name, parameter, state)
-            c = coefficients(step=int(state["step"]) + 1)  # another optimizer's checkpoint may hold a tensor
+            c = at_step(step=int(state["step"]) + 1)  # another optimizer's checkpoint may hold a tensor
             # Copies, where a tensor is not contiguous; the parameter's is written back after the step.
             p, g = parameter.contiguous(), gradient.resolve_neg().contiguous()
-            parts.append(Part(p, g, state["exp_avg"], state["exp_avg_sq"], pieces, c))
-        return parts
+            buffers.append(Buffers(p, g, state["exp_avg"], state["exp_avg_sq"], fragments, c))
+        return buffers
 
-    def _settle_passes(self, parameters: Sequence[torch.Tensor]) -> None:
-        kind = one_kind(parameters)
-        if self._passes is None or kind != self._kind:
-            if self._binding is not None:
+    def _settle_kernel(self, kind: Kind) -> None:
+        if self._kernel is None or kind != self._kind:
+            if self._layout is not None:
                 raise ValueError(
                     "the parameters have another device or dtype than when bind was called, "
                     f"{kind[1]} on {kind[0]}: call bind(engine) again, on every rank"
                 )
-            self._passes, self._kind = choose_passes(self._fused, *kind), kind
+            self._kernel, self._kind = choose_kernel(self._fused, kind), kind
 
-    def _both_over_ranks(
-        self,
-        parts: Sequence[Part],
-        grad_norm: torch.Tensor | None,
-        refusal: Exception | None,
-        device: torch.device,
-    ) -> None:
-        """Both passes, with the sums of squares added over the ranks between them; `refusal` is shared there."""
-        assert self._passes is not None
-        assert self._refusals is not None
-        # A row per tensor, and one that counts the ranks which refuse.
-        sums = torch.zeros(len(self._rules) + 1, 2, dtype=torch.float64, device=device)
-        if refusal is None:
-            self._passes.first(parts, self._rules, sums[:-1], grad_norm)
-        else:
-            sums[-1, 0] = 1
-        self._add_over_ranks(sums)
-        self.trust_ratios = trust_ratios(sums[:-1], self.adapted, self._clamp)
-        self._refusals.settle(sums[-1, 0], refusal)
-        self.trust_ratios = torch.where(sums[-1, 0] > 0, 0.0, self.trust_ratios)
-        if refusal is None:
-            self._passes.second(parts, self._rules, self.trust_ratios)
-
-    def _grad_norm(self, parts: list[Part], device: torch.device) -> torch.Tensor:
-        total = EagerPasses().sum_squares(parts, self._rules, device)
+    def _grad_norm(self, buffers: Sequence[Buffers], device: torch.device) -> torch.Tensor:
+        total = EagerKernel().sum_squares(buffers, device)
         self._add_over_ranks(total)
         norm = total.sqrt()
         return torch.where(norm > 0, norm, 1.0)
@@ -314,3 +288,40 @@ class Lamb(torch.optim.Optimizer):
     def _add_over_ranks(self, sums: torch.Tensor) -> None:
         if self._cut_over is not None:
             dist.all_reduce(sums, group=self._cut_over)
+
+
+def choose_kernel(fused: bool | None, kind: Kind, on_all_ranks: Callable[[bool], bool] = bool) -> Kernel:
+    """The fastest kernel for tensors of a device and dtype.
+
+    Args:
+        fused: False for plain torch operations; True to insist on a fused kernel; None for one where it can be had.
+        on_all_ranks: whether all ranks have a fused kernel, from whether this rank has; collective.
+    Raises:
+        ValueError: fused is True, and there is none here, or none on another rank: then on every rank.
+    """
+    device, dtype = kind
+    kernel = None if fused is False else _fused_kernel(device, dtype)
+    everywhere = on_all_ranks(kernel is not None)
+    if kernel is not None and everywhere:
+        return kernel
+    if fused:
+        where = "here" if kernel is None else "on another rank"
+        raise ValueError(
+            f"fused=True, but there is no fused LAMB for {dtype} on {device.type} {where}: it takes fp32 and a C "
+            "compiler (CPU) or Triton (CUDA); leave fused at None for plain torch operations"
+        )
+    return EagerKernel()
+
+
+def _fused_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    if dtype != torch.float32:
+        return None
+    if device.type == "cpu" and (library := native.build()) is not None:
+        return native.NativeKernel(library)
+    if device.type == "cuda":
+        try:
+            from .triton_kernels import TritonKernel  # optional: not every torch brings Triton
+        except ImportError:
+            return None
+        return TritonKernel()
+    return None

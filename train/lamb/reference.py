@@ -1,8 +1,6 @@
-"""LAMB as the formula is written, one process, one tensor after another: the oracle of the tests.
+"""LAMB as the formula is written, in fp64, one process, one tensor after another: the oracle of the tests.
 
-The moments are kept in the parameters' dtype, by the operations torch's own Adam documents (lerp, addcmul);
-from them the update and the norms are evaluated in fp64 and the new parameter is rounded once, so that what
-differs from this is the other side's rounding. Slow, and meant to be read.
+What differs from this is the other side's rounding. Slow, and meant to be read.
 """
 
 from __future__ import annotations
@@ -11,11 +9,11 @@ import math
 
 import torch
 
-from .geometry import is_bias_or_norm
+from .parameters import is_bias_or_norm
 
 
 class ReferenceLamb:
-    """State and step of LAMB over named tensors; arguments as of train.lamb.optimizer.Lamb.
+    """State and step of LAMB over named tensors; arguments as of optimizer.Lamb.
 
     The formulas: "decoupled", You et al. 2020 (arXiv:1904.00962) algorithm 2 with decay added to the update;
     "deepspeed", DeepSpeed 0.19 csrc/lamb/fused_lamb_cuda_kernel.cu with eps outside the root.
@@ -35,7 +33,7 @@ class ReferenceLamb:
         bias_correction: bool = True,
         mode: str = "decoupled",
     ) -> None:
-        self.parameters = {name: p.detach().clone() for name, p in named_parameters.items()}
+        self.parameters = {name: p.detach().double().clone() for name, p in named_parameters.items()}
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.everything = adapt_all or mode == "deepspeed"
         self.clamp = (0.01, 10.0) if mode == "deepspeed" and clamp is None else clamp
@@ -43,6 +41,7 @@ class ReferenceLamb:
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.step_count = 0
+        self.grad_norm = 1.0
         self.trust_ratios: dict[str, float] = {}
         self.updates: dict[str, torch.Tensor] = {}
         """What the last step subtracted from each parameter."""
@@ -51,22 +50,23 @@ class ReferenceLamb:
         """One step with the given gradients, one per parameter."""
         self.step_count += 1
         if self.prenormalize:
-            norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
-            gradients = {name: g / norm if norm else g for name, g in gradients.items()}
+            self.grad_norm = (
+                math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values())) or 1.0
+            )
         for name, p in self.parameters.items():
             plain = is_bias_or_norm(name, p.ndim)
             decay = 0.0 if plain and self.mode != "deepspeed" else self.weight_decay
-            u, step_size = self._direction(name, gradients[name], decay)
+            u, step_size = self._direction(name, gradients[name].double() / self.grad_norm, decay)
             ratio = self._trust_ratio(p, u) if self.everything or not plain else 1.0
             self.trust_ratios[name] = ratio
             self.updates[name] = step_size * (ratio * u)
-            p.copy_(p.double() - self.updates[name])
+            p.sub_(self.updates[name])
 
     def _direction(self, name: str, g: torch.Tensor, decay: float) -> tuple[torch.Tensor, float]:
         beta1, beta2 = self.betas
-        m = self.exp_avg[name].lerp_(g, 1 - beta1).double()  # b1 m + (1 - b1) g
-        v = self.exp_avg_sq[name].mul_(beta2).addcmul_(g, g, value=1 - beta2).double()
-        decayed = decay * self.parameters[name].double()
+        m = self.exp_avg[name].mul_(beta1).add_((1 - beta1) * g)
+        v = self.exp_avg_sq[name].mul_(beta2).add_((1 - beta2) * g * g)
+        decayed = decay * self.parameters[name]
         correction1 = 1 - beta1**self.step_count if self.bias_correction else 1.0
         correction2 = 1 - beta2**self.step_count if self.bias_correction else 1.0
         if self.mode == "deepspeed":
@@ -76,10 +76,8 @@ class ReferenceLamb:
         return u, self.lr
 
     def _trust_ratio(self, p: torch.Tensor, u: torch.Tensor) -> float:
-        norm_p, norm_u = float(p.double().norm()), float(u.double().norm())
+        norm_p, norm_u = float(p.norm()), float(u.norm())
         if norm_p == 0 or norm_u == 0:
             return 1.0
         ratio = norm_p / norm_u
-        if self.clamp is not None:
-            ratio = min(max(ratio, self.clamp[0]), self.clamp[1])
-        return float(torch.tensor(ratio, dtype=torch.float32))
+        return ratio if self.clamp is None else min(max(ratio, self.clamp[0]), self.clamp[1])

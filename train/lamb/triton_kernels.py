@@ -4,8 +4,8 @@ NOT YET RUN ON A GPU. Triton 3.9's interpreter has run the kernels on a CPU, aga
 (tests/gpu/test_lamb_cuda.py), and the compilers of 3.7 and 3.9 have made sm_90 binaries of them, in which all
 divisions, roots and fused multiply-adds are the correctly rounded ones; their speed is unmeasured.
 
-Every piece of a tensor is a row of addresses and scalars, which go to the device in one small asynchronous
-copy; every program takes one block of one piece. No atomics: each block writes its own fp64 sums, and a second
+Every fragment of a tensor is a row of addresses and scalars, which go to the device in one small asynchronous
+copy; every program takes one block of one fragment. No atomics: each block writes its own fp64 sums, and a second
 small kernel adds those of a tensor in a fixed order. Nothing waits for the device.
 """
 
@@ -21,12 +21,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .formula import Part, Passes, pieces_of
-from .geometry import TensorRule
+from .parameters import TensorRule
+from .update import Buffers, Kernel, fragments_of
 
 BLOCK = 4096
 SUM_BLOCK = 1024
-# Contraction would round unlike the eager passes; the fused multiply-adds meant are written out.
+# Contraction would round unlike the eager kernel; the fused multiply-adds meant are written out.
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 
 
@@ -38,12 +38,12 @@ def _direction(p, m, v, stretch, shift, decay):
 
 @triton.jit
 def _block(rows, scalars, blocks, BLOCK: tl.constexpr):
-    """This program's row, its scalars, and its offsets into the piece with their mask."""
+    """This program's row, its scalars, and its offsets into the fragment with their mask."""
     program = tl.program_id(0)
-    piece = tl.load(blocks + 2 * program).to(tl.int64)
-    row = rows + piece * 6
+    fragment = tl.load(blocks + 2 * program).to(tl.int64)
+    row = rows + fragment * 6
     offsets = tl.load(blocks + 2 * program + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return row, scalars + piece * 8, offsets, offsets < tl.load(row + 4)
+    return row, scalars + fragment * 8, offsets, offsets < tl.load(row + 4)
 
 
 @triton.jit
@@ -78,13 +78,13 @@ def _first_kernel(rows, scalars, blocks, partial, BLOCK: tl.constexpr, grad_norm
 
 @triton.jit
 def _sum_kernel(partial, spans, rows, sums, SUM_BLOCK: tl.constexpr):
-    """Write the block sums of one piece, added in order, as its tensor's row of `sums`.
+    """Write the block sums of one fragment, added in order, as its tensor's row of `sums`.
 
-    A rank holds at most one piece of a tensor, and `sums` is 0 before: writing is adding.
+    A rank holds at most one fragment of a tensor, and `sums` is 0 before: writing is adding.
     """
-    piece = tl.program_id(0)
-    first = tl.load(spans + piece)
-    stop = tl.load(spans + piece + 1)
+    fragment = tl.program_id(0)
+    first = tl.load(spans + fragment)
+    stop = tl.load(spans + fragment + 1)
     total_p = tl.zeros((SUM_BLOCK,), dtype=tl.float64)
     total_u = tl.zeros((SUM_BLOCK,), dtype=tl.float64)
     for start in range(first, stop, SUM_BLOCK):
@@ -92,7 +92,7 @@ def _sum_kernel(partial, spans, rows, sums, SUM_BLOCK: tl.constexpr):
         inside = index < stop
         total_p += tl.load(partial + 2 * index, mask=inside, other=0.0)
         total_u += tl.load(partial + 2 * index + 1, mask=inside, other=0.0)
-    tensor = tl.load(rows + piece * 6 + 5)
+    tensor = tl.load(rows + fragment * 6 + 5)
     tl.store(sums + 2 * tensor, tl.sum(total_p, 0))
     tl.store(sums + 2 * tensor + 1, tl.sum(total_u, 0))
 
@@ -112,7 +112,7 @@ def _second_kernel(rows, scalars, blocks, ratios, BLOCK: tl.constexpr):
     tl.store(p_at, tl.fma(-factor, u, p), mask=inside)
 
 
-class TritonPasses(Passes):
+class TritonKernel(Kernel):
     """Both passes over fp32 tensors on one device."""
 
     name = "triton"
@@ -121,14 +121,14 @@ class TritonPasses(Passes):
         self._sizes: tuple[int, ...] = ()
         self._blocks = self._spans = self._rows = self._scalars = torch.empty(0)
 
-    def first(
+    def first_pass(
         self,
-        parts: Sequence[Part],
+        buffers: Sequence[Buffers],
         rules: Sequence[TensorRule],
         sums: torch.Tensor,
         grad_norm: torch.Tensor | None,
     ) -> None:
-        self._describe(parts, rules)
+        self._describe(buffers, rules)
         if not self._sizes:
             return
         blocks = self._blocks.shape[0]
@@ -140,22 +140,26 @@ class TritonPasses(Passes):
             )
             _sum_kernel[(len(self._sizes),)](partial, self._spans, self._rows, sums, SUM_BLOCK)
 
-    def second(self, parts: Sequence[Part], rules: Sequence[TensorRule], ratios: torch.Tensor) -> None:
-        """Uses the description that `first` made of the same parts."""
+    def second_pass(
+        self, buffers: Sequence[Buffers], rules: Sequence[TensorRule], ratios: torch.Tensor
+    ) -> None:
+        """Uses the description that the first pass made of the same buffers."""
         if self._sizes:
             grid = (self._blocks.shape[0],)
             with _launching_on(ratios.device):
                 _second_kernel[grid](self._rows, self._scalars, self._blocks, ratios, BLOCK, **LAUNCH)
 
-    def _describe(self, parts: Sequence[Part], rules: Sequence[TensorRule]) -> None:
-        """Put on the device: addresses and scalars of every piece, and, when sizes change, its blocks."""
-        device = parts[0].p.device
+    def _describe(self, buffers: Sequence[Buffers], rules: Sequence[TensorRule]) -> None:
+        """Put on the device: addresses and scalars of every fragment, and, when sizes change, its blocks."""
+        device = buffers[0].p.device
         rows, scalars = [], []
-        for part, piece, _, decay in pieces_of(parts, rules):
-            c, at = part.c, 4 * piece.start
-            addresses = [x.data_ptr() + at for x in (part.p, part.g, part.m, part.v)]
-            rows.append([*addresses, piece.stop - piece.start, piece.tensor])
-            scalars.append([1 - c.beta1, c.beta2, 1 - c.beta2, c.stretch, c.shift, decay, c.step_size, 0.0])
+        for one, fragment, _, c in fragments_of(buffers, rules):
+            at = 4 * fragment.start
+            addresses = [x.data_ptr() + at for x in (one.p, one.g, one.m, one.v)]
+            rows.append([*addresses, fragment.stop - fragment.start, fragment.tensor])
+            scalars.append(
+                [1 - c.beta1, c.beta2, 1 - c.beta2, c.stretch, c.shift, c.weight_decay, c.step_size, 0.0]
+            )
         self._rows = _to_device(torch.tensor(rows, dtype=torch.int64), device)
         self._scalars = _to_device(torch.tensor(scalars, dtype=torch.float32), device)
         sizes = tuple(row[4] for row in rows)
@@ -163,10 +167,10 @@ class TritonPasses(Passes):
             self._sizes = sizes
             counts = torch.tensor([-(-size // BLOCK) for size in sizes], dtype=torch.int64)
             spans = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
-            piece_of_block = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-            place = torch.arange(int(spans[-1])) - spans[piece_of_block]
+            fragment_of_block = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+            place = torch.arange(int(spans[-1])) - spans[fragment_of_block]
             self._spans = spans.to(torch.int32).to(device)
-            self._blocks = torch.stack((piece_of_block, place), 1).to(torch.int32).contiguous().to(device)
+            self._blocks = torch.stack((fragment_of_block, place), 1).to(torch.int32).contiguous().to(device)
 
 
 def _launching_on(device: torch.device) -> AbstractContextManager[Any]:

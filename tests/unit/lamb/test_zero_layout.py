@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from train.lamb import Lamb
-from train.lamb.binding import bind_engine
-from train.lamb.geometry import Piece, is_bias_or_norm, partition_pieces
+from train.lamb.parameters import is_bias_or_norm
+from train.lamb.zero_layout import Fragment, partition_fragments, read_layout
 
 SMALL = {
     "vocab_size": 50,
@@ -90,13 +90,13 @@ def test_refuses_fsdps_flat_parameters() -> None:
         Lamb([("_fsdp_wrapped_module._flat_param", flat)], lr=0.1)
 
 
-def test_partition_pieces() -> None:
+def test_partition_fragments() -> None:
     """Tensors of 5, 3 and 9 elements at 0, 8 (3 of padding before) and 11; partitions of 7."""
     geometry = ((4, 0, 2), (0, 8, 11), (5, 3, 9))
-    assert partition_pieces(*geometry, 0, 7) == (Piece(4, 0, 5),)
-    assert partition_pieces(*geometry, 7, 7) == (Piece(0, 1, 4), Piece(2, 4, 7))
-    assert partition_pieces(*geometry, 14, 7) == (Piece(2, 0, 6),)
-    assert partition_pieces(*geometry, 21, 7) == ()
+    assert partition_fragments(*geometry, 0, 7) == (Fragment(4, 0, 5),)
+    assert partition_fragments(*geometry, 7, 7) == (Fragment(0, 1, 4), Fragment(2, 4, 7))
+    assert partition_fragments(*geometry, 14, 7) == (Fragment(2, 0, 6),)
+    assert partition_fragments(*geometry, 21, 7) == ()
 
 
 def test_a_bound_optimizer_chooses_no_kernel_of_its_own_later() -> None:
@@ -139,7 +139,7 @@ def test_refuses_what_the_distributed_tests_cannot_set_up(settings: dict[str, An
     weight = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = Lamb([("weight", weight)], lr=0.1)
     with pytest.raises(ValueError, match=message):
-        bind_engine(_zero(optimizer, weight, **settings), optimizer, [weight])
+        read_layout(_zero(optimizer, weight, **settings), optimizer, [weight])
 
 
 def test_refuses_parameters_it_was_not_given_and_unknown_wrappers() -> None:
@@ -149,12 +149,12 @@ def test_refuses_parameters_it_was_not_given_and_unknown_wrappers() -> None:
     with pytest.raises(ValueError, match="bind got Linear: it takes the engine"):
         optimizer.bind(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="tensor parallelism over 2 ranks"):
-        bind_engine(SimpleNamespace(optimizer=optimizer, mp_world_size=2), optimizer, [weight])
+        read_layout(SimpleNamespace(optimizer=optimizer, mp_world_size=2), optimizer, [weight])
     engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
     with pytest.raises(ValueError, match="SimpleNamespace, whose layout Lamb does not know"):
-        bind_engine(engine, optimizer, [weight])
+        read_layout(engine, optimizer, [weight])
     optimizer.param_groups[0]["params"] = [weight, other]
     with pytest.raises(
         ValueError, match=r"trains 1 tensors that Lamb was not given \(the first has shape \(3,\)\)"
     ):
-        bind_engine(SimpleNamespace(optimizer=optimizer), optimizer, [weight])
+        read_layout(SimpleNamespace(optimizer=optimizer), optimizer, [weight])

@@ -1,4 +1,4 @@
-"""Read a DeepSpeed engine's flat layout, and refuse by name what LAMB cannot do exactly in it.
+"""Where each tensor lies in what a DeepSpeed engine gives its optimizer, and what Lamb refuses by name there.
 
 DeepSpeed 0.19, runtime/zero/stage_1_and_2.py: every param group is flattened into one buffer, padded and
 cut into equal partitions, and the inner optimizer is given this rank's fp32 partition as its only parameter.
@@ -13,25 +13,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .geometry import Piece, partition_pieces
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part [start, stop) of a flat partition that holds elements of tensor number `tensor`."""
+
+    tensor: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
-class Binding:
+class ZeroLayout:
     """Where the tensors lie in what the optimizer is given.
 
-    `pieces` is None when the engine hands over one parameter per tensor; then `tensors` says which, in order.
+    `fragments` is None when the engine hands over one parameter per tensor; then `tensors` says which, in order.
     """
 
     tensors: tuple[int, ...]
-    pieces: tuple[Piece, ...] | None
+    fragments: tuple[Fragment, ...] | None
     group: Any
     """The process group over which the sums of squares are added; None where every rank holds all."""
     replicas: Any
     """The process group of all ranks that train the same model; None: all there are."""
 
 
-def bind_engine(engine: Any, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> Binding:
+def read_layout(
+    engine: Any, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]
+) -> ZeroLayout:
     """Find `optimizer` inside `engine` and read where each of `parameters` lies.
 
     Raises:
@@ -50,7 +59,9 @@ def bind_engine(engine: Any, optimizer: torch.optim.Optimizer, parameters: Seque
     number = {id(parameter): index for index, parameter in enumerate(parameters)}
     wrapper = engine.optimizer
     if wrapper is optimizer:
-        return Binding(_numbers(number, optimizer.param_groups[0]["params"]), None, None, _data_group(engine))
+        return ZeroLayout(
+            _numbers(number, optimizer.param_groups[0]["params"]), None, None, _data_group(engine)
+        )
     kind = type(wrapper).__name__
     if kind == "DeepSpeedZeroOptimizer_Stage3" or hasattr(wrapper, "fp16_partitioned_groups"):
         raise ValueError(
@@ -67,20 +78,20 @@ def bind_engine(engine: Any, optimizer: torch.optim.Optimizer, parameters: Seque
             f"the engine wraps its optimizer in {kind}, whose layout Lamb does not know: use "
             "zero_optimization.stage 2 (or stage 0, or stage 1 without fp32 accumulation of bf16 gradients)"
         )
-    _refuse(wrapper)
+    _check_settings(wrapper)
     group = wrapper.real_dp_process_group[0]
     size = int(wrapper.partition_size[0])
     tensors = _numbers(number, wrapper.round_robin_bit16_groups[0])
     numels = [meta.numel() for meta in wrapper.round_robin_bit16_meta[0]]
     start = dist.get_rank(group=group) * size
-    pieces = partition_pieces(tensors, wrapper.round_robin_bit16_offsets[0], numels, start, size)
+    fragments = partition_fragments(tensors, wrapper.round_robin_bit16_offsets[0], numels, start, size)
     flat = optimizer.param_groups[0]["params"][0]
     if flat.numel() != size or flat.dtype != torch.float32:
         raise ValueError(
             f"the engine's partition is {flat.dtype} of {flat.numel()} elements where fp32 of {size} is "
             "expected: keep fp32 master weights (no fp16/bf16_master_weights_and_grads)"
         )
-    return Binding(tensors, pieces, group if dist.get_world_size(group=group) > 1 else None, group)
+    return ZeroLayout(tensors, fragments, group if dist.get_world_size(group=group) > 1 else None, group)
 
 
 def _data_group(engine: Any) -> Any:
@@ -97,9 +108,9 @@ def _numbers(number: dict[int, int], parameters: Sequence[torch.Tensor]) -> tupl
     return tuple(number[id(parameter)] for parameter in parameters)
 
 
-def _refuse(zero: Any) -> None:
+def _check_settings(zero: Any) -> None:
     """Name the first setting of a ZeRO-1/2 wrapper under which the update would be wrong or untested."""
-    refusals = (
+    refused = (
         (
             "round_robin_gradients",
             "reorders the partition",
@@ -119,7 +130,7 @@ def _refuse(zero: Any) -> None:
             "set zero_optimization.elastic_checkpoint to false",
         ),
     )
-    for attribute, reason, remedy in refusals:
+    for attribute, reason, remedy in refused:
         if getattr(zero, attribute, False):
             raise ValueError(f"Lamb cannot be exact with {attribute}, which {reason}: {remedy}")
     if len(zero.bit16_groups) != 1:
@@ -127,3 +138,28 @@ def _refuse(zero: Any) -> None:
             f"the engine made {len(zero.bit16_groups)} parameter groups where Lamb has one: do not regroup "
             "its parameters (Lamb keeps per-tensor rules itself)"
         )
+
+
+def partition_fragments(
+    tensors: Sequence[int],
+    offsets: Sequence[int],
+    numels: Sequence[int],
+    partition_start: int,
+    partition_size: int,
+) -> tuple[Fragment, ...]:
+    """The parts of one rank's partition, in partition coordinates; padding belongs to no fragment.
+
+    Args:
+        tensors: number of each tensor in the flat buffer.
+        offsets: where each begins in the whole flat buffer (elements); gaps are alignment padding.
+        numels: elements of each.
+        partition_start: where this rank's partition begins in the whole buffer.
+        partition_size: elements of the partition.
+    """
+    fragments = []
+    for tensor, offset, numel in zip(tensors, offsets, numels, strict=True):
+        start = max(offset - partition_start, 0)
+        stop = min(offset + numel - partition_start, partition_size)
+        if start < stop:
+            fragments.append(Fragment(tensor, start, stop))
+    return tuple(fragments)
