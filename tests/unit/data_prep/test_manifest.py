@@ -47,7 +47,7 @@ def test_a_manifest_cannot_run_a_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("splits.train.0.tokens", -1, r"manifest\.json .*\(splits\.train\[0\]\.tokens = -1: Input should be .* 0\); make"),
+        ("splits.train.0.tokens", -1, r"\.json .*\(splits\.train\[0\]\.tokens = -1: Input should be .* 0\); make the"),
         ("splits.train.0.tokens", "500", "tokens = '500': Input should be a valid integer"),
         ("splits.train.0.tokens", 10**30, "tokens = 1000.*: Input should be less than or equal to 9007199254740992"),
         ("splits.train.0.bytes", 1.5, r"bytes = 1\.5: Input should be a valid integer"),
