@@ -1,6 +1,6 @@
-"""Spills: the tokenised documents of one chunk of work, sorted by the key that decides their place.
+"""Bucket files: the tokenised documents of one chunk of work, sorted by the key that decides their place.
 
-A spill file is the journal, too: where it exists its chunk is done. Layout: 8 bytes with the length of a JSON
+A bucket file is the journal, too: where it exists its chunk is done. Layout: 8 bytes with the length of a JSON
 head, the head, then keys uint64 (n,), digests uint64 (n, 2), ends uint64 (n,) and the tokens.
 """
 
@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from data_prep.shard_format.files import new_file
 
 HELDOUT_BIT = np.uint64(1) << np.uint64(63)
 
@@ -38,8 +41,8 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Spill:
-    """An opened spill. The arrays are views of the file: nothing is read that is not used."""
+class Bucket:
+    """An opened bucket file. The arrays are views of the file: nothing is read that is not used."""
 
     head: dict[str, Any]
     keys: np.ndarray
@@ -55,10 +58,10 @@ class Spill:
         return slice(start, int(np.searchsorted(self.keys, np.uint64(high))))
 
 
-def write_spill(
-    path: str, head: dict[str, Any], keys: np.ndarray, digests: np.ndarray, documents: list[np.ndarray]
+def write_bucket(
+    path: Path, head: dict[str, Any], keys: np.ndarray, digests: np.ndarray, documents: list[np.ndarray]
 ) -> None:
-    """Write into the open-once file `path`; the caller renames it when it is whole.
+    """Put a bucket file at `path` in one step.
 
     Args:
         keys: uint64 (n,), ascending.
@@ -69,7 +72,7 @@ def write_spill(
     dtype = documents[0].dtype if documents else np.dtype(np.uint16)
     text = json.dumps({**head, "documents": len(documents), "dtype": dtype.name}).encode()
     text += b" " * (-len(text) % 8)  # the arrays after it are aligned
-    with open(path, "wb") as file:
+    with new_file(path, binary=True) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         file.write(keys.tobytes())
@@ -85,13 +88,13 @@ def read_head(path: str | os.PathLike[str]) -> dict[str, Any]:
     return head
 
 
-def open_spill(path: str | os.PathLike[str]) -> Spill:
+def open_bucket(path: str | os.PathLike[str]) -> Bucket:
     content = np.memmap(path, dtype=np.uint8, mode="r")
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     head = json.loads(content[8:start].tobytes())
     count = head["documents"]
     table = content[start : start + 32 * count].view(np.uint64)
-    return Spill(
+    return Bucket(
         head=head,
         keys=table[:count],
         digests=table[count : 3 * count].reshape(count, 2),

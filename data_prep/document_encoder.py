@@ -13,24 +13,22 @@ from typing import Any
 import numpy as np
 
 from data_prep.shard_format.manifest import TokenizerInfo, token_dtype
-from data_prep.sources.texts import BadRecord, Text, new_digest, pieces_of, utf8
+from data_prep.sources.texts import digest, pieces_of, utf8
 
 BATCH_CHARACTERS = 1 << 20
-BATCH_PIECES = 1024
-MAX_DOCUMENT_BYTES = 640_000_000
-"""Of one document's tokens: more would break what is promised about memory. 300 MB of punctuation have less."""
+BATCH_TEXTS = 1024
+LONG = 1 << 20
+"""From this many bytes on a text is tokenised in pieces: the tokenizer holds a hundred bytes for each token."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document: its digest (16 bytes) and its tokens, the separator last; or what is wrong with it."""
+    """A document: its digest (16 bytes) and its tokens, the separator last."""
 
-    record: int
     digest: bytes
     tokens: np.ndarray
-    problem: str | None = None
 
 
 def _ascii_is_easy(content: dict[str, Any]) -> bool:
@@ -82,69 +80,60 @@ class Encoder:
         added = content.get("added_tokens", [])
         self._literals = [token["content"] for token in added if token["id"] in forbidden]
 
-    def encode(self, texts: Iterable[tuple[int, Text]]) -> Iterator[Encoded]:
-        """Encode (number, text) pairs, in order; the numbers come back with the results."""
-        batch: list[tuple[int, bytes, list[str]]] = []
-        characters = pieces = 0
-        for number, text in texts:
-            digest = new_digest()
-            held: list[str] = []
-            done: array.array[int] | None = None  # grows in place: joined arrays would be there twice
-            size = 0
-            try:
-                for piece in pieces_of(text):
-                    digest.update(utf8(piece))
-                    held.append(piece)
-                    size += len(piece)
-                    if size > BATCH_CHARACTERS:  # a long document: its tokens are all that is kept of it
-                        done = self._add_part(done, held)
-                        held, size = [], 0
-                if done is not None:
-                    done = self._add_part(done, held)
-            except BadRecord as error:
-                yield Encoded(number, b"", np.empty(0, self._dtype), str(error))
+    def encode(self, texts: Iterable[str]) -> Iterator[Encoded]:
+        """Encode normalised texts, in order."""
+        digests: list[bytes] = []
+        batch: list[str] = []
+        characters = 0
+        for text in texts:
+            data = utf8(text)
+            if len(data) >= LONG:
+                yield from map(Encoded, digests, self._tokens(batch))
+                digests, batch, characters = [], [], 0
+                del text
+                yield Encoded(digest(data), self._long(data))
+                del data
                 continue
-            if done is not None:
-                yield from self._flush(batch)
-                batch, characters, pieces = [], 0, 0
-                done.append(self._separator)
-                yield Encoded(number, digest.digest(), np.frombuffer(done, dtype=self._dtype))
-                continue
-            batch.append((number, digest.digest(), held))
-            characters += size
-            pieces += len(held)
-            if characters > BATCH_CHARACTERS or pieces > BATCH_PIECES:
-                yield from self._flush(batch)
-                batch, characters, pieces = [], 0, 0
-        yield from self._flush(batch)
+            digests.append(digest(data))
+            batch.append(text)
+            characters += len(text)
+            if characters > BATCH_CHARACTERS or len(batch) > BATCH_TEXTS:
+                yield from map(Encoded, digests, self._tokens(batch))
+                digests, batch, characters = [], [], 0
+        yield from map(Encoded, digests, self._tokens(batch))
 
-    def _flush(self, batch: list[tuple[int, bytes, list[str]]]) -> Iterator[Encoded]:
-        ids, lengths = self._encode([pieces for _, _, pieces in batch])
+    def _long(self, data: bytes) -> np.ndarray:
+        pieces = [tokens[:-1] for piece in pieces_of(data) for tokens in self._tokens([piece])]
+        return np.concatenate([*pieces, np.array([self._separator], self._dtype)])
+
+    def _tokens(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """The tokens of each text, with the separator and without any other special token."""
+        ids, lengths = self._encode(texts)
         ends = np.cumsum(lengths, dtype=np.int64)
-        literals = np.count_nonzero(self._is_forbidden[ids]) > len(batch)  # each document has its separator
+        literals = np.count_nonzero(self._is_forbidden[ids]) > len(texts)  # each document has its separator
         start = 0
-        for (number, digest, pieces), end in zip(batch, ends.tolist(), strict=True):
+        for text, end in zip(texts, ends.tolist(), strict=True):
             tokens = ids[start:end]
             if literals and self._is_forbidden[tokens[:-1]].any():
-                tokens = self._without_special(pieces)
-            yield Encoded(number, digest, tokens)
+                tokens = self._without_special(text)
+            yield tokens
             start = end
 
-    def _encode(self, documents: list[list[str]]) -> tuple[np.ndarray, list[int]]:
-        """The tokens of all documents (lists of pieces), each document followed by the separator."""
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, list[int]]:
+        """The tokens of all texts, each followed by the separator; how many each has."""
         plain: list[str] = []
         easy: list[str] = []
         takes: list[list[bool]] = []
-        for pieces in documents:
+        for text in texts:
             takes.append([])
-            for is_easy, run in self._runs(pieces):
+            for is_easy, run in self._runs(text):
                 (easy if is_easy else plain).append(run)
                 takes[-1].append(is_easy)
         encodings = (
             iter(_encode_batch(self._tokenizer, plain)),
             iter(_encode_batch(self._unnormalized, easy)),
         )
-        ids = self._empty()
+        ids = array.array("H" if self._dtype.itemsize == 2 else "I")
         lengths = []
         for take in takes:
             before = len(ids)
@@ -154,39 +143,22 @@ class Encoder:
             lengths.append(len(ids) - before)
         return np.frombuffer(ids, dtype=self._dtype), lengths
 
-    def _runs(self, pieces: list[str]) -> Iterator[tuple[bool, str]]:
-        """Cut pieces into runs of lines that are easy (ASCII, normalised here) and runs that are not."""
-        for piece in pieces:
-            if self._unnormalized is None:
-                yield False, piece
-                continue
-            lines = [piece] if piece.isascii() else piece.split("\n")
-            for is_ascii, run in groupby(lines, str.isascii):
-                text = "\n".join(run)
-                if is_ascii and not _CONTROL.search(text):
-                    yield True, text.lower() if self._lowercase else text
-                else:
-                    yield False, text
+    def _runs(self, text: str) -> Iterator[tuple[bool, str]]:
+        """Cut a text into runs of lines that are easy (ASCII, normalised here) and runs that are not."""
+        if self._unnormalized is None:
+            yield False, text
+            return
+        lines = [text] if text.isascii() else text.split("\n")
+        for is_ascii, group in groupby(lines, str.isascii):
+            run = "\n".join(group)
+            if is_ascii and not _CONTROL.search(run):
+                yield True, run.lower() if self._lowercase else run
+            else:
+                yield False, run
 
-    def _empty(self) -> array.array[int]:
-        return array.array("H" if self._dtype.itemsize == 2 else "I")
-
-    def _add_part(self, tokens: array.array[int] | None, pieces: list[str]) -> array.array[int]:
-        """Append the tokens of a part of a long document, without separator."""
-        tokens = self._empty() if tokens is None else tokens
-        part = self._encode([pieces])[0]
-        if self._is_forbidden[part[:-1]].any():
-            part = self._without_special(pieces)
-        tokens.frombytes(part[:-1].view(np.uint8).data)
-        if len(tokens) * tokens.itemsize > MAX_DOCUMENT_BYTES:
-            raise BadRecord(
-                f"a document of more than {MAX_DOCUMENT_BYTES // tokens.itemsize:,} tokens; split it"
-            )
-        return tokens
-
-    def _without_special(self, pieces: list[str]) -> np.ndarray:
+    def _without_special(self, text: str) -> np.ndarray:
         """Some models hold their special tokens as ordinary vocabulary: spell the literals apart for them."""
         for literal in self._literals:
-            pieces = [piece.replace(literal, f"{literal[0]} {literal[1:]}") for piece in pieces]
-        tokens = self._encode([pieces])[0]
+            text = text.replace(literal, f"{literal[0]} {literal[1:]}")
+        tokens = self._encode([text])[0]
         return np.append(tokens[:-1][~self._is_forbidden[tokens[:-1]]], tokens[-1])

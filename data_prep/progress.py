@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
+
+from data_prep.shard_format.files import write_text
 
 PUBLISH_S = 0.5
 
@@ -20,25 +22,26 @@ class Progress:
     for MPI ranks on other machines.
     """
 
-    def __init__(self, folder: Path, rank: int, name: str, total: int, unit: str) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
         self._name = name
-        self._rank = rank
+        self._file = folder / f"{name}-{uuid.uuid4().hex}.count"
         self._counts = {"done": 0, "documents": 0, "tokens": 0}
         self._published = 0.0
         self._started = time.monotonic()
         self._bar: Any = None
-        if rank == 0:
-            from tqdm import tqdm
 
-            self._bar = tqdm(
-                total=total or None,
-                desc=name,
-                unit=unit,
-                unit_scale=True,
-                dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 5.0,
-            )
+    def show_bar(self, total: int, unit: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total or None,
+            desc=self._name,
+            unit=unit,
+            unit_scale=True,
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 5.0,
+        )
 
     def already_done(self, amount: int) -> None:
         """What an earlier run has left: it moves the bar, but is not counted in its rates."""
@@ -58,19 +61,17 @@ class Progress:
         now = time.monotonic()
         if now - self._published >= PUBLISH_S:
             self._published = now
-            self._publish()
+            self.publish()
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Leave this process's counts for rank 0, or, on rank 0, move the bar."""
         if self._bar is None:
-            path = self._folder / f"{self._name}-{self._rank}.count"
-            with contextlib.suppress(OSError):  # of a disk that is full, the work itself will tell
-                part = path.with_suffix(".part")
-                part.write_text(json.dumps(self._counts))
-                os.replace(part, path)
+            with contextlib.suppress(OSError):  # of a disk that is full: the work itself will fail
+                write_text(self._file, json.dumps(self._counts))
             return
         counts = dict(self._counts)
         for path in self._folder.glob(f"{self._name}-*.count"):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError):
                 for name, value in json.loads(path.read_text()).items():
                     counts[name] += value
         elapsed = max(time.monotonic() - self._started, 1e-9)
@@ -80,14 +81,9 @@ class Progress:
         self._bar.set_postfix_str(rates, refresh=False)
         self._bar.update(max(0, self._bar.initial + counts["done"] - self._bar.n))
 
-    def publish(self) -> None:
-        """The last word of this process."""
-        self._publish()
-
     def close(self, complete: bool) -> None:
         """End the bar, full where the work is `complete`: what holds no documents is passed over unseen."""
-        self._publish()
-        if self._bar is not None:
-            if complete and self._bar.total:
-                self._bar.update(self._bar.total - self._bar.n)
-            self._bar.close()
+        self.publish()
+        if complete and self._bar.total:
+            self._bar.update(self._bar.total - self._bar.n)
+        self._bar.close()

@@ -1,4 +1,4 @@
-"""Pass 2: each shard is gathered from the spills, put in order and written; then the manifest."""
+"""The shard pass: each shard is gathered from the bucket files, put in order and written; then the manifest."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.bucket_files import Spill, open_spill
-from data_prep.job import Job, Team, describe_sources
+from data_prep.bucket_files import Bucket, open_bucket
+from data_prep.job import Job, describe_sources
 from data_prep.placement import Documents, Plan, ShardPlan, order_and_deduplicate, plan_shards
-from data_prep.progress import Progress
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.files import write_text
+from data_prep.shard_format.files import new_file, write_text
 from data_prep.shard_format.manifest import (
     SPLITS,
     TOKENIZER_FOLDER,
@@ -29,7 +28,8 @@ from data_prep.shard_format.manifest import (
     count_tokens,
     write_shard,
 )
-from data_prep.tokenize_pass import spill_counts, write_skipped
+from data_prep.tokenize_pass import bucket_heads, write_skipped
+from data_prep.workers import Worker
 
 HISTOGRAM_NAME = "token_histogram.npy"
 SKIPPED_NAME = "skipped.jsonl"
@@ -37,13 +37,13 @@ DOCUMENTS_IN_MEMORY = 4_000_000  # of the plan: 40 bytes each, and as much again
 
 
 def make_plan(job: Job) -> Plan:
-    """Decide the shards from the keys, digests and lengths in the spills; on rank 0.
+    """Decide the shards from the keys, digests and lengths in the bucket files; on rank 0.
 
     Raises:
         UserError: there is nothing to write.
     """
-    paths = sorted(job.spills.glob("*.spill"))
-    heads = spill_counts(job)
+    paths = job.bucket_paths()
+    heads = bucket_heads(job)
     total = sum(head["documents"] for head in heads)
     if total == 0:
         read = sum(head["read"] for head in heads)
@@ -59,7 +59,7 @@ def make_plan(job: Job) -> Plan:
 
     def read_parts() -> Iterator[Documents]:
         for low, high in pairwise(bounds):
-            parts = [_documents(open_spill(path), low, high) for path in paths]
+            parts = [_documents(open_bucket(path), low, high) for path in paths]
             keys, digests, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
             yield keys, digests, lengths
 
@@ -72,77 +72,78 @@ def make_plan(job: Job) -> Plan:
     return plan
 
 
-def _documents(spill: Spill, low: int, high: int) -> Documents:
-    part = spill.between(low, high)
-    return np.array(spill.keys[part]), np.array(spill.digests[part]), _lengths(spill, part)
+def _documents(bucket: Bucket, low: int, high: int) -> Documents:
+    part = bucket.between(low, high)
+    return np.array(bucket.keys[part]), np.array(bucket.digests[part]), _lengths(bucket, part)
 
 
-def _lengths(spill: Spill, part: slice) -> np.ndarray:
-    ends = spill.ends[part].astype(np.int64)
-    before = int(spill.ends[part.start - 1]) if part.start else 0
+def _lengths(bucket: Bucket, part: slice) -> np.ndarray:
+    ends = bucket.ends[part].astype(np.int64)
+    before = int(bucket.ends[part.start - 1]) if part.start else 0
     return np.diff(ends, prepend=before)
 
 
-class Builder:
-    """One process's part of pass 2."""
+class ShardPass:
+    """What every process does with the bucket files; a data_prep.workers.Pass."""
 
-    def __init__(self, job: Job, team: Team, plan: Plan) -> None:
+    label, unit = "writing", " tokens"
+
+    def __init__(self, job: Job, plan: Plan) -> None:
         self._job = job
-        self._team = team
         self._plan = plan
-        self._paths = sorted(job.spills.glob("*.spill"))
-        self._progress = Progress(job.claims, team.world.rank, "writing", plan.tokens, " tokens")
-        team.progress = self._progress
+        self.claims = job.claims
 
-    def run(self) -> None:
+    @property
+    def total(self) -> int:
+        return self._plan.tokens
+
+    def run(self, worker: Worker) -> None:
         for shard in self._plan.shards:
-            self._team.check()
+            worker.check()
             if (info := finished(self._job, shard)) is not None:
-                self._progress.already_done(info.tokens)
-            elif (part := self._team.claim(shard.name)) is not None:
-                built = self._build(shard, part)
-                self._progress.add(built.tokens, built.documents, built.tokens)
+                worker.progress.already_done(info.tokens)
+            elif worker.claim(shard.name):
+                made = self._write(shard)
+                worker.progress.add(made.tokens, made.documents, made.tokens)
 
-    def _build(self, shard: ShardPlan, part: Path) -> ShardInfo:
+    def _write(self, shard: ShardPlan) -> ShardInfo:
         documents = self._gather(shard)
-        with open(part, "wb") as file:
+        with new_file(Path(self._job.options.out, shard.name), binary=True) as file:
             hashed = _Hashed(file)
             num_documents, num_tokens = write_shard(
                 hashed,  # type: ignore[arg-type]
                 shard.name.removesuffix(".tar"),
                 documents,
             )
-            file.flush()
-            os.fsync(file.fileno())
-        info = ShardInfo(shard.name, hashed.size, hashed.sha256.hexdigest(), num_documents, num_tokens)
-        if shard.split == "train":
-            counts = np.zeros(self._job.tokenizer.vocab_size, dtype=np.int64)
-            for block in blocks_of(documents):  # one by one, each would cost a pass over the vocabulary
-                count_tokens(counts, np.concatenate(block) if len(block) > 1 else block[0])
-            np.save(self._job.records / f"{shard.name}.npy", counts.astype(np.uint32))
-        write_text(self._job.records / f"{shard.name}.json", json.dumps(asdict(info)))
-        os.replace(part, Path(self._job.options.out, shard.name))
+            info = ShardInfo(shard.name, hashed.size, hashed.sha256.hexdigest(), num_documents, num_tokens)
+            if shard.split == "train":
+                counts = np.zeros(self._job.tokenizer.vocab_size, dtype=np.int64)
+                for block in blocks_of(documents):  # one by one, each would cost a pass over the vocabulary
+                    count_tokens(counts, np.concatenate(block) if len(block) > 1 else block[0])
+                np.save(self._job.records / f"{shard.name}.npy", counts.astype(np.uint32))
+            # Before the shard takes its place: a shard without a record would be made again.
+            write_text(self._job.records / f"{shard.name}.json", json.dumps(asdict(info)))
         return info
 
     def _gather(self, shard: ShardPlan) -> list[np.ndarray]:
         """The shard's documents, each once, in order."""
-        spills = [open_spill(path) for path in self._paths]
-        parts = [spill.between(shard.low, shard.high) for spill in spills]
+        buckets = [open_bucket(path) for path in self._job.bucket_paths()]
+        parts = [bucket.between(shard.low, shard.high) for bucket in buckets]
         order = order_and_deduplicate(
-            np.concatenate([spill.keys[part] for spill, part in zip(spills, parts, strict=True)]),
-            np.concatenate([spill.digests[part] for spill, part in zip(spills, parts, strict=True)]),
+            np.concatenate([bucket.keys[part] for bucket, part in zip(buckets, parts, strict=True)]),
+            np.concatenate([bucket.digests[part] for bucket, part in zip(buckets, parts, strict=True)]),
         )
         # Other copies of a document stay unread: its shard may be where a thousand of them meet.
         kept = np.sort(order)
         documents: dict[int, np.ndarray] = {}
         before = 0
-        for spill, part in zip(spills, parts, strict=True):
-            ends = spill.ends[part]
-            starts = ends - _lengths(spill, part).astype(np.uint64)
+        for bucket, part in zip(buckets, parts, strict=True):
+            ends = bucket.ends[part]
+            starts = ends - _lengths(bucket, part).astype(np.uint64)
             first, last = np.searchsorted(kept, (before, before + len(ends)))
             for index in kept[first:last].tolist():
                 start, end = int(starts[index - before]), int(ends[index - before])
-                documents[index] = np.array(spill.tokens[start:end])
+                documents[index] = np.array(bucket.tokens[start:end])
             before += len(ends)
         return [documents[index] for index in order.tolist()]
 
@@ -188,7 +189,7 @@ def finish(job: Job, plan: Plan, save_tokenizer: Any) -> Manifest:
             histogram += np.load(job.records / f"{shard.name}.npy")
     np.save(out / HISTOGRAM_NAME, histogram)
     save_tokenizer(out / TOKENIZER_FOLDER)
-    heads = spill_counts(job)
+    heads = bucket_heads(job)
     read = [0] * len(job.sources)
     for head in heads:
         read[head["source"]] += head["read"]

@@ -1,4 +1,4 @@
-"""Pass 1: every document is read, digested and tokenised once, and spilled with the key of its place."""
+"""The tokenize pass: every document is read, digested and tokenised once, and put into a bucket file."""
 
 from __future__ import annotations
 
@@ -13,147 +13,142 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.bucket_files import document_keys, read_head, write_spill
+from data_prep.bucket_files import document_keys, read_head, write_bucket
 from data_prep.document_encoder import Encoder
-from data_prep.job import Job, Team
+from data_prep.job import Job
 from data_prep.placement import order_and_deduplicate
-from data_prep.progress import Progress
 from data_prep.shard_format.errors import UserError
-from data_prep.sources.records import FORMATS, Reading, Record, SourceFile
+from data_prep.shard_format.files import write_text
+from data_prep.sources.formats import FORMATS, document_of
+from data_prep.sources.records import Reading, Record, SourceFile
 from data_prep.sources.resolve import Unit, chunk_bytes, make_units
-from data_prep.sources.texts import BadRecord, Text
+from data_prep.sources.texts import BadRecord
+from data_prep.workers import Worker
 
 
-class Spiller:
-    """One process's part of pass 1."""
+class TokenizePass:
+    """What every process does with the sources; a data_prep.workers.Pass."""
 
-    def __init__(self, job: Job, team: Team) -> None:
+    label, unit = "reading", "B"
+
+    def __init__(self, job: Job) -> None:
         self._job = job
-        self._team = team
+        self.claims = job.claims
         self._units = make_units(job.sources)
-        self._chunk_bytes = chunk_bytes(job.sources)
-        self._encoder = Encoder(job.backend, job.tokenizer)
-        total = sum(unit.bytes for unit in self._units)
-        self._progress = team.progress = Progress(job.claims, team.world.rank, "reading", total, "B")
 
-    def run(self) -> None:
-        """Work until there is nothing left to claim."""
-        if self._team.world.rank == 0:
-            self._progress.already_done(sum(head["stored_bytes"] for head in spill_counts(self._job)))
+    @property
+    def total(self) -> int:
+        return sum(unit.bytes for unit in self._units)
+
+    def run(self, worker: Worker) -> None:
+        worker.progress.already_done(sum(head["stored_bytes"] for head in bucket_heads(self._job)))
+        encoder = Encoder(self._job.backend, self._job.tokenizer)
         # Before anybody begins: an end mark alone does not say that the chunks before it are done.
         waiting = sorted((unit for unit in self._units if not self._is_done(unit)), key=_largest_first)
         gc.disable()  # parsing makes many objects, none of them in cycles
         try:
-            self._work_on_all(waiting)
+            for unit in waiting:
+                if worker.claim(f"unit-{unit.number:06d}"):
+                    self._read(unit, worker, encoder)
+            for unit in waiting:
+                if unit.shared and not self._end(unit).exists():
+                    self._read(unit, worker, encoder)
         finally:
             gc.enable()
 
-    def _work_on_all(self, waiting: list[Unit]) -> None:
-        for unit in waiting:
-            if self._team.claim(f"unit-{unit.number:06d}") is not None:
-                self._work_on(unit)
-        for unit in waiting:
-            if unit.shared and not self._end(unit).exists():
-                self._work_on(unit)
-
     def _end(self, unit: Unit) -> Path:
         """Holds the unit's number of chunks; whoever has read the unit to its end writes it."""
-        return self._job.spills / f"{unit.number:06d}.end"
+        return self._job.buckets / f"{unit.number:06d}.end"
 
-    def _spill_path(self, unit: Unit, chunk: int) -> Path:
-        return self._job.spills / f"{unit.number:06d}-{chunk:06d}.spill"
+    def _bucket(self, unit: Unit, chunk: int) -> Path:
+        return self._job.buckets / f"{unit.number:06d}-{chunk:06d}.bucket"
 
     def _is_done(self, unit: Unit) -> bool:
-        try:
-            num_chunks = int(self._end(unit).read_text())
-        except (FileNotFoundError, ValueError):
+        if not self._end(unit).exists():
             return False
-        return all(self._spill_path(unit, chunk).exists() for chunk in range(num_chunks))
+        num_chunks = int(self._end(unit).read_text())
+        return all(self._bucket(unit, chunk).exists() for chunk in range(num_chunks))
 
-    def _work_on(self, unit: Unit) -> None:
+    def _read(self, unit: Unit, worker: Worker, encoder: Encoder) -> None:
         """Read a unit to its end; do those of its chunks that nobody has done or claimed."""
         reader = _UnitReader(unit, self._job)
+        limit = chunk_bytes(self._job.sources)
         chunk = begun = 0
         while (first := reader.next_record()) is not None:
-            self._team.check()
-            target = self._spill_path(unit, chunk)
-            records = reader.chunk(first, self._chunk_bytes)
+            worker.check()
+            target = self._bucket(unit, chunk)
+            records = reader.chunk(first, limit)
             first = None  # let go of it: the next one may be as long
-            claimed = None if target.exists() else self._team.claim(target.name)
-            if claimed is None:
+            if target.exists() or not worker.claim(target.name):
                 collections.deque(records, maxlen=0)
             else:
-                head = {"source": unit.source, "begun": begun}
-                self._spill(unit, reader, records, str(claimed), head)
-                os.replace(claimed, target)
+                _Chunk(self._job, worker, reader, begun).write(target, encoder, records, unit.source)
             begun = reader.position()
             chunk += 1
-        if not self._end(unit).exists():
-            self._end(unit).write_text(str(chunk))
+        # All that read it to its end write the same; two at a time would be in each other's way.
+        if not self._end(unit).exists() and worker.claim(self._end(unit).name):
+            write_text(self._end(unit), str(chunk))
 
-    def _spill(
-        self, unit: Unit, reader: _UnitReader, records: Iterator[Record], path: str, head: dict[str, Any]
-    ) -> None:
+
+class _Chunk:
+    """Records of a unit that become one bucket file."""
+
+    def __init__(self, job: Job, worker: Worker, reader: _UnitReader, begun: int) -> None:
+        self._options = job.options
+        self._worker = worker
+        self._reader = reader
+        self._begun = begun
+        self._bad: list[dict[str, str]] = []
+
+    def write(self, target: Path, encoder: Encoder, records: Iterator[Record], source: int) -> None:
         digests: list[bytes] = []
         documents: list[np.ndarray] = []
-        bad: list[dict[str, str]] = []
-        places: dict[int, tuple[str, str]] = {}
         num_short = num_read = 0
-        position = head["begun"]
-        texts = self._texts(reader, records, places, bad)
-        for encoded in self._encoder.encode(texts):
-            file, place = places.pop(encoded.record)
-            if encoded.problem is not None:
-                self._bad(bad, file, place, encoded.problem)
-                continue
+        position = self._begun
+        for encoded in encoder.encode(self._texts(records)):
             num_read += 1
-            if len(encoded.tokens) - 1 < self._job.options.min_tokens:
+            if len(encoded.tokens) - 1 < self._options.min_tokens:
                 num_short += 1
                 continue
             digests.append(encoded.digest)
             documents.append(encoded.tokens)
             if num_read % 256 == 0:
-                self._team.check()
-                now = reader.position()
-                self._progress.add(now - position)
+                self._worker.check()
+                now = self._reader.position()
+                self._worker.progress.add(now - position)
                 position = now
         digest_table = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
-        options = self._job.options
-        keys = document_keys(digest_table, options.seed, options.heldout_fraction)
-        end = reader.position()
-        head = {"source": head["source"], "stored_bytes": end - head["begun"]}
+        keys = document_keys(digest_table, self._options.seed, self._options.heldout_fraction)
         kept = order_and_deduplicate(keys, digest_table)
-        duplicates = len(keys) - len(kept)
-        head |= {"read": num_read, "too_short": num_short, "duplicates": duplicates, "bad": bad}
-        write_spill(path, head, keys[kept], digest_table[kept], [documents[index] for index in kept.tolist()])
-        self._progress.add(end - position, num_read, sum(map(len, documents)))
+        end = self._reader.position()
+        head = {
+            "source": source,
+            "stored_bytes": end - self._begun,
+            "read": num_read,
+            "too_short": num_short,
+            "duplicates": len(keys) - len(kept),
+            "bad": self._bad,
+        }
+        kept_documents = [documents[index] for index in kept.tolist()]
+        write_bucket(target, head, keys[kept], digest_table[kept], kept_documents)
+        self._worker.progress.add(end - position, num_read, sum(map(len, documents)))
 
-    def _texts(
-        self,
-        reader: _UnitReader,
-        records: Iterator[Record],
-        places: dict[int, tuple[str, str]],
-        bad: list[dict[str, str]],
-    ) -> Iterator[tuple[int, Text]]:
-        read_options = self._job.options.read_options()
-        for number, record in enumerate(records):
-            assert reader.file is not None
-            path = reader.file.path
+    def _texts(self, records: Iterator[Record]) -> Iterator[str]:
+        read_options = self._options.read_options()
+        for record in records:
+            file = self._reader.file
+            assert file is not None
             try:
-                text = FORMATS[reader.file.format][1](record, read_options)
+                yield document_of(record, file.format, read_options)  # no name: the next one may be as long
             except BadRecord as error:
-                self._bad(bad, path, record.place, str(error))
-                continue
-            places[number] = path, record.place
-            yield number, text
+                self._leave_out(f"{file.path}, {record.place}" if record.place else file.path, error)
 
-    def _bad(self, bad: list[dict[str, str]], file: str, place: str, problem: str) -> None:
-        where = f"{file}, {place}" if place else file
-        if not self._job.options.skip_bad_records:
+    def _leave_out(self, where: str, problem: BadRecord) -> None:
+        if not self._options.skip_bad_records:
             raise UserError(
                 f"{where}: {problem}; mend it, or leave such records out with --on-bad-record skip"
             )
-        bad.append({"where": where, "problem": problem})
+        self._bad.append({"where": where, "problem": str(problem)})
 
 
 class _UnitReader:
@@ -170,7 +165,7 @@ class _UnitReader:
         for file in unit.files:
             self.file = file
             self._reading = Reading()
-            yield from FORMATS[file.format][0](file, options, self._reading)
+            yield from FORMATS[file.format].read(file, options, self._reading)
             self._reading = Reading()
             self._before += file.bytes
 
@@ -193,9 +188,9 @@ def _largest_first(unit: Unit) -> tuple[int, int]:
     return -unit.bytes, unit.number
 
 
-def spill_counts(job: Job) -> list[dict[str, Any]]:
-    """The heads of all spills, in the order of the inputs."""
-    return [read_head(path) for path in sorted(job.spills.glob("*.spill"))]
+def bucket_heads(job: Job) -> list[dict[str, Any]]:
+    """The heads of all bucket files, in the order of the inputs."""
+    return [read_head(path) for path in job.bucket_paths()]
 
 
 def write_skipped(path: str, heads: list[dict[str, Any]]) -> int:

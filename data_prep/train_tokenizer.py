@@ -20,12 +20,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.job import exit_code
+from data_prep.error_messages import exit_code, explain
 from data_prep.shard_format.errors import UserError
-from data_prep.sources.records import FORMATS, Reading, ReadOptions, text_fields
+from data_prep.sources.formats import FORMATS, document_of
+from data_prep.sources.records import (
+    MAX_DOCUMENT_MB,
+    Reading,
+    ReadOptions,
+    check_max_document_mb,
+    text_fields,
+)
 from data_prep.sources.resolve import HELP as SOURCES_HELP
 from data_prep.sources.resolve import TXT_DOCUMENTS, Unit, make_units, resolve_sources
-from data_prep.sources.texts import BadRecord, pieces_of, utf8
+from data_prep.sources.texts import PIECE, BadRecord, pieces_of, utf8
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 EXAMPLES = """
@@ -136,15 +143,14 @@ def _parsed_unit(work: tuple[Unit, ReadOptions]) -> list[str]:
 
 def _texts(unit: Unit, options: ReadOptions) -> Iterator[str]:
     for file in unit.files:
-        read, parse = FORMATS[file.format]
-        for record in read(file, options, Reading()):
+        for record in FORMATS[file.format].read(file, options, Reading()):
             try:
-                for piece in pieces_of(parse(record, options)):
-                    utf8(piece)
-                    yield piece
+                text = document_of(record, file.format, options)
             except BadRecord as error:
                 where = f"{file.path}, {record.place}" if record.place else file.path
                 print(f"train_tokenizer: left out {where}: {error}", file=sys.stderr)
+                continue
+            yield from pieces_of(utf8(text)) if len(text) > PIECE else [text]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -163,20 +169,28 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--txt-documents", choices=TXT_DOCUMENTS, default="line", help="how .txt files are read"
     )
     parser.add_argument("--text-field", default="text", metavar="NAMES", help="as for write_shards.py")
+    parser.add_argument(
+        "--max-document-mb",
+        type=int,
+        default=MAX_DOCUMENT_MB,
+        metavar="N",
+        help=f"a document of more UTF-8 text is left out (default {MAX_DOCUMENT_MB})",
+    )
     parser.add_argument("--processes", type=int, metavar="N", help="default: one per core")
     return parser.parse_args(arguments)
 
 
 def run(parsed: argparse.Namespace) -> str:
-    """Train, save and tell; raises ValueError or OSError with one plain message."""
+    """Train and save; returns what to print."""
     if not 64 <= parsed.vocab_size <= 1 << 20:
         raise UserError(f"--vocab-size {parsed.vocab_size}: must be between 64 and {1 << 20}")
     if parsed.processes is not None and parsed.processes < 1:
         raise UserError(f"--processes {parsed.processes}: must be at least 1")
-    fields = text_fields(parsed.text_field)
+    check_max_document_mb(parsed.max_document_mb)
+    options = ReadOptions(text_fields(parsed.text_field), parsed.max_document_mb)
     units = make_units(resolve_sources(parsed.sources, parsed.txt_documents))
     num_processes = parsed.processes or len(os.sched_getaffinity(0))
-    texts = corpus(units, ReadOptions(fields), num_processes)
+    texts = corpus(units, options, num_processes)
     tokenizer = train_wordpiece(texts, parsed.vocab_size, lowercase=not parsed.cased)
     os.makedirs(parsed.out, exist_ok=True)
     tokenizer.save_pretrained(parsed.out)
@@ -187,8 +201,8 @@ def run(parsed: argparse.Namespace) -> str:
 def main(arguments: list[str] | None = None) -> int:
     try:
         print(run(parse_arguments(arguments)))
-    except (ValueError, OSError) as error:
-        print(f"train_tokenizer: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"train_tokenizer: {explain(error)}", file=sys.stderr)
         return exit_code(error)
     return 0
 

@@ -17,7 +17,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.shard_format.errors import UserError
+from data_prep.error_messages import exit_code, explain
+from data_prep.shard_format.errors import MissingFile, UserError
 from data_prep.shard_format.manifest import (
     SPLITS,
     TOKENIZER_FOLDER,
@@ -39,10 +40,10 @@ def check_shard(path: Path, info: ShardInfo, manifest: Manifest) -> np.ndarray:
     Returns:
         int64 (vocab_size,), how often each token stands in it.
     Raises:
-        FileNotFoundError, UserError: what is wrong, naming the file.
+        UserError: what is wrong, naming the file.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; {REMEDY}")
+        raise MissingFile(f"{path} is missing; {REMEDY}")
     size = path.stat().st_size
     if size != info.bytes:
         raise UserError(f"{path} has {size:,} bytes, the manifest says {info.bytes:,}; {REMEDY}")
@@ -55,7 +56,7 @@ def check_shard(path: Path, info: ShardInfo, manifest: Manifest) -> np.ndarray:
         file.seek(0)
         try:
             blocks = read_blocks(file, token_dtype(manifest.tokenizer.vocab_size))
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{path} is no shard: {error}; {REMEDY}") from None
     return _check_blocks(blocks, path, info, manifest)
 
@@ -91,7 +92,7 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
     Returns:
         The manifest and the loaded tokenizer.
     Raises:
-        FileNotFoundError, UserError: the first thing that is wrong.
+        UserError: the first thing that is wrong.
     """
     from tqdm import tqdm
     from transformers import AutoTokenizer
@@ -111,7 +112,7 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
             bar.update(shard.bytes)
     _check_histogram(folder / manifest.token_histogram, histogram)
     if not (folder / TOKENIZER_FOLDER).is_dir():
-        raise FileNotFoundError(f"{folder / TOKENIZER_FOLDER} is missing; {REMEDY}")
+        raise MissingFile(f"{folder / TOKENIZER_FOLDER} is missing; {REMEDY}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to
@@ -124,12 +125,12 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
 
 def _check_histogram(path: Path, expected: np.ndarray) -> None:
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; {REMEDY}")
+        raise MissingFile(f"{path} is missing; {REMEDY}")
     try:
         with open(path, "rb") as file:
             data = file.read(expected.nbytes + 1024)  # its header is shorter
         found = npy_array(memoryview(data), "it", expected.dtype)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path} is damaged ({error}); {REMEDY}") from None
     if not np.array_equal(found, expected):
         raise UserError(f"{path} does not count the tokens of the train split; {REMEDY}")
@@ -169,9 +170,9 @@ def main(arguments: list[str] | None = None) -> int:
         manifest, tokenizer = check_folder(parsed.folder)
         for passage in passages(parsed.folder, manifest, tokenizer, parsed.passages):
             print(passage)
-    except (ValueError, OSError) as error:
-        print(f"verify_shards: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        print(f"verify_shards: {explain(error)}", file=sys.stderr)
+        return exit_code(error)
     for split in SPLITS:
         shards = manifest.splits[split]
         documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)

@@ -1,7 +1,8 @@
 """The processes that share a job: one, several on this machine, or the ranks of an MPI job.
 
-All of them run the same function, which meets the others in `gather`. Nothing else is exchanged: claims,
-progress and the wish to stop are small files in the work folder, which all of them see.
+Rank 0 hands the same pass to all of them and works on it itself. A process claims a piece of work by creating a
+file in the run's own folder, which no other process of the run can then create; the wish to stop and the counts
+for the progress bar are files there too. So any number of processes works alike, on one machine or on several.
 """
 
 from __future__ import annotations
@@ -9,39 +10,167 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Any
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Protocol
+
+from data_prep.progress import Progress
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 POLL_S = 0.05
 
 
-class JobFailed(Exception):
-    """The job cannot go on; every process raises it, with the message of the lowest rank that failed."""
-
-    def __init__(self, message: str, exit_code: int = 2) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+class Stopped(Exception):
+    """Another process of the job has failed; its own error says why."""
 
 
-class ProcessLost(RuntimeError):
-    """Another process of the job ended without a word."""
+class WorkerLost(Exception):
+    """A process of the job ended without an error of its own."""
 
 
-class World:
-    """One process alone; and what the others have in common."""
+class Worker:
+    """One process's part in a pass."""
 
-    rank = 0
-    size = 1
+    def __init__(self, claims: Path, progress: Progress) -> None:
+        self._claims = claims
+        self.progress = progress
 
-    def gather(self, value: Any, while_waiting: Callable[[], None] = lambda: None) -> list[Any]:
-        """Every process's value, by rank, on every process. All must call it."""
-        return [value]
+    def claim(self, name: str) -> bool:
+        """Whether the piece of work of this name is this process's; of all that ask, one gets it."""
+        try:
+            os.close(os.open(self._claims / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """Have every process stop at its next `check`."""
+        with contextlib.suppress(OSError):  # a full disk: the others finish their work first
+            (self._claims / "stop").touch()
+
+    def stop_if_failed(self, future: Future[None]) -> None:
+        if future.exception() is not None:
+            self.stop()
 
     def check(self) -> None:
-        """Raise ProcessLost where another process of the job is gone."""
+        """Called between pieces of work; raises Stopped where another process has failed."""
+        if (self._claims / "stop").exists():
+            raise Stopped
+
+
+class Pass(Protocol):
+    """Work that several processes do together. It travels to them by pickle."""
+
+    label: str
+    unit: str
+    claims: Path
+
+    @property
+    def total(self) -> int: ...
+
+    def run(self, worker: Worker) -> None:
+        """Work until there is nothing left to claim."""
+
+
+def _run(work: Pass, worker: Worker) -> None:
+    try:
+        work.run(worker)
+    except BaseException:
+        worker.stop()
+        raise
+    finally:
+        worker.progress.publish()
+
+
+def _run_as_helper(work: Pass) -> None:
+    _run(work, Worker(work.claims, Progress(work.claims, work.label)))
+
+
+class Team:
+    """This process, rank 0, and those behind an executor."""
+
+    def __init__(self, executor: Executor | None = None, num_helpers: int = 0) -> None:
+        self._executor = executor
+        self._num_helpers = num_helpers
+
+    def run(self, work: Pass) -> None:
+        """Do the pass on every process and wait for all.
+
+        Raises:
+            WorkerLost: a process was killed.
+            Exception: the first one that a process raised.
+        """
+        progress = Progress(work.claims, work.label)
+        progress.show_bar(work.total, work.unit)
+        worker = Worker(work.claims, progress)
+        futures = []
+        failures: list[BaseException | None] = []
+        if self._executor is not None:
+            futures = [self._executor.submit(_run_as_helper, work) for _ in range(self._num_helpers)]
+        children = multiprocessing.active_children()
+        for future in futures:
+            future.add_done_callback(worker.stop_if_failed)
+        try:
+            try:
+                _run(work, worker)
+            except Exception as error:
+                failures.append(error)
+            while wait(futures, timeout=POLL_S).not_done:
+                progress.show()
+            failures += [future.exception() for future in futures]
+        except KeyboardInterrupt:
+            worker.stop()
+            raise
+        finally:
+            progress.close(complete=not any(failures))
+        for failure in failures:
+            if isinstance(failure, BrokenExecutor):
+                raise _lost(children) from None
+        for failure in failures:
+            if failure is not None and not isinstance(failure, Stopped):
+                raise failure
+
+
+def _lost(children: list[multiprocessing.process.BaseProcess]) -> WorkerLost:
+    time.sleep(POLL_S)  # the executor waits for them too
+    # It ends the others with SIGTERM.
+    codes = [child.exitcode for child in children if child.exitcode not in (None, 0, -signal.SIGTERM)]
+    return WorkerLost(
+        f"a worker process ended unexpectedly (exit code {codes[0] if codes else 'unknown'}); "
+        "run the same command again to go on"
+        + (" (-9: killed, perhaps for memory: try fewer --processes)" if -9 in codes else "")
+    )
+
+
+# ------------------------------------------------------------------------------------------------ who works
+
+
+def _start_helper() -> None:
+    """Leave Ctrl-C to rank 0, which has the helpers stop; end at once where rank 0 is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def process_team(num_processes: int) -> Iterator[Team]:
+    """`num_processes` on this machine, spawned, not forked: the tokenizer's threads do not survive a fork."""
+    if num_processes == 1:
+        yield Team()
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes - 1, mp_context=context, initializer=_start_helper) as executor:
+        yield Team(executor, num_processes - 1)
 
 
 def mpi_size() -> int:
@@ -52,108 +181,13 @@ def mpi_size() -> int:
     return max(sizes, default=1)
 
 
-class MpiWorld(World):
-    """The ranks of MPI.COMM_WORLD. mpi4py is imported here only: other users need no MPI."""
+@contextlib.contextmanager
+def mpi_team() -> Iterator[Team | None]:
+    """The ranks of MPI.COMM_WORLD: a team on rank 0; None elsewhere, where it serves until rank 0 is done."""
+    # Imported here, since other users need no MPI.
+    from mpi4py import MPI
+    from mpi4py.futures import MPICommExecutor
 
-    def __init__(self) -> None:
-        from mpi4py import MPI
-
-        self._comm = MPI.COMM_WORLD
-        self.rank = self._comm.Get_rank()
-        self.size = self._comm.Get_size()
-
-    def gather(self, value: Any, while_waiting: Callable[[], None] = lambda: None) -> list[Any]:
-        # A blocking collective would spin on a core that another rank may be using.
-        arrived = self._comm.Ibarrier()
-        while not arrived.Test():
-            while_waiting()
-            time.sleep(POLL_S)
-        gathered: list[Any] = self._comm.allgather(value)
-        return gathered
-
-
-class _Root(World):
-    def __init__(self, children: list[multiprocessing.process.BaseProcess], pipes: list[Connection]) -> None:
-        self.size = 1 + len(children)
-        self._children = children
-        self._pipes = pipes
-
-    def gather(self, value: Any, while_waiting: Callable[[], None] = lambda: None) -> list[Any]:
-        values = [value]
-        for pipe in self._pipes:
-            while not pipe.poll(POLL_S):
-                while_waiting()
-                self.check()
-            try:
-                values.append(pipe.recv())
-            except EOFError:
-                self._lost()
-        for pipe in self._pipes:
-            with contextlib.suppress(BrokenPipeError):
-                pipe.send(values)
-        return values
-
-    def check(self) -> None:
-        for child in self._children:
-            if child.exitcode not in (None, 0):
-                self._lost()
-
-    def _lost(self) -> None:
-        time.sleep(POLL_S)
-        codes = [child.exitcode for child in self._children if child.exitcode not in (None, 0)]
-        raise ProcessLost(
-            f"a worker process ended unexpectedly (exit code {codes[0] if codes else 'unknown'}); "
-            "run the same command again to go on"
-            + (" (-9: killed, perhaps for memory: try fewer --processes)" if -9 in codes else "")
-        )
-
-
-class _Child(World):
-    def __init__(self, rank: int, size: int, pipe: Connection) -> None:
-        self.rank = rank
-        self.size = size
-        self._pipe = pipe
-        self._parent = os.getppid()
-
-    def gather(self, value: Any, while_waiting: Callable[[], None] = lambda: None) -> list[Any]:
-        self._pipe.send(value)
-        values: list[Any] = self._pipe.recv()
-        return values
-
-    def check(self) -> None:
-        if os.getppid() != self._parent:
-            raise ProcessLost("the first process is gone")
-
-
-def _child_main(rank: int, size: int, pipe: Connection, function: Callable[..., Any]) -> None:
-    # What went wrong is told by the root; a child whose root is gone has nobody to tell.
-    with contextlib.suppress(JobFailed, ProcessLost, EOFError, BrokenPipeError, KeyboardInterrupt):
-        function(_Child(rank, size, pipe), None)
-
-
-def run_processes(num_processes: int, function: Callable[[World, Any], Any], argument: Any) -> Any:
-    """`function(world, argument)` on this process, and `function(world, None)` on the others beside it.
-
-    The others are spawned, not forked: the tokenizer's threads do not survive a fork.
-    """
-    if num_processes == 1:
-        return function(World(), argument)
-    context = multiprocessing.get_context("spawn")
-    children, pipes = [], []
-    for rank in range(1, num_processes):
-        mine, its = context.Pipe()
-        child = context.Process(target=_child_main, args=(rank, num_processes, its, function), daemon=True)
-        child.start()
-        its.close()
-        children.append(child)
-        pipes.append(mine)
-    try:
-        return function(_Root(list(children), pipes), argument)
-    finally:
-        for pipe in pipes:
-            pipe.close()
-        for child in children:
-            child.join(5)
-            if child.is_alive():
-                child.kill()
-                child.join()
+    executor: Executor | None  # mpi4py's stub says MPICommExecutor
+    with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:  # type: ignore[assignment]
+        yield None if executor is None else Team(executor, MPI.COMM_WORLD.Get_size() - 1)

@@ -8,8 +8,6 @@ the same command. Duplicates are dropped; a fixed part of the documents is held 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import os
 import sys
 import time
@@ -18,16 +16,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.job import WORK_FOLDER, FolderLock, Job, JobOptions, Team, exit_code, explain, prepare_folder
+from data_prep.error_messages import exit_code, explain
+from data_prep.job import Job, JobOptions
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, tokenizer_info
-from data_prep.shard_pass import SKIPPED_NAME, Builder, finish, make_plan
-from data_prep.sources.records import text_fields
+from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest, tokenizer_info
+from data_prep.shard_pass import SKIPPED_NAME, ShardPass, finish, make_plan
+from data_prep.sources.records import MAX_DOCUMENT_MB, check_max_document_mb, text_fields
 from data_prep.sources.resolve import HELP as SOURCES_HELP
 from data_prep.sources.resolve import TXT_DOCUMENTS, resolve_sources
 from data_prep.sources.tables import quiet_hub
-from data_prep.tokenize_pass import Spiller
-from data_prep.workers import JobFailed, MpiWorld, ProcessLost, World, mpi_size, run_processes
+from data_prep.tokenize_pass import TokenizePass
+from data_prep.work_folder import locked, prepare_folder
+from data_prep.workers import Team, mpi_size, mpi_team, process_team
 
 EXAMPLES = """
 examples:
@@ -45,7 +45,8 @@ examples:
 then: python data_prep/verify_shards.py shards
 
 Exit code 0: done. 2: bad usage or input. 1: anything else, as a full disk or a lost process; run it again.
-A process takes less than 1.5 GB, one document of 300 MB included; of `hub:` sources, `datasets` decides.
+A process takes less than 1.5 GB, with documents of up to 64 MB; more with a higher --max-document-mb. Of `hub:`
+sources, `datasets` decides.
 """
 
 
@@ -92,13 +93,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"skip: leave out records that cannot be read, count them and name them in DIR/{SKIPPED_NAME}",
     )
     parser.add_argument(
+        "--max-document-mb",
+        type=int,
+        default=MAX_DOCUMENT_MB,
+        metavar="N",
+        help="a document of more UTF-8 text is a bad record; memory grows with it, by about fifteen times as much "
+        f"(default {MAX_DOCUMENT_MB})",
+    )
+    parser.add_argument(
         "--processes", type=int, metavar="N", help="default: one per core; under mpirun the ranks are it"
     )
     return parser.parse_args(arguments)
 
 
 def options_of(arguments: argparse.Namespace) -> JobOptions:
-    """Raises ValueError naming the option, its value and what it may be."""
+    """Raises UserError naming the option, its value and what it may be."""
     for name, lowest in (("min_tokens", 1), ("shard_tokens", 1024), ("seed", 0), ("processes", 1)):
         value = getattr(arguments, name)
         if value is not None and value < lowest:
@@ -107,6 +116,7 @@ def options_of(arguments: argparse.Namespace) -> JobOptions:
         raise UserError(f"--seed {arguments.seed}: must be below 2**63")
     if not 0 <= arguments.heldout_fraction < 1:
         raise UserError(f"--heldout-fraction {arguments.heldout_fraction}: must be at least 0 and below 1")
+    check_max_document_mb(arguments.max_document_mb)
     return JobOptions(
         sources=tuple(arguments.sources),
         tokenizer=arguments.tokenizer,
@@ -118,6 +128,7 @@ def options_of(arguments: argparse.Namespace) -> JobOptions:
         txt_documents=arguments.txt_documents,
         text_fields=text_fields(arguments.text_field),
         skip_bad_records=arguments.on_bad_record == "skip",
+        max_document_mb=arguments.max_document_mb,
     )
 
 
@@ -142,54 +153,23 @@ def load_tokenizer(name: str) -> Any:
         raise UserError(f"--tokenizer {name}: no tokenizer that loads {where} ({reason})") from None
 
 
-def run_job(world: World, options: JobOptions | None) -> Manifest | None:
-    """What every process runs; rank 0 has the options. Returns the manifest on rank 0."""
-    team = Team(world)
-    root = _Root(options) if world.rank == 0 and options is not None else None
-    try:
-        job, done = team.together(lambda: root.begin() if root else (None, None))[0]
-        if job is None:
-            return done
-        team.claims = job.claims
-        team.together(lambda: Spiller(job, team).run())
-        plan = team.together(lambda: make_plan(job) if root else None)[0]
-        assert plan is not None
-        team.together(lambda: Builder(job, team, plan).run())
-        return team.together(lambda: root.finish(job, plan) if root else None)[0]
-    finally:
-        if root:
-            root.end()
-
-
-class _Root:
-    """What rank 0 alone does."""
-
-    def __init__(self, options: JobOptions) -> None:
-        self._options = options
-        self._lock: FolderLock | None = None
-        self._tokenizer: Any = None
-
-    def begin(self) -> tuple[Job | None, Manifest | None]:
-        """Look at every input before anything is written."""
-        options = self._options
-        sources = resolve_sources(options.sources, options.txt_documents)
-        self._tokenizer = load_tokenizer(options.tokenizer)
-        info: TokenizerInfo = tokenizer_info(self._tokenizer)
-        if Path(options.out).exists() and not Path(options.out).is_dir():
-            raise UserError(f"--out {options.out}: is not a folder")
-        self._lock = FolderLock(Path(options.out, WORK_FOLDER))
+def run_job(team: Team, options: JobOptions) -> Manifest:
+    """Every input is looked at before anything is written; then the two passes."""
+    sources = resolve_sources(options.sources, options.txt_documents)
+    tokenizer = load_tokenizer(options.tokenizer)
+    info = tokenizer_info(tokenizer)
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is not a folder")
+    with locked(out):
         run, manifest = prepare_folder(options, sources, info)
         if manifest is not None:
-            return None, manifest
-        backend = self._tokenizer.backend_tokenizer.to_str()
-        return Job(options, tuple(sources), info, backend, run), None
-
-    def finish(self, job: Job, plan: Any) -> Manifest:
-        return finish(job, plan, self._tokenizer.save_pretrained)
-
-    def end(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+            return manifest
+        job = Job(options, tuple(sources), info, tokenizer.backend_tokenizer.to_str(), run)
+        team.run(TokenizePass(job))
+        plan = make_plan(job)
+        team.run(ShardPass(job, plan))
+        return finish(job, plan, tokenizer.save_pretrained)
 
 
 def summary(manifest: Manifest, out: str, elapsed_s: float | None) -> str:
@@ -216,34 +196,32 @@ def summary(manifest: Manifest, out: str, elapsed_s: float | None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    started = time.monotonic()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores better than its threads do
-    world = MpiWorld() if mpi_size() > 1 else World()
-    silent = io.StringIO()
-    out, errors = (sys.stdout, sys.stderr) if world.rank == 0 else (silent, silent)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        parsed = parse_arguments(arguments)
+    if mpi_size() == 1:
+        return run_command(parse_arguments(arguments))
+    with mpi_team() as team:
+        return run_command(parse_arguments(arguments), team) if team else 0
+
+
+def run_command(parsed: argparse.Namespace, ranks: Team | None = None) -> int:
+    started = time.monotonic()
     try:
         options = options_of(parsed)
         existed = Path(options.out, MANIFEST_NAME).exists()
-        if world.size > 1:
+        if ranks is not None:
             if parsed.processes is not None:
                 raise UserError("--processes has no effect under mpirun: its ranks do the work; leave it out")
-            manifest = run_job(world, options)
+            manifest = run_job(ranks, options)
         else:
-            num_processes = parsed.processes or len(os.sched_getaffinity(0))
-            manifest = run_processes(num_processes, run_job, options)
-    except (JobFailed, ProcessLost, ValueError, OSError) as error:
-        if world.rank == 0:
-            message = str(error) if isinstance(error, (JobFailed, ProcessLost)) else explain(error)
-            print(f"write_shards: {message}", file=sys.stderr, flush=True)
-        world.gather(None)  # mpirun stops all ranks when one fails: not before the message is out
+            with process_team(parsed.processes or len(os.sched_getaffinity(0))) as processes:
+                manifest = run_job(processes, options)
+    except Exception as error:
+        print(f"write_shards: {explain(error)}", file=sys.stderr, flush=True)
         return exit_code(error)
     except KeyboardInterrupt:
         print("\nwrite_shards: stopped; run the same command again to go on", file=sys.stderr)
         return 130
-    if world.rank == 0 and manifest is not None:
-        print(summary(manifest, options.out, None if existed else time.monotonic() - started))
+    print(summary(manifest, options.out, None if existed else time.monotonic() - started))
     return 0
 
 

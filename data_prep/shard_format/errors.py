@@ -9,3 +9,7 @@ class UserError(ValueError):
     Raised where user input is judged. launch/cli.py prints its text alone and exits with 2; every other ValueError is
     a defect, and keeps its traceback.
     """
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A file that the user named, or that belongs to a folder of theirs, is not there."""

@@ -13,15 +13,13 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
-from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.files import write_text
-from data_prep.shard_format.manifest_checks import check_content, check_file_name
-from data_prep.shard_format.token_blocks import (
+from data_prep.shard_format.blocks import (
     BLOCK_TOKENS,
     TOKENS_KEY,
     blocks_of,
@@ -31,6 +29,20 @@ from data_prep.shard_format.token_blocks import (
     token_blocks,
     write_shard,
 )
+from data_prep.shard_format.checks import (
+    Count,
+    FileName,
+    Sha256,
+    Text,
+    TokenId,
+    VocabularySize,
+    first_problem,
+    plain_file_name,
+    shard_is_consistent,
+    tokenizer_is_consistent,
+)
+from data_prep.shard_format.errors import MissingFile, UserError
+from data_prep.shard_format.files import write_text
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -64,41 +76,54 @@ __all__ = [
 class ShardInfo:
     """One tar file. `tokens` counts all of its tokens, separators included; `sha256` is over the file."""
 
-    name: str
-    bytes: int
-    sha256: str
-    documents: int
-    tokens: int
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    name: FileName
+    bytes: Count
+    sha256: Sha256
+    documents: Count
+    tokens: Count
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
     """What training needs to know of the tokenizer; `special_ids` are all its special ids, ascending."""
 
-    fingerprint: str
-    vocab_size: int
-    pad_id: int
-    unk_id: int
-    cls_id: int
-    sep_id: int
-    mask_id: int
-    special_ids: tuple[int, ...]
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    fingerprint: Text
+    vocab_size: VocabularySize
+    pad_id: TokenId
+    unk_id: TokenId
+    cls_id: TokenId
+    sep_id: TokenId
+    mask_id: TokenId
+    special_ids: tuple[TokenId, ...]
+
+
+def _known_splits(splits: dict[str, Any]) -> dict[str, Any]:
+    """The splits of this version; ValueError where one is missing."""
+    missing = [split for split in SPLITS if split not in splits]
+    if missing:
+        raise ValueError(f"there is no split {missing[0]!r}")
+    return {split: splits[split] for split in SPLITS}
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What lies in a folder of shards, and how it was made."""
 
-    tokenizer: TokenizerInfo
-    splits: dict[str, tuple[ShardInfo, ...]]
+    tokenizer: Annotated[TokenizerInfo, AfterValidator(tokenizer_is_consistent)]
+    splits: Annotated[
+        dict[str, tuple[Annotated[ShardInfo, AfterValidator(shard_is_consistent)], ...]],
+        AfterValidator(_known_splits),
+    ]
     """"train" and "heldout", each in name order; either may be empty."""
-    token_histogram: str
+    token_histogram: FileName
     """Name of an .npy file beside the manifest: int64 (vocab_size,), the tokens of the train split."""
     sources: tuple[dict[str, Any], ...] = ()
     """Per source as named by the user: kind, files, bytes (as stored), documents read."""
     options: dict[str, Any] = field(default_factory=dict)
     """What the bytes of the shards depend on beside the sources."""
-    skipped: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, Count] = field(default_factory=dict)
     """Documents that were read but are in no shard, by reason."""
     version: int = MANIFEST_VERSION
 
@@ -119,38 +144,33 @@ class Manifest:
         """Read manifest.json from a folder or from any URL that webdataset opens.
 
         Raises:
-            FileNotFoundError: there is none.
-            UserError: it is not a manifest of this version.
+            MissingFile: there is none.
+            UserError: it is not a manifest of this version; the message names the file and the field.
         """
         url = shard_url(folder, MANIFEST_NAME)
         text = read_url(url)
         try:
             return cls.from_dict(json.loads(text))
-        except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, RecursionError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, UserError) as error:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{url} is not a manifest of shards ({type(error).__name__}: {error}); "
-                "make the shards again with data_prep/write_shards.py"
+                f"{url} is not a manifest of shards ({reason}); make the shards again with data_prep/write_shards.py"
             ) from None
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Manifest:
-        if content["version"] != MANIFEST_VERSION:
+    def from_dict(cls, content: Any) -> Manifest:
+        """A manifest from what its JSON holds; UserError where a field is not what is documented here."""
+        if isinstance(content, dict) and content.get("version") != MANIFEST_VERSION:
             raise UserError(
-                f"the shards' manifest has version {content['version']}, this code reads version "
-                f"{MANIFEST_VERSION}; make the shards again with data_prep/write_shards.py"
+                f"it has version {content.get('version')}, this code reads version {MANIFEST_VERSION}"
             )
-        check_content(content, SPLITS)
-        tokenizer = dict(content["tokenizer"])
-        tokenizer["special_ids"] = tuple(tokenizer["special_ids"])
-        splits = {name: tuple(ShardInfo(**shard) for shard in content["splits"][name]) for name in SPLITS}
-        return cls(
-            tokenizer=TokenizerInfo(**tokenizer),
-            splits=splits,
-            token_histogram=content["token_histogram"],
-            sources=tuple(content["sources"]),
-            options=content["options"],
-            skipped=content["skipped"],
-        )
+        try:
+            return _MANIFEST.validate_python(content)
+        except ValidationError as error:
+            raise UserError(first_problem(error)) from None
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -250,7 +270,7 @@ def shard_url(folder: str | os.PathLike[str], name: str) -> str:
     Raises:
         UserError: the name, which comes from a manifest, may do harm in a URL or a command.
     """
-    check_file_name(name)
+    plain_file_name(name)
     return f"{without_scheme(folder).rstrip('/')}/{name}"
 
 
@@ -258,13 +278,13 @@ def read_url(url: str) -> bytes:
     """The bytes of a local file, or of a URL through webdataset's own handling.
 
     Raises:
-        FileNotFoundError: it is not there.
+        MissingFile: it is not there.
     """
     if not is_remote(url):
         try:
             return Path(url).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"{url} does not exist; make shards with "
                 f"`python data_prep/write_shards.py SOURCE... --tokenizer T --out {os.path.dirname(url)}`"
             ) from None
@@ -274,7 +294,7 @@ def read_url(url: str) -> bytes:
         with gopen(url, "rb") as stream:
             content = stream.read()
     except OSError as error:
-        raise FileNotFoundError(f"{url} cannot be read: {error}") from None
+        raise MissingFile(f"{url} cannot be read: {error}") from None
     if not content:
-        raise FileNotFoundError(f"{url} cannot be read, or is empty")
+        raise MissingFile(f"{url} cannot be read, or is empty")
     return content

@@ -12,9 +12,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from data_prep.shard_format.errors import UserError
-from data_prep.sources.records import SPLITTABLE, SourceFile
+from data_prep.shard_format.errors import MissingFile, UserError
+from data_prep.sources.formats import SPLITTABLE
+from data_prep.sources.installed_docs import installed_doc_files
+from data_prep.sources.records import SourceFile
 from data_prep.sources.streams import COMPRESSIONS, plain_name
+from data_prep.sources.tables import dataset_parts, hub_parts, is_dataset_folder, parquet_parts
 
 TXT_DOCUMENTS = ("file", "line", "block")
 _ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -56,7 +59,7 @@ def resolve_sources(names: Sequence[str], txt_documents: str = "file") -> list[S
     """Find the files behind each SOURCE, sorted by path.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        MissingFile: nothing is there.
         UserError: what is there is no text that can be read.
     """
     return [_resolve(name, txt_documents) for name in names]
@@ -64,12 +67,8 @@ def resolve_sources(names: Sequence[str], txt_documents: str = "file") -> list[S
 
 def _resolve(name: str, txt_documents: str) -> Source:
     if name == "installed-docs":
-        from data_prep.sources.installed_docs import installed_doc_files
-
         return Source(name, "installed-docs", tuple(installed_doc_files()))
     if name.startswith("hub:"):
-        from data_prep.sources.tables import hub_parts
-
         return Source(name, "hub", tuple(hub_parts(name)))
     prefix, _, path = name.partition(":")
     if prefix in TXT_DOCUMENTS and path:
@@ -81,8 +80,6 @@ def _resolve(name: str, txt_documents: str) -> Source:
 
 def _resolve_path(name: str, path: str, txt_documents: str) -> Source:
     if os.path.isdir(path):
-        from data_prep.sources.tables import dataset_parts, is_dataset_folder
-
         if is_dataset_folder(path):
             return Source(name, "dataset", tuple(dataset_parts(path)))
         files = [file for file in _walk(path) if _format(file, txt_documents)]
@@ -101,8 +98,8 @@ def _resolve_path(name: str, path: str, txt_documents: str) -> Source:
         files = [file for file in found if os.path.isfile(file) and _format(file, txt_documents)]
         if files:
             return Source(name, "files", _source_files(files, txt_documents))
-        raise FileNotFoundError(f"{path}: no readable file matches")
-    raise FileNotFoundError(f"source {path!r} does not exist")
+        raise MissingFile(f"{path}: no readable file matches")
+    raise MissingFile(f"source {path!r} does not exist")
 
 
 def _walk(folder: str) -> Iterable[str]:
@@ -127,8 +124,6 @@ def _source_files(paths: Sequence[str], txt_documents: str) -> tuple[SourceFile,
         kind = _format(path, txt_documents)
         assert kind is not None
         if kind == "parquet":
-            from data_prep.sources.tables import parquet_parts
-
             files += parquet_parts(path)
         else:
             files.append(SourceFile(path, kind, os.path.getsize(path)))

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, BinaryIO
 
+from data_prep.shard_format.errors import UserError
+
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 
-class DamagedFile(ValueError):
-    """A compressed file that cannot be unpacked to its end. No single record of it is to blame."""
+class DamagedFile(UserError):
+    """A packed file that cannot be unpacked to its end. No single record of it is to blame."""
 
 
 def plain_name(path: str) -> str:

@@ -1,7 +1,4 @@
-"""Tables as sources: parquet files, folders saved by `datasets`, and datasets streamed from the hub.
-
-Texts leave here as UTF-8 buffers of Arrow memory, never as one Python string.
-"""
+"""Tables as sources: parquet files, folders saved by `datasets`, and datasets streamed from the hub."""
 
 from __future__ import annotations
 
@@ -12,16 +9,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_prep.shard_format.errors import UserError
-from data_prep.sources.parquet_pages import Page, pages, texts_of
 from data_prep.sources.records import Reading, ReadOptions, Record, SourceFile, no_such_field
 from data_prep.sources.streams import DamagedFile, open_stream, plain_name
+from data_prep.sources.text_files import text_of
+from data_prep.sources.texts import BadRecord
 
 # Arrow's own pools keep what is freed: after one very long document, a gigabyte. Read at pyarrow's import.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
+# pyarrow, datasets and huggingface_hub are imported in functions: --help and text files need none of them.
 ROWS = 256
-LARGE_PAGE = 1 << 26
-"""Bytes; Arrow holds up to four times as much of a page. In larger ones it is not trusted with memory."""
+ROWS_OF_A_PAGE = 1024
+"""So many rows do parquet writers put into a page before they look at its size for the first time."""
 
 
 def parquet_parts(path: str) -> list[SourceFile]:
@@ -51,47 +50,37 @@ def read_parquet(file: SourceFile, options: ReadOptions, reading: Reading) -> It
 
 
 def _parquet_rows(file: SourceFile, source: Any, options: ReadOptions) -> Iterator[Record]:
-    """The rows of the file's part: through Arrow, or page by page where its pages are large."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as table:
         name = _text_column(file.path, table.schema_arrow, options)
-        column = table.schema.names.index(name) if name in table.schema.names else None
         groups = range(*file.part) if file.part is not None else range(table.num_row_groups)
         first = sum(table.metadata.row_group(index).num_rows for index in range(groups.start))
         for group in groups:
-            rows, large = ROWS, None
-            if column is not None:
-                chunk = table.metadata.row_group(group).column(column)
-                rows, large = _plan_of_pages(file.path, source, chunk)
-            if large:
-                nullable = table.schema.column(column).max_definition_level > 0
-                yield from _large_rows(file.path, texts_of(source, chunk, large, nullable), first)
-            else:
-                batches = table.iter_batches(rows, row_groups=[group], columns=[name], use_threads=False)
-                yield from _rows(batches, name, first)
-            first += table.metadata.row_group(group).num_rows
+            metadata = table.metadata.row_group(group)
+            rows = _batch_rows(f"{file.path}, row group {group}", metadata, name, options)
+            batches = table.iter_batches(rows, row_groups=[group], columns=[name], use_threads=False)
+            yield from _rows(batches, name, first)
+            first += metadata.num_rows
 
 
-def _plan_of_pages(path: str, source: Any, chunk: Any) -> tuple[int, list[Page] | None]:
-    """How many rows Arrow may read at a time; the pages, where it had better not read them at all."""
-    if chunk.total_uncompressed_size <= LARGE_PAGE:
-        return ROWS, None
-    try:
-        found = pages(source, chunk)
-    except ValueError as error:
-        raise DamagedFile(f"{path} is damaged or no parquet file: {error}") from None
-    largest = max((page.unpacked for page in found), default=1)
-    return min(ROWS, max(1, LARGE_PAGE // max(1, largest))), found if largest > LARGE_PAGE else None
+def _batch_rows(place: str, group: Any, name: str, options: ReadOptions) -> int:
+    """How many rows to read at a time, so that their texts have about the size of one document at most.
 
-
-def _large_rows(path: str, texts: Iterator[bytes | None], first: int) -> Iterator[Record]:
-    try:
-        for number, text in enumerate(texts, first + 1):
-            yield Record(f"row {number}", text, len(text or b""))
-    except (LookupError, ValueError) as error:
-        reason = "a page's header or indices are damaged" if isinstance(error, LookupError) else error
-        raise DamagedFile(f"{path} is damaged, or cannot be read in bounded memory: {reason}") from None
+    Raises:
+        UserError: a page may be larger than four such documents. Arrow unpacks whole pages and holds up to four
+            times as much; how large they are stands in their headers alone, so it is estimated.
+    """
+    columns = (group.column(index) for index in range(group.num_columns))
+    size = next(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
+    row = size / max(1, group.num_rows)
+    page, limit = min(size, row * ROWS_OF_A_PAGE), 4 * options.max_document_bytes
+    if page > limit:
+        raise UserError(
+            f"{place}: rows of {row / 1e6:,.1f} MB on average make pages of up to {page / 1e6:,.0f} MB, more than "
+            f"{limit / 1e6:,.0f} MB; write the file again with fewer rows in a row group, or raise --max-document-mb"
+        )
+    return max(1, min(ROWS, int(options.max_document_bytes / max(1, row))))
 
 
 def is_dataset_folder(path: str) -> bool:
@@ -131,7 +120,8 @@ def read_dataset(file: SourceFile, options: ReadOptions, reading: Reading) -> It
     reading.position = lambda: 0
     first, last = file.part
     part = dataset.select(range(first, last)).select_columns([column]).with_format("arrow")
-    yield from _rows((table for table in part.iter(batch_size=ROWS)), column, first)
+    with _arrow_errors(file.path):
+        yield from _rows(part.iter(batch_size=ROWS), column, first)
     reading.position = lambda: file.bytes
 
 
@@ -168,17 +158,29 @@ def read_hub(file: SourceFile, options: ReadOptions, reading: Reading) -> Iterat
     index, num_parts = file.part
     dataset = _stream(file.path).shard(num_shards=num_parts, index=index).with_format("arrow")
     first = 0
-    for table in dataset.iter(batch_size=ROWS):
+    for table in _tables(file.path, dataset):
         column = _text_column(file.path, table.schema, options)
         yield from _rows([table], column, first)
         first += table.num_rows
 
 
-FORMATS = {"parquet": read_parquet, "dataset": read_dataset, "hub": read_hub}
+def _tables(name: str, dataset: Any) -> Iterator[Any]:
+    try:
+        yield from dataset.iter(batch_size=ROWS)
+    except Exception as error:  # of the network, the hub's client, a decoder
+        raise UserError(f"{name}: the stream broke off: {_line(error)}") from None
+
+
+def parse_cell(record: Record, options: ReadOptions) -> str:
+    if record.payload is None:
+        raise BadRecord("the text is null")
+    if len(record.payload) > options.max_text_record:
+        raise options.too_long()
+    return text_of(bytes(record.payload), options)
 
 
 def _text_column(path: str, schema: Any, options: ReadOptions) -> str:
-    """Raises ValueError, whatever is said about bad records: no row of this table could be read."""
+    """Raises UserError, whatever is said about bad records: no row of this table could be read."""
     import pyarrow as pa
 
     for name in options.text_fields:
@@ -202,22 +204,17 @@ def _rows(batches: Any, column: str, first: int) -> Iterator[Record]:
                 yield Record(f"row {number}", data, 0 if data is None else len(data))
 
 
-class _arrow_errors:
+@contextlib.contextmanager
+def _arrow_errors(path: str) -> Iterator[None]:
     """Arrow's errors are ValueErrors or OSErrors that do not say which file they are about."""
+    import pyarrow as pa
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        import pyarrow as pa
-
-        if isinstance(error, (pa.ArrowInvalid, pa.ArrowNotImplementedError)) or (
-            isinstance(error, OSError) and error.errno is None
-        ):
-            raise DamagedFile(f"{self._path} is damaged or no parquet file: {_line(error)}") from None
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DamagedFile(f"{path} is damaged or no parquet file: {_line(error)}") from None
 
 
 def _line(error: BaseException) -> str:

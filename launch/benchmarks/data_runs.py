@@ -39,7 +39,8 @@ def encode_batch_fast(corpus: str, tokenizer: str, out: str, cores: int) -> dict
     os.environ["RAYON_NUM_THREADS"] = str(cores)
     from transformers import AutoTokenizer
 
-    from data_prep.sources.records import Reading, ReadOptions, SourceFile, parse_json, read_lines
+    from data_prep.sources.records import Reading, ReadOptions, SourceFile
+    from data_prep.sources.text_files import parse_json, read_lines
 
     backend = AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer
     options = ReadOptions()

@@ -76,11 +76,11 @@ def kill_one_worker(
     is_worker: Callable[[list[str]], bool],
     env: dict[str, str] | None = None,
 ) -> tuple[int, str, list[psutil.Process]]:
-    """Start the command, kill -9 one of its workers once a spill is there; exit code, errors, all workers."""
+    """Start the command, kill -9 one of its workers once a bucket file is there; exit code, errors, all workers."""
     with subprocess.Popen(
         arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
-        while not count(out, ".work/spills/*.spill"):
+        while not count(out, ".work/buckets/*.bucket"):
             assert process.poll() is None
         children = psutil.Process(process.pid).children(recursive=True)
         workers = [child for child in children if is_worker(child.cmdline())]

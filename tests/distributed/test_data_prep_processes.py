@@ -49,8 +49,8 @@ def test_killed_three_times_gives_the_same_bytes(
 ) -> None:
     out = tmp_path / "out"
     arguments = command(corpus, tokenizer_folder, out, "--processes", "2")
-    kill_when(arguments, lambda: count(out, ".work/run-*/*.spill") > 0)
-    kill_when(arguments, lambda: count(out, ".work/spills/*.spill") > 1)
+    kill_when(arguments, lambda: count(out, ".work/run-*/*.bucket") > 0)
+    kill_when(arguments, lambda: count(out, ".work/buckets/*.bucket") > 1)
     kill_when(arguments, lambda: count(out, "train-*.tar") > 1)
     assert not (out / "manifest.json").exists()
     finished = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
@@ -76,6 +76,6 @@ def test_a_lost_worker_is_one_message_and_nothing_is_lost(
 def test_a_failing_worker_is_one_message(tmp_path: Path, tokenizer_folder: str) -> None:
     message = write_faulty_corpus(tmp_path, 40_000)
     done = run(command(tmp_path, tokenizer_folder, tmp_path / "out", "--processes", "2"), exit_code=2)
-    told = [line for line in done.stderr.splitlines() if "write_shards:" in line]
-    assert len(told) == 1
-    assert message in told[0]
+    printed = [line for line in done.stderr.splitlines() if "write_shards:" in line]
+    assert len(printed) == 1
+    assert message in printed[0]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.bucket_files import HELDOUT_BIT, document_keys, open_spill, write_spill
+from data_prep.bucket_files import HELDOUT_BIT, document_keys, open_bucket, write_bucket
 from data_prep.placement import Documents, num_shards, order_and_deduplicate, plan_shards
 
 
@@ -101,21 +102,21 @@ def test_num_shards(tokens: int, expected: int) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
-def test_spill_survives_writing(tmp_path: object, count: int) -> None:
-    path = f"{tmp_path}/spill"
+def test_a_bucket_file_survives_writing(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "a.bucket"
     names = list(range(count))
     digests = digests_of(names)
     keys = document_keys(digests, 3, 0.5)
     order = order_and_deduplicate(keys, digests)
     keys, digests = keys[order], digests[order]
     documents = [np.arange(name + 2, dtype=np.uint32) for name in names]
-    write_spill(path, {"read": count, "note": "é"}, keys, digests, documents)
-    spill = open_spill(path)
-    assert spill.head["read"] == count
-    assert (spill.keys[1:] >= spill.keys[:-1]).all()
-    ends = spill.ends.astype(int).tolist()
-    found = [spill.tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    for key, tokens in zip(spill.keys.tolist(), found, strict=True):
+    write_bucket(path, {"read": count, "note": "é"}, keys, digests, documents)
+    bucket = open_bucket(path)
+    assert bucket.head["read"] == count
+    assert (bucket.keys[1:] >= bucket.keys[:-1]).all()
+    ends = bucket.ends.astype(int).tolist()
+    found = [bucket.tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    for key, tokens in zip(bucket.keys.tolist(), found, strict=True):
         np.testing.assert_array_equal(tokens, documents[keys.tolist().index(key)])
-    whole = spill.between(0, 1 << 64)
+    whole = bucket.between(0, 1 << 64)
     assert (whole.start, whole.stop) == (0, count)

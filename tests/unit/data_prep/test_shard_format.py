@@ -14,7 +14,7 @@ import pytest
 import webdataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_prep.shard_format import token_blocks as token_blocks_module
+from data_prep.shard_format import blocks
 from data_prep.shard_format.manifest import (
     Manifest,
     ShardInfo,
@@ -60,11 +60,11 @@ def test_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"version": 2}, "has version 2, this code reads version 1"),
-        ({"splits": {"train": []}}, r"not a manifest of shards \(KeyError: 'heldout'\)"),
+        ({"splits": {"train": []}}, r"not a manifest of shards \(splits: there is no split 'heldout'\)"),
         ({"splits": {"train": [{"name": "../x.tar"}], "heldout": []}}, "not a manifest of shards"),
         (
             {"splits": {"train": [{**dataclasses.asdict(SHARD), "name": "../x.tar"}], "heldout": []}},
-            r"names '\.\./x\.tar', which is not a plain file name",
+            r"splits\.train\[0\]\.name: '\.\./x\.tar' is not a plain file name",
         ),
         ({"tokenizer": None}, "not a manifest of shards"),
     ],
@@ -231,7 +231,7 @@ def test_a_shard_of_another_dtype_is_refused() -> None:
 
 
 def test_counting_goes_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_blocks_module, "_SLICE", 3)
+    monkeypatch.setattr(blocks, "_SLICE", 3)
     counts = np.zeros(5, dtype=np.int64)
     count_tokens(counts, np.array([0, 4, 4, 1, 1, 1, 4, 2], dtype=np.uint16))
     assert counts.tolist() == [1, 3, 1, 0, 3]

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_prep.sources import records
+from data_prep.shard_format.errors import MissingFile
+from data_prep.sources.formats import FORMATS, document_of
 from data_prep.sources.installed_docs import docstrings, installed_doc_files
-from data_prep.sources.records import FORMATS, Reading, ReadOptions, SourceFile
+from data_prep.sources.records import Reading, ReadOptions, SourceFile
 from data_prep.sources.resolve import make_units, resolve_sources
 from data_prep.sources.streams import DamagedFile, open_stream
-from data_prep.sources.texts import BadRecord, pieces_of
+from data_prep.sources.texts import BadRecord
 
 TEXTS = ["First document.\nTwo lines.", "Second — with a dash.", "Third 漢字."]
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -29,14 +30,16 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def read(*names: str, txt_documents: str = "file", fields: tuple[str, ...] = ("text",)) -> list[str]:
-    options = ReadOptions(fields)
+def read(
+    *names: str, txt_documents: str = "file", fields: tuple[str, ...] = ("text",), max_document_mb: int = 64
+) -> list[str]:
+    options = ReadOptions(fields, max_document_mb)
     texts = []
     for unit in make_units(resolve_sources(names, txt_documents)):
         for file in unit.files:
             reading = Reading()
-            for record in FORMATS[file.format][0](file, options, reading):
-                texts.append("".join(pieces_of(FORMATS[file.format][1](record, options))))
+            for record in FORMATS[file.format].read(file, options, reading):
+                texts.append(document_of(record, file.format, options))
     return texts
 
 
@@ -115,8 +118,8 @@ def test_folders_and_globs_are_sorted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("none.txt", FileNotFoundError, r"source '.*none\.txt' does not exist"),
-        ("*.none", FileNotFoundError, "no readable file matches"),
+        ("none.txt", MissingFile, r"source '.*none\.txt' does not exist"),
+        ("*.none", MissingFile, "no readable file matches"),
         ("", ValueError, r"no \.txt, \.jsonl, \.parquet or wiki_NN file in this folder"),
         ("page.pdf", ValueError, r"page\.pdf: not a kind of file that is read; give \.txt, \.jsonl"),
         (
@@ -164,6 +167,7 @@ def test_zstd_frames_one_after_another(tmp_path: Path) -> None:
             b'{"body": "x", "id": 1}',
             r"no text field 'text'; the fields are 'body', 'id' \(choose with --text-field\)",
         ),
+        (b'{"n": ' + b"9" * 5000 + b"}", r"not valid JSON \(Exceeds the limit"),
         (b'{"text": "\xff"}', r"invalid UTF-8 \(byte 0xff at offset 10\)"),
         (b'{"text": "\\ud800"}', r"half of a surrogate pair \(U\+D800 at character 0\)"),
     ],
@@ -171,13 +175,7 @@ def test_zstd_frames_one_after_another(tmp_path: Path) -> None:
 def test_bad_json_lines(tmp_path: Path, line: bytes, message: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(line + b"\n")
     with pytest.raises(BadRecord, match=message):
-        "".join(utf8_checked(read(str(tmp_path / "a.jsonl"))))
-
-
-def utf8_checked(texts: list[str]) -> list[str]:
-    from data_prep.sources.texts import utf8
-
-    return [utf8(text).decode() for text in texts]
+        read(str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -194,14 +192,41 @@ def test_bad_wiki_files(tmp_path: Path, content: bytes, message: str) -> None:
         read(str(tmp_path / "wiki_00"))
 
 
-@pytest.mark.parametrize("mode", ["file", "line", "block"])
-def test_documents_beyond_the_limit_are_refused(
-    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
-    (tmp_path / "a.txt").write_bytes((b"x" * 600 + (b"" if mode == "line" else b"\n")) * 2)
-    with pytest.raises(ValueError, match=r"a\.txt, .*: a document of more than .* MiB; split it"):
-        read(f"{mode}:{tmp_path}/a.txt")
+def in_mode(mode: str, text: str) -> bytes:
+    """A file of two documents, `text` and "end"; where a file is one document, of `text`."""
+    lines = {"file": text, "line": f"{text}\nend\n", "block": f"{text}\n\nend\n"}
+    lines["jsonl"] = f"{json.dumps({'text': text})}\n{json.dumps({'text': 'end'})}\n"
+    lines["wiki"] = f'<doc id="1">\n{text}\n</doc>\n<doc id="2">\nend\n</doc>\n'
+    return lines[mode].encode()
+
+
+@pytest.mark.parametrize("mode", ["file", "line", "block", "jsonl", "wiki", "parquet"])
+def test_a_document_beyond_the_limit_is_a_bad_record(tmp_path: Path, mode: str) -> None:
+    """At the limit it is read; a byte more, or very much more, is refused, and the one after it is read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = {"wiki": "wiki_00", "jsonl": "a.jsonl", "parquet": "a.parquet"}.get(mode, "a.txt")
+    line = "word é " * 1000 + "\n"
+    unit = line if mode in ("file", "jsonl", "wiki", "parquet") else line.replace("\n", " ")
+    at_limit = (unit * 200)[: 1_000_000 - 200 * 1000 - 4] + "."
+    at_limit += "x" * (1_000_000 - len(at_limit.encode()))
+    for text, good in ((at_limit, True), (at_limit + "x", False), (at_limit * 3, False)):
+        if mode == "parquet":
+            pq.write_table(pa.table({"text": [text, "end"]}), tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(in_mode(mode, text))
+        kind = "file" if mode in ("jsonl", "wiki", "parquet") else mode
+        options, found = ReadOptions(max_document_mb=1), []
+        for unit_ in make_units(resolve_sources([str(tmp_path / name)], kind)):
+            for record in FORMATS[unit_.files[0].format].read(unit_.files[0], options, Reading()):
+                try:
+                    found.append(document_of(record, unit_.files[0].format, options))
+                except BadRecord as error:
+                    found.append(str(error))
+        refusal = "a document of more than 1 MB (raise --max-document-mb, or split it; "
+        assert found[0] == text if good else found[0].startswith(refusal)
+        assert found[1:] == ([] if mode == "file" else ["end"])
 
 
 def test_units_hold_every_file_once_and_large_files_are_shared() -> None:
@@ -250,7 +275,7 @@ def test_installed_docs_are_sorted_and_hold_the_topics() -> None:
     assert files == installed_doc_files()
     topics = [file for file in files if file.path.endswith("pydoc_data/topics.py")]
     assert len(topics) == 1
-    read_format, _ = FORMATS["installed-docs"]
+    read_format = FORMATS["installed-docs"].read
     assert len(list(read_format(topics[0], ReadOptions(), Reading()))) > 50
     webdataset = [file for file in files if "/webdataset/" in file.path]
     texts = [r.payload for file in webdataset for r in read_format(file, ReadOptions(), Reading())]

@@ -19,13 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data_prep import document_encoder as encoding
-from data_prep import shard_pass as building
-from data_prep import verify_shards, write_shards
+from data_prep import document_encoder, shard_pass, verify_shards, write_shards
 from data_prep.document_encoder import Encoder
 from data_prep.shard_format.manifest import Manifest, read_blocks, tokenizer_info
 from data_prep.sources import texts
 from data_prep.sources.texts import normalised
+from data_prep.work_folder import locked
 
 
 def make(*arguments: Any) -> int:
@@ -138,7 +137,7 @@ def test_copies_of_a_document_are_not_gathered(
     make_plan = write_shards.make_plan
 
     def look(job: Any) -> Any:
-        heads.extend(building.spill_counts(job))
+        heads.extend(shard_pass.bucket_heads(job))
         return make_plan(job)
 
     monkeypatch.setattr(write_shards, "make_plan", look)
@@ -186,8 +185,7 @@ def test_special_tokens_that_are_words_are_spelled_apart(
     tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch, long: bool
 ) -> None:
     if long:
-        monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 20)
-        monkeypatch.setattr(texts, "LONG", 30)
+        monkeypatch.setattr(document_encoder, "LONG", 30)
         monkeypatch.setattr(texts, "PIECE", 16)
     encoder, info = encoder_with_whole_words(tokenizer_folder)
     inputs = [
@@ -195,7 +193,7 @@ def test_special_tokens_that_are_words_are_spelled_apart(
         "the [SEP] model [MASK] reads the large [PAD] shard",
         "a fast batch",
     ]
-    found = list(encoder.encode(enumerate(inputs)))
+    found = list(encoder.encode(inputs))
     for document in found:
         assert document.tokens[-1] == info.sep_id
         assert not set(document.tokens[:-1].tolist()) & {0, 2, 3, 4}
@@ -209,13 +207,12 @@ def test_long_documents_give_the_same_tokens_in_pieces(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     encoder = Encoder(tokenizer.backend_tokenizer.to_str(), tokenizer_info(tokenizer))
-    whole = list(encoder.encode(enumerate(documents[:40])))
-    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 100)
-    monkeypatch.setattr(texts, "LONG", 50)
+    whole = list(encoder.encode(documents[:40]))
+    monkeypatch.setattr(document_encoder, "LONG", 50)
     monkeypatch.setattr(texts, "PIECE", 16)
-    cut = list(encoder.encode(enumerate(documents[:40])))
+    cut = list(encoder.encode(documents[:40]))
     for first, second in zip(whole, cut, strict=True):
-        assert (first.record, first.digest) == (second.record, second.digest)
+        assert first.digest == second.digest
         np.testing.assert_array_equal(first.tokens, second.tokens)
 
 
@@ -240,7 +237,7 @@ def test_ascii_lines_are_tokenised_as_the_tokenizer_does(
         text.encode()
     except UnicodeEncodeError:
         return
-    (found,) = encoder.encode([(0, text)])
+    (found,) = encoder.encode([normalised(text)])
     tokenizer.backend_tokenizer.encode_special_tokens = True
     expected = tokenizer.backend_tokenizer.encode(normalised(text), add_special_tokens=False).ids
     assert found.tokens[:-1].tolist() == expected
@@ -288,6 +285,32 @@ def test_bad_records_are_skipped_counted_and_named(tmp_path: Path, good: list, c
     }
 
 
+def test_a_document_beyond_the_limit_is_refused_skipped_or_allowed(
+    tmp_path: Path, good: list, corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
+    long = json.dumps({"text": "the model reads a " + "student " * 150_000})
+    corpus.write_text(corpus.read_text() + long + "\n" + json.dumps({"text": "the last one " * 9}) + "\n")
+    out = tmp_path / "out"
+    assert make(*good, "--out", out, "--max-document-mb", 1) == 2
+    assert re.search(
+        r"corpus\.jsonl, line 301: a document of more than 1 MB \(raise --max-document-mb, .*; mend it, or leave",
+        last_line(capsys),
+    )
+    assert make(*good, "--out", out, "--max-document-mb", 2) == 0, (
+        "the same folder goes on with a higher limit"
+    )
+    assert make(*good, "--out", tmp_path / "default") == 0
+    assert contents(out) == contents(tmp_path / "default"), "a limit that nothing meets is not seen"
+    skipping = [*good, "--out", tmp_path / "skip", "--on-bad-record", "skip"]
+    assert make(*skipping, "--max-document-mb", 1) == 0
+    manifest = Manifest.load(tmp_path / "skip")
+    assert manifest.skipped["bad_records"] == 1
+    assert manifest.options["max_document_mb"] == 1
+    assert "a document of more than 1 MB" in (tmp_path / "skip" / "skipped.jsonl").read_text()
+    assert make(*skipping) == 2
+    assert "was made with max_document_mb 1 instead of 64; choose" in last_line(capsys)
+
+
 def test_folder_of_another_run_is_refused(
     tmp_path: Path, good: list, corpus: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -323,12 +346,9 @@ def test_folder_with_other_things_is_left_alone(
 def test_two_runs_into_one_folder_are_refused(
     tmp_path: Path, good: list, capsys: pytest.CaptureFixture
 ) -> None:
-    from data_prep.job import FolderLock
-
-    lock = FolderLock(tmp_path / "out" / ".work")
-    assert make(*good, "--out", tmp_path / "out") == 2
-    assert "another run is writing into" in last_line(capsys)
-    lock.release()
+    with locked(tmp_path / "out"):
+        assert make(*good, "--out", tmp_path / "out") == 2
+        assert "another run is writing into" in last_line(capsys)
     assert make(*good, "--out", tmp_path / "out") == 0
 
 
@@ -339,6 +359,7 @@ def test_two_runs_into_one_folder_are_refused(
         (["--heldout-fraction", "nan"], "--heldout-fraction nan: must be"),
         (["--min-tokens", 0], "--min-tokens 0: must be at least 1"),
         (["--shard-tokens", 5], "--shard-tokens 5: must be at least 1024"),
+        (["--max-document-mb", 0], "--max-document-mb 0: must be between 1 and 2000"),
         (["--seed", -1], "--seed -1: must be at least 0"),
         (["--seed", 1 << 63], "must be below 2**63"),
         (["--text-field", ","], "--text-field ',': names no field"),
@@ -368,7 +389,7 @@ def test_folder_without_tokenizer(
 def test_full_disk_is_one_line_and_the_run_goes_on_later(
     tmp_path: Path, good: list, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = building.write_shard
+    whole = shard_pass.write_shard
     shards = 0
 
     def fail_at_the_third(*arguments: Any) -> Any:
@@ -378,7 +399,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_later(
             raise OSError(errno.ENOSPC, "No space left on device")
         return whole(*arguments)
 
-    monkeypatch.setattr(building, "write_shard", fail_at_the_third)
+    monkeypatch.setattr(shard_pass, "write_shard", fail_at_the_third)
     assert make(*good, "--out", tmp_path / "out") == 1
     assert "the disk is full" in (line := last_line(capsys))
     assert "finished work is kept" in line
@@ -393,7 +414,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_later(
 def test_a_fault_of_this_code_is_told_with_its_place_and_exit_code_1(
     tmp_path: Path, good: list, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "order_and_deduplicate", lambda *_: 1 // 0)
+    monkeypatch.setattr(shard_pass, "order_and_deduplicate", lambda *_: 1 // 0)
     assert make(*good, "--out", tmp_path / "out") == 1
     errors = capsys.readouterr().err
     assert "write_shards: Traceback" in errors
@@ -406,9 +427,9 @@ def test_a_unit_that_was_read_to_its_end_may_lack_a_chunk(tmp_path: Path, good: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write_shards, "make_plan", None)
         assert make(*good, "--out", out) == 1
-    (spill,) = (out / ".work" / "spills").glob("*.spill")
-    assert len(list((out / ".work" / "spills").glob("*.end"))) == 1
-    spill.unlink()
+    (bucket,) = (out / ".work" / "buckets").glob("*.bucket")
+    assert len(list((out / ".work" / "buckets").glob("*.end"))) == 1
+    bucket.unlink()
     assert make(*good, "--out", out) == 0
     assert make(*good, "--out", tmp_path / "fresh") == 0
     assert contents(out) == contents(tmp_path / "fresh")

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.tar_members import tar_members
+from data_prep.shard_format.tar import tar_members
 
 TOKENS_KEY = "tokens.npy"
 BLOCK_TOKENS = 8192  # a member's tar and npy headers take about 900 bytes: 5 % of 8192 uint16

@@ -1,0 +1,32 @@
+"""How the errors of the three commands reach the user."""
+
+from __future__ import annotations
+
+import errno
+import traceback
+
+from data_prep.shard_format.errors import UserError
+from data_prep.workers import WorkerLost
+
+
+def _is_full_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def exit_code(error: Exception) -> int:
+    """2 for bad usage or input; 1 for what no other command line would mend: a full disk, a fault of ours."""
+    return 2 if isinstance(error, (UserError, OSError)) and not _is_full_disk(error) else 1
+
+
+def explain(error: Exception) -> str:
+    """One line for what a user can mend; the traceback for what is a fault of this code."""
+    if _is_full_disk(error):
+        return (
+            "the disk is full (the output needs about 4 bytes per token, 2 of them for the time of the run); "
+            "make room and run the same command again: finished work is kept"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, (UserError, OSError, WorkerLost)):
+        return str(error)
+    return "".join(traceback.format_exception(error)).rstrip()
