@@ -1,6 +1,6 @@
 """Is the content of a manifest.json what its writer makes? A manifest is input from outside.
 
-It names files that end up in URLs and shell commands, counts that decide how much memory is taken, and ids
+It names files that end up in paths and URLs, counts that decide how much memory is taken, and ids
 that index tables: everything is checked once, where it is read.
 """
 
@@ -21,7 +21,7 @@ _TOKENS = ("pad_id", "unk_id", "cls_id", "sep_id", "mask_id")
 
 
 def check_file_name(name: object) -> None:
-    """UserError unless `name` may be put behind a folder, a URL or a `pipe:` command without harm."""
+    """UserError unless `name` may be put behind a folder or a URL without harm."""
     if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
         raise UserError(
             f"the shards' manifest names {name!r}, which is not a plain file name: only letters, digits and "
