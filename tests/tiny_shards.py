@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
-import http.server
 import io
 import random
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -72,22 +67,3 @@ def write_tiny_shards(
     np.save(folder / manifest.token_histogram, np.arange(TOKENIZER.vocab_size, dtype=np.int64) ** 2)
     manifest.save(folder)
     return manifest
-
-
-@contextlib.contextmanager
-def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """`folder` over http: its URL, and the growing list of requests ("GET /name HTTP/1.1", ...)."""
-    requests: list[str] = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_request(self, code: object = "-", size: object = "-") -> None:
-            requests.append(self.requestline)
-
-        def log_error(self, *arguments: object) -> None:
-            pass
-
-    handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", requests
-        server.shutdown()

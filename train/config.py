@@ -110,8 +110,8 @@ class DataConfig:
     """Where the shards are and in which order they are read."""
 
     shards: str = "shards"
-    """Folder or URL of the shards that data_prep/write_shards.py made: a path, http(s), s3, gs or
-    `pipe:COMMAND` (for whose sizes see HALFLING_PIPE_SIZE in train/data/shard_sizes.py)."""
+    """Folder or URL of the shards that data_prep/write_shards.py made: a path, http(s), s3, gs, az, abfs or hf
+    (s3, gs, az and abfs need requirements-remote.txt)."""
 
     sequence_length: int = 512
     """Tokens in a sequence, [CLS] and [SEP] included."""
@@ -132,8 +132,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "data", "lanes")
         _require(self.sequence_length >= 8, "data.sequence_length", self.sequence_length, "give at least 8")
+        remote = is_remote(self.shards)  # refuses what is not read
         _require(
-            self.cache_dir is None or is_remote(self.shards),
+            self.cache_dir is None or remote,
             "data.cache_dir",
             self.cache_dir,
             f"has no effect with the local data.shards={self.shards!r}; remove it",

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -16,13 +17,17 @@ from data_prep.shard_format.errors import UserError
 
 
 @contextlib.contextmanager
-def new_file(path: Path, binary: bool = False) -> Iterator[IO[Any]]:
+def new_file(path: Path, binary: bool = False, shared: bool = False) -> Iterator[IO[Any]]:
     """A file to write, which takes its place at `path` in one step when the block ends without an error.
 
     A reader finds the old file or the whole new one, also after a crash: the content is on the disk before the name
     changes. After an error nothing is left.
+
+    Args:
+        shared: several processes, of any hosts, may write this file at once; what a killed one leaves stays.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    writer = f".{uuid.uuid4().hex}" if shared else ""
+    partial = path.with_name(f".{path.name}{writer}.partial")
     try:
         with partial.open("wb") if binary else partial.open("w", encoding="utf-8") as file:
             yield file

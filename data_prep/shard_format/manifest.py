@@ -43,6 +43,7 @@ from data_prep.shard_format.checks import (
 )
 from data_prep.shard_format.errors import MissingFile, UserError
 from data_prep.shard_format.files import write_text
+from data_prep.shard_format.remote import is_remote, read_bytes
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -61,7 +62,6 @@ __all__ = [
     "is_remote",
     "npy_array",
     "read_blocks",
-    "read_url",
     "shard_url",
     "token_blocks",
     "token_dtype",
@@ -141,14 +141,14 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Manifest:
-        """Read manifest.json from a folder or from any URL that webdataset opens.
+        """Read manifest.json from a folder, which may be a URL (shard_format/remote.py).
 
         Raises:
             MissingFile: there is none.
             UserError: it is not a manifest of this version; the message names the file and the field.
         """
         url = shard_url(folder, MANIFEST_NAME)
-        text = read_url(url)
+        text = _read(url)
         try:
             return cls.from_dict(json.loads(text))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, UserError) as error:
@@ -248,11 +248,6 @@ def tokenizer_info(tokenizer: Any) -> TokenizerInfo:
 # ------------------------------------------------------------------------------------------ files and URLs
 
 
-def is_remote(url: str) -> bool:
-    """True for what only webdataset can open (http://..., gs://..., pipe:...), False for a file."""
-    return url.startswith("pipe:") or ("://" in url and not url.startswith("file:"))
-
-
 def without_scheme(location: str | os.PathLike[str]) -> str:
     """A location as everything here takes it: file:/abs, file:///abs and file://localhost/abs as paths."""
     text = str(location)
@@ -265,36 +260,22 @@ def without_scheme(location: str | os.PathLike[str]) -> str:
 
 
 def shard_url(folder: str | os.PathLike[str], name: str) -> str:
-    """Where file `name` of a folder or URL of shards lies; a `pipe:` URL ends with the folder's path too.
+    """Where file `name` of a folder or URL of shards lies.
 
     Raises:
-        UserError: the name, which comes from a manifest, may do harm in a URL or a command.
+        UserError: the name, which comes from a manifest, may do harm in a path or a URL.
     """
     plain_file_name(name)
     return f"{without_scheme(folder).rstrip('/')}/{name}"
 
 
-def read_url(url: str) -> bytes:
-    """The bytes of a local file, or of a URL through webdataset's own handling.
-
-    Raises:
-        MissingFile: it is not there.
-    """
-    if not is_remote(url):
-        try:
-            return Path(url).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise MissingFile(
-                f"{url} does not exist; make shards with "
-                f"`python data_prep/write_shards.py SOURCE... --tokenizer T --out {os.path.dirname(url)}`"
-            ) from None
-    from webdataset.gopen import gopen
-
+def _read(url: str) -> bytearray:
     try:
-        with gopen(url, "rb") as stream:
-            content = stream.read()
+        return read_bytes(url)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingFile(
+            f"{url} does not exist; make shards with "
+            f"`python data_prep/write_shards.py SOURCE... --tokenizer T --out {os.path.dirname(url)}`"
+        ) from None
     except OSError as error:
-        raise MissingFile(f"{url} cannot be read: {error}") from None
-    if not content:
-        raise MissingFile(f"{url} cannot be read, or is empty")
-    return content
+        raise UserError(f"{url} cannot be read: {error}") from None

@@ -25,14 +25,13 @@ import torch
 import webdataset
 
 from data_prep.shard_format.files import write_json
-from data_prep.shard_format.manifest import Manifest, ShardInfo, TokenizerInfo, write_shard
+from data_prep.shard_format.manifest import Manifest, ShardInfo, TokenizerInfo, shard_url, write_shard
 from data_prep.shard_pass import HISTOGRAM_NAME
 from launch.benchmarks import options
 from launch.benchmarks.machine import hardware
 from train.data.loader import BatchLoader
 from train.data.order import fitting_world_sizes
-from train.data.shard_reader import read_shard, shard_tokens, url_of
-from train.data.shard_streams import Readings
+from train.data.shards import read_shard, shard_tokens
 
 H200_TOKENS_PER_S = 1e6  # about what one H200 trains on at BERT-base size
 DOCUMENTS_PER_SAMPLE_TAR = 20_000
@@ -72,7 +71,7 @@ def measure(args: argparse.Namespace, shards: str, folder: Path) -> dict[str, An
     manifest = Manifest.load(shards)
     epoch_cost = _epoch_cost(args, shards, manifest)  # first, while the process's memory is untouched
     per_document = _one_document_per_sample(shards, manifest, folder)
-    stock_shards = [url_of(shards, shard) for shard in manifest.splits["train"]]
+    stock_shards = [shard_url(shards, shard.name) for shard in manifest.splits["train"]]
     separator, length, rows = manifest.tokenizer.sep_id, args.sequence_length, args.micro_batch_size
     readers: dict[str, Callable[[], Iterable[torch.Tensor]]] = {
         "this loader": lambda: (
@@ -160,9 +159,9 @@ class _CountingLoader(BatchLoader):
 
     num_readings = 0
 
-    def _prepare(self, key: tuple[int, int], readings: Readings) -> Any:
+    def _prepare(self, key: tuple[int, int]) -> Any:
         self.num_readings += 1
-        return super()._prepare(key, readings)
+        return super()._prepare(key)
 
 
 def _tokens_per_s(open_reader: Callable[[], Iterable[torch.Tensor]], seconds: float) -> float:

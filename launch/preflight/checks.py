@@ -16,7 +16,7 @@ FORWARDED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 """What deepspeed exports to other hosts by itself (DeepSpeed 0.19, launcher/runner.py; NCCL with GPUs)."""
 WATCHED = ("HF_", "HTTP_PROXY", "HTTPS_PROXY", "GLOO_", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
 """Variables (by their beginning) that change what a rank does and are not exported by deepspeed."""
-WATCHED_FOR_URLS = ("AWS_", "GOOGLE_", "CLOUDSDK_")
+WATCHED_FOR_URLS = ("AWS_", "GOOGLE_", "CLOUDSDK_", "AZURE_", "FSSPEC_")
 """The same, where the shards are read from URLs."""
 
 Answers = Mapping[str, Mapping[str, Any]]

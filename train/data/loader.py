@@ -1,7 +1,7 @@
 """Shards to micro batches of token windows, for any rank, from any step.
 
 The flow: order.py says which windows of which shards a step's lanes take; threads read those shards ahead
-(shard_reader.py), permute each one's documents for the epoch (packing.py) and keep the result for the lanes
+(shards.py), permute each one's documents for the epoch (packing.py) and keep the result for the lanes
 that are inside it; one thread copies the windows into micro batches and puts them into a bounded queue that
 the trainer takes from. Nothing here is random and there is nothing to save: a loader is made anew with a
 start step, and its first batch costs one shard per lane whatever the step.
@@ -19,7 +19,6 @@ a second rank. No rank reads a shard that it takes no window from.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 from collections import deque
@@ -35,8 +34,7 @@ from train.data.packing import cut_windows, document_bounds, frame_windows, perm
 from train.data.prefetch import ReadAhead, in_background
 from train.data.shard_cache import ShardCache
 from train.data.shard_checks import check_shards
-from train.data.shard_reader import read_shard, shard_tokens
-from train.data.shard_streams import Readings
+from train.data.shards import read_shard, shard_tokens
 from train.errors import UserError
 
 PREFETCH_TOKENS = 1 << 20
@@ -66,12 +64,12 @@ class BatchLoader:
     depends on the shards, the seed, the sequence length, the global batch and `lanes` alone.
 
     Args:
-        shards: folder or URL of the shards, see shard_reader.shard_url.
+        shards: folder or URL of the shards.
         verify: "size" compares file sizes at the start; "full" also sha256, at the start (of this rank's
             share of the shards, see check_shards) and at each reading.
         check_at_start: False where another loader has just checked the same shards.
         pin_memory: page-locked micro batches, for copies to the current CUDA device that do not wait.
-        cache_dir: folder for shards that are not local (webdataset's cache); None reads them anew each time.
+        cache_dir: folder in which shards that are not local are kept; None reads them anew each time.
     Raises:
         UserError: a shard is missing, truncated or altered; fewer windows than a global batch; a world size
             that does not fit (the message lists those that do).
@@ -115,9 +113,8 @@ class BatchLoader:
     def batches(self, start_step: int, stop_step: int) -> Iterator[MicroBatch]:
         """The micro batches of steps start_step to stop_step - 1, read ahead in the background.
 
-        The threads, and the commands they read from, end when the iterator does, also when it is closed or
-        dropped early. What fails in them is raised here. Each call opens its shards anew: call it once for a
-        run, not once for a step.
+        The threads end when the iterator does, also when it is closed or dropped early. What fails in them is
+        raised here. Each call opens its shards anew: call it once for a run, not once for a step.
         """
         self.order.position(start_step)  # refuses a negative step before a thread starts
         depth = max(2, PREFETCH_TOKENS // (self._micro_batch_size * self._sequence_length))
@@ -131,9 +128,7 @@ class BatchLoader:
         if device is not None:
             torch.cuda.set_device(device)
         planned: deque[list[list[Run]]] = deque()
-        readings = Readings()
-        prepare = functools.partial(self._prepare, readings=readings)
-        with ReadAhead(prepare, READER_THREADS) as shards, readings:  # left first: no thread reads on
+        with ReadAhead(self._prepare, READER_THREADS) as shards:
             for ahead in range(start_step, stop_step + LOOKAHEAD_STEPS):
                 if ahead < stop_step:
                     planned.append(
@@ -165,10 +160,10 @@ class BatchLoader:
             row += run.length
         return MicroBatch(step, epoch, micro_step, input_ids, window_ids)
 
-    def _prepare(self, key: tuple[int, int], readings: Readings) -> _EpochShard:
+    def _prepare(self, key: tuple[int, int]) -> _EpochShard:
         epoch, shard = key
         info = self._infos[shard]
-        data = read_shard(self._shards, info, verify=self._verify, cache=self._cache, readings=readings)
+        data = read_shard(self._shards, info, verify=self._verify, cache=self._cache)
         tokens = shard_tokens(data, info, self._tokenizer)
         del data
         bounds = document_bounds(tokens, self._tokenizer.sep_id)

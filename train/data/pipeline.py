@@ -18,7 +18,7 @@ from data_prep.shard_format.manifest import Manifest, TokenizerInfo
 from train.config import Config
 from train.data.loader import BatchLoader, MicroBatch
 from train.data.masking import MaskedBatch, Masker, continuation_table
-from train.data.shard_reader import read_histogram
+from train.data.shards import read_histogram
 from train.errors import UserError
 from train.models.build import tokenizer_source
 
@@ -96,7 +96,7 @@ def build_run_data(
     """The data of a recipe for one rank.
 
     Raises:
-        UserError, FileNotFoundError: as train/data/loader.py does.
+        UserError: as train/data/loader.py does.
     """
     lengths, shares = planned_phases(config)
     loaders = [

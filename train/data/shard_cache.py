@@ -1,26 +1,22 @@
 """Shards from elsewhere, kept in a local folder that any number of ranks and hosts may share.
 
 A file's name holds the sha256 that the manifest promises, so that two corpora whose shards have the same names
-never mix. It appears whole, in one step, and on the disk before its name does; webdataset's own FileCache
-downloads without a limit, into a name that two hosts' processes may share, and keeps what a killed one left.
+never mix; fsspec's own caches name files by their URL, and keep what a torn reading left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import os
-import tempfile
 import time
 from pathlib import Path
 
+from data_prep.shard_format.files import new_file
 from data_prep.shard_format.manifest import ShardInfo
-from train.data.shard_messages import check_size, unreadable
-from train.data.shard_streams import Readings
+from data_prep.shard_format.remote import read_bytes
 from train.errors import UserError
 
-# A part is written at once, when the shard is in memory: one as old as this was left by a killed process.
+# A file is written at once, when the shard is in memory: a partial one as old as this was left by a killed process.
 _STALE_S = 3600.0
 
 
@@ -28,63 +24,46 @@ class ShardCache:
     """Files of shards by content.
 
     Args:
-        folder: made when the first shard is fetched.
+        folder: made when the first shard is kept.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         with contextlib.suppress(OSError):
-            for part in self.folder.glob(".*.part"):
+            for partial in self.folder.glob(".*.partial"):
                 with contextlib.suppress(OSError):
-                    if time.time() - part.stat().st_mtime > _STALE_S:
-                        part.unlink()
+                    if time.time() - partial.stat().st_mtime > _STALE_S:
+                        partial.unlink()
 
     def path(self, shard: ShardInfo) -> Path:
         """Where a shard's file is kept."""
         return self.folder / f"{shard.sha256[:16]}-{shard.name}"
 
-    def read(self, url: str, shard: ShardInfo, readings: Readings, *, verify: str) -> bytearray:
-        """The whole file of a shard, fetched from `url` where it is not here yet.
-
-        A file here of another size (with verify="full", of another sha256) is fetched again.
+    def get(self, shard: ShardInfo) -> bytearray | None:
+        """The file of a shard; None where it is not here, or has another size.
 
         Raises:
-            UserError: it cannot be read or kept, or its size is not the manifest's.
+            UserError: the folder cannot be read.
         """
-        path = self.path(shard)
         try:
-            data = readings.read_up_to(str(path), shard.bytes)
+            data = read_bytes(str(self.path(shard)), shard.bytes)
         except FileNotFoundError:
-            data = bytearray()
+            return None
         except OSError as error:
             raise self._unusable(error) from None
-        good = len(data) == shard.bytes
-        if good and verify == "full":
-            good = hashlib.sha256(data).hexdigest() == shard.sha256
-        if not good:
-            try:
-                data = readings.read_up_to(url, shard.bytes)
-            except OSError as error:
-                raise unreadable(f"shard {shard.name}", url, error) from None
-            check_size(shard, len(data), url)
-            self._keep(path, data)
-        return data
+        return data if len(data) == shard.bytes else None
 
-    def _keep(self, path: Path, data: bytearray) -> None:
-        part = None
+    def put(self, shard: ShardInfo, data: bytes | bytearray) -> None:
+        """Keep the file of a shard; it appears whole, in one step.
+
+        Raises:
+            UserError: there is no room, or the folder cannot be written.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(".part", f".{path.name}-", self.folder)
-            with open(handle, "wb") as file:
+            with new_file(self.path(shard), binary=True, shared=True) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(part, 0o644)
-            os.replace(part, path)
         except OSError as error:
-            if part is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(part)
             raise self._unusable(error) from None
 
     def _unusable(self, error: OSError) -> UserError:

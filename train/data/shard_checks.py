@@ -1,21 +1,28 @@
 """What must hold of the shards before anything is trained.
 
-Every refusal is a ValueError that names the thing and the remedy.
+Every error is a UserError that names the shard, what is wrong and what to do.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from data_prep.shard_format.manifest import Manifest, ShardInfo
+from data_prep.shard_format.manifest import Manifest, ShardInfo, shard_url
+from data_prep.shard_format.remote import file_size, folder_sizes, is_remote
+from train.data.prefetch import ReadAhead
 from train.data.shard_cache import ShardCache
-from train.data.shard_reader import read_shard, shard_tokens
-from train.data.shard_sizes import check_shard_sizes
-from train.data.shard_streams import Readings
+from train.data.shards import check_size, read_shard, shard_tokens, unreadable
 from train.errors import UserError
 
-_THREADS = 8
+Item = TypeVar("Item")
+
+_READER_THREADS = 8
+_SIZE_THREADS = 32
+# Local shards per job: a million of them are checked in seconds.
+_CHUNK = 256
 
 
 def check_shards(
@@ -30,12 +37,12 @@ def check_shards(
 ) -> None:
     """Refuse shards that are missing, truncated or (verify="full") altered.
 
-    Sizes are compared without reading the shards, by every rank, where they can be asked for (shard_sizes.py).
-    verify="full" also reads rank r's share of the shards, every world_size-th from the r-th on: sha256, and what
-    `shard_tokens` asks of the tokens (data_prep/verify_shards.py asks more). All ranks together read the corpus
-    once; a bad shard is met by one of them.
+    Sizes are compared without reading the shards, by every rank, where they can be asked for. verify="full" also
+    reads rank r's share of the shards, every world_size-th from the r-th on: sha256, and what `shard_tokens` asks
+    of the tokens (data_prep/verify_shards.py asks more). All ranks together read the corpus once; a bad shard is
+    found by one of them.
 
-    Memory with verify="full": up to _THREADS shards at a time, each with its file, its tokens and a byte
+    Memory with verify="full": up to _READER_THREADS shards at a time, each with its file, its tokens and a byte
     for every token: about 2.5 times the size of a shard, 160 MB for the usual shards of 8 MB.
 
     Args:
@@ -53,20 +60,56 @@ def check_shards(
 
     check_shard_sizes(shards, chosen)
     if verify == "full":
-        _read_all(shards, manifest, chosen[rank::world_size], cache)
+
+        def read(shard: ShardInfo) -> None:
+            data = read_shard(shards, shard, verify="full", cache=cache)
+            shard_tokens(data, shard, manifest.tokenizer)
+
+        _for_each(read, chosen[rank::world_size], _READER_THREADS)
 
 
-def _read_all(shards: str, manifest: Manifest, chosen: list[ShardInfo], cache: ShardCache | None) -> None:
-    readings = Readings()
+def check_shard_sizes(shards: str, infos: Sequence[ShardInfo]) -> None:
+    """Refuse missing, truncated or grown shards, the first of them in the order given.
 
-    def read(shard: ShardInfo) -> None:
-        data = read_shard(shards, shard, verify="full", cache=cache, readings=readings)
-        shard_tokens(data, shard, manifest.tokenizer)
+    Sizes come from the files, from one listing of a store's folder, or from one request for each shard. A server
+    need not give the size of a file: it is compared when the shard is read.
 
-    pool = ThreadPoolExecutor(_THREADS)
-    try:
-        for _ in pool.map(read, chosen):
-            pass
-    finally:
-        readings.end()  # an error, or an interrupt, waits for no other shard
-        pool.shutdown(cancel_futures=True)
+    Raises:
+        UserError: names the shard, what is wrong and what to do.
+    """
+    if not infos:
+        return
+    remote = is_remote(shards)
+    listed = folder_sizes(shards.rstrip("/")) if remote else None
+
+    def check(chunk: Sequence[ShardInfo]) -> None:
+        for shard in chunk:
+            url = shard_url(shards, shard.name)
+            try:
+                size = file_size(url) if listed is None else _listed_size(listed, shard.name)
+            except OSError as error:
+                raise unreadable(f"shard {shard.name}", url, error) from None
+            if size is not None:
+                check_size(shard, size, url)
+
+    step = 1 if remote and listed is None else _CHUNK
+    _for_each(check, [infos[i : i + step] for i in range(0, len(infos), step)], _SIZE_THREADS)
+
+
+def _listed_size(listed: dict[str, int], name: str) -> int:
+    if name not in listed:
+        raise FileNotFoundError
+    return listed[name]
+
+
+def _for_each(function: Callable[[Item], None], items: Sequence[Item], num_threads: int) -> None:
+    """Call `function` with each item; the error of the first item that has one does not wait for later ones."""
+
+    def call(index: int) -> None:
+        function(items[index])
+
+    with ReadAhead[int, None](call, min(num_threads, len(items))) as calls:
+        for index in range(len(items)):
+            calls.request(index, index)
+        for index in range(len(items)):
+            calls.get(index, threading.Event())

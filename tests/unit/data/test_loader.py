@@ -15,11 +15,11 @@ import torch
 import webdataset
 
 from data_prep.shard_format.manifest import Manifest, ShardInfo
-from tests.tiny_shards import SEP, TOKENIZER, random_documents, served, shard_of, write_tiny_shards
+from tests.tiny_shards import SEP, TOKENIZER, random_documents, shard_of, write_tiny_shards
 from train.data import loader as loader_module
 from train.data.loader import BatchLoader, MicroBatch, heldout_windows
 from train.data.order import DataOrder
-from train.data.shard_reader import read_shard, shard_tokens
+from train.data.shards import read_shard, shard_tokens
 
 LENGTH, BATCH, LANES = 16, 16, 8
 
@@ -206,9 +206,7 @@ def test_memory_and_readings_stay_within_what_is_stated(
         return micro_batch(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(BatchLoader, "_micro_batch", watched)
-    monkeypatch.setattr(
-        BatchLoader, "_prepare", lambda self, key, **more: read.append(key) or prepare(self, key, **more)
-    )
+    monkeypatch.setattr(BatchLoader, "_prepare", lambda self, key: read.append(key) or prepare(self, key))
     for world_size in (1, 4):
         resident.clear()
         read.clear()
@@ -272,29 +270,6 @@ def test_what_does_not_fit_is_refused_at_once(folder: Path, manifest: Manifest) 
         make(folder, manifest, global_batch_size=16_000)
     with pytest.raises(ValueError, match=r"data\.sequence_length is 2"):
         make(folder, manifest, sequence_length=2)
-
-
-def test_http_pipes_and_files_give_the_same_batches(folder: Path, manifest: Manifest, tmp_path: Path) -> None:
-    with served(folder) as (url, requests):
-        _check_locations(folder, manifest, tmp_path, url, requests)
-
-
-def _check_locations(folder: Path, manifest: Manifest, tmp_path: Path, url: str, requests: list[str]) -> None:
-    expected = global_batches([make(folder, manifest)], 0, 4)
-    for location in (url, f"pipe:cat {folder}", f"file://{folder}"):
-        assert equal(global_batches([make(location, manifest)], 0, 4), expected)
-    assert sum(line.startswith("HEAD") for line in requests) == len(manifest.splits["train"])
-
-    requests.clear()
-    for _ in range(2):
-        loader = make(url, manifest, cache_dir=str(tmp_path))
-        assert equal(global_batches([loader], 0, 4), expected)
-    fetched = [line for line in requests if line.startswith("GET")]
-    assert len(fetched) == len(set(fetched)) == len(list(tmp_path.iterdir()))
-    assert equal(
-        global_batches([make(f"file://{folder}", manifest, cache_dir=str(tmp_path))], 0, 4), expected
-    )
-    assert all((folder / shard.name).exists() for shard in manifest.splits["train"])
 
 
 def test_a_shard_that_goes_bad_while_training_stops_the_consumer(tmp_path: Path) -> None:

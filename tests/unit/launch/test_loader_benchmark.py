@@ -13,7 +13,7 @@ from data_prep.shard_format.manifest import Manifest
 from launch.benchmarks import loader as benchmark
 from tests.tiny_shards import SEP, TOKENIZER, write_tiny_shards
 from train.data.shard_checks import check_shards
-from train.data.shard_reader import read_histogram
+from train.data.shards import read_histogram
 
 
 def test_it_measures_and_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

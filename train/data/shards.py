@@ -1,8 +1,8 @@
-"""One shard's bytes, from wherever webdataset can open it, and the tokens in them.
+"""One shard's bytes, from a path or URL, and the tokens in them.
 
 A shard is input from outside: its tar may be hostile. Nothing is unpacked to a file, followed as a link or
 unpickled; a member is a plain file whose NumPy header announces one row of unsigned integers, or an error.
-Every message names the shard and what to do.
+Every error names the shard, where it lies, what is wrong and what to do.
 """
 
 from __future__ import annotations
@@ -15,58 +15,49 @@ from data_prep.shard_format.manifest import (
     Manifest,
     ShardInfo,
     TokenizerInfo,
-    is_remote,
     npy_array,
     shard_url,
     token_blocks,
     token_dtype,
 )
+from data_prep.shard_format.remote import is_remote, read_bytes
 from train.data.shard_cache import ShardCache
-from train.data.shard_messages import REMEDY, check_size, unreadable
-from train.data.shard_streams import Readings
-from train.errors import UserError
+from train.errors import UserError, one_line
 
+REMEDY = "fetch or write the shards again; data_prep/verify_shards.py checks them all"
 # A member holds a document at least, and costs a tar header, a pax header, an .npy header and padding.
 _OVERHEAD_PER_DOCUMENT = 4096
 _TAR_TRAILER = 64 * 1024
 _LONGEST_NPY_HEADER = 256
 
 
-def url_of(shards: str, shard: ShardInfo) -> str:
-    """Where a shard lies."""
-    return shard_url(shards, shard.name)
-
-
 def read_shard(
-    shards: str,
-    shard: ShardInfo,
-    *,
-    verify: str = "size",
-    cache: ShardCache | None = None,
-    readings: Readings | None = None,
+    shards: str, shard: ShardInfo, *, verify: str = "size", cache: ShardCache | None = None
 ) -> bytearray:
     """The whole file of a shard.
 
     Args:
-        readings: what ends the reading when its user leaves; None: nobody does.
+        cache: where shards that are not local are kept; one there whose size (with verify="full", whose sha256)
+            is not the manifest's is read anew.
     Raises:
-        UserError: it is missing, cannot be read, or its size (with verify="full" its sha256) is not the
+        UserError: it is missing, cannot be read or kept, or its size (with verify="full" its sha256) is not the
             manifest's.
     """
-    url = url_of(shards, shard)
-    readings = readings or Readings()
-    if cache is not None and is_remote(url):
-        data = cache.read(url, shard, readings, verify=verify)
-    else:
-        try:
-            data = readings.read_up_to(url, shard.bytes)
-        except OSError as error:
-            raise unreadable(f"shard {shard.name}", url, error) from None
-        check_size(shard, len(data), url)
-    if verify == "full" and hashlib.sha256(data).hexdigest() != shard.sha256:
+    url = shard_url(shards, shard.name)
+    if not is_remote(url):
+        cache = None
+    if cache is not None:
+        kept = cache.get(shard)
+        if kept is not None and (verify != "full" or _has_sha256(kept, shard)):
+            return kept
+    data = _read(f"shard {shard.name}", url, shard.bytes)
+    check_size(shard, len(data), url)
+    if verify == "full" and not _has_sha256(data, shard):
         raise UserError(
             f"shard {shard.name} at {url} was altered, its sha256 is not the manifest's: {REMEDY}"
         )
+    if cache is not None:
+        cache.put(shard, data)
     return data
 
 
@@ -78,14 +69,10 @@ def read_histogram(shards: str, manifest: Manifest) -> np.ndarray:
     """
     url, size = shard_url(shards, manifest.token_histogram), manifest.tokenizer.vocab_size
     what = f"token histogram {manifest.token_histogram}"
-    longest = 8 * size + _LONGEST_NPY_HEADER
+    data = _read(what, url, 8 * size + _LONGEST_NPY_HEADER)
     try:
-        data = Readings().read_up_to(url, longest)
-    except OSError as error:
-        raise unreadable(what, url, error) from None
-    try:
-        counts = npy_array(memoryview(data)[: longest + 1], "it", np.dtype("<i8"))
-    except ValueError as error:
+        counts = npy_array(memoryview(data), "it", np.dtype("<i8"))
+    except UserError as error:
         raise UserError(f"{what} at {url} is damaged ({error}): {REMEDY}") from None
     if len(counts) != size or counts.min(initial=0) < 0:
         raise UserError(
@@ -95,7 +82,34 @@ def read_histogram(shards: str, manifest: Manifest) -> np.ndarray:
     return counts
 
 
-def shard_tokens(data: bytearray, shard: ShardInfo, tokenizer: TokenizerInfo) -> np.ndarray:
+def check_size(shard: ShardInfo, size: int, url: str) -> None:
+    """UserError where `size` is not the manifest's."""
+    if size < shard.bytes:
+        raise UserError(f"shard {shard.name} at {url} is truncated, {size} of {shard.bytes} bytes: {REMEDY}")
+    if size > shard.bytes:
+        raise UserError(
+            f"shard {shard.name} at {url} was altered, it is longer than {shard.bytes} bytes: {REMEDY}"
+        )
+
+
+def unreadable(what: str, url: str, error: OSError) -> UserError:
+    """The error of a file that is missing or cannot be read, because of `error`."""
+    reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({one_line(error)})"
+    return UserError(f"{what} at {url} {reason}: {REMEDY}")
+
+
+def _read(what: str, url: str, limit: int) -> bytearray:
+    try:
+        return read_bytes(url, limit)
+    except OSError as error:
+        raise unreadable(what, url, error) from None
+
+
+def _has_sha256(data: bytes | bytearray, shard: ShardInfo) -> bool:
+    return hashlib.sha256(data).hexdigest() == shard.sha256
+
+
+def shard_tokens(data: bytes | bytearray, shard: ShardInfo, tokenizer: TokenizerInfo) -> np.ndarray:
     """(shard.tokens,) uint16 or uint32: the shard's blocks end to end.
 
     Raises:
@@ -110,7 +124,7 @@ def shard_tokens(data: bytearray, shard: ShardInfo, tokenizer: TokenizerInfo) ->
         )
     try:
         blocks = token_blocks(data, dtype)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"shard {shard.name} is not a shard of tokens ({error}): {REMEDY}") from None
     tokens = np.concatenate(blocks) if blocks else np.zeros(0, dtype)
     if len(tokens) != shard.tokens:
