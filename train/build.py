@@ -135,7 +135,7 @@ def assemble(
     teacher = _checked_teacher(config, world.device, folders) if config.objective.needs_teacher else None
     startup.ended("teacher")
     student = build_student(config, manifest, folders)
-    objective = build_objective(config.objective, student, teacher)
+    objective = build_objective(config.objective, student, teacher, config.data.seed)
     check_sequence_length(student, config.data.sequence_length)
     startup.ended("student")
     cost = _compute_cost(config, data, student, teacher, world.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
 from train.config import ObjectiveConfig
@@ -12,12 +13,13 @@ from train.objective.distillation import DistillationLoss
 
 
 def build_objective(
-    settings: ObjectiveConfig, student: PreTrainedModel, teacher: Teacher | None
+    settings: ObjectiveConfig, student: PreTrainedModel, teacher: Teacher | None, seed: int = 0
 ) -> DistillationLoss:
     """The objective, with a projection to each teacher's width where the recipe asks for one.
 
     Args:
         teacher: None where no term needs one.
+        seed: of the projection's first weights.
     Raises:
         UserError: vocabularies or widths that differ, pairs of layers that do not exist.
     """
@@ -34,7 +36,9 @@ def build_objective(
     _check_layer_pairs(settings, family.num_layers(student), teacher)
     widths = [(family.width(student), width) for width in teacher.widths]
     if settings.projection:
-        return DistillationLoss(settings, widths)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return DistillationLoss(settings, widths)
     for name, (own, theirs) in zip(teacher.names, widths, strict=True):
         if settings.needs_hidden and own != theirs:
             raise UserError(

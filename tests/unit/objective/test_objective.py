@@ -329,7 +329,11 @@ def test_a_projection_is_trained_where_widths_differ(models, batch):
     frozen = Teacher([teacher])
     with pytest.raises(UserError, match=r"8 wide.*teacher 0 16.*objective.projection=true"):
         build_objective(ObjectiveConfig(), student, frozen)
-    objective = build_objective(ObjectiveConfig(projection=True), student, frozen).double()
+    projected = ObjectiveConfig(projection=True)
+    objective = build_objective(projected, student, frozen).double()
+    again, other = (build_objective(projected, student, frozen, seed).projections[0] for seed in (0, 1))
+    assert torch.equal(again.weight.double(), objective.projections[0].weight)
+    assert not torch.equal(again.weight, other.weight)
     terms = objective(student, batch, frozen(batch.input_ids))
     terms.loss.backward()
     mapped = objective.projections[0](student.distilbert(batch.input_ids).last_hidden_state)
