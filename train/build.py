@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pydantic
+import torch
 from transformers import PreTrainedModel
 
 from data_prep.shard_format.manifest import Manifest
@@ -13,35 +15,76 @@ from train.config import Config
 from train.data.loader import heldout_windows
 from train.data.masking import Masker
 from train.data.order import check_fit, windows_per_shard
-from train.data.pipeline import build_masker, build_run_data, build_schedule
+from train.data.pipeline import RunData, build_masker, build_run_data, build_schedule
 from train.distributed.world import World, import_deepspeed
 from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
 from train.errors import UserError
 from train.evaluation.heldout import HeldoutEvaluation
+from train.evaluation.teacher_precision import check_teacher_precision
 from train.lamb import Lamb
-from train.loop.startup_timing import StartUp
+from train.loop.logging_observer import ComputeCost
+from train.loop.micro_batch import find_micro_batch_size
+from train.loop.startup_timing import StartupTimer
 from train.loop.timing import Clock
 from train.loop.trainer import DistillationModule, Trainer
 from train.models.build import (
     TEACHER_DTYPES,
-    build_objective,
+    TeacherFolder,
     build_student,
     build_teacher,
     check_sequence_length,
-    needs_teacher,
-    teacher_config,
+    open_teachers,
     teacher_names,
     tokenizer_source,
 )
 from train.models.flops import measured_matrix_rate, shape_of, training_flops_per_token
-from train.models.loading import check_vocabulary, folder_fingerprint
 from train.models.teacher import Teacher, load_teacher
+from train.objective.build import build_objective
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a configuration names, read once: what RUN/inputs.json records is what is used."""
+
+    engine: dict[str, Any]
+    """DeepSpeed's JSON as it was given."""
+    found: Manifest | UserError | OSError
+    """The shards' manifest, or why it cannot be read: raised only when all ranks have been compared."""
+
+    @property
+    def manifest(self) -> Manifest:
+        if not isinstance(self.found, Manifest):
+            raise self.found
+        return self.found
+
+    @property
+    def digest(self) -> str:
+        """Of the manifest; "unreadable" where there is none."""
+        return self.found.digest() if isinstance(self.found, Manifest) else "unreadable"
+
+    def as_record(self) -> dict[str, Any]:
+        return {"data.shards": self.digest, "deepspeed.config": self.engine}
+
+
+def read_inputs(config: Config, device: str) -> Inputs:
+    """Read the shards' manifest and DeepSpeed's JSON.
+
+    Raises:
+        UserError: the JSON cannot be read.
+    """
+    try:
+        found: Manifest | UserError | OSError = load_manifest(config.data.shards)
+    except (UserError, OSError) as error:
+        found = error
+    return Inputs(engine_template(config, device), found)
 
 
 @dataclass
 class Parts:
-    """What launch/pretrain.py runs."""
+    """What a run trains and scores."""
 
+    config: Config
+    """With the micro batch that was found in place of "auto"."""
     trainer: Trainer
     heldout: HeldoutEvaluation | None
     """None where the corpus has no held-out windows."""
@@ -50,24 +93,36 @@ class Parts:
     engine_config: dict[str, Any]
     tokenizer_source: str
     """Folder or hub name of the tokenizer that goes with the student."""
-    flops_per_token: dict[int, float]
-    """Model FLOPs of teacher and student, by sequence length."""
-    matrix_rate: float
+    cost: ComputeCost
+
+    def score(self) -> Callable[[], dict[str, float]] | None:
+        """A function that scores the student as it is, and its teacher; None without held-out windows."""
+        heldout, student, teacher = self.heldout, self.student, self.teacher
+        return None if heldout is None else lambda: heldout(student, teacher)
 
 
 def assemble(
-    config: Config, world: World, clock: Clock, start_up: StartUp, load_universal: bool = False
+    config: Config,
+    inputs: Inputs,
+    world: World,
+    *,
+    clock: Clock,
+    startup: StartupTimer,
+    load_universal: bool = False,
 ) -> Parts:
-    """Build everything, cheap checks first.
+    """Build everything, cheap checks first. The teachers' folders are read once, here.
 
     Args:
-        start_up: told of each stage that has ended.
+        startup: notes the end of each stage.
         load_universal: the engine is to read a universal checkpoint (train/checkpointing/resume.py).
     Raises:
-        UserError, FileNotFoundError: what is wrong with the configuration, the shards or the teacher.
+        UserError: what is wrong with the configuration, the shards or the teacher.
     """
-    manifest = load_manifest(config.data.shards)
-    engine_config = engine_config_for(config, world)
+    manifest = inputs.manifest
+    folders = open_teachers(config, manifest.tokenizer)
+    if config.training.micro_batch_size == "auto":
+        config = find_micro_batch_size(config, manifest, world, inputs.engine, folders)
+    engine_config = engine_config_for(config, inputs.engine, world.world_size)
     data = build_run_data(
         config,
         manifest,
@@ -76,15 +131,52 @@ def assemble(
         pin_memory=world.device.startswith("cuda"),
     )
     schedule = build_schedule(config, data.total_steps)
-    start_up.ended("data")
-    for name in teacher_names(config):
-        check_vocabulary(name, teacher_config(name), folder_fingerprint(name), manifest.tokenizer)
-    teacher = build_teacher(config, world) if needs_teacher(config) else None
-    start_up.ended("teacher")
-    student = build_student(config, manifest)
-    objective = build_objective(config, student, teacher)
+    startup.ended("data")
+    teacher = _checked_teacher(config, world.device, folders) if config.objective.needs_teacher else None
+    startup.ended("teacher")
+    student = build_student(config, manifest, folders)
+    objective = build_objective(config.objective, student, teacher, config.data.seed)
     check_sequence_length(student, config.data.sequence_length)
-    start_up.ended("student")
+    startup.ended("student")
+    cost = _compute_cost(config, data, student, teacher, world.device)
+    at_start = {**engine_config, "checkpoint": {"load_universal": True}} if load_universal else engine_config
+    engine = start_engine(config, DistillationModule(student, objective), at_start)
+    startup.ended("engine")
+    parts = Parts(
+        config=config,
+        trainer=Trainer(
+            engine,
+            teacher,
+            data,
+            schedule,
+            dropout_seed=config.data.seed,
+            rank=world.rank,
+            clock=clock,
+        ),
+        heldout=build_heldout(config, manifest, data.phases[-1].masker, world),
+        student=student,
+        teacher=teacher,
+        engine_config=engine_config,
+        tokenizer_source=tokenizer_source(config),
+        cost=cost,
+    )
+    startup.ended("data")
+    return parts
+
+
+def _checked_teacher(config: Config, device: str, folders: list[TeacherFolder]) -> Teacher:
+    """The teacher on this rank's device, its number format checked on one batch."""
+    teacher = build_teacher(config, device, folders)
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, config.data.sequence_length)
+    input_ids = torch.randint(0, teacher.vocab_size, shape, generator=generator).to(device)
+    check_teacher_precision(teacher, [folder.model for folder in folders], input_ids)
+    return teacher
+
+
+def _compute_cost(
+    config: Config, data: RunData, student: PreTrainedModel, teacher: Teacher | None, device: str
+) -> ComputeCost:
     flops = {
         phase.sequence_length: training_flops_per_token(
             shape_of(student),
@@ -95,32 +187,7 @@ def assemble(
         ).total
         for phase in data.phases
     }
-    start_config = (
-        {**engine_config, "checkpoint": {"load_universal": True}} if load_universal else engine_config
-    )
-    engine = start_engine(config, DistillationModule(student, objective), start_config)
-    start_up.ended("engine")
-    trainer = Trainer(
-        engine,
-        teacher,
-        data,
-        schedule,
-        dropout_seed=config.data.seed,
-        rank=world.rank,
-        clock=clock,
-    )
-    parts = Parts(
-        trainer=trainer,
-        heldout=build_heldout(config, manifest, data.phases[-1].masker, world),
-        student=student,
-        teacher=teacher,
-        engine_config=engine_config,
-        tokenizer_source=tokenizer_source(config),
-        flops_per_token=flops,
-        matrix_rate=measured_matrix_rate(world.device, next(student.parameters()).dtype),
-    )
-    start_up.ended("data")
-    return parts
+    return ComputeCost(flops, measured_matrix_rate(device, next(student.parameters()).dtype))
 
 
 def load_manifest(shards: str) -> Manifest:
@@ -128,27 +195,27 @@ def load_manifest(shards: str) -> Manifest:
     try:
         return Manifest.load(shards)
     except FileNotFoundError:
-        raise FileNotFoundError(
+        raise UserError(
             f"data.shards={shards!r} holds no manifest.json; make shards from text with\n"
             f"  python data_prep/write_shards.py CORPUS.txt --tokenizer google-bert/bert-base-uncased --out {shards}\n"
             "or try the whole system on a small corpus with `make quickstart`"
         ) from None
 
 
-def engine_template(config: Config, world: World) -> dict[str, Any]:
-    """DeepSpeed's JSON as the user gave it, or the shipped one for this device."""
-    return read_engine_config(config.deepspeed.config or default_engine_config(world.device.split(":")[0]))
+def engine_template(config: Config, device: str) -> dict[str, Any]:
+    """DeepSpeed's JSON as the user gave it, or the shipped one for this device ("cpu", "cuda:1", ...)."""
+    return read_engine_config(config.deepspeed.config or default_engine_config(device.split(":")[0]))
 
 
-def engine_config_for(config: Config, world: World) -> dict[str, Any]:
+def engine_config_for(config: Config, template: dict[str, Any], world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON with the recipe's numbers filled in."""
     training = config.training
     return resolve_engine_config(
-        engine_template(config, world),
+        template,
         global_batch_size=training.global_batch_size,
         micro_batch_size=training.settled_micro_batch_size,
         gradient_accumulation_steps=check_fit(
-            training.global_batch_size, config.data.lanes, world.world_size, training.settled_micro_batch_size
+            training.global_batch_size, config.data.lanes, world_size, training.settled_micro_batch_size
         ),
         gradient_clipping=training.gradient_clipping,
     )

@@ -8,6 +8,7 @@ precision, buckets) is not repeated here: see train/engine_config.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -59,6 +60,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "model", "student_layers", "student_width")
+        _require(self.teacher != [], "model.teacher", self.teacher, "name at least one teacher, or null")
         _require(
             self.student_width is None or self.layer_map == "random",
             "model.student_width",
@@ -98,7 +100,7 @@ class ModelConfig:
         if self.teacher_weights is not None:
             count = len(self.teacher) if isinstance(self.teacher, list) else 1
             _require(
-                len(self.teacher_weights) == count and min(self.teacher_weights) > 0,
+                len(self.teacher_weights) == count and all(0 < w < math.inf for w in self.teacher_weights),
                 "model.teacher_weights",
                 self.teacher_weights,
                 f"give {count} weights above 0, one for each teacher",
@@ -199,9 +201,29 @@ class ObjectiveConfig:
     and teacher have different widths."""
 
     @property
+    def needs_teacher_logits(self) -> bool:
+        """Whether a term that is on compares logits."""
+        return self.kd_weight + self.mse_weight > 0
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether a term that is on compares hidden states of other layers than the last."""
+        return self.layer_cosine_weight > 0
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether a term that is on compares hidden states."""
+        return self.cosine_weight > 0 or self.needs_layers
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term that is on reads any output of a teacher."""
+        return self.needs_teacher_logits or self.needs_hidden
+
+    @property
     def soft_targets(self) -> Literal["all", "masked", "none"]:
         """Positions whose teacher's logits are learnt from."""
-        return self.kd_positions if self.kd_weight + self.mse_weight > 0 else "none"
+        return self.kd_positions if self.needs_teacher_logits else "none"
 
     def term_weights(self) -> dict[str, float]:
         """Weights by the terms' names in metrics.jsonl."""
@@ -214,10 +236,15 @@ class ObjectiveConfig:
         }
 
     def __post_init__(self) -> None:
-        _require_positive(self, "objective", "temperature")
+        _require(
+            0 < self.temperature < math.inf,
+            "objective.temperature",
+            self.temperature,
+            "give a number above 0",
+        )
         weights = {name: getattr(self, name) for name in OBJECTIVE_WEIGHTS}
         for name, weight in weights.items():
-            _require(weight >= 0, f"objective.{name}", weight, "give 0 or more")
+            _require(0 <= weight < math.inf, f"objective.{name}", weight, "give 0 or more")
         _require(
             any(weights.values()),
             "objective.kd_weight",
@@ -225,7 +252,7 @@ class ObjectiveConfig:
             "all weights are 0, so that there is nothing to learn; raise one",
         )
         _require(
-            self.kd_weight + self.mse_weight > 0 or self.kd_positions == "all",
+            self.needs_teacher_logits or self.kd_positions == "all",
             "objective.kd_positions",
             self.kd_positions,
             "has no effect with objective.kd_weight=0; remove it",
@@ -243,7 +270,7 @@ class ObjectiveConfig:
             f"goes with objective.layer_cosine_weight={self.layer_cosine_weight}: give both or neither",
         )
         _require(
-            not self.projection or self.cosine_weight + self.layer_cosine_weight > 0,
+            not self.projection or self.needs_hidden,
             "objective.projection",
             self.projection,
             "has no effect without a cosine term; remove it",
@@ -365,7 +392,7 @@ class TrainingConfig:
 
     @property
     def settled_micro_batch_size(self) -> int:
-        """The micro batch as a number; ValueError while it is still "auto"."""
+        """The micro batch as a number; UserError while it is still "auto"."""
         if self.micro_batch_size == "auto":
             raise UserError(
                 "training.micro_batch_size='auto' is found when training starts; give a number here"
@@ -500,6 +527,13 @@ class Config:
                     value,
                     "needs a model.teacher; give 0 to train without one",
                 )
+        _require(
+            not (self.model.teacher_compile and self.objective.needs_layers),
+            "model.teacher_compile",
+            self.model.teacher_compile,
+            "a compiled teacher cannot return the hidden states of its layers; turn it off, or the cosine on "
+            "mapped layers (objective.layer_cosine_weight)",
+        )
         short = self.schedule.short_sequence_length
         _require(
             short is None or short < self.data.sequence_length,

@@ -60,7 +60,7 @@ def default_engine_config(device_type: str) -> Path:
 
 
 def read_engine_config(path: str | Path) -> dict[str, Any]:
-    """The JSON object of a file; ValueError where there is none."""
+    """The JSON object of a file; UserError where there is none."""
     try:
         config = json.loads(Path(path).read_text())
     except FileNotFoundError:

@@ -155,11 +155,11 @@ def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], free: tupl
     ]
 
 
-def refuse_changes(run_dir: Path, changes: Sequence[str]) -> None:
-    """UserError with what `changed_config` or `changed_inputs` found, if anything."""
-    if changes:
+def refuse_changes(config: Config, changes: Sequence[str]) -> None:
+    """UserError with what `changed_config` or `changed_inputs` found, unless the recipe allows changes."""
+    if changes and not config.checkpoint.allow_changed_config:
         raise UserError(
-            f"{run_dir} holds a run that was started with another configuration:\n  "
+            f"{config.run.dir} holds a run that was started with another configuration:\n  "
             + "\n  ".join(changes)
             + "\ngive another run.dir, restore what was, or --checkpoint.allow_changed_config=true to go on anyway"
         )
@@ -173,7 +173,7 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _read_tree(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """What a run has left in a file; ValueError naming it where it is damaged."""
+    """What a run has left in a file; UserError naming it where it is damaged."""
     remedy = "restore it, or give another run.dir"
     try:
         tree = parse(path.read_text())

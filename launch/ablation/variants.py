@@ -13,7 +13,7 @@ from typing import Any
 
 from train.config import OBJECTIVE_WEIGHTS, Config, ObjectiveConfig
 from train.errors import UserError
-from train.models.students import resolve_layer_map
+from train.models.students import default_student_layers, resolve_layer_map
 from train.run_folder import WATCHING
 
 FULL = "full"
@@ -158,14 +158,14 @@ def _student_layers(config: Config, teacher_layers: int) -> tuple[tuple[int, ...
     """The teacher's layers that the recipe's student starts from (None: random weights), and how many it has."""
     model = config.model
     if model.layer_map == "random":
-        return None, model.student_layers or max(1, teacher_layers // 2)
+        return None, model.student_layers or default_student_layers(teacher_layers)
     layers = resolve_layer_map(model.layer_map, teacher_layers, model.student_layers)
     return layers, len(layers)
 
 
 def _same_depth(config: Config, teacher_layers: int, depth: int) -> dict[str, Any]:
     """A list of layers says how many there are; a name means half the teacher's unless told."""
-    told = config.model.student_layers is not None or depth == max(1, teacher_layers // 2)
+    told = config.model.student_layers is not None or depth == default_student_layers(teacher_layers)
     return {} if told else {"model.student_layers": depth}
 
 

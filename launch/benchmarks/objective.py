@@ -31,16 +31,20 @@ from data_prep.shard_format.files import write_json
 from launch.benchmarks import options
 from launch.benchmarks.machine import hardware
 from launch.benchmarks.options import Shape
+from train.config import ObjectiveConfig
 from train.data.masking import MaskedBatch
+from train.models.families import DecoderInputs
 from train.models.students import make_student
 from train.models.teacher import Teacher
-from train.objective.chunk_terms import DecoderRows, Workspace
+from train.objective.chunk_terms import VocabularyWeights, Workspace
 from train.objective.distillation import DistillationLoss
 from train.objective.fused_loss import vocabulary_loss
 from train.objective.reference import original_distiller_loss, reference_cosine, reference_terms
+from train.objective.token_selection import SelectedTokens
 
 FORMULATIONS = ("plain original", "plain", "fused all", "fused masked")
 PROBABILITY = 0.15
+RECIPE = ObjectiveConfig()
 WIDTH, VOCABULARY, INNER = 768, 30522, 3072
 TEACHER_LAYERS, STUDENT_LAYERS = 12, 6
 GIB = 2**30
@@ -114,7 +118,8 @@ def _stepper(
     """A function that makes one forward and backward step and returns the loss."""
     if formulation.startswith("fused"):
         frozen = Teacher([teacher])
-        objective = DistillationLoss(kd_positions=formulation.removeprefix("fused "))
+        positions: Any = formulation.removeprefix("fused ")
+        objective = DistillationLoss(ObjectiveConfig(kd_positions=positions))
 
         def fused_step(masked: MaskedBatch) -> float:
             student.zero_grad(set_to_none=True)
@@ -134,11 +139,14 @@ def _stepper(
             labels = torch.full_like(masked.input_ids, -100).scatter_(1, masked.positions, masked.targets)
             kept = torch.ones_like(masked.input_ids, dtype=torch.bool)
             loss = original_distiller_loss(
-                of_student.logits, of_teacher.logits, student_hidden, teacher_hidden, kept, labels
+                of_student.logits, of_teacher.logits, student_hidden, teacher_hidden, kept, labels, RECIPE
             )
         else:
-            terms = reference_terms(of_student.logits, [of_teacher.logits], [1.0], masked)
-            loss = 5 * terms.kd + 2 * terms.mlm + reference_cosine(student_hidden, teacher_hidden)
+            terms = reference_terms(
+                of_student.logits, [of_teacher.logits], [1.0], masked, temperature=RECIPE.temperature
+            )
+            loss = RECIPE.kd_weight * terms.kd + RECIPE.mlm_weight * terms.mlm
+            loss = loss + RECIPE.cosine_weight * reference_cosine(student_hidden, teacher_hidden)
         loss.backward()
         return float(loss.detach())
 
@@ -238,16 +246,15 @@ def _loss_memory(formulation: str, batch: int, length: int) -> int:
     if formulation == "fused all":
         count = masked.targets.numel()
         vocabulary_loss(
-            features,
-            weight,
-            bias,
-            masked.targets.flatten(),
-            torch.full((count,), 1 / count),
-            [DecoderRows(*frozen)],
-            torch.full((tokens,), 1 / tokens),
-            temperature=2.0,
-            kd_weight=5.0,
-            mlm_weight=2.0,
+            DecoderInputs(features, weight, bias),
+            [DecoderInputs(*frozen)],
+            SelectedTokens(
+                torch.arange(tokens),
+                torch.full((tokens,), 1 / tokens),
+                masked.targets.flatten(),
+                torch.full((count,), 1 / count),
+            ),
+            VocabularyWeights(RECIPE.temperature, RECIPE.kd_weight, RECIPE.mlm_weight),
             workspace=Workspace(),
         ).loss.backward()
     else:
@@ -258,7 +265,7 @@ def _loss_memory(formulation: str, batch: int, length: int) -> int:
         kept = torch.ones_like(masked.input_ids, dtype=torch.bool)
         hidden = features.view(batch, length, -1)
         original_distiller_loss(
-            logits, teacher_logits, hidden, hidden, kept, labels, cosine_weight=0.0
+            logits, teacher_logits, hidden, hidden, kept, labels, ObjectiveConfig(cosine_weight=0.0)
         ).backward()
     return _resident_peak() - before
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from train.errors import UserError
 from train.models.flops import ModelShape
+from train.models.students import default_student_layers
 
 # What the hub's config.json of each says.
 _BERT = {"model_type": "bert", "type_vocab_size": 2, "max_position_embeddings": 512}
@@ -145,7 +146,7 @@ def student_of(teacher: PlannedModel, layers: int | None = None, width: int | No
         layers: None for half the teacher's.
         width: of a student of random weights; its heads and inner width shrink with it. None: the teacher's.
     """
-    layers = max(1, teacher.layers // 2) if layers is None else layers
+    layers = default_student_layers(teacher.layers) if layers is None else layers
     kind = "distilbert" if teacher.model_type == "bert" else teacher.model_type
     student = replace(
         teacher,

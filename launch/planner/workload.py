@@ -11,7 +11,7 @@ from train.config import Config
 from train.data.order import DataOrder, windows_per_shard
 from train.data.pipeline import phase_stops, planned_phases, total_steps
 from train.errors import UserError
-from train.models.build import needs_teacher, teacher_names
+from train.models.build import teacher_names
 from train.models.flops import FlopsPerToken, training_flops_per_token
 
 
@@ -132,7 +132,7 @@ def _models(config: Config, vocabulary: int | None) -> tuple[PlannedModel, tuple
                 f"model.teacher={name!r} has a vocabulary of {model.vocabulary} tokens, the shards' tokenizer one of "
                 f"{vocabulary}: write the shards with --tokenizer {name}"
             )
-    return planned_student(config, named[0]), named if needs_teacher(config) else ()
+    return planned_student(config, named[0]), named if config.objective.needs_teacher else ()
 
 
 def planned_student(config: Config, teacher: PlannedModel) -> PlannedModel:

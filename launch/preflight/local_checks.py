@@ -127,14 +127,15 @@ def _compare(config: Config, name: str) -> str:
     import torch
 
     from train.evaluation.teacher_precision import check_teacher_precision
-    from train.models.build import TEACHER_DTYPES
-    from train.models.teacher import load_teacher
+    from train.models.build import TEACHER_DTYPES, TeacherFolder
+    from train.models.teacher import Teacher, running_copy
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # fp16 also where only a CPU is at hand: it is what the GPUs of the run will compute in.
     dtype = TEACHER_DTYPES[config.model.teacher_dtype] or torch.float16
     ask_hub(name)
-    teacher = load_teacher(name, device=device, dtype=dtype)
+    original = TeacherFolder(name).model
+    teacher = Teacher([running_copy(original, device, dtype)], names=[name])
     teacher.check_sequence_length(config.data.sequence_length)
     shape = (
         (2, config.data.sequence_length)
@@ -143,5 +144,5 @@ def _compare(config: Config, name: str) -> str:
     )
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, teacher.vocab_size, shape, generator=generator).to(device)
-    (report,) = check_teacher_precision(teacher, input_ids)
+    (report,) = check_teacher_precision(teacher, [original], input_ids)
     return f"has its MLM head; {report.dtype} against fp32: KL {report.kl:.1e}, same choice {report.top1_agreement:.0%}"

@@ -40,7 +40,6 @@ def _run(config: Config) -> Finding:
     from train.build import engine_template
     from train.checkpointing.checkpoint import newest_checkpoint, read_facts
     from train.distributed.consistency import manifest_digest
-    from train.distributed.world import World
     from train.run_folder import changed_config, changed_inputs, found_before, read_summary
 
     folder = Path(config.run.dir)
@@ -49,8 +48,8 @@ def _run(config: Config) -> Finding:
     config = found_before(folder, config)
     changes = changed_config(folder, config)
     # The shipped JSON depends on whether there are GPUs, which this machine may lack.
-    here = World(0, 0, 1, 1, "cuda" if torch.cuda.is_available() else "cpu")
-    inputs = {"deepspeed.config": engine_template(config, here)} if config.deepspeed.config else {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = {"deepspeed.config": engine_template(config, device)} if config.deepspeed.config else {}
     changes += changed_inputs(folder, {"data.shards": manifest_digest(config.data.shards), **inputs})
     if changes and not config.checkpoint.allow_changed_config:
         return Finding(
@@ -73,12 +72,11 @@ def _engine(config: Config, world_size: int) -> str:
     import torch
 
     from launch.planner.memory import engine_settings
-    from train.build import engine_config_for
-    from train.distributed.world import World
+    from train.build import engine_config_for, engine_template
     from train.engine_config import default_engine_config
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = engine_settings(engine_config_for(config, World(0, 0, world_size, 1, device)))
+    settings = engine_settings(engine_config_for(config, engine_template(config, device), world_size))
     source = config.deepspeed.config or f"ds_configs/{default_engine_config(device).name} (the default here)"
     return f"{source}: ZeRO stage {settings.stage}, {settings.precision}"
 
@@ -98,27 +96,21 @@ def _student(config: Config) -> str:
     import torch
 
     from train.build import load_manifest
-    from train.models.build import (
-        build_objective,
-        build_student,
-        check_sequence_length,
-        count_parameters,
-        needs_teacher,
-        teacher_names,
-    )
+    from train.models.build import build_student, check_sequence_length, count_parameters, teacher_names
     from train.models.families import family_of
     from train.models.teacher import load_teacher
+    from train.objective.build import build_objective
 
     student = build_student(config, load_manifest(config.data.shards))
     teacher = None
-    if needs_teacher(config):
+    if config.objective.needs_teacher:
         teacher = load_teacher(
             teacher_names(config),
             dtype=torch.bfloat16,  # compared by shape alone
             weights=config.model.teacher_weights,
             output_hidden_states=config.objective.layer_cosine_weight > 0,
         )
-    build_objective(config, student, teacher)
+    build_objective(config.objective, student, teacher)
     check_sequence_length(student, config.data.sequence_length)
     family = family_of(student)
     return (

@@ -35,7 +35,9 @@ def expected() -> list[dict[str, Any]]:
         own = student(batch.input_ids, mask, output_hidden_states=True)
         with torch.no_grad():
             taught = [teacher(batch.input_ids, mask, output_hidden_states=True) for teacher in teachers]
-        terms = reference_terms(own.logits, [each.logits for each in taught], shares, batch, mask)
+        terms = reference_terms(
+            own.logits, [each.logits for each in taught], shares, batch, mask, temperature=2.0
+        )
         cosines = [reference_cosine(own.hidden_states[-1], each.hidden_states[-1], mask) for each in taught]
         cosine = sum(share * each for share, each in zip(shares, cosines, strict=True))
         loss = 5 * terms.kd + 2 * terms.mlm + cosine

@@ -54,7 +54,7 @@ def test_run_folder(undisturbed: Path) -> None:
         "tokens_per_s",
         "mfu",
     }
-    expected |= {"share_kd", "share_mlm", "share_cos", "time_communication"}
+    expected |= {"share_kd", "share_mlm", "share_cos"}
     expected |= {"time_data", "time_teacher", "time_student", "time_optimizer", "memory_gib"}
     assert expected <= set(logged[0])
     assert logged[-1]["tokens"] == STEPS * 32 * 32
@@ -79,9 +79,7 @@ def test_total_loss_is_the_weighted_sum(undisturbed: Path) -> None:
         assert row["share_kd"] + row["share_mlm"] + row["share_cos"] == pytest.approx(1, rel=1e-5)
 
 
-def test_time_of_communication_lies_inside_the_others(undisturbed: Path, on_one_rank: Path) -> None:
-    for row in (row for row in read_rows(undisturbed) if "loss" in row):
-        assert 0 < row["time_communication"] < row["time_student"] + row["time_optimizer"]
+def test_the_start_up_is_timed_by_stage(undisturbed: Path) -> None:
     (start,) = (row for row in read_rows(undisturbed) if "startup_imports" in row)
     assert start["step"] == 1
     stages = {name for name in start if name.startswith("startup_")}

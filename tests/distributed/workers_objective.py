@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
+from train.config import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.distributed.world import import_deepspeed
 from train.models.students import make_student
@@ -78,7 +79,7 @@ def train(**settings: Any) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     teachers, student = make_models()
     teacher = Teacher(teachers, SHARES)
-    module = Module(student, DistillationLoss(chunk_tokens=5))
+    module = Module(student, DistillationLoss(ObjectiveConfig(), chunk_tokens=5))
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=torch.optim.SGD(module.parameters(), LR),

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
 from tests.distributed.plan_sizes import SIZES, Size
+from train.config import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.distributed.world import import_deepspeed
 from train.lamb import Lamb
@@ -140,7 +141,7 @@ def measure(
     teacher_model = make_teacher(kind, size)
     student = make_student(teacher_model)
     teacher = Teacher([teacher_model])
-    module = DistillationModule(student, DistillationLoss())
+    module = DistillationModule(student, DistillationLoss(ObjectiveConfig()))
     parameters = sum(p.numel() for p in module.parameters())
     optimizer = Lamb(module.named_parameters(), lr=1e-3)
     config = engine_config(precision, stage, accumulation, size)

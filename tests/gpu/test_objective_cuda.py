@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+from train.config import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.evaluation.scores import heldout_statistics
 from train.evaluation.teacher_precision import check_teacher_precision
@@ -65,7 +66,7 @@ def gradients(student, teacher, objective, masked, scale=1.0):
 def test_half_precision_with_loss_scaling_agrees_with_fp32(models, dtype, kd_positions):
     teacher, student = (copy.deepcopy(model) for model in models)
     masked = make_batch(8, 64)
-    objective = DistillationLoss(kd_positions=kd_positions, chunk_tokens=100)
+    objective = DistillationLoss(ObjectiveConfig(kd_positions=kd_positions), chunk_tokens=100)
     expected, expected_gradients = gradients(student, Teacher([teacher]), objective, masked)
     half_student, half_teacher = (
         copy.deepcopy(models[1]).to(dtype),
@@ -83,7 +84,7 @@ def test_memory_stays_within_a_few_buffers(models):
     """64 x 128 tokens: full fp32 logits would be 250 MiB each."""
     teacher, student = models
     masked = make_batch(64, 128)
-    objective = DistillationLoss(chunk_tokens=256)
+    objective = DistillationLoss(ObjectiveConfig(), chunk_tokens=256)
     frozen = Teacher([teacher])
     taught = frozen(masked.input_ids)
     torch.cuda.synchronize()
@@ -97,7 +98,7 @@ def test_memory_stays_within_a_few_buffers(models):
 def test_nothing_waits_for_the_device(models):
     teacher, student = models
     masked = make_batch(8, 64)
-    frozen, objective = Teacher([teacher]), DistillationLoss()
+    frozen, objective = Teacher([teacher]), DistillationLoss(ObjectiveConfig())
     objective(student, masked, frozen(masked.input_ids)).loss.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -110,7 +111,7 @@ def test_precision_check_and_heldout_statistics(models):
     teacher, student = models
     masked = make_batch(8, 64)
     half = Teacher([copy.deepcopy(teacher).half()])
-    (report,) = check_teacher_precision(half, masked.input_ids)
+    (report,) = check_teacher_precision(half, [teacher], masked.input_ids)
     assert report.kl < 1e-3
     sums = heldout_statistics(copy.deepcopy(student).half(), masked, half(masked.input_ids))
     exact = heldout_statistics(student, masked, Teacher([teacher])(masked.input_ids))

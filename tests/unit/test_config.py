@@ -100,6 +100,27 @@ def test_lists_and_nulls() -> None:
             r"checkpoint.milestone_every_steps=750: give a multiple of",
         ),
         (["--objective.temperature=0"], r"objective.temperature=0.0: give a number above 0"),
+        (["--objective.temperature=.inf"], r"objective.temperature=inf: give a number above 0"),
+        (["--objective.kd_weight=-1"], r"objective.kd_weight=-1.0: give 0 or more"),
+        (["--objective.mlm_weight=.nan"], r"objective.mlm_weight=nan: give 0 or more"),
+        (["--objective.kd_positions=some"], r"objective.kd_positions.*some"),
+        (
+            ["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[1,2,3]]"],
+            r"objective.layer_pairs.*\[1, 2, 3\]",
+        ),
+        (
+            [
+                "--objective.layer_cosine_weight=1",
+                "--objective.layer_pairs=[[1,2]]",
+                "--model.teacher_compile=true",
+            ],
+            r"model.teacher_compile=True: .*turn it off",
+        ),
+        (["--model.teacher=[]"], r"model.teacher=\[\]: name at least one teacher"),
+        (
+            ['--model.teacher=["a","b"]', "--model.teacher_weights=[1.0,0.0]"],
+            r"model.teacher_weights=\[1.0, 0.0\]: give 2 weights above 0",
+        ),
         (["--checkpoint.keep_last=0"], r"checkpoint.keep_last=0: give a number above 0"),
         (["--optimizer.betas=[0.9,1.0]"], r"optimizer.betas=.*: give two numbers in \[0, 1\)"),
         (["--config", "no-such.yaml"], r"no-such.yaml"),

@@ -18,8 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_prep.shard_format.files import write_text
 from tests.paths import ROOT
-from train.checkpointing.checkpoint import TrainState, _complete, _remove, newest_checkpoint
-from train.config import Config, OptimizerConfig, RunConfig
+from train.checkpointing.checkpoint import _complete, _remove, newest_checkpoint
+from train.checkpointing.state import TrainState
+from train.config import CheckpointConfig, Config, OptimizerConfig, RunConfig
 from train.distributed.consistency import on_first_rank
 from train.distributed.signals import StopRequest
 from train.distributed.world import World
@@ -122,9 +123,10 @@ def test_changed_config_is_shown_and_refused(tmp_path: Path) -> None:
     changed = dataclasses.replace(Config(), optimizer=OptimizerConfig(lr=0.5))
     changes = changed_config(tmp_path, changed)
     assert changes == ["optimizer.lr: 0.00177 -> 0.5"]
-    refuse_changes(tmp_path, [])
+    refuse_changes(Config(), [])
+    refuse_changes(Config(checkpoint=CheckpointConfig(allow_changed_config=True)), changes)
     with pytest.raises(ValueError, match=r"optimizer.lr: 0.00177 -> 0.5\n.*allow_changed_config"):
-        refuse_changes(tmp_path, changes)
+        refuse_changes(Config(), changes)
     assert json.loads((tmp_path / "ds_config.json").read_text()) == {"train_batch_size": 1}
     assert "# torch: " in (tmp_path / "config.yaml").read_text()
 
@@ -148,7 +150,7 @@ def _busy(*paths: Path) -> None:
     raise OSError("Device or resource busy")
 
 
-def test_a_profile_of_too_few_steps_or_to_a_full_disk_is_told_of(
+def test_a_profile_of_too_few_steps_or_to_a_full_disk_gives_a_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     events = RunEvents(tmp_path, "run", 0, 10)

@@ -3,7 +3,7 @@
 A checkpoint is written under checkpoints/.partial/, its files are flushed to disk and listed with their sizes
 in complete.json, and only then the folder is renamed to checkpoints/step-NNNNNNNN. A kill at any moment
 leaves either the old state of affairs or the new one; a folder whose files do not match complete.json any
-more is passed over, aloud.
+more is passed over, with a message.
 """
 
 from __future__ import annotations
@@ -13,38 +13,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from data_prep.shard_format.files import write_json
+from train.checkpointing.state import TrainState
 from train.errors import CheckpointNotWrittenError
-from train.loop.loss_accumulator import LossWindow
 
 COMPLETE = "complete.json"
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """All that a run has to remember beside the engine's tensors. Order, masks, learning rate and dropout
-    are functions of the step."""
-
-    step: int = 0
-    """Optimizer steps done."""
-
-    losses: LossWindow = field(default_factory=LossWindow)
-    """Losses since the last logged row; filled in when the state is saved."""
-
-    loss_history: tuple[float, ...] = ()
-    """Losses of the steps before, for train/loop/loss_spikes.py; filled in when the state is saved."""
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> TrainState:
-        """The inverse of dataclasses.asdict."""
-        return cls(saved["step"], LossWindow(**saved.get("losses", {})), tuple(saved.get("loss_history", ())))
 
 
 @dataclass(frozen=True)
@@ -85,44 +65,47 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_checkpoint(
-    engine: Any,
-    folder: Path,
-    state: TrainState,
-    world_size: int,
-    retention: Retention,
-    heldout_mlm_loss: float | None = None,
-    description: Path | None = None,
-) -> Written:
-    """Write checkpoint `folder`/step-NNNNNNNN, then remove superfluous ones; every rank calls this.
+@dataclass(frozen=True)
+class Checkpointer:
+    """Writes the checkpoints of a run, `folder`/step-NNNNNNNN; every rank has one."""
 
-    Args:
-        heldout_mlm_loss: of this step, where it was evaluated: the best checkpoint is kept.
-        description: folder copied into the checkpoint, with which it can be exported wherever it is moved.
-    Raises:
-        CheckpointNotWrittenError: on every rank, where any rank could not write; nothing is left half-written.
-    """
-    start = time.perf_counter()
-    partial, name = folder / ".partial", checkpoint_name(state.step)
-    fault = _any_fault(_make_folder(partial / name, description) if dist.get_rank() == 0 else None)
-    if fault is None:
-        fault = _any_fault(_save_engine(engine, partial, name, state) or _flush_own(partial / name))
-    if fault is None and dist.get_rank() == 0:
-        facts = {"step": state.step, "world_size": world_size, "heldout_mlm_loss": heldout_mlm_loss}
-        fault = _complete(partial / name, facts)
-    if (first := _any_fault(fault)) is not None:
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointNotWrittenError(f"checkpoint {folder / name} could not be written: {first}")
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (partial / name).rename(folder / name)
-        _flush(folder)
-        for old in retention.superfluous([path for path in _step_folders(folder) if _fault(path) is None]):
-            _remove(old, partial)
-    dist.barrier()
-    size = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
-    return Written(time.perf_counter() - start, size)
+    engine: Any
+    folder: Path
+    retention: Retention
+    description: Path
+    """Folder copied into each checkpoint, with which it can be exported wherever it is moved."""
+
+    def save(self, state: TrainState, heldout_mlm_loss: float | None = None) -> Written:
+        """Write a checkpoint, then remove superfluous ones; every rank calls this.
+
+        Args:
+            heldout_mlm_loss: of this step, where it was evaluated: the best checkpoint is kept.
+        Raises:
+            CheckpointNotWrittenError: on every rank, where any rank could not write; nothing is left half-written.
+        """
+        start, first = time.perf_counter(), dist.get_rank() == 0
+        folder, name = self.folder, checkpoint_name(state.step)
+        partial = folder / ".partial"
+        fault = _any_fault(_make_folder(partial / name, self.description) if first else None)
+        if fault is None:
+            fault = _any_fault(_save_engine(self.engine, partial, name, state) or _flush_own(partial / name))
+        if fault is None and first:
+            facts = {"step": state.step, "world_size": dist.get_world_size()}
+            fault = _complete(partial / name, {**facts, "heldout_mlm_loss": heldout_mlm_loss})
+        if (fault := _any_fault(fault)) is not None:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointNotWrittenError(f"checkpoint {folder / name} could not be written: {fault}")
+        if first:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (partial / name).rename(folder / name)
+            _flush(folder)
+            complete = [path for path in _step_folders(folder) if _fault(path) is None]
+            for old in self.retention.superfluous(complete):
+                _remove(old, partial)
+        dist.barrier()
+        size = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
+        return Written(time.perf_counter() - start, size)
 
 
 def _remove(checkpoint: Path, partial: Path) -> None:
@@ -134,7 +117,7 @@ def _remove(checkpoint: Path, partial: Path) -> None:
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint, or None; `say` is told of each one that is passed over."""
+    """The newest complete checkpoint, or None; `say` is called for each one that is passed over."""
     for candidate in _step_folders(folder):
         fault = _fault(candidate)
         if fault is None:
@@ -143,13 +126,12 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def _make_folder(folder: Path, description: Path | None) -> str | None:
+def _make_folder(folder: Path, description: Path) -> str | None:
     """What went wrong, or None."""
     try:
         shutil.rmtree(folder.parent, ignore_errors=True)
         folder.mkdir(parents=True)
-        if description is not None:
-            shutil.copytree(description, folder / description.name)
+        shutil.copytree(description, folder / description.name)
     except OSError as error:
         return f"rank 0: {error}"
     return None

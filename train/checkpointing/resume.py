@@ -17,13 +17,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from train.checkpointing.checkpoint import TrainState, newest_checkpoint, read_facts
+from train.checkpointing.checkpoint import newest_checkpoint, read_facts
+from train.checkpointing.state import TrainState
 from train.errors import UserError, one_line
 
 UNIVERSAL = ".universal"
 
 
-def agree_on_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
+def choose_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint as rank 0 sees it, on every rank; None where there is none."""
     found = [newest_checkpoint(folder, say) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
-from train.models.families import family_of
-from train.objective.chunk_terms import DecoderRows, Workspace, tempered_logits
+from train.data.masking import MaskedBatch
+from train.models.families import DecoderInputs, family_of
+from train.models.teacher import TeacherOutput
+from train.objective.chunk_terms import Workspace, tempered_logits
 from train.objective.fused_loss import chunk_rows
-from train.objective.token_selection import select_rows
-
-if TYPE_CHECKING:
-    from train.data.masking import MaskedBatch
-    from train.models.teacher import TeacherOutput
+from train.objective.token_selection import select_tokens
 
 
 @dataclass(frozen=True)
@@ -58,17 +55,17 @@ def heldout_statistics(
         attention_mask: (B, L), non-zero where a token counts; None when nothing is padded.
     """
     family = family_of(student)
-    rows = select_rows(masked, attention_mask, all_positions=False)
+    tokens = select_tokens(masked, attention_mask, all_positions=False)
     hidden = family.encode(student, masked.input_ids, attention_mask).last_hidden.flatten(0, 1)
-    student_rows = DecoderRows(family.transform(student, hidden[rows.order]), *family.decoder(student))
-    teachers = teacher.rows(rows.order) if teacher is not None else ()
-    return heldout_sums(student_rows, teachers, rows.targets, masked.valid.flatten(), chunk_tokens)
+    inputs = family.decoder_inputs(student, hidden[tokens.order])
+    teachers = teacher.decoder_inputs(tokens.order) if teacher is not None else ()
+    return heldout_sums(inputs, teachers, tokens.targets, masked.valid.flatten(), chunk_tokens)
 
 
 @torch.no_grad()
 def heldout_sums(
-    student: DecoderRows,
-    teachers: Sequence[DecoderRows],
+    student: DecoderInputs,
+    teachers: Sequence[DecoderInputs],
     targets: torch.Tensor,
     keep: torch.Tensor,
     chunk_tokens: int | None = None,
@@ -100,13 +97,13 @@ def heldout_sums(
 
 
 def _log_probabilities(
-    models: Sequence[DecoderRows], rows: slice, workspace: Workspace, name: str
+    models: Sequence[DecoderInputs], rows: slice, workspace: Workspace, name: str
 ) -> torch.Tensor:
     """(rows, V) log of the share-weighted mean of the models' probabilities."""
     dtype = torch.promote_types(models[0].features.dtype, torch.float32)
     total = None
     for model in models:
-        part = DecoderRows(model.features[rows], model.weight, model.bias, model.share).in_dtype(dtype)
+        part = model.of(rows).in_dtype(dtype)
         buffer = workspace.get(name, part.features.shape[0], part.weight, dtype)
         log_part = torch.log_softmax(tempered_logits(part, 1.0, buffer), -1)
         if len(models) == 1:

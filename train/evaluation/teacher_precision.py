@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from train.errors import UserError
-from train.models.families import Family
-from train.models.loading import load_masked_lm
+from train.models.families import DecoderInputs, Family
 from train.models.teacher import Teacher
-from train.objective.chunk_terms import DecoderRows, Workspace, tempered_logits
+from train.objective.chunk_terms import Workspace, tempered_logits
 from train.objective.fused_loss import chunk_rows
 
 LARGEST_KL = 0.05
@@ -32,28 +32,31 @@ class PrecisionReport:
     """Share of tokens with the same first choice."""
 
 
-def check_teacher_precision(teacher: Teacher, input_ids: torch.Tensor) -> tuple[PrecisionReport, ...]:
-    """Compare every member with an fp32 copy of itself on one batch.
+def check_teacher_precision(
+    teacher: Teacher, originals: Sequence[PreTrainedModel], input_ids: torch.Tensor
+) -> tuple[PrecisionReport, ...]:
+    """Compare every member with itself in fp32 on one batch.
 
     Args:
+        originals: the members as they were loaded, in fp32; moved to the teacher's device one after the other.
         input_ids: (B, L) int64 on the teacher's device.
     Raises:
         UserError: overflow or NaN, or outputs that have little to do with the fp32 model's.
     """
-    reports = []
-    for name, source, family, model in zip(
-        teacher.names, teacher.sources, teacher.families, teacher.models, strict=True
-    ):
-        half = model.dtype in (torch.float16, torch.bfloat16)
-        reference = _in_fp32(source, model) if half else model
-        reports.append(_compare(name, family, model, reference, input_ids))
-    return tuple(reports)
+    return tuple(
+        _compare(name, family, model, _on_device(original, model), input_ids)
+        for name, family, model, original in zip(
+            teacher.names, teacher.families, teacher.models, originals, strict=True
+        )
+    )
 
 
-def _in_fp32(source: str | None, model: PreTrainedModel) -> PreTrainedModel:
-    """From the checkpoint if there is one, because a copy would hold the rounded weights."""
-    reference: Any = load_masked_lm(source) if source is not None else copy.deepcopy(model).float()
-    return reference.to(model.device).eval()
+def _on_device(original: PreTrainedModel, running: PreTrainedModel) -> PreTrainedModel:
+    """A copy, because the original makes the student, on the CPU."""
+    if original.device == running.device:
+        return original.eval()
+    reference: Any = copy.deepcopy(original)
+    return reference.to(running.device).eval()  # type: ignore[no-any-return]
 
 
 @torch.inference_mode()
@@ -65,15 +68,15 @@ def _compare(
     input_ids: torch.Tensor,
 ) -> PrecisionReport:
     dtype = str(model.dtype).removeprefix("torch.")
-    rows, reference_rows = (_rows(family, each, input_ids) for each in (model, reference))
+    running, exact = (_decoder_inputs(family, each, input_ids) for each in (model, reference))
     tokens = input_ids.numel()
-    workspace, size = Workspace(), chunk_rows(tokens, reference_rows.weight)
+    workspace, size = Workspace(), chunk_rows(tokens, exact.weight)
     sums = torch.zeros(2, dtype=torch.float64, device=input_ids.device)
     largest = torch.zeros((), device=input_ids.device)
     for start in range(0, tokens, size):
         chunk = slice(start, start + size)
-        logits = _logits(rows, chunk, workspace, "running")
-        expected = _logits(reference_rows, chunk, workspace, "reference")
+        logits = _logits(running, chunk, workspace, "running")
+        expected = _logits(exact, chunk, workspace, "reference")
         # amax carries a NaN along; so does maximum.
         largest = torch.maximum(largest, logits.abs().amax())
         # In fp64, because fp32's own rounding is as large as what a sound fp16 teacher shows.
@@ -93,11 +96,10 @@ def _compare(
     return PrecisionReport(name, dtype, kl, agreement)
 
 
-def _rows(family: Family, model: PreTrainedModel, input_ids: torch.Tensor) -> DecoderRows:
-    hidden = family.encode(model, input_ids).last_hidden
-    return DecoderRows(family.transform(model, hidden.flatten(0, 1)), *family.decoder(model))
+def _decoder_inputs(family: Family, model: PreTrainedModel, input_ids: torch.Tensor) -> DecoderInputs:
+    return family.decoder_inputs(model, family.encode(model, input_ids).last_hidden.flatten(0, 1))
 
 
-def _logits(rows: DecoderRows, chunk: slice, workspace: Workspace, name: str) -> torch.Tensor:
-    part = DecoderRows(rows.features[chunk], rows.weight, rows.bias).in_dtype(torch.float32)
+def _logits(inputs: DecoderInputs, chunk: slice, workspace: Workspace, name: str) -> torch.Tensor:
+    part = inputs.of(chunk).in_dtype(torch.float32)
     return tempered_logits(part, 1.0, workspace.get(name, part.features.shape[0], part.weight, torch.float32))

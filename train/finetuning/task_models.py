@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from train.errors import UserError, one_line
-from train.models.encoder_config import listed, max_positions, read_encoder_config, refuse_gaps
+from train.models.encoder_config import listed, read_encoder_config, refuse_gaps
+from train.models.families import max_positions
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors.index.json", "*.bin.index.json")

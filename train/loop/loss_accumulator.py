@@ -5,25 +5,13 @@ A row that a kill falls into is the same as an undisturbed run's: the sums so fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from train.checkpointing.state import LossWindow
 from train.objective.distillation import LossTerms
-
-
-@dataclass(frozen=True)
-class LossWindow:
-    """What has been added up since the last logged row, on all ranks."""
-
-    sums: Mapping[str, list[float]] = field(default_factory=dict)
-    """Name of a loss term -> its sum over micro batches, one per rank (fp32 values)."""
-
-    micro_batches: int = 0
-    """Micro batches in each of these sums."""
 
 
 class Means(NamedTuple):
@@ -77,12 +65,13 @@ class LossSums:
         by_term = torch.stack(ranks, dim=1).tolist()
         return LossWindow(dict(zip(self._sums, by_term, strict=True)), int(self._count))
 
-    def restore(self, window: LossWindow, rank: int, world_size: int, device: str) -> None:
+    def restore(self, window: LossWindow, device: str) -> None:
         """Go on from a checkpoint's sums.
 
         The same number of ranks each takes its own, bit for bit; for another number the total, and the
         micro batches in it, are shared out equally.
         """
+        rank, world_size = dist.get_rank(), dist.get_world_size()
         for name, sums in window.sums.items():
             own = sums[rank] if len(sums) == world_size else sum(sums) / world_size
             self._sums[name] = torch.tensor(own, dtype=torch.float32, device=device)

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from data_prep.shard_format.files import write_text
+
 PLAIN_LINE_EVERY_S = 15.0
 # What this module writes; other .jsonl files in the folder are the user's.
 RECORDS = ("metrics", "spikes")
@@ -66,7 +68,7 @@ class RunEvents:
     """
 
     def __init__(self, run_dir: Path, name: str, resumed_step: int, total_steps: int) -> None:
-        self._run_dir, self._told = run_dir, False
+        self._run_dir, self._warned = run_dir, False
         for record in RECORDS:
             _drop_rows_after(run_dir / f"{record}.jsonl", resumed_step)
         self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
@@ -120,9 +122,9 @@ class RunEvents:
         try:
             yield
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 self.say(f"{self._run_dir}: rows cannot be written ({error}); training goes on without them")
-            self._told = True
+            self._warned = True
 
 
 # The first word of a key tells TensorBoard's group, where the key does not need to say it again.
@@ -184,9 +186,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in _read(path) if step and row["step"] <= step]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    partial.rename(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class _Progress:

@@ -20,7 +20,8 @@ from train.data.order import fitting_world_sizes
 from train.distributed.world import World
 from train.errors import UserError
 from train.loop.trainer import DistillationModule
-from train.models.build import build_objective, build_student, build_teacher, count_parameters, needs_teacher
+from train.models.build import TeacherFolder, build_student, build_teacher, count_parameters
+from train.objective.build import build_objective
 
 # What stays free for the allocator's fragments, NCCL's buffers and cuBLAS's workspace.
 USABLE_SHARE = 0.92
@@ -62,12 +63,17 @@ def engine_bytes(parameters: int, world_size: int, engine: EngineSettings) -> in
 
 
 def find_micro_batch_size(
-    config: Config, manifest: Manifest, world: World, engine_config: dict[str, Any]
+    config: Config,
+    manifest: Manifest,
+    world: World,
+    engine_config: dict[str, Any],
+    teachers: Sequence[TeacherFolder] = (),
 ) -> Config:
     """The configuration with the largest micro batch that fits on every rank's GPU; every rank calls this.
 
     Args:
         engine_config: DeepSpeed's JSON as it was given; says the precision and the bucket size.
+        teachers: the recipe's, where they have been opened before.
     Raises:
         UserError: there is no GPU, no size divides the batch, or not even one sequence fits.
     """
@@ -81,7 +87,7 @@ def find_micro_batch_size(
             f"training.global_batch_size={config.training.global_batch_size} cannot be shared by {world.world_size} "
             f"ranks: these fit: {fitting_world_sizes(config.training.global_batch_size, config.data.lanes)}"
         )
-    best = largest_fitting(sizes, _trial(config, manifest, world, engine_config))
+    best = largest_fitting(sizes, _trial(config, manifest, world, engine_config, teachers))
     found = torch.tensor(best or 0, device=world.device)
     dist.all_reduce(found, op=dist.ReduceOp.MIN)
     if not int(found):
@@ -93,12 +99,16 @@ def find_micro_batch_size(
 
 
 def _trial(
-    config: Config, manifest: Manifest, world: World, engine_config: dict[str, Any]
+    config: Config,
+    manifest: Manifest,
+    world: World,
+    engine_config: dict[str, Any],
+    teachers: Sequence[TeacherFolder],
 ) -> Callable[[int], bool]:
     """fits(size): whether a forward and backward pass of that many sequences leaves room for the engine."""
-    teacher = build_teacher(config, world) if needs_teacher(config) else None
-    student = build_student(config, manifest)
-    module = DistillationModule(student, build_objective(config, student, teacher)).to(world.device)
+    teacher = build_teacher(config, world.device, teachers) if config.objective.needs_teacher else None
+    student = build_student(config, manifest, teachers)
+    module = DistillationModule(student, build_objective(config.objective, student, teacher)).to(world.device)
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         if engine_config.get(name, {}).get("enabled"):
             module.to(dtype)

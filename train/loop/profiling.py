@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from train.checkpointing.checkpoint import TrainState
+from train.checkpointing.state import TrainState
 from train.loop.metrics import Events
 
 # The first steps allocate and warm up: they are not what a step costs.
@@ -21,7 +21,7 @@ class Profiling:
     """Traces `steps` steps after the first three of this start: RUN/profile/trace-rank-R.json (for
     https://ui.perfetto.dev or chrome://tracing) and, on rank 0, a table of the costliest operations.
 
-    A trace that cannot be written (full disk) is told of, and the run goes on.
+    A trace that cannot be written (full disk) costs a message, not the run.
     """
 
     def __init__(self, folder: Path, rank: int, steps: int, events: Events) -> None:

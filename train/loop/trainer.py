@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from train.checkpointing.checkpoint import TrainState
+from train.checkpointing.state import TrainState
 from train.data.loader import MicroBatch
 from train.data.masking import MaskedBatch
 from train.data.pipeline import RunData
@@ -71,6 +71,7 @@ class Trainer:
     ) -> None:
         self.engine, self.teacher, self.data = engine, teacher, data
         self.schedule, self.dropout_seed, self.rank, self.clock = schedule, dropout_seed, rank, clock
+        self.total_steps: int = schedule["total_steps"]
         self.losses = LossSums()
 
     def train(self, state: TrainState, observers: Sequence[Observer]) -> TrainState:
@@ -128,8 +129,8 @@ class Trainer:
 
     def _steps(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, its micro batches) from step `first` on."""
-        batches = self.data.batches(first, self.schedule["total_steps"])
+        batches = self.data.batches(first, self.total_steps)
         waited = iter(self.clock.waiting_for("data", batches))
         accumulation = self.engine.gradient_accumulation_steps()
-        for step in range(first, self.schedule["total_steps"]):
+        for step in range(first, self.total_steps):
             yield step, [next(waited) for _ in range(accumulation)]

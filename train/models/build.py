@@ -1,8 +1,10 @@
-"""Teacher, student and objective, as the configuration asks for them."""
+"""Teachers and student, as the configuration asks for them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +13,62 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from data_prep.shard_format.manifest import Manifest, TokenizerInfo, without_scheme
-from train.config import OBJECTIVE_WEIGHTS, Config
-from train.distributed.world import World
+from train.config import Config
 from train.errors import UserError, one_line
-from train.evaluation.teacher_precision import check_teacher_precision
-from train.models.families import family_of
-from train.models.loading import load_masked_lm
+from train.models.families import max_positions
+from train.models.loading import check_vocabulary, folder_fingerprint, load_masked_lm
 from train.models.students import make_student
-from train.models.teacher import Teacher, load_teacher
-from train.objective.compatibility import check_models, projection_widths
-from train.objective.distillation import DistillationLoss
+from train.models.teacher import Teacher, running_copy
 
 TEACHER_DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def needs_teacher(config: Config) -> bool:
-    """Whether any term of the objective that is on reads a teacher's output."""
-    return any(getattr(config.objective, name) > 0 for name in OBJECTIVE_WEIGHTS if name != "mlm_weight")
+@dataclass(frozen=True)
+class TeacherFolder:
+    """One teacher as it lies in its folder or on the hub; each part is read once, when it is first asked for."""
+
+    name: str
+
+    @cached_property
+    def config(self) -> Any:
+        """Its Hugging Face config."""
+        return teacher_config(self.name)
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Of the tokenizer beside it; None where there is none that can be compared."""
+        return folder_fingerprint(self.name)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """Its weights: fp32, on the CPU."""
+        return load_masked_lm(self.name, self.config)
 
 
-def build_teacher(config: Config, world: World) -> Teacher:
-    """The frozen teacher (or ensemble) on this rank's device, its number format checked on one batch."""
-    teacher = load_teacher(
-        teacher_names(config),
-        device=world.device,
-        dtype=TEACHER_DTYPES[config.model.teacher_dtype],
-        compile=config.model.teacher_compile,
-        weights=config.model.teacher_weights,
+def open_teachers(config: Config, tokenizer: TokenizerInfo) -> list[TeacherFolder]:
+    """The teachers of a recipe, their vocabularies compared with the shards'; no weights are read yet."""
+    folders = [TeacherFolder(name) for name in teacher_names(config)]
+    for folder in folders:
+        check_vocabulary(folder.name, folder.config, folder.fingerprint, tokenizer)
+    return folders
+
+
+def build_teacher(config: Config, device: str, folders: Sequence[TeacherFolder] = ()) -> Teacher:
+    """The frozen teacher (or ensemble) on a device.
+
+    Args:
+        folders: the recipe's teachers, where they have been opened before.
+    """
+    folders = folders or [TeacherFolder(name) for name in teacher_names(config)]
+    teacher = Teacher(
+        [running_copy(each.model, device, TEACHER_DTYPES[config.model.teacher_dtype]) for each in folders],
+        config.model.teacher_weights,
+        names=[each.name for each in folders],
+        fingerprints=[each.fingerprint for each in folders],
         output_hidden_states=config.objective.layer_cosine_weight > 0,
+        compile=config.model.teacher_compile,
     )
     teacher.check_sequence_length(config.data.sequence_length)
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, config.data.sequence_length)
-    check_teacher_precision(
-        teacher, torch.randint(0, teacher.vocab_size, shape, generator=generator).to(world.device)
-    )
     return teacher
 
 
@@ -56,7 +79,7 @@ def teacher_names(config: Config) -> list[str]:
 
 
 def teacher_config(name: str) -> Any:
-    """The Hugging Face config of a teacher; ValueError naming model.teacher where there is none to be had."""
+    """The Hugging Face config of a teacher; UserError naming model.teacher where there is none to be had."""
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -67,24 +90,20 @@ def teacher_config(name: str) -> Any:
         ) from None
 
 
-def build_objective(config: Config, student: PreTrainedModel, teacher: Teacher | None) -> DistillationLoss:
-    """The objective of the recipe, checked against the models that it compares."""
-    settings = asdict(config.objective)
-    widths = (
-        projection_widths(student, teacher) if settings.pop("projection") and teacher is not None else None
-    )
-    objective = DistillationLoss(**settings, projection_widths=widths)
-    check_models(objective, student, teacher)
-    return objective
+def build_student(
+    config: Config, manifest: Manifest, folders: Sequence[TeacherFolder] = ()
+) -> PreTrainedModel:
+    """The model that is trained: made from the first teacher's layers, or from `model.scratch`. fp32, on the CPU.
 
-
-def build_student(config: Config, manifest: Manifest) -> PreTrainedModel:
-    """The model that is trained: made from the teacher's layers, or from `model.scratch`. fp32, on the CPU."""
+    Args:
+        folders: the recipe's teachers, where they have been opened before.
+    """
     model = config.model
     if model.teacher is None:
         return _from_scratch(model.scratch or {}, manifest.tokenizer, config.data.seed)
+    folder = folders[0] if folders else TeacherFolder(teacher_names(config)[0])
     return make_student(
-        load_masked_lm(teacher_names(config)[0]),
+        folder.model,
         model.student_layers,
         model.layer_map,
         width=model.student_width,
@@ -122,8 +141,8 @@ def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int)
 
 def check_sequence_length(student: PreTrainedModel, sequence_length: int) -> None:
     """UserError where the model has no position for a token of the sequence."""
-    longest = family_of(student).max_sequence_length(student)
-    if sequence_length > longest:
+    longest = max_positions(student.config)
+    if longest is not None and sequence_length > longest:
         raise UserError(
             f"data.sequence_length={sequence_length}: the model has positions for {longest} tokens; give that or less"
         )

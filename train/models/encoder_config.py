@@ -15,8 +15,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from train.errors import UserError, one_line
 from train.models.families import FAMILIES
 
-PADDING_OFFSET = ("camembert", "xlm-roberta-xl", "roberta-prelayernorm", "longformer", "mpnet")
-"""Model types outside `FAMILIES` whose positions start behind the padding's, as RoBERTa's do."""
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
@@ -37,17 +35,6 @@ def read_encoder_config(name: str | Path) -> Any:
             f"{name} is a {kind}, which is no encoder of text; give a BERT, DistilBERT, RoBERTa or the like"
         )
     return config
-
-
-def max_positions(config: Any) -> int | None:
-    """Longest input in tokens, special ones included, that positions allow; None where the config has no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if not positions:
-        return None
-    family = FAMILIES.get(config.model_type)
-    if family is not None:
-        return int(positions) - family.first_position(config)
-    return int(positions) - (config.pad_token_id + 1 if config.model_type in PADDING_OFFSET else 0)
 
 
 def takes_token_types(model: PreTrainedModel) -> bool:

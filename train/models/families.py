@@ -1,4 +1,4 @@
-"""Where each architecture keeps what distillation needs: encoder, MLM transform, decoder, layers.
+"""Where each architecture keeps what distillation needs: encoder, MLM transform, decoder, layers, positions.
 
 A family is a small table entry; the rest of the project never asks for a model's class. To add one, write
 a `Family` with its attribute paths (see `MODERNBERT`) and list it in `FAMILIES`.
@@ -29,6 +29,35 @@ class EncoderOutput:
 
 
 @dataclass(frozen=True)
+class DecoderInputs:
+    """One model's decoder and the features of the tokens whose logits are wanted."""
+
+    features: torch.Tensor
+    """(N, width), any float dtype."""
+    weight: torch.Tensor
+    """(vocabulary, width)."""
+    bias: torch.Tensor | None
+    """(vocabulary,)."""
+    share: float = 1.0
+    """Weight in an ensemble's average; the shares of one ensemble add up to 1."""
+
+    def of(self, tokens: slice) -> DecoderInputs:
+        """The same decoder with a part of the tokens."""
+        return replace(self, features=self.features[tokens])
+
+    def in_dtype(self, dtype: torch.dtype) -> DecoderInputs:
+        """Operands of the matrix products whose results are wanted in `dtype`.
+
+        Half precision stays as it is on a GPU, which sums in fp32 anyway; a CPU has no such products to gain
+        from everywhere, and gets them in `dtype`.
+        """
+        weight = self.weight
+        if weight.device.type == "cpu" or weight.dtype not in (torch.float16, torch.bfloat16):
+            weight = weight.to(dtype)
+        return replace(self, features=self.features.to(weight.dtype), weight=weight)
+
+
+@dataclass(frozen=True)
 class Family:
     """Attribute paths of one architecture's masked language model."""
 
@@ -44,8 +73,6 @@ class Family:
     """Name of the layer count in the config."""
     transform_function: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = field(kw_only=True)
     """The MLM head before its decoder."""
-    first_position: Callable[[Any], int] = field(default=lambda config: 0, kw_only=True)
-    """Positions of `max_position_embeddings` that no token can take (RoBERTa's padding offset)."""
     position_ids: Callable[[Any, torch.Tensor], torch.Tensor] | None = field(default=None, kw_only=True)
     """Positions by token id, where the model would take others if it is given embeddings instead of ids."""
     config_for_depth: Callable[[Any, tuple[int, ...]], dict[str, Any]] = field(
@@ -90,6 +117,12 @@ class Family:
         output = model.get_output_embeddings()
         return output.weight, output.bias
 
+    def decoder_inputs(
+        self, model: PreTrainedModel, hidden: torch.Tensor, share: float = 1.0
+    ) -> DecoderInputs:
+        """The decoder with its inputs for (N, width) hidden states of the last layer."""
+        return DecoderInputs(self.transform(model, hidden), *self.decoder(model), share)
+
     def layer_list(self, model: PreTrainedModel) -> nn.ModuleList:
         return attrgetter(self.layers)(model)
 
@@ -98,10 +131,6 @@ class Family:
 
     def width(self, model: PreTrainedModel) -> int:
         return int(self.decoder(model)[0].shape[1])
-
-    def max_sequence_length(self, model: PreTrainedModel) -> int:
-        """Longest input in tokens that the position table (or the config) allows."""
-        return int(model.config.max_position_embeddings) - self.first_position(model.config)
 
 
 def _bert_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -146,7 +175,6 @@ ROBERTA = Family(
     layers="roberta.encoder.layer",
     head=("lm_head.",),
     transform_function=_roberta_transform,
-    first_position=lambda config: config.pad_token_id + 1,
     position_ids=_roberta_positions,
 )
 XLM_ROBERTA = replace(ROBERTA, model_type="xlm-roberta")
@@ -161,6 +189,25 @@ MODERNBERT = Family(
 
 FAMILIES = {family.model_type: family for family in (BERT, DISTILBERT, ROBERTA, XLM_ROBERTA, MODERNBERT)}
 
+POSITIONS_AFTER_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "xlm-roberta-xl",
+    "roberta-prelayernorm",
+    "longformer",
+    "mpnet",
+)
+"""Model types whose first token takes the position behind the padding's id."""
+
+
+def max_positions(config: Any) -> int | None:
+    """Longest input in tokens, special ones included, that a model's config allows; None where it has no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions:
+        return None
+    return int(positions) - (config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0)
+
 
 def family_of(model: PreTrainedModel) -> Family:
     """The adapter of a model, by its config's `model_type`.
@@ -172,7 +219,7 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 def family_of_type(model_type: str) -> Family:
-    """The adapter of a `config.model_type`; ValueError if the architecture is not in the table."""
+    """The adapter of a `config.model_type`; UserError if the architecture is not in the table."""
     if model_type not in FAMILIES:
         raise UserError(
             f"model type {model_type!r} is not supported; known are {', '.join(FAMILIES)} "

@@ -22,29 +22,30 @@ from train.models.families import family_of_type
 logger = logging.getLogger(__name__)
 
 
-def load_masked_lm(path_or_hub: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A masked language model with SDPA attention, on the CPU, every weight from the checkpoint.
+def load_masked_lm(path_or_hub: str, config: Any = None) -> PreTrainedModel:
+    """A masked language model with SDPA attention, fp32 on the CPU, every weight from the checkpoint.
 
     transformers only warns when weights are missing and leaves them random; a teacher with a random head
     would teach noise, so that is an error here.
 
     Args:
         path_or_hub: a Hugging Face folder or a name on the hub.
+        config: its Hugging Face config, where that has been read before.
     Raises:
-        FileNotFoundError: it looks like a folder, and there is none.
-        UserError: the architecture is not supported, or weights are missing or of the wrong shape.
+        UserError: it looks like a folder, and there is none; the architecture is not supported; weights are missing
+            or of the wrong shape.
         OSError: nothing to load there (from transformers).
     """
     if path_or_hub.startswith((".", "/", "~")) and not Path(path_or_hub).is_dir():
-        raise FileNotFoundError(f"there is no model folder {path_or_hub}")
-    config = AutoConfig.from_pretrained(path_or_hub)
+        raise UserError(f"there is no model folder {path_or_hub}; give the folder of a masked language model")
+    config = config or AutoConfig.from_pretrained(path_or_hub)
     family = family_of_type(config.model_type)
     try:
         with _quiet_transformers():
             model, info = AutoModelForMaskedLM.from_pretrained(
                 path_or_hub,
                 config=config,
-                dtype=dtype,
+                dtype=torch.float32,
                 attn_implementation="sdpa",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name

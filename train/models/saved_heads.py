@@ -11,7 +11,8 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 from train.errors import UserError, one_line
-from train.models.encoder_config import max_positions, read_encoder_config, refuse_gaps, takes_token_types
+from train.models.encoder_config import read_encoder_config, refuse_gaps, takes_token_types
+from train.models.families import max_positions
 
 # Names of dynamic axes, as in Hugging Face's optimum.
 BATCH, SEQUENCE = "batch_size", "sequence_length"

@@ -8,21 +8,20 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from transformers import (
-    BertForMaskedLM,
-    DistilBertConfig,
-    DistilBertForMaskedLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import DistilBertConfig, DistilBertForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from train.errors import UserError
-from train.models.families import BERT, DISTILBERT, Family, family_of
+from train.models.families import BERT, DISTILBERT, Family, family_of, family_of_type
 
 ORIGINAL_LAYERS = (0, 2, 4, 7, 9, 11)
 """Teacher layers of the published DistilBERT (scripts/extract_distilbert.py of the original code)."""
 
 logger = logging.getLogger(__name__)
+
+
+def default_student_layers(teacher_layers: int) -> int:
+    """Half of the teacher's, at least one."""
+    return max(1, teacher_layers // 2)
 
 
 def make_student(
@@ -48,21 +47,55 @@ def make_student(
     Raises:
         UserError: a depth or a map that does not fit the teacher, with what would.
     """
+    config, layers = student_config(teacher_model.config, num_layers, layer_map, width)
     family = family_of(teacher_model)
+    kind = DistilBertForMaskedLM if family is BERT else type(teacher_model)
     if layer_map == "random":
-        depth = num_layers if num_layers is not None else max(1, family.num_layers(teacher_model) // 2)
-        if depth < 1:
-            raise UserError(f"model.student_layers is {depth}; give at least 1")
-        return _random_student(teacher_model, depth, width, seed)
-    if width is not None and width != family.width(teacher_model):
-        raise UserError(
-            f"a student of width {width} cannot copy layers of width {family.width(teacher_model)}; "
-            "use model.layer_map=random"
-        )
-    layers = resolve_layer_map(layer_map, family.num_layers(teacher_model), num_layers)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return kind(config).train()
+    student = kind(config)
+    teacher = {name: value.detach().float() for name, value in teacher_model.state_dict().items()}
     if family is BERT:
-        return _distilbert_from_bert(teacher_model, layers)
-    return _same_class(family, teacher_model, layers)
+        student.load_state_dict(_distilbert_weights(teacher, layers))
+    else:
+        _check_first_layer(family, teacher_model, layers)
+        student.load_state_dict(_same_class_weights(family, teacher, layers))
+    return student.train()
+
+
+def student_config(
+    teacher: PretrainedConfig,
+    num_layers: int | None = None,
+    layer_map: str | Sequence[int] = "every_other",
+    width: int | None = None,
+) -> tuple[PretrainedConfig, tuple[int, ...]]:
+    """The student's Hugging Face config, and the teacher layers that its own are copied from (or shaped like).
+
+    Args:
+        teacher: the teacher's Hugging Face config.
+        num_layers, layer_map, width: as for `make_student`, and refused as there.
+    """
+    family = family_of_type(teacher.model_type)
+    teacher_layers = int(getattr(teacher, family.num_layers_field))
+    if layer_map == "random":
+        depth = default_student_layers(teacher_layers) if num_layers is None else num_layers
+        _check_depth(depth)
+        layers = _evenly_spaced(teacher_layers, depth)
+    else:
+        if width is not None and width != teacher.hidden_size:
+            raise UserError(
+                f"a student of width {width} cannot copy layers of width {teacher.hidden_size}; "
+                "use model.layer_map=random"
+            )
+        layers = resolve_layer_map(layer_map, teacher_layers, num_layers)
+    if family is BERT:
+        config: PretrainedConfig = _distilbert_config(teacher, len(layers))
+    else:
+        config = _same_class_config(family, teacher, layers)
+    if width is not None:
+        _set_width(config, width)
+    return config, layers
 
 
 def resolve_layer_map(
@@ -75,8 +108,8 @@ def resolve_layer_map(
     >>> resolve_layer_map("every_other", 12, 4)
     (0, 3, 6, 9)
     """
-    if num_layers is not None and num_layers < 1:
-        raise UserError(f"model.student_layers is {num_layers}; give at least 1")
+    if num_layers is not None:
+        _check_depth(num_layers)
     if num_layers is not None and num_layers > teacher_layers:
         raise UserError(
             f"model.student_layers is {num_layers} but the teacher has only {teacher_layers} layers to copy; "
@@ -109,13 +142,18 @@ def resolve_layer_map(
     return layers
 
 
+def _check_depth(num_layers: int) -> None:
+    if num_layers < 1:
+        raise UserError(f"model.student_layers is {num_layers}; give at least 1")
+
+
 def _evenly_spaced(teacher_layers: int, depth: int) -> tuple[int, ...]:
     return tuple(index * teacher_layers // depth for index in range(depth))
 
 
 def _named_layer_map(name: str, teacher_layers: int, num_layers: int | None) -> tuple[int, ...]:
     if name == "every_other":
-        depth = num_layers if num_layers is not None else max(1, teacher_layers // 2)
+        depth = default_student_layers(teacher_layers) if num_layers is None else num_layers
         return _evenly_spaced(teacher_layers, depth)
     if name == "distilbert":
         if teacher_layers != 12 or num_layers not in (None, len(ORIGINAL_LAYERS)):
@@ -129,8 +167,7 @@ def _named_layer_map(name: str, teacher_layers: int, num_layers: int | None) -> 
     )
 
 
-def _distilbert_config(teacher_model: PreTrainedModel, num_layers: int) -> DistilBertConfig:
-    config = teacher_model.config
+def _distilbert_config(config: PretrainedConfig, num_layers: int) -> DistilBertConfig:
     if config.layer_norm_eps != 1e-12:
         logger.warning(
             "DistilBERT's layer norms use epsilon 1e-12, the teacher's %g: the student starts with a small "
@@ -156,21 +193,18 @@ def _distilbert_config(teacher_model: PreTrainedModel, num_layers: int) -> Disti
 
 
 def _same_class_config(
-    family: Family, teacher_model: PreTrainedModel, layers: tuple[int, ...]
+    family: Family, teacher: PretrainedConfig, layers: tuple[int, ...]
 ) -> PretrainedConfig:
-    config = copy.deepcopy(teacher_model.config)
+    config = copy.deepcopy(teacher)
     setattr(config, family.num_layers_field, len(layers))
-    for name, value in family.config_for_depth(teacher_model.config, layers).items():
+    for name, value in family.config_for_depth(teacher, layers).items():
         setattr(config, name, value)
     config._attn_implementation = "sdpa"
     config.dtype = torch.float32
     return config
 
 
-def _distilbert_from_bert(teacher_model: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedModel:
-    assert isinstance(teacher_model, BertForMaskedLM)
-    student = DistilBertForMaskedLM(_distilbert_config(teacher_model, len(layers)))
-    teacher = {name: value.detach().float() for name, value in teacher_model.state_dict().items()}
+def _distilbert_weights(teacher: dict[str, torch.Tensor], layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
     state = {
         "distilbert.embeddings.word_embeddings.weight": teacher["bert.embeddings.word_embeddings.weight"],
         "distilbert.embeddings.position_embeddings.weight": teacher[
@@ -201,14 +235,12 @@ def _distilbert_from_bert(teacher_model: PreTrainedModel, layers: tuple[int, ...
     for name, source in modules.items():
         state[f"{name}.weight"] = teacher[f"{source}.weight"]
         state[f"{name}.bias"] = teacher[f"{source}.bias"]
-    student.load_state_dict(state)
-    return student.train()
+    return state
 
 
-def _same_class(family: Family, teacher_model: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedModel:
-    _check_first_layer(family, teacher_model, layers)
-    student = type(teacher_model)(_same_class_config(family, teacher_model, layers))
-    teacher = teacher_model.state_dict()
+def _same_class_weights(
+    family: Family, teacher: dict[str, torch.Tensor], layers: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
     prefix = f"{family.layers}."
     state = {name: value for name, value in teacher.items() if not name.startswith(prefix)}
     for index, layer in enumerate(layers):
@@ -218,8 +250,7 @@ def _same_class(family: Family, teacher_model: PreTrainedModel, layers: tuple[in
             for name, value in teacher.items()
             if name.startswith(source)
         }
-    student.load_state_dict({name: value.detach().float() for name, value in state.items()})
-    return student.train()
+    return state
 
 
 def _check_first_layer(family: Family, teacher_model: PreTrainedModel, layers: tuple[int, ...]) -> None:
@@ -232,27 +263,6 @@ def _check_first_layer(family: Family, teacher_model: PreTrainedModel, layers: t
                 f"model.layer_map {list(layers)} puts layer {layer} of this {family.model_type} in place "
                 f"{index}, but the two are built differently; keep layer 0 first and nowhere else"
             )
-
-
-def _random_student(
-    teacher_model: PreTrainedModel, num_layers: int, width: int | None, seed: int
-) -> PreTrainedModel:
-    family = family_of(teacher_model)
-    config: PretrainedConfig
-    if family is BERT:
-        kind: type[PreTrainedModel] = DistilBertForMaskedLM
-        config = _distilbert_config(teacher_model, num_layers)
-    else:
-        kind = type(teacher_model)
-        config = _same_class_config(
-            family, teacher_model, _evenly_spaced(family.num_layers(teacher_model), num_layers)
-        )
-    if width is not None:
-        _set_width(config, width)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        student = kind(config)
-    return student.train()
 
 
 def _set_width(config: PretrainedConfig, width: int) -> None:

@@ -6,6 +6,7 @@ trained. It runs in eval mode under torch.inference_mode, fp16 on a GPU and fp32
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from train.errors import UserError
-from train.models.families import Family, family_of
+from train.models.families import DecoderInputs, Family, family_of, max_positions
 from train.models.loading import folder_fingerprint, load_masked_lm
-from train.objective.chunk_terms import DecoderRows
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,9 @@ class TeacherMember:
     """Embeddings' output and every layer's, each (B, L, width); None if not asked for."""
 
     @torch.inference_mode()
-    def rows(self, order: torch.Tensor) -> DecoderRows:
-        """Decoder inputs for the tokens `order` (N,) of the flattened (B * L) tokens."""
-        features = self.family.transform(self.model, self.last_hidden.flatten(0, 1)[order])
-        weight, bias = self.family.decoder(self.model)
-        return DecoderRows(features, weight, bias, self.share)
+    def decoder_inputs(self, order: torch.Tensor) -> DecoderInputs:
+        """For the tokens `order` (N,) of the flattened (B * L) tokens."""
+        return self.family.decoder_inputs(self.model, self.last_hidden.flatten(0, 1)[order], self.share)
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,8 @@ class TeacherOutput:
     members: tuple[TeacherMember, ...]
 
     @torch.compiler.disable
-    def rows(self, order: torch.Tensor) -> tuple[DecoderRows, ...]:
-        return tuple(member.rows(order) for member in self.members)
+    def decoder_inputs(self, order: torch.Tensor) -> tuple[DecoderInputs, ...]:
+        return tuple(member.decoder_inputs(order) for member in self.members)
 
 
 class Teacher:
@@ -61,7 +59,6 @@ class Teacher:
         shares: weights of the ensemble's average, scaled to add up to 1; None for equal ones.
         names: of the models, for messages.
         fingerprints: of the tokenizers beside them.
-        sources: folder or hub name that each was loaded from, where there is one.
         output_hidden_states: keep every layer's output, for the mapped-layer cosine.
         compile: run the encoders through torch.compile.
     """
@@ -73,20 +70,18 @@ class Teacher:
         *,
         names: Sequence[str] | None = None,
         fingerprints: Sequence[str | None] | None = None,
-        sources: Sequence[str | None] | None = None,
         output_hidden_states: bool = False,
         compile: bool = False,
     ) -> None:
-        if not models:
-            raise UserError("model.teacher is an empty list; name at least one teacher, or leave it out")
-        _check_compilation(compile, output_hidden_states)
+        assert models, "train/config.py refuses an empty list"
+        # transformers collects the layers' outputs with hooks, which torch.compile does not run.
+        assert not (compile and output_hidden_states), "train/config.py refuses this"
         self.names = tuple(names or (f"teacher {index}" for index in range(len(models))))
         self.models = tuple(model.eval().requires_grad_(False) for model in models)
         self.families = tuple(family_of(model) for model in models)
         self.shares = normalised_shares(len(models), shares)
         self.output_hidden_states = output_hidden_states
         self.fingerprints = tuple(fingerprints or [None] * len(models))
-        self.sources = tuple(sources or [None] * len(models))
         self._check_one_vocabulary()
         encoders = (family.encode for family in self.families)
         self._encoders = tuple(torch.compile(encode) if compile else encode for encode in encoders)
@@ -109,9 +104,9 @@ class Teacher:
 
     def check_sequence_length(self, sequence_length: int) -> None:
         """Refuse sequences that are longer than one of the teachers has positions for."""
-        for name, family, model in zip(self.names, self.families, self.models, strict=True):
-            longest = family.max_sequence_length(model)
-            if sequence_length > longest:
+        for name, model in zip(self.names, self.models, strict=True):
+            longest = max_positions(model.config)
+            if longest is not None and sequence_length > longest:
                 raise UserError(
                     f"data.sequence_length={sequence_length}: teacher {name} has positions for {longest} tokens; "
                     "give that or less"
@@ -163,32 +158,41 @@ def normalised_shares(count: int, weights: Sequence[float] | None) -> tuple[floa
     """Weights of an ensemble, scaled to add up to 1; equal ones for None."""
     if weights is None:
         return (1.0 / count,) * count
-    if len(weights) != count:
-        raise UserError(f"{len(weights)} teacher weights for {count} teachers; give one weight each")
-    if not all(0 < weight < float("inf") for weight in weights):
-        raise UserError(f"teacher weights are {list(weights)}; give numbers above 0, or leave a teacher out")
-    largest = max(weights)
-    scaled = [float(weight) / largest for weight in weights]
+    assert len(weights) == count
+    scaled = [float(weight) / max(weights) for weight in weights]
     if min(scaled) == 0:
         raise UserError(
-            f"teacher weights are {list(weights)}; the smallest counts for nothing beside the largest"
+            f"model.teacher_weights={list(weights)}: the smallest counts for nothing beside the largest"
         )
     return tuple(weight / sum(scaled) for weight in scaled)
 
 
-def _check_compilation(compile: bool, output_hidden_states: bool) -> None:
-    if compile and output_hidden_states:
-        raise UserError(
-            "a compiled teacher cannot return the hidden states of its layers (transformers collects them "
-            "with hooks); turn compilation off, or the cosine on mapped layers"
-        )
+def running_copy(
+    model: PreTrainedModel, device: torch.device | str, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """A model in the number format it runs in; itself where that is fp32 on the CPU.
+
+    Args:
+        model: fp32, on the CPU.
+        dtype: None for fp16 on a GPU and fp32 on a CPU.
+    """
+    device = torch.device(device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.float16
+    if dtype == torch.float32 and device.type == "cpu":
+        return model
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():  # buffers, such as rotary frequencies, stay as they are
+        parameter.data = parameter.data.to(dtype)
+    copied.config.dtype = dtype
+    moved: Any = copied
+    return moved.to(device)  # type: ignore[no-any-return]
 
 
 def load_teacher(
-    paths: str | Sequence[str],
+    names: str | Sequence[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    compile: bool = False,
     weights: Sequence[float] | None = None,
     *,
     output_hidden_states: bool = False,
@@ -196,29 +200,18 @@ def load_teacher(
     """Load one or several teachers, frozen, onto a device.
 
     Args:
-        paths: Hugging Face folders or hub names.
+        names: Hugging Face folders or hub names.
         dtype: None for fp16 on a GPU and fp32 on a CPU.
-        compile, output_hidden_states: see Teacher.
         weights: of the ensemble's members, scaled to add up to 1.
+        output_hidden_states: see Teacher.
     Raises:
-        UserError, OSError: see load_masked_lm; vocabularies that differ; bad weights.
+        UserError, OSError: see load_masked_lm; vocabularies that differ.
     """
-    paths = [paths] if isinstance(paths, str) else list(paths)
-    normalised_shares(max(1, len(paths)), weights)  # before minutes of loading
-    _check_compilation(compile, output_hidden_states)
-    device = torch.device(device)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.float16
-    models = []
-    for path in paths:
-        model: Any = load_masked_lm(path, dtype)
-        models.append(model.to(device))
+    names = [names] if isinstance(names, str) else list(names)
     return Teacher(
-        models,
+        [running_copy(load_masked_lm(name), device, dtype) for name in names],
         weights,
-        names=paths,
-        fingerprints=[folder_fingerprint(path) for path in paths],
-        sources=paths,
+        names=names,
+        fingerprints=[folder_fingerprint(name) for name in names],
         output_hidden_states=output_hidden_states,
-        compile=compile,
     )

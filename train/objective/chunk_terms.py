@@ -12,30 +12,19 @@ from typing import Any
 
 import torch
 
+from train.models.families import DecoderInputs
+from train.objective.token_selection import SelectedTokens
+
 
 @dataclass(frozen=True)
-class DecoderRows:
-    """One model's decoder and its inputs for the chosen tokens."""
+class VocabularyWeights:
+    """What the terms on logits are weighted with."""
 
-    features: torch.Tensor
-    """(N, width), any float dtype."""
-    weight: torch.Tensor
-    """(vocabulary, width)."""
-    bias: torch.Tensor | None
-    """(vocabulary,)."""
-    share: float = 1.0
-    """Weight in an ensemble's average; the shares of one ensemble add up to 1."""
-
-    def in_dtype(self, dtype: torch.dtype) -> DecoderRows:
-        """Operands of the matrix products whose results are wanted in `dtype`.
-
-        Half precision stays as it is on a GPU, which sums in fp32 anyway; a CPU has no such products to gain
-        from everywhere, and gets them in `dtype`.
-        """
-        weight = self.weight
-        if weight.device.type == "cpu" or weight.dtype not in (torch.float16, torch.bfloat16):
-            weight = weight.to(dtype)
-        return DecoderRows(self.features.to(weight.dtype), weight, self.bias, self.share)
+    temperature: float
+    """T of the soft targets."""
+    kd: float
+    mlm: float
+    mse: float = 0.0
 
 
 @dataclass
@@ -70,20 +59,12 @@ class Workspace:
 class Chunk:
     """What one chunk is computed from."""
 
-    student: DecoderRows
-    """Of this chunk's rows only, as are all below."""
-    teachers: tuple[DecoderRows, ...]
-    row_weights: torch.Tensor
-    """(rows,) in the KD and MSE means."""
-    targets: torch.Tensor
-    """(k,) int64 original tokens of the first k <= rows rows."""
-    target_weights: torch.Tensor
-    """(k,)."""
-    temperature: float
-    """Logits are computed divided by it at once."""
-    kd_weight: float
-    mlm_weight: float
-    mse_weight: float
+    student: DecoderInputs
+    """Of this chunk's tokens only, as are the two below."""
+    teachers: tuple[DecoderInputs, ...]
+    tokens: SelectedTokens
+    weights: VocabularyWeights
+    """Logits are computed divided by the temperature at once."""
     workspace: Workspace
     dtype: torch.dtype
     """Of logits and sums."""
@@ -97,29 +78,31 @@ def chunk_terms(chunk: Chunk, values: torch.Tensor) -> torch.Tensor:
     """Add the chunk's sums of (kd, mlm, mse, agreement) to `values` (4,).
 
     Returns:
-        (rows, V): gradient of kd_weight kd + mlm_weight mlm + mse_weight mse by the student's logits. It lies
+        (rows, V): gradient of the weighted sum of kd, mlm and mse by the student's logits. It lies
         in the workspace, and is undone by the next chunk.
     """
-    logits = tempered_logits(chunk.student, 1 / chunk.temperature, chunk.buffer("student"))
-    difference = torch.neg(logits, out=chunk.buffer("difference")) if chunk.mse_weight > 0 else None
+    logits = tempered_logits(chunk.student, 1 / chunk.weights.temperature, chunk.buffer("student"))
+    difference = torch.neg(logits, out=chunk.buffer("difference")) if chunk.weights.mse > 0 else None
     logits.sub_(logits.amax(-1, keepdim=True))
     numerators = normalisers = divergence = None
     if chunk.teachers:
         numerators, normalisers, log_numerators, best = _soft_targets(chunk, difference)
         agree = logits.gather(1, best[:, None]).squeeze(1) == 0  # the teacher's choice has the largest logit
-        values[3] += (agree & (chunk.row_weights > 0)).sum()
-        if chunk.kd_weight > 0:
+        values[3] += (agree & (chunk.tokens.row_weights > 0)).sum()
+        if chunk.weights.kd > 0:
             divergence = (
                 log_numerators.sub_(logits).mul_(numerators).sum(-1) / normalisers - normalisers.log()
             )
-    of_mlm = _mlm_gradient(chunk, logits, values) if chunk.targets.shape[0] > 0 else None
+    of_mlm = _mlm_gradient(chunk, logits, values) if chunk.tokens.targets.shape[0] > 0 else None
     if divergence is not None:
         assert numerators is not None
         assert normalisers is not None
-        coefficient = chunk.kd_weight * chunk.temperature * chunk.row_weights
+        coefficient = chunk.weights.kd * chunk.weights.temperature * chunk.tokens.row_weights
         exponentials = logits.exp_()
         sums = exponentials.sum(-1)
-        values[0] += chunk.temperature**2 * ((divergence + sums.log()) * chunk.row_weights).sum()
+        values[0] += (
+            chunk.weights.temperature**2 * ((divergence + sums.log()) * chunk.tokens.row_weights).sum()
+        )
         numerators.mul_((coefficient / normalisers)[:, None])
         gradient = exponentials.mul_((coefficient / sums)[:, None]).sub_(numerators)
     elif difference is None:
@@ -134,11 +117,11 @@ def chunk_terms(chunk: Chunk, values: torch.Tensor) -> torch.Tensor:
     return gradient
 
 
-def tempered_logits(rows: DecoderRows, scale: float, out: torch.Tensor) -> torch.Tensor:
+def tempered_logits(inputs: DecoderInputs, scale: float, out: torch.Tensor) -> torch.Tensor:
     """scale * (features @ weight.T + bias), written to `out`."""
-    product(rows.features, rows.weight.t(), out)
-    if rows.bias is not None:
-        bias = rows.bias.to(out.dtype) * scale
+    product(inputs.features, inputs.weight.t(), out)
+    if inputs.bias is not None:
+        bias = inputs.bias.to(out.dtype) * scale
         return torch.add(bias, out, alpha=scale, out=out)
     return out.mul_(scale) if scale != 1 else out
 
@@ -167,7 +150,7 @@ def _soft_targets(
     """
     numerators, scratch = chunk.buffer("teacher"), chunk.buffer("scratch")
     for index, teacher in enumerate(chunk.teachers):
-        tempered_logits(teacher, 1 / chunk.temperature, scratch)
+        tempered_logits(teacher, 1 / chunk.weights.temperature, scratch)
         if difference is not None:
             difference.add_(scratch, alpha=teacher.share)
         largest, best = scratch.max(-1)
@@ -183,7 +166,7 @@ def _soft_targets(
             numerators.add_(scratch)
     # Probabilities that underflow to 0 contribute 0 * log(smallest number) = 0.
     torch.clamp_min(numerators, torch.finfo(chunk.dtype).tiny, out=scratch).log_()
-    return numerators, torch.ones_like(chunk.row_weights), scratch, numerators.argmax(-1)
+    return numerators, torch.ones_like(chunk.tokens.row_weights), scratch, numerators.argmax(-1)
 
 
 def _mlm_gradient(chunk: Chunk, logits: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -192,13 +175,13 @@ def _mlm_gradient(chunk: Chunk, logits: torch.Tensor, values: torch.Tensor) -> t
     Args:
         logits: (rows, V) divided by T, less their row's largest.
     """
-    count = chunk.targets.shape[0]
-    targets = chunk.targets[:, None]
-    exponentials = torch.mul(logits[:count], chunk.temperature, out=chunk.buffer("scratch")[:count])
+    count = chunk.tokens.targets.shape[0]
+    targets = chunk.tokens.targets[:, None]
+    exponentials = torch.mul(logits[:count], chunk.weights.temperature, out=chunk.buffer("scratch")[:count])
     chosen = exponentials.gather(1, targets).squeeze(1)
     sums = exponentials.exp_().sum(-1)
-    values[1] += ((sums.log() - chosen) * chunk.target_weights).sum()
-    coefficient = chunk.mlm_weight * chunk.target_weights
+    values[1] += ((sums.log() - chosen) * chunk.tokens.target_weights).sum()
+    coefficient = chunk.weights.mlm * chunk.tokens.target_weights
     exponentials.mul_((coefficient / sums)[:, None])
     return exponentials.scatter_add_(1, targets, -coefficient[:, None])
 
@@ -206,6 +189,6 @@ def _mlm_gradient(chunk: Chunk, logits: torch.Tensor, values: torch.Tensor) -> t
 def _add_mse(chunk: Chunk, difference: torch.Tensor, gradient: torch.Tensor, values: torch.Tensor) -> None:
     """`difference` is (z_t - z_s) / T, (rows, V)."""
     squares = torch.linalg.vecdot(difference, difference)
-    values[2] += chunk.temperature**2 * (squares * chunk.row_weights).sum()
-    factor = -2 * chunk.mse_weight * chunk.temperature
-    gradient.addcmul_(difference, chunk.row_weights[:, None], value=factor)
+    values[2] += chunk.weights.temperature**2 * (squares * chunk.tokens.row_weights).sum()
+    factor = -2 * chunk.weights.mse * chunk.weights.temperature
+    gradient.addcmul_(difference, chunk.tokens.row_weights[:, None], value=factor)

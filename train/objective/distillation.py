@@ -11,23 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from train.errors import UserError
-from train.models.families import EncoderOutput, Family, family_of
-from train.objective.chunk_terms import Workspace
-from train.objective.fused_loss import VocabularyTerms, vocabulary_loss
+from train.config import ObjectiveConfig
+from train.data.masking import MaskedBatch
+from train.models.families import EncoderOutput, family_of
+from train.models.teacher import TeacherOutput
+from train.objective.chunk_terms import VocabularyWeights, Workspace
+from train.objective.fused_loss import vocabulary_loss
 from train.objective.hidden_loss import hidden_cosine
 from train.objective.tied_embedding import TiedGradient, tied_lookup
-from train.objective.token_selection import keep_weights, select_rows
-
-if TYPE_CHECKING:
-    from train.data.masking import MaskedBatch
-    from train.models.teacher import TeacherOutput
+from train.objective.token_selection import keep_weights, select_tokens
 
 
 @dataclass(frozen=True)
@@ -70,94 +67,24 @@ class DistillationLoss(nn.Module):
     that they are trained.
 
     Args:
-        temperature: T > 0 of the soft targets.
-        kd_weight, mlm_weight, cosine_weight: the recipe's 5, 2, 1. Zero computes nothing.
-        mse_weight: of the squared difference of logits (positions as for KD); 0 in the recipe.
-        kd_positions: "all" non-padding positions (the original) or "masked" only (cheaper).
-        layer_cosine_weight: of the cosine term on `layer_pairs`.
-        layer_pairs: (student, teacher) indices into `hidden_states`: 0 is the embeddings' output, i the
-            output of layer i counted from 1.
-        projection_widths: (student width, teacher width) of each teacher, see train.objective.compatibility: learned
-            linear maps bring the student's hidden states to the teachers' widths before each cosine. None:
-            widths must agree.
+        settings: the recipe's section objective.*, which owns defaults and checks. A weight of 0 computes nothing.
+        projection_widths: (student width, teacher width) of each teacher: learned linear maps bring the student's
+            hidden states to the teachers' widths before each cosine. Empty: widths must agree.
         chunk_tokens: rows of logits that exist at once; None for what fills 32 MiB (GPU: 256 MiB) a buffer.
-    Raises:
-        UserError: a negative weight, T <= 0, an unknown kd_positions, all weights zero.
     """
 
     def __init__(
         self,
-        *,
-        temperature: float = 2.0,
-        kd_weight: float = 5.0,
-        mlm_weight: float = 2.0,
-        cosine_weight: float = 1.0,
-        mse_weight: float = 0.0,
-        kd_positions: str = "all",
-        layer_cosine_weight: float = 0.0,
-        layer_pairs: Sequence[tuple[int, int]] = (),
-        projection_widths: Sequence[tuple[int, int]] | None = None,
+        settings: ObjectiveConfig,
+        projection_widths: Sequence[tuple[int, int]] = (),
         chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.kd_weight = kd_weight
-        self.mlm_weight = mlm_weight
-        self.cosine_weight = cosine_weight
-        self.mse_weight = mse_weight
-        self.kd_positions = kd_positions
-        self.layer_cosine_weight = layer_cosine_weight
-        self.layer_pairs = tuple(layer_pairs)
+        assert chunk_tokens is None or chunk_tokens > 0
+        self.settings = settings
         self.chunk_tokens = chunk_tokens
         self._workspace = Workspace()
-        self._check()
-        self.projection_widths = list(projection_widths or ())
-        self.projections = nn.ModuleList(nn.Linear(*pair, bias=False) for pair in self.projection_widths)
-
-    def _check(self) -> None:
-        weights = ("kd_weight", "mlm_weight", "cosine_weight", "mse_weight", "layer_cosine_weight")
-        for name in weights:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"objective.{name} is {getattr(self, name)}; give a number >= 0")
-        if all(getattr(self, name) == 0 for name in weights):
-            raise UserError("all weights of the objective are 0: nothing would be trained; set one above 0")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"objective.temperature is {self.temperature}; give a number above 0 (usual: 2)")
-        if self.kd_positions not in ("all", "masked"):
-            raise UserError(f"objective.kd_positions is {self.kd_positions!r}; choose 'all' or 'masked'")
-        if bool(self.layer_pairs) != (self.layer_cosine_weight > 0):
-            raise UserError(
-                f"layer_cosine_weight is {self.layer_cosine_weight} but layer_pairs is {self.layer_pairs}: "
-                "one has no effect without the other; set both or neither"
-            )
-        for pair in self.layer_pairs:
-            if len(pair) != 2 or not all(isinstance(layer, int) for layer in pair):
-                raise UserError(
-                    f"objective.layer_pairs names {pair}; give (student layer, teacher layer), two whole numbers"
-                )
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise UserError(
-                f"objective.chunk_tokens is {self.chunk_tokens}; give a number >= 1 or leave it out"
-            )
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any term that is on reads the teacher; if not, load none and pass None."""
-        return self.needs_teacher_logits or self.needs_hidden
-
-    @property
-    def needs_hidden(self) -> bool:
-        """Whether hidden states are compared."""
-        return self.cosine_weight > 0 or self.layer_cosine_weight > 0
-
-    @property
-    def needs_teacher_logits(self) -> bool:
-        return self.kd_weight > 0 or self.mse_weight > 0
-
-    @property
-    def needs_hidden_states(self) -> bool:
-        """Whether the teacher must return the hidden states of all layers (mapped-layer cosine)."""
-        return self.layer_cosine_weight > 0
+        self.projections = nn.ModuleList(nn.Linear(*pair, bias=False) for pair in projection_widths)
 
     def forward(
         self,
@@ -172,9 +99,9 @@ class DistillationLoss(nn.Module):
         """Run the student on a masked micro batch and compare.
 
         Args:
-            student: any model of train/models/families.py with an MLM head; see check_models.
+            student: any model of train/models/families.py with an MLM head; see train/objective/build.py.
             masked: input_ids (B, L) int64; positions, targets (B, n) int64; valid (B, n) bool.
-            teacher: the teacher's output on masked.input_ids; None if `needs_teacher` is False.
+            teacher: the teacher's output on masked.input_ids; None if no term needs it.
             attention_mask: (B, L), non-zero where a token counts; None when nothing is padded.
             num_tokens: denominator of the means over non-padding positions (KD and MSE with "all", cosine).
                 None: this micro batch's own count. For a global per-token mean when counts differ, pass the
@@ -182,94 +109,69 @@ class DistillationLoss(nn.Module):
                 averages over those.
             num_masked_tokens: the same for the means over masked positions (MLM; KD and MSE with "masked").
         """
-        if self.needs_teacher and teacher is None:
-            raise UserError("this objective needs a teacher's output; pass it, or set its weights to 0")
+        settings = self.settings
+        assert teacher is not None or not settings.needs_teacher
         family = family_of(student)
         embedding, tied, embedded = student.get_input_embeddings(), None, None
         if embedding.weight is family.decoder(student)[0]:
             tied = TiedGradient()
             embedded = tied_lookup(embedding, masked.input_ids, tied)
         encoded = family.encode(
-            student, masked.input_ids, attention_mask, self.needs_hidden_states, inputs_embeds=embedded
+            student, masked.input_ids, attention_mask, settings.needs_layers, inputs_embeds=embedded
         )
-        terms = self._vocabulary_terms(
-            family,
-            student,
-            encoded.last_hidden,
-            masked,
-            teacher,
-            attention_mask,
-            num_tokens,
-            num_masked_tokens,
-            tied,
-        )
+        terms = None
+        if settings.needs_teacher_logits or settings.mlm_weight > 0:
+            tokens = select_tokens(
+                masked,
+                attention_mask,
+                all_positions=settings.soft_targets == "all",
+                num_tokens=num_tokens,
+                num_masked_tokens=num_masked_tokens,
+            )
+            terms = vocabulary_loss(
+                family.decoder_inputs(
+                    student, encoded.last_hidden.flatten(0, 1).index_select(0, tokens.order)
+                ),
+                teacher.decoder_inputs(tokens.order) if teacher and settings.needs_teacher_logits else (),
+                tokens,
+                VocabularyWeights(
+                    settings.temperature, settings.kd_weight, settings.mlm_weight, settings.mse_weight
+                ),
+                chunk_tokens=self.chunk_tokens,
+                workspace=self._workspace,
+                tied=tied,
+            )
         loss = torch.zeros((), device=masked.input_ids.device) if terms is None else terms.loss
         cosine = layer_cosine = None
-        if self.needs_hidden:
+        if settings.needs_hidden:
             assert teacher is not None
             keep = keep_weights(masked.input_ids, attention_mask, num_tokens)
             cosine, layer_cosine = self._hidden_terms(encoded, teacher, keep)
         if cosine is not None:
-            loss = loss + self.cosine_weight * cosine
+            loss = loss + settings.cosine_weight * cosine
         if layer_cosine is not None:
-            loss = loss + self.layer_cosine_weight * layer_cosine
+            loss = loss + settings.layer_cosine_weight * layer_cosine
         return LossTerms(
             loss=loss,
-            kd=terms.kd if terms is not None and self.kd_weight > 0 else None,
-            mlm=terms.mlm if terms is not None and self.mlm_weight > 0 else None,
+            kd=terms.kd if terms is not None and settings.kd_weight > 0 else None,
+            mlm=terms.mlm if terms is not None and settings.mlm_weight > 0 else None,
             cosine=None if cosine is None else cosine.detach(),
             layer_cosine=None if layer_cosine is None else layer_cosine.detach(),
-            mse=terms.mse if terms is not None and self.mse_weight > 0 else None,
-            top1_agreement=terms.top1_agreement if terms is not None and self.needs_teacher_logits else None,
-        )
-
-    def _vocabulary_terms(
-        self,
-        family: Family,
-        student: PreTrainedModel,
-        hidden: torch.Tensor,
-        masked: MaskedBatch,
-        teacher: TeacherOutput | None,
-        attention_mask: torch.Tensor | None,
-        num_tokens: float | torch.Tensor | None,
-        num_masked_tokens: float | torch.Tensor | None,
-        tied: TiedGradient | None,
-    ) -> VocabularyTerms | None:
-        if not self.needs_teacher_logits and self.mlm_weight == 0:
-            return None
-        rows = select_rows(
-            masked,
-            attention_mask,
-            all_positions=self.needs_teacher_logits and self.kd_positions == "all",
-            num_tokens=num_tokens,
-            num_masked_tokens=num_masked_tokens,
-        )
-        weight, bias = family.decoder(student)
-        return vocabulary_loss(
-            family.transform(student, hidden.flatten(0, 1).index_select(0, rows.order)),
-            weight,
-            bias,
-            rows.targets if self.mlm_weight > 0 else None,
-            rows.target_weights,
-            teacher.rows(rows.order) if teacher is not None and self.needs_teacher_logits else (),
-            rows.row_weights,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            mlm_weight=self.mlm_weight,
-            mse_weight=self.mse_weight,
-            chunk_tokens=self.chunk_tokens,
-            workspace=self._workspace,
-            tied=tied,
+            mse=terms.mse if terms is not None and settings.mse_weight > 0 else None,
+            top1_agreement=terms.top1_agreement
+            if terms is not None and settings.needs_teacher_logits
+            else None,
         )
 
     def _hidden_terms(
         self, encoded: EncoderOutput, teacher: TeacherOutput, keep: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Cosine terms of the last hidden states and of the mapped layers; None for one that is off."""
-        last = self._cosine(encoded, teacher, keep, None) if self.cosine_weight > 0 else None
-        if self.layer_cosine_weight == 0:
+        settings = self.settings
+        last = self._cosine(encoded, teacher, keep, None) if settings.cosine_weight > 0 else None
+        if settings.layer_cosine_weight == 0:
             return last, None
-        mapped = [self._cosine(encoded, teacher, keep, pair) for pair in self.layer_pairs]
+        mapped = [self._cosine(encoded, teacher, keep, pair) for pair in settings.layer_pairs]
         return last, torch.stack(mapped).mean()
 
     def _cosine(

@@ -9,13 +9,15 @@ multiplies them by the incoming gradient (the loss scale and DeepSpeed's 1/accum
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from train.objective.chunk_terms import Chunk, DecoderRows, Workspace, chunk_terms, product
+from train.models.families import DecoderInputs
+from train.objective.chunk_terms import Chunk, VocabularyWeights, Workspace, chunk_terms, product
 from train.objective.tied_embedding import TiedGradient
+from train.objective.token_selection import SelectedTokens
 
 CPU_BUFFER_BYTES = 32 * 2**20
 GPU_BUFFER_BYTES = 256 * 2**20
@@ -37,55 +39,44 @@ class VocabularyTerms:
 
 @torch.compiler.disable
 def vocabulary_loss(
-    features: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor | None,
-    target_weights: torch.Tensor | None,
-    teachers: Sequence[DecoderRows],
-    row_weights: torch.Tensor,
+    student: DecoderInputs,
+    teachers: Sequence[DecoderInputs],
+    tokens: SelectedTokens,
+    weights: VocabularyWeights,
     *,
-    temperature: float,
-    kd_weight: float,
-    mlm_weight: float,
-    mse_weight: float = 0.0,
     chunk_tokens: int | None = None,
     workspace: Workspace | None = None,
     tied: TiedGradient | None = None,
 ) -> VocabularyTerms:
-    """kd_weight T^2 KL + mlm_weight CE + mse_weight |z_s - z_t|^2 over N tokens, chunk by chunk.
+    """kd T^2 KL + mlm CE + mse |z_s - z_t|^2 over N tokens, chunk by chunk.
 
     One backward pass only: it hands over the gradients that the forward pass made.
 
     Args:
-        features: (N, width) student features; gradient.
-        weight: (V, width) student decoder; gradient.
-        bias: (V,) or None; gradient.
-        targets: (M,) int64 original tokens of the first M <= N rows; M = N where there is no teacher.
-        target_weights: (M,) weight of each in the MLM mean, 0 for rows that do not count.
-        teachers: their rows in the same order; tempered probabilities are averaged by share.
-        row_weights: (N,) weight of each row in the KD and MSE mean.
+        student: of N tokens; its features, weight and bias have gradients.
+        teachers: of the same tokens; tempered probabilities are averaged by share.
+        tokens: targets and the weights in the means; every token has a target where there is no teacher.
+        weights: of the terms. With `mlm` 0 the targets are not read.
         chunk_tokens: rows of logits that exist at once; None for what fills 32 MiB (GPU: 256 MiB) per buffer.
         workspace: buffers to use again; None makes them afresh.
-        tied: takes the gradient of `weight`, for the embedding's backward pass to return; None returns it.
+        tied: takes the gradient of the weight, for the embedding's backward pass to return; None returns it.
     """
-    if targets is None or target_weights is None or mlm_weight == 0:
-        targets = torch.empty(0, dtype=torch.int64, device=features.device)
-        target_weights = torch.empty(0, dtype=torch.float64, device=features.device)
-    assert teachers or targets.shape[0] == features.shape[0]
+    features, weight, bias = student.features, student.weight, student.bias
+    if weights.mlm == 0:
+        tokens = tokens.without_targets()
+    assert teachers or tokens.targets.shape[0] == features.shape[0]
+    if not teachers:
+        weights = replace(weights, kd=0.0, mse=0.0)
+    if weights.kd == 0:
+        weights = replace(weights, temperature=1.0)
     # A GPU's allocator keeps freed blocks at hand; holding them would only take memory from activations.
     keep_buffers = workspace is not None and features.device.type == "cpu"
     chunked = _Pass(
-        teachers=tuple(teachers),
-        targets=targets,
-        target_weights=target_weights,
-        row_weights=row_weights,
-        temperature=temperature if teachers and kd_weight > 0 else 1.0,
-        kd_weight=kd_weight if teachers else 0.0,
-        mlm_weight=mlm_weight,
-        mse_weight=mse_weight if teachers else 0.0,
-        chunk_rows=chunk_rows(features.shape[0], weight, chunk_tokens),
-        workspace=workspace if workspace is not None and keep_buffers else Workspace(),
+        tuple(teachers),
+        tokens,
+        weights,
+        chunk_rows(features.shape[0], weight, chunk_tokens),
+        workspace if workspace is not None and keep_buffers else Workspace(),
     )
     if not torch.is_grad_enabled():  # autograd would ask for the gradients all the same
         features, weight, bias = features.detach(), weight.detach(), None if bias is None else bias.detach()
@@ -113,13 +104,14 @@ class _VocabularyLoss(torch.autograd.Function):
         tied: TiedGradient | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(features.device.type, enabled=False):
-            student = DecoderRows(features, weight, bias)
+            student = DecoderInputs(features, weight, bias)
             values, ctx.gradients, ctx.unit = chunked.run(student, tuple(ctx.needs_input_grad[:3]))
         ctx.tied = tied
         ctx.dtypes = (features.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(values)
         kd, mlm, mse, _ = values
-        return chunked.kd_weight * kd + chunked.mlm_weight * mlm + chunked.mse_weight * mse, values
+        weights = chunked.weights
+        return weights.kd * kd + weights.mlm * mlm + weights.mse * mse, values
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -145,26 +137,21 @@ class _VocabularyLoss(torch.autograd.Function):
 class _Pass:
     """Arguments of one pass, see `vocabulary_loss`."""
 
-    teachers: tuple[DecoderRows, ...]
-    targets: torch.Tensor
-    target_weights: torch.Tensor
-    row_weights: torch.Tensor
-    temperature: float
-    kd_weight: float
-    mlm_weight: float
-    mse_weight: float
+    teachers: tuple[DecoderInputs, ...]
+    tokens: SelectedTokens
+    weights: VocabularyWeights
     chunk_rows: int
     workspace: Workspace
 
     def run(
-        self, student: DecoderRows, needs_gradient: tuple[bool, ...]
+        self, student: DecoderInputs, needs_gradient: tuple[bool, ...]
     ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...], torch.Tensor]:
         """Values (kd, mlm, mse, top1_agreement); gradients (features, weight, bias); their common factor."""
         dtype = torch.promote_types(student.features.dtype, torch.float32)
         student = student.in_dtype(dtype)
         features, weight = student.features, student.weight
         teachers = tuple(teacher.in_dtype(dtype) for teacher in self.teachers)
-        row_weights, target_weights, unit = self._unit_weights(dtype, half=weight.dtype != dtype)
+        tokens, unit = self._unit_weights(dtype, half=weight.dtype != dtype)
         dropped = self._dropped_rows()
         values = torch.zeros(4, dtype=dtype, device=features.device)
         grad_features = torch.empty_like(features, dtype=dtype) if needs_gradient[0] else None
@@ -177,13 +164,8 @@ class _Pass:
             chunk = Chunk(
                 student=_slice(student, rows, dropped),
                 teachers=tuple(_slice(teacher, rows, dropped) for teacher in teachers),
-                row_weights=row_weights[rows],
-                targets=self.targets[rows],
-                target_weights=target_weights[rows],
-                temperature=self.temperature,
-                kd_weight=self.kd_weight,
-                mlm_weight=self.mlm_weight,
-                mse_weight=self.mse_weight,
+                tokens=tokens.of(rows),
+                weights=self.weights,
                 workspace=self.workspace,
                 dtype=dtype,
             )
@@ -196,28 +178,27 @@ class _Pass:
             if grad_weight is not None:
                 product(operand.t(), chunk.student.features, grad_weight, accumulate=start > 0)
         values[:3] *= unit
-        values[3] /= (self.row_weights > 0).sum().clamp_min(1)
+        values[3] /= (self.tokens.row_weights > 0).sum().clamp_min(1)
         return values, (grad_features, grad_weight, grad_bias), unit
 
     def _dropped_rows(self) -> torch.Tensor:
         """(N, 1) bool, True for rows that count in no mean (padding)."""
-        kept = self.row_weights > 0
-        kept[: self.targets.shape[0]] |= self.target_weights > 0
+        kept = self.tokens.row_weights > 0
+        kept[: self.tokens.targets.shape[0]] |= self.tokens.target_weights > 0
         return ~kept[:, None]
 
-    def _unit_weights(
-        self, dtype: torch.dtype, half: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Row and target weights over a common factor that keeps half-precision gradients in range."""
-        row_weights, target_weights = self.row_weights.to(dtype), self.target_weights.to(dtype)
-        if not half:
-            return row_weights, target_weights, torch.ones((), dtype=dtype, device=row_weights.device)
-        floor = row_weights.new_full((1,), 1e-30)
-        unit = torch.cat([row_weights, target_weights, floor]).max() / HALF_SCALE
-        return row_weights / unit, target_weights / unit, unit
+    def _unit_weights(self, dtype: torch.dtype, half: bool) -> tuple[SelectedTokens, torch.Tensor]:
+        """Weights in the means over a common factor that keeps half-precision gradients in range."""
+        of_rows, of_targets = self.tokens.row_weights.to(dtype), self.tokens.target_weights.to(dtype)
+        unit = torch.ones((), dtype=dtype, device=of_rows.device)
+        if half:
+            floor = of_rows.new_full((1,), 1e-30)
+            unit = torch.cat([of_rows, of_targets, floor]).max() / HALF_SCALE
+            of_rows, of_targets = of_rows / unit, of_targets / unit
+        return replace(self.tokens, row_weights=of_rows, target_weights=of_targets), unit
 
 
-def _slice(model: DecoderRows, rows: slice, dropped: torch.Tensor) -> DecoderRows:
+def _slice(model: DecoderInputs, rows: slice, dropped: torch.Tensor) -> DecoderInputs:
     """One chunk; zeros for rows that are dropped, because a weight of 0 times a NaN would be a NaN."""
-    features = model.features[rows].masked_fill(dropped[rows], 0.0)
-    return DecoderRows(features, model.weight, model.bias, model.share)
+    part = model.of(rows)
+    return replace(part, features=part.features.masked_fill(dropped[rows], 0.0))

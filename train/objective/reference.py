@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from train.data.masking import MaskedBatch
+from train.config import ObjectiveConfig
+from train.data.masking import MaskedBatch
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def reference_terms(
     masked: MaskedBatch,
     attention_mask: torch.Tensor | None = None,
     *,
-    temperature: float = 2.0,
+    temperature: float,
     kd_positions: str = "all",
     num_tokens: float | None = None,
     num_masked_tokens: float | None = None,
@@ -98,41 +97,38 @@ def original_distiller_loss(
     teacher_hidden: torch.Tensor,
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
-    *,
-    temperature: float = 2.0,
-    kd_weight: float = 5.0,
-    mlm_weight: float = 2.0,
-    cosine_weight: float = 1.0,
-    mse_weight: float = 0.0,
-    masked_only: bool = False,
+    settings: ObjectiveConfig,
 ) -> torch.Tensor:
     """The loss of `Distiller.step` in Hugging Face's research project distillation/distiller.py.
 
     Args:
         student_logits, teacher_logits: (B, L, V). student_hidden, teacher_hidden: (B, L, width), last layer.
         attention_mask: (B, L) bool. labels: (B, L) int64, -100 where nothing is asked.
-        masked_only: its `restrict_ce_to_mask`.
+        settings: its weights, T, and kd_positions=masked for its `restrict_ce_to_mask`.
     """
+    temperature = settings.temperature
     vocabulary = student_logits.size(-1)
-    kept = labels > -1 if masked_only else attention_mask
+    kept = labels > -1 if settings.kd_positions == "masked" else attention_mask
     over_logits = kept.unsqueeze(-1).expand_as(student_logits)
     student = torch.masked_select(student_logits, over_logits).view(-1, vocabulary)
     teacher = torch.masked_select(teacher_logits, over_logits).view(-1, vocabulary)
     soft_targets = nn.functional.softmax(teacher / temperature, dim=-1)
     log_student = nn.functional.log_softmax(student / temperature, dim=-1)
     divergence = nn.KLDivLoss(reduction="batchmean")(log_student, soft_targets)
-    loss = kd_weight * divergence * temperature**2
-    if mlm_weight > 0:
+    loss = settings.kd_weight * divergence * temperature**2
+    if settings.mlm_weight > 0:
         cross_entropy = nn.CrossEntropyLoss(ignore_index=-100)
-        loss = loss + mlm_weight * cross_entropy(student_logits.view(-1, vocabulary), labels.view(-1))
-    if mse_weight > 0:
-        loss = loss + mse_weight * nn.MSELoss(reduction="sum")(student, teacher) / student.size(0)
-    if cosine_weight > 0:
+        loss = loss + settings.mlm_weight * cross_entropy(
+            student_logits.view(-1, vocabulary), labels.view(-1)
+        )
+    if settings.mse_weight > 0:
+        loss = loss + settings.mse_weight * nn.MSELoss(reduction="sum")(student, teacher) / student.size(0)
+    if settings.cosine_weight > 0:
         width = student_hidden.size(-1)
         over_hidden = attention_mask.unsqueeze(-1).expand_as(student_hidden)
         student_rows = torch.masked_select(student_hidden, over_hidden).view(-1, width)
         teacher_rows = torch.masked_select(teacher_hidden, over_hidden).view(-1, width)
         same = student_rows.new_ones(student_rows.size(0))
         cosine = nn.CosineEmbeddingLoss(reduction="mean")(student_rows, teacher_rows, same)
-        loss = loss + cosine_weight * cosine
+        loss = loss + settings.cosine_weight * cosine
     return loss

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import torch
 
-if TYPE_CHECKING:
-    from train.data.masking import MaskedBatch
+from train.data.masking import MaskedBatch
 
 
 @dataclass(frozen=True)
-class Rows:
+class SelectedTokens:
     """Tokens whose logits are needed, those with a target first."""
 
     order: torch.Tensor
@@ -24,15 +22,24 @@ class Rows:
     target_weights: torch.Tensor
     """(M,) fp64 weight of each of them in the MLM mean; 0 drops it."""
 
+    def of(self, rows: slice) -> SelectedTokens:
+        """A part of the tokens."""
+        parts = (self.order, self.row_weights, self.targets, self.target_weights)
+        return SelectedTokens(*(part[rows] for part in parts))
 
-def select_rows(
+    def without_targets(self) -> SelectedTokens:
+        """For an objective without an MLM term."""
+        return replace(self, targets=self.targets[:0], target_weights=self.target_weights[:0])
+
+
+def select_tokens(
     masked: MaskedBatch,
     attention_mask: torch.Tensor | None,
     *,
     all_positions: bool,
     num_tokens: float | torch.Tensor | None = None,
     num_masked_tokens: float | torch.Tensor | None = None,
-) -> Rows:
+) -> SelectedTokens:
     """Choose all positions or the masked ones, masked first, so that the MLM part of a chunk is a slice.
 
     Args:
@@ -47,7 +54,7 @@ def select_rows(
     valid = masked.valid.flatten()
     masked_mean = mean_weights(valid, num_masked_tokens)
     if not all_positions:
-        return Rows(flat, masked_mean, masked.targets.flatten(), masked_mean)
+        return SelectedTokens(flat, masked_mean, masked.targets.flatten(), masked_mean)
     # Invalid entries go to a spare slot at the end, so that they cannot overwrite a real one.
     slot = torch.where(valid, flat, batch * length)
     targets = torch.zeros(batch * length + 1, dtype=torch.int64, device=device)
@@ -59,7 +66,7 @@ def select_rows(
     order = torch.argsort(is_masked[:-1], descending=True, stable=True)
     first = order[: flat.numel()]
     keep = keep_weights(masked.input_ids, attention_mask, num_tokens)
-    return Rows(order, keep[order], targets[first], weights[first])
+    return SelectedTokens(order, keep[order], targets[first], weights[first])
 
 
 def keep_weights(

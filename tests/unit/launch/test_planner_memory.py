@@ -22,6 +22,7 @@ from launch.planner.memory import (
     teacher_bytes,
 )
 from launch.planner.shapes import PUBLISHED, model_from_config, named_model, num_parameters, student_of
+from train.config import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.models.families import family_of
 from train.models.flops import shape_of, training_flops_per_token
@@ -99,7 +100,9 @@ def test_flops_of_a_real_step(kind: str, kd_positions: str) -> None:
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
     ):
-        loss = DistillationLoss(kd_positions=kd_positions)(student, batch, teacher(batch.input_ids)).loss
+        loss = DistillationLoss(ObjectiveConfig(kd_positions=kd_positions))(
+            student, batch, teacher(batch.input_ids)
+        ).loss
         loss.backward()
     ours = training_flops_per_token(
         shape_of(student), [shape_of(teacher_model)], length, masked, kd_positions
@@ -148,7 +151,7 @@ def test_activations_of_head_and_objective(kd_positions: str) -> None:
     teacher_model, student = make_models("bert", 64, 256)
     micro, length, masked = 4, 64, 10
     batch, teacher = make_batch(micro, length, masked), Teacher([teacher_model])
-    loss = DistillationLoss(kd_positions=kd_positions)
+    loss = DistillationLoss(ObjectiveConfig(kd_positions=kd_positions))
     measured = saved_bytes(student, batch, teacher(batch.input_ids), loss) + micro * length * 64 * 4
     shape, objective = planned(student), Objective(kd_positions, masked, mlm=True, cosine=True)
     predicted = activation_bytes(shape, micro, length, 4, 4) + head_bytes(shape, objective, micro, length, 4)
@@ -161,7 +164,7 @@ def test_what_teachers_hold(soft_targets: str, rows: int) -> None:
     models = [make_models("bert", 64, 256)[0], make_models("bert", 32)[0]]
     output = Teacher(models)(make_batch(4, 64, 10).input_ids)
     outputs = [member.last_hidden for member in output.members]
-    outputs += [decoder.features for decoder in output.rows(torch.arange(rows))]
+    outputs += [decoder.features for decoder in output.decoder_inputs(torch.arange(rows))]
     parameters = [parameter for model in models for parameter in model.parameters()]
     objective = Objective(soft_targets, 10, mlm=True, cosine=True)
     assert teacher_bytes(tuple(map(planned, models)), objective, 4, 64, 4) == {
@@ -177,7 +180,7 @@ def test_logits_chunk(kd_weight: float, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("launch.planner.memory.CPU_BUFFER_BYTES", 97 * 4 * 50)
     teacher_model, student = make_models("bert")
     batch, teacher = make_batch(4, 64, 40), Teacher([teacher_model])
-    loss = DistillationLoss(kd_weight=kd_weight)
+    loss = DistillationLoss(ObjectiveConfig(kd_weight=kd_weight))
     loss(student, batch, teacher(batch.input_ids))
     buffers = loss._workspace.tensors.values()
     objective = Objective("all" if kd_weight else "none", 40, mlm=True, cosine=True)
@@ -244,11 +247,14 @@ def main() -> None:
         print(name, "parameters of teacher and student:", sizes, [num_parameters(shape) for shape in shapes])
         math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
         with math, FlopCounterMode(display=False) as counter:
-            DistillationLoss()(student, batch, teacher(batch.input_ids)).loss.backward()
+            DistillationLoss(ObjectiveConfig())(student, batch, teacher(batch.input_ids)).loss.backward()
         objective = Objective("all", 19, mlm=True, cosine=True)
         flops = training_flops_per_token(shapes[1].shape, [shapes[0].shape], 128, 19, "all").total
         print("  MFLOPs per token:", counter.get_total_flops() / 128e6, flops / 1e6)
-        kept = saved_bytes(student, batch, teacher(batch.input_ids), DistillationLoss()) + 128 * 768 * 4
+        kept = (
+            saved_bytes(student, batch, teacher(batch.input_ids), DistillationLoss(ObjectiveConfig()))
+            + 128 * 768 * 4
+        )
         ours = activation_bytes(shapes[1], 1, 128, 4, 4) + head_bytes(shapes[1], objective, 1, 128, 4)
         print("  MB saved for the backward pass:", kept / 1e6, ours / 1e6)
 

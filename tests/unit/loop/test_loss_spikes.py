@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 
-from train.checkpointing.checkpoint import TrainState
+from train.checkpointing.state import TrainState
 from train.loop.loss_spikes import LEAST_HISTORY, SpikeDetector
 
 

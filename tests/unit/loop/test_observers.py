@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from train.checkpointing.checkpoint import TrainState
+from train.checkpointing.state import TrainState
 from train.errors import NonFiniteError
 from train.loop.observers import Overflows
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import train.models.build
 from data_prep.shard_format.manifest import Manifest
 from train.build import heldout_scoring
 from train.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from train.loop.trainer import DistillationModule
-from train.models.build import build_objective, build_student, build_teacher, needs_teacher, teacher_config
+from train.models.build import build_student, build_teacher, open_teachers, teacher_config
 from train.models.students import make_student
 from train.models.teacher import load_teacher
+from train.objective.build import build_objective
 
 PLAIN_MLM = ObjectiveConfig(kd_weight=0.0, cosine_weight=0.0)
 
@@ -59,7 +60,7 @@ def test_what_the_engine_trains_and_saves_holds_no_teacher(teacher_folder: str, 
     )
     teacher = load_teacher(teacher_folder)
     student = make_student(teacher.models[0])
-    module = DistillationModule(student, build_objective(config, student, teacher))
+    module = DistillationModule(student, build_objective(config.objective, student, teacher))
     added = set(module.state_dict()) - {f"student.{name}" for name in student.state_dict()}
     assert all(name.startswith("objective.projection") for name in added)
     assert bool(added) == projection
@@ -88,9 +89,6 @@ def test_impossible_models_are_refused(shards_folder: str, settings: dict[str, A
         build_student(scratch(**settings), Manifest.load(shards_folder))
 
 
-CPU: Any = SimpleNamespace(device=torch.device("cpu"))
-
-
 def taught(teacher_folder: str, sequence_length: int = 16, **objective: Any) -> Config:
     model = ModelConfig(
         teacher=[teacher_folder, teacher_folder],
@@ -105,21 +103,21 @@ def taught(teacher_folder: str, sequence_length: int = 16, **objective: Any) -> 
 
 def test_teachers_and_objective_follow_the_configuration(teacher_folder: str, shards_folder: str) -> None:
     config = taught(teacher_folder, projection=True, layer_cosine_weight=1.0, layer_pairs=[(1, 4)])
-    teacher, student = build_teacher(config, CPU), build_student(config, Manifest.load(shards_folder))
+    teacher, student = build_teacher(config, "cpu"), build_student(config, Manifest.load(shards_folder))
     assert teacher.shares == (0.25, 0.75)
     assert teacher.output_hidden_states
-    objective = build_objective(config, student, teacher)
-    assert objective.projection_widths == [(16, 32), (16, 32)]
-    assert not build_teacher(taught(teacher_folder), CPU).output_hidden_states
+    objective = build_objective(config.objective, student, teacher)
+    assert [each.weight.shape for each in objective.projections] == [(32, 16), (32, 16)]
+    assert not build_teacher(taught(teacher_folder), "cpu").output_hidden_states
 
 
 def test_what_the_models_cannot_do_is_refused_by_name(teacher_folder: str, shards_folder: str) -> None:
     with pytest.raises(ValueError, match=r"data.sequence_length=65: teacher .* has positions for 64"):
-        build_teacher(taught(teacher_folder, sequence_length=65), CPU)
+        build_teacher(taught(teacher_folder, sequence_length=65), "cpu")
     config = taught(teacher_folder)
     student = build_student(config, Manifest.load(shards_folder))
     with pytest.raises(ValueError, match=r"16 wide.*objective.projection=true"):
-        build_objective(config, student, build_teacher(config, CPU))
+        build_objective(config.objective, student, build_teacher(config, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -132,4 +130,26 @@ def test_what_the_models_cannot_do_is_refused_by_name(teacher_folder: str, shard
     ],
 )
 def test_a_teacher_is_needed_where_a_term_reads_it(weights: dict[str, float], needed: bool) -> None:
-    assert needs_teacher(Config(objective=ObjectiveConfig(**weights))) == needed
+    assert ObjectiveConfig(**weights).needs_teacher == needed
+
+
+def test_a_teacher_is_read_once(
+    teacher_folder: str, shards_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vocabulary check, the running teacher, its fp32 original and the student come of one reading each."""
+    read: list[str] = []
+    for name in ("teacher_config", "folder_fingerprint", "load_masked_lm"):
+        original = getattr(train.models.build, name)
+        monkeypatch.setattr(
+            train.models.build,
+            name,
+            lambda *args, name=name, original=original: read.append(name) or original(*args),
+        )
+    config, manifest = taught(teacher_folder, projection=True), Manifest.load(shards_folder)
+    config = replace(config, model=replace(config.model, teacher=teacher_folder, teacher_weights=None))
+    folders = open_teachers(config, manifest.tokenizer)
+    assert read == ["teacher_config", "folder_fingerprint"]
+    teacher = build_teacher(config, "cpu", folders)
+    build_student(config, manifest, folders)
+    assert teacher.models[0] is folders[0].model
+    assert sorted(read) == ["folder_fingerprint", "load_masked_lm", "teacher_config"]

@@ -1,0 +1,37 @@
+"""What a run remembers between two starts, beside the engine's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LossWindow:
+    """Losses added up since the last logged row, on all ranks."""
+
+    sums: Mapping[str, list[float]] = field(default_factory=dict)
+    """Name of a loss term -> its sum over micro batches, one per rank (fp32 values)."""
+
+    micro_batches: int = 0
+    """Micro batches in each of these sums."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Order, masks, learning rate and dropout are functions of the step."""
+
+    step: int = 0
+    """Optimizer steps done."""
+
+    losses: LossWindow = field(default_factory=LossWindow)
+    """Filled in when the state is saved."""
+
+    loss_history: tuple[float, ...] = ()
+    """Losses of the steps before, for train/loop/loss_spikes.py; filled in when the state is saved."""
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> TrainState:
+        """The inverse of dataclasses.asdict."""
+        return cls(saved["step"], LossWindow(**saved.get("losses", {})), tuple(saved.get("loss_history", ())))

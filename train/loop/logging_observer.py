@@ -1,0 +1,137 @@
+"""The rows of metrics.jsonl: loss, speed and optimizer figures every few steps, and loss spikes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from train.checkpointing.state import TrainState
+from train.config import Config
+from train.errors import NonFiniteError
+from train.loop.loss_spikes import Spike, SpikeDetector
+from train.loop.metrics import Events
+from train.loop.observers import NON_FINITE_REMEDY
+from train.loop.trainer import Trainer
+
+# Sections of the clock that are left out of a step's throughput.
+BESIDE_TRAINING = ("evaluation", "checkpoint")
+
+
+@dataclass(frozen=True)
+class ComputeCost:
+    """For the utilisation (mfu) of a row."""
+
+    flops_per_token: Mapping[int, float]
+    """Model FLOPs of teacher and student, by sequence length (train/models/flops.py)."""
+    matrix_rate: float
+    """FLOP/s that one rank reaches in a matrix product."""
+
+
+class Logging:
+    """Logs every config.run.log_every_steps steps and after the last; judges the loss of every step.
+
+    Args:
+        state: that training starts from.
+    """
+
+    def __init__(
+        self, trainer: Trainer, events: Events, config: Config, cost: ComputeCost, state: TrainState
+    ) -> None:
+        self.trainer, self.events, self.cost = trainer, events, cost
+        self.every_steps = config.run.log_every_steps
+        self.term_weights = config.objective.term_weights()
+        self.spikes = SpikeDetector(config.run.spike_deviations, state.loss_history)
+        self._since_step, self._since_s = state.step, time.perf_counter()
+
+    def after_step(self, state: TrainState) -> None:
+        """Log, if this is a logging step."""
+        if state.step % self.every_steps and state.step != self.trainer.total_steps:
+            return
+        row = {**self._progress(state), **self._losses(), **self._optimizer(), **self._speed(state)}
+        lamb = self.trainer.engine.optimizer.optimizer
+        self.events.row(state.step, row, {"trust_ratios": lamb.trust_ratios[lamb.adapted]})
+        if not math.isfinite(row["loss"]) and not self.trainer.engine.fp16_enabled():
+            raise NonFiniteError(
+                f"the loss is {row['loss']} at step {state.step} or shortly before. {NON_FINITE_REMEDY}"
+            )
+
+    def _progress(self, state: TrainState) -> dict[str, float]:
+        data = self.trainer.data
+        return {
+            "epoch": round(data.epochs_before(state.step), 6),
+            "tokens": data.tokens_before(state.step),
+        }
+
+    def _losses(self) -> dict[str, float]:
+        """Mean terms since the last row, and how much of the loss each weighted term makes up."""
+        terms, steps, means = self.trainer.losses.take()
+        dist.all_reduce(means)
+        values = (means / dist.get_world_size()).tolist()
+        losses = dict(zip(terms, values, strict=False))
+        for step, loss in zip(steps, values[len(terms) :], strict=True):
+            if (spike := self.spikes.look(step, loss)) is not None:
+                self._record(spike)
+        shares = {
+            name.replace("loss", "share"): weight * losses[name] / losses["loss"]
+            for name, weight in self.term_weights.items()
+            if name in losses and losses["loss"]
+        }
+        return {**losses, **shares}
+
+    def _record(self, spike: Spike) -> None:
+        """Leave a spike with its sequences in spikes.jsonl, and say where it is."""
+        figures = spike._asdict()
+        step = figures.pop("step")
+        window_ids = self.trainer.data.window_ids(step).tolist()
+        self.events.record("spikes", step + 1, {"batch_of_step": step, **figures, "window_ids": window_ids})
+        self.events.say(
+            f"loss spike: {spike.loss:.4g} in step {step + 1}, {spike.median:.4g} before; its sequences stand in "
+            f"spikes.jsonl, see them with launch/inspect_batch.py --config RUN/config.yaml --step {step}"
+        )
+
+    def _optimizer(self) -> dict[str, float]:
+        engine = self.trainer.engine
+        lamb = engine.optimizer.optimizer
+        ratios = lamb.trust_ratios[lamb.adapted].float()
+        low, middle, high = torch.stack([ratios.min(), ratios.median(), ratios.max()]).tolist()
+        norm = engine.get_global_grad_norm()
+        return {
+            "lr": lamb.param_groups[0]["lr"],
+            "grad_norm": float("nan") if norm is None else float(norm),
+            "loss_scale": float(getattr(engine.optimizer, "loss_scale", 1.0)),
+            "skipped_steps": engine.skipped_steps,
+            "trust_ratio_min": low,
+            "trust_ratio_median": middle,
+            "trust_ratio_max": high,
+        }
+
+    def _speed(self, state: TrainState) -> dict[str, float]:
+        """Per step and per second since the last row, or since the start."""
+        now, steps = time.perf_counter(), state.step - self._since_step
+        spent = self.trainer.clock.read()
+        beside_training = sum(spent.pop(name, 0.0) for name in BESIDE_TRAINING)
+        data = self.trainer.data
+        tokens = data.tokens_before(state.step) - data.tokens_before(self._since_step)
+        tokens_per_s = tokens / (now - self._since_s - beside_training)
+        flops_per_token = self.cost.flops_per_token[data.phase_of(state.step - 1).sequence_length]
+        self._since_step, self._since_s = state.step, now
+        return {
+            "tokens_per_s": tokens_per_s,
+            "mfu": tokens_per_s * flops_per_token / (self.cost.matrix_rate * dist.get_world_size()),
+            **{f"time_{name}": seconds / steps for name, seconds in spent.items()},
+            "memory_gib": _memory_gib(self.trainer.engine.device),
+        }
+
+
+def _memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank: allocated on its GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,59 @@
+"""The objective of a recipe for its student and teacher; refused where it cannot compare them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from train.config import ObjectiveConfig
+from train.errors import UserError
+from train.models.families import family_of
+from train.models.teacher import Teacher
+from train.objective.distillation import DistillationLoss
+
+
+def build_objective(
+    settings: ObjectiveConfig, student: PreTrainedModel, teacher: Teacher | None, seed: int = 0
+) -> DistillationLoss:
+    """The objective, with a projection to each teacher's width where the recipe asks for one.
+
+    Args:
+        teacher: None where no term needs one.
+        seed: of the projection's first weights.
+    Raises:
+        UserError: vocabularies or widths that differ, pairs of layers that do not exist.
+    """
+    if not settings.needs_teacher:
+        return DistillationLoss(settings)
+    assert teacher is not None
+    family = family_of(student)
+    vocabulary = family.decoder(student)[0].shape[0]
+    if settings.needs_teacher_logits and vocabulary != teacher.vocab_size:
+        raise UserError(
+            f"the student has a vocabulary of {vocabulary} tokens, the teacher {teacher.names[0]} one of "
+            f"{teacher.vocab_size}; soft targets need the same"
+        )
+    _check_layer_pairs(settings, family.num_layers(student), teacher)
+    widths = [(family.width(student), width) for width in teacher.widths]
+    if settings.projection:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return DistillationLoss(settings, widths)
+    for name, (own, theirs) in zip(teacher.names, widths, strict=True):
+        if settings.needs_hidden and own != theirs:
+            raise UserError(
+                f"the student's hidden states are {own} wide, those of teacher {name} {theirs}: their cosine "
+                "needs a learned projection (objective.projection=true), or set objective.cosine_weight=0"
+            )
+    return DistillationLoss(settings)
+
+
+def _check_layer_pairs(settings: ObjectiveConfig, student_layers: int, teacher: Teacher) -> None:
+    assert teacher.output_hidden_states or not settings.layer_pairs
+    teacher_layers = min(teacher.num_layers)
+    for own, theirs in settings.layer_pairs:
+        if not (0 <= own <= student_layers and 0 <= theirs <= teacher_layers):
+            raise UserError(
+                f"objective.layer_pairs names ({own}, {theirs}); the student has layers 0 to {student_layers}, the "
+                f"teacher 0 to {teacher_layers} (0: embeddings)"
+            )
