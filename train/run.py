@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,15 @@ from train.checkpointing.resume import agree_on_checkpoint, load_checkpoint, nee
 from train.config import Config
 from train.distributed.consistency import (
     as_on_first_rank,
+    check_same_on_all_ranks,
     manifest_digest,
     on_first_rank,
-    refuse_differences,
     start_up_facts,
 )
 from train.distributed.heartbeat import Heartbeat
 from train.distributed.launcher_watch import LauncherWatch
 from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
 from train.distributed.world import World, join_world
-from train.errors import LostRankError
 from train.export.hugging_face import description_folder, export_checkpoint, save_student_description
 from train.loop.communication import timed_collectives
 from train.loop.loss_spikes import SpikeDetector
@@ -71,31 +70,28 @@ def run(config: Config) -> int:
     refuse_changes(run_dir, [] if may_change else changes)
     world = join_world(config.deepspeed.log_level)
     start_up.ended("joining_ranks")
-    inputs: dict[str, Any] = {
-        "data.shards": manifest_digest(config.data.shards),
-        "deepspeed.config": engine_template(config, world),
-    }
-    changes += changed_inputs(run_dir, inputs)
-    refuse_changes(run_dir, [] if may_change else changes)
     clock = Clock(world.device)
-    heartbeat = Heartbeat(
-        world,
-        clock.where,
-        lost_rank_timeout_s=config.run.lost_rank_timeout_s,
-        hang_timeout_s=config.run.hang_timeout_s,
-        folder=run_dir,
-    )
     with (
+        Heartbeat(
+            world,
+            clock.where,
+            lost_rank_timeout_s=config.run.lost_rank_timeout_s,
+            hang_timeout_s=config.run.hang_timeout_s,
+        ),
         StopRequest() as stop,
         LauncherWatch(stop),
         ExitStack() as opened,
-        heartbeat,
-        _lost_ranks_told(heartbeat),
     ):
+        inputs: dict[str, Any] = {
+            "data.shards": manifest_digest(config.data.shards),
+            "deepspeed.config": engine_template(config, world),
+        }
+        changes += changed_inputs(run_dir, inputs)
+        refuse_changes(run_dir, [] if may_change else changes)
         on_first_rank(world, lambda: stop.when_asked(opened.enter_context(hold(run_dir))))
         say = print_on_first(world)
         checkpoint = agree_on_checkpoint(run_dir / "checkpoints", say)
-        refuse_differences(start_up_facts(config, inputs["data.shards"]), world)
+        check_same_on_all_ranks(start_up_facts(config, inputs["data.shards"]), world)
         config = _with_micro_batch_size(config, world, inputs["deepspeed.config"], say)
         universal = needs_conversion(checkpoint, world.world_size)
         parts = assemble(config, world, clock, start_up, load_universal=universal)
@@ -139,17 +135,6 @@ def _open_run(config: Config, parts: Parts, inputs: Mapping[str, Any], state: Tr
     write_configs(run_dir, config, parts.engine_config, inputs)
     save_student_description(run_dir, parts.student, parts.tokenizer_source)
     return RunEvents(run_dir, run_dir.name, state.step, parts.trainer.schedule["total_steps"])
-
-
-@contextmanager
-def _lost_ranks_told(heartbeat: Heartbeat) -> Iterator[None]:
-    """Turn the error of a collective whose other end is gone into one plain message that names it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not _is_from_a_collective(error):
-            raise
-        raise LostRankError(heartbeat.lost_rank(str(error).splitlines()[0])) from None
 
 
 def _train(
@@ -254,12 +239,6 @@ def summarise(config: Config, parts: Parts, run_dir: Path) -> dict[str, Any]:
     if parts.teacher is not None:
         figures["parameters"]["teacher"] = sum(count_parameters(model) for model in parts.teacher.models)
     return json.loads(json.dumps(figures))
-
-
-def _is_from_a_collective(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(
-        word in str(error) for word in ("gloo", "NCCL", "Connection")
-    )
 
 
 def print_on_first(world: World) -> Callable[[str], None]:
