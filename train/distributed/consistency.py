@@ -20,10 +20,10 @@ Result = TypeVar("Result")
 
 
 def manifest_digest(shards: str) -> str:
-    """Digest of the shards' manifest; "unreadable" where there is none, of which assembling says more."""
+    """Digest of the shards' manifest; "unreadable" where there is none, of which the build says more."""
     try:
         return Manifest.load(shards).digest()
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return "unreadable"
 
 
