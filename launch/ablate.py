@@ -32,10 +32,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch.ablation.job import Job, StoppedError, finetune_all, reason_of, train
-from launch.cli import BAD_USAGE, parse_config, run_main
+from launch.cli import parse_config, run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words
 from train.distributed.signals import STOPPED_AFTER_SAVING
-from train.errors import UserError
+from train.errors import BAD_USAGE, UserError
 
 FINETUNE = "--finetune."
 FINETUNING_SEEDS = 5

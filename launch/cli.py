@@ -1,8 +1,8 @@
 """What every entry point shares: the command line, and how errors reach the user.
 
 Exit codes: 0 done; 2 bad usage, configuration or input; 75 stopped by a signal after saving, run again to
-continue; 141 nobody reads the output any more (`| head`); 1 anything else. Under a launcher every rank meets the same
-error: rank 0 alone prints it.
+continue; 141 nobody reads the output any more (`| head`); 1 anything else. What the user can mend is one line; every
+other error keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,20 +12,30 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jsonargparse
 
-from launch.error_messages import tell
 from train.config import Config
-from train.distributed.discovery import probable_rank
+from train.distributed.discovery import discover_ranks, probable_rank
 from train.environment_file import load_environment_file
-from train.errors import RunError, UserError
+from train.errors import (
+    BAD_PATHS,
+    DISK_ERRORS,
+    RankError,
+    ReportedElsewhereError,
+    RunError,
+    UserError,
+    exit_code,
+)
 
-BAD_USAGE = 2
-BAD_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 PROFILE_STEPS = 3
+SECONDS_FOR_RANK_0 = 10.0
+"""Within these it has met and printed an error of the command line too."""
+SECONDS_TO_PRINT = 1.0
+"""A launcher may end the rank that is about to print as soon as another one has ended."""
 
 # Attribute docstrings under each field become the help text of its flag.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -66,21 +76,27 @@ def parse_config(arguments: Sequence[str], description: str) -> Config:
     return config
 
 
-def run_main(main: Callable[[Sequence[str]], int]) -> None:
-    """Call `main` with the command line and exit with its code; turn users' errors into one plain message."""
+def run_main(main: Callable[[Sequence[str]], int], one_job: bool = False) -> None:
+    """Call `main` with the command line and exit with its code; turn users' errors into one plain message.
+
+    Args:
+        one_job: under a launcher all ranks get the same command line, and train together.
+    """
     try:
-        load_environment_file()
-        # torch reads it when it is imported: a name server without the hosts' names would cost a line per connection.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        _load_environment()
         code = main(sys.argv[1:])
-    except (UserError, OSError, RunError) as error:
-        if os.environ.get("HALFLING_TRACEBACK"):
-            raise
+    except ReportedElsewhereError as silent:
+        time.sleep(SECONDS_TO_PRINT)
+        code = exit_code(silent.__cause__)
+    except (UserError, RunError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _reader_has_left():
             code = 128 + signal.SIGPIPE
+        elif os.environ.get("HALFLING_TRACEBACK") or not _is_plain(error):
+            raise
         else:
-            tell(f"error: {error}", os.environ, others_know=isinstance(error, RunError) and error.others_know)
-            code = BAD_USAGE if isinstance(error, (UserError, *BAD_PATHS)) else 1
+            if not (one_job and _is_left_to_rank_0(error)):
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            code = exit_code(error)
     except SystemExit as ended:  # argparse's, after --help or bad usage
         if isinstance(ended.code, str):
             raise
@@ -96,6 +112,47 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
     sys.exit(code)
 
 
+def _load_environment() -> None:
+    try:
+        load_environment_file()
+    except UserError as error:  # each host may have its own
+        raise RankError(str(error)) from None
+    # torch reads it when it is imported: a name server without the hosts' names would cost a line per connection.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def _is_plain(error: Exception) -> bool:
+    """Whether its text alone is enough; of OSErrors, those about a path or a full disk."""
+    if not isinstance(error, OSError):
+        return True
+    return isinstance(error, BAD_PATHS) or error.filename is not None or error.errno in DISK_ERRORS
+
+
+def _is_left_to_rank_0(error: Exception) -> bool:
+    """Whether rank 0 prints the same. Before the ranks join, all judge the same command line and run folder.
+
+    The launchers of DeepSpeed and torchrun end all ranks of a host with the first that ends, mpirun those of all hosts:
+    there another rank waits for its end, and prints where it goes on, since rank 0 is then without the error.
+    """
+    if not isinstance(error, UserError) or isinstance(error, RankError) or _have_joined():
+        return False
+    try:
+        ranks = discover_ranks(os.environ)
+    except UserError:
+        return False
+    if ranks.rank == 0 or ranks.launcher in ("srun", "environment"):
+        return ranks.rank != 0
+    time.sleep(SECONDS_FOR_RANK_0)
+    on_host_of_rank_0 = ranks.rank == ranks.local_rank
+    return ranks.launcher != "mpirun" and not on_host_of_rank_0
+
+
+def _have_joined() -> bool:
+    """Whether there is a process group, in which train/distributed/heartbeat.py decides who prints."""
+    distributed = sys.modules.get("torch.distributed")  # an import would take seconds
+    return distributed is not None and distributed.is_initialized()
+
+
 def _reader_has_left() -> bool:
     """Is the standard output a pipe that nobody reads any more?"""
     if sys.stdout is None:
@@ -105,4 +162,4 @@ def _reader_has_left() -> bool:
         poll.register(sys.stdout.fileno(), 0)
     except OSError:  # no file, as where a test captures it
         return False
-    return bool(poll.poll(0))  # no event is waited for: only an error or a hang-up is told
+    return bool(poll.poll(0))  # no event is waited for: only an error or a hang-up is reported

@@ -34,4 +34,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, one_job=True)

@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data_prep.shard_format.files import write_json
-from launch.cli import BAD_USAGE, run_main
+from launch.cli import run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words, run_stage
-from train.errors import UserError
+from train.errors import BAD_USAGE, UserError
 from train.run_folder import hold
 
 VOCABULARY = 8000

@@ -1,9 +1,14 @@
-"""Errors that end a run with one plain message and exit code 1: not the user's input, but what happened. And how the
-errors of libraries are told."""
+"""What ends a command, by who can mend it. launch/cli.py turns it into one line and an exit code."""
 
 from __future__ import annotations
 
+import errno
+
 from data_prep.shard_format.errors import UserError as UserError
+
+BAD_USAGE = 2
+BAD_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def one_line(error: BaseException, longest: int = 300) -> str:
@@ -11,11 +16,17 @@ def one_line(error: BaseException, longest: int = 300) -> str:
     return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
-class RunError(Exception):
-    """Something that ended a run; its text says what, and what to do."""
+def exit_code(error: BaseException | None) -> int:
+    """2 where the user's input or paths are at fault, 1 for anything else."""
+    return BAD_USAGE if isinstance(error, (UserError, *BAD_PATHS)) else 1
 
-    others_know = False
-    """Whether rank 0 alone meets it and has let the others know (train/distributed/heartbeat.py)"""
+
+class RankError(UserError):
+    """The fault of one rank's host or launcher: its variables, GPUs, network. The others may be without it."""
+
+
+class RunError(Exception):
+    """Something that ended a run; its text says what, and what to do. Exit code 1."""
 
 
 class NonFiniteError(RunError):
@@ -26,11 +37,13 @@ class CheckpointNotWrittenError(RunError):
     """A rank could not write its part (a full disk, say). The checkpoints before are intact."""
 
 
-class NotMetError(RunError):
-    """A rank did not come, cannot be reached, or was lost before the hearts beat (train/distributed/heartbeat.py)."""
+class RendezvousError(RunError):
+    """A rank did not come, cannot be reached, or was lost before training began."""
 
 
 class LostRankError(RunError):
-    """A collective failed because another rank is gone."""
+    """A collective failed, mostly because another rank is gone."""
 
-    others_know = True
+
+class ReportedElsewhereError(Exception):
+    """Another rank reports; this one ends without a word, with the exit code of the error that this is raised from."""

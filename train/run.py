@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,16 @@ from train.checkpointing.checkpoint import Checkpointer, Retention, newest_check
 from train.checkpointing.resume import choose_checkpoint, load_checkpoint, needs_conversion
 from train.checkpointing.state import TrainState
 from train.config import Config
-from train.distributed.consistency import as_on_first_rank, on_first_rank, refuse_differences, start_up_facts
+from train.distributed.consistency import (
+    as_on_first_rank,
+    check_same_on_all_ranks,
+    on_first_rank,
+    start_up_facts,
+)
 from train.distributed.heartbeat import Heartbeat
 from train.distributed.launcher_watch import LauncherWatch
 from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
 from train.distributed.world import join_world
-from train.errors import LostRankError
 from train.export.hugging_face import description_folder, export_checkpoint, save_student_description
 from train.loop.checkpoint_observer import Checkpointing, StoppedAfterSavingError
 from train.loop.logging_observer import Logging
@@ -59,28 +62,25 @@ def run(config: Config) -> int:
     refuse_changes(config, changes)
     world = join_world(config.deepspeed.log_level)
     startup.ended("joining_ranks")
-    inputs = read_inputs(config, world.device)
-    changes += changed_inputs(run_dir, inputs.as_record())
-    refuse_changes(config, changes)
     clock = Clock(world.device)
-    heartbeat = Heartbeat(
-        world,
-        clock.where,
-        lost_rank_timeout_s=config.run.lost_rank_timeout_s,
-        hang_timeout_s=config.run.hang_timeout_s,
-        folder=run_dir,
-    )
     with (
+        Heartbeat(
+            world,
+            clock.where,
+            lost_rank_timeout_s=config.run.lost_rank_timeout_s,
+            hang_timeout_s=config.run.hang_timeout_s,
+        ),
         StopRequest() as stop,
         LauncherWatch(stop),
         ExitStack() as opened,
-        heartbeat,
-        _lost_ranks_told(heartbeat),
     ):
+        inputs = read_inputs(config, world.device)
+        changes += changed_inputs(run_dir, inputs.as_record())
+        refuse_changes(config, changes)
         on_first_rank(world, lambda: stop.when_asked(opened.enter_context(hold(run_dir))))
         say = functools.partial(print, flush=True) if world.is_first else lambda message: None
         checkpoint = choose_checkpoint(run_dir / "checkpoints", say)
-        refuse_differences(start_up_facts(config, inputs.digest), world)
+        check_same_on_all_ranks(start_up_facts(config, inputs.digest), world)
         universal = needs_conversion(checkpoint, world.world_size)
         parts = assemble(config, inputs, world, clock=clock, startup=startup, load_universal=universal)
         if config.training.micro_batch_size == "auto":
@@ -114,17 +114,6 @@ def _open_run(parts: Parts, inputs: Inputs, state: TrainState) -> Events:
     write_configs(run_dir, parts.config, parts.engine_config, inputs.as_record())
     save_student_description(run_dir, parts.student, parts.tokenizer_source)
     return RunEvents(run_dir, run_dir.name, state.step, parts.trainer.total_steps)
-
-
-@contextmanager
-def _lost_ranks_told(heartbeat: Heartbeat) -> Iterator[None]:
-    """Turn the error of a collective whose other end is gone into one plain message that names it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not _is_from_a_collective(error):
-            raise
-        raise LostRankError(heartbeat.lost_rank(str(error).splitlines()[0])) from None
 
 
 def _train(
@@ -197,9 +186,3 @@ def summarise(parts: Parts, run_dir: Path) -> dict[str, Any]:
     if parts.teacher is not None:
         figures["parameters"]["teacher"] = sum(count_parameters(model) for model in parts.teacher.models)
     return json.loads(json.dumps(figures))
-
-
-def _is_from_a_collective(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(
-        word in str(error) for word in ("gloo", "NCCL", "Connection")
-    )

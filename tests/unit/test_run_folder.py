@@ -21,9 +21,7 @@ from tests.paths import ROOT
 from train.checkpointing.checkpoint import _complete, _remove, newest_checkpoint
 from train.checkpointing.state import TrainState
 from train.config import CheckpointConfig, Config, OptimizerConfig, RunConfig
-from train.distributed.consistency import on_first_rank
 from train.distributed.signals import StopRequest
-from train.distributed.world import World
 from train.loop.metrics import RunEvents, board_tag, read_rows
 from train.loop.profiling import profiling
 from train.run_folder import changed_config, changed_inputs, hold, refuse_changes, write_configs
@@ -261,19 +259,6 @@ def test_a_job_that_stops_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFi
     stopping()  # too late to matter
     with hold(tmp_path, wait_s=0.1, wait_if_not_stopping_s=0.1):
         pass
-
-
-def test_a_fault_on_the_first_rank_is_a_users_or_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda values: None)
-    world = World(rank=0, local_rank=0, world_size=1, local_size=1, device="cpu")
-
-    def fail(number: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    with pytest.raises(OSError, match="No space left"):  # exit code 1
-        on_first_rank(world, lambda: fail(errno.ENOSPC))
-    with pytest.raises(ValueError, match="Permission denied"):  # exit code 2
-        on_first_rank(world, lambda: fail(errno.EACCES))
 
 
 def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path: Path) -> None:

@@ -13,17 +13,17 @@ import torch.distributed as dist
 from data_prep.shard_format.manifest import Manifest
 from train.config import Config
 from train.distributed.world import World
-from train.errors import UserError
+from train.errors import BAD_USAGE, ReportedElsewhereError, RunError, UserError, exit_code
 from train.run_folder import flatten, provenance
 
 Result = TypeVar("Result")
 
 
 def manifest_digest(shards: str) -> str:
-    """Digest of the shards' manifest; "unreadable" where there is none, of which assembling says more."""
+    """Digest of the shards' manifest; "unreadable" where there is none, of which the build says more."""
     try:
         return Manifest.load(shards).digest()
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return "unreadable"
 
 
@@ -40,7 +40,7 @@ def start_up_facts(config: Config, shards_digest: str) -> dict[str, str]:
     }
 
 
-def refuse_differences(facts: dict[str, str], world: World) -> None:
+def check_same_on_all_ranks(facts: dict[str, str], world: World) -> None:
     """UserError on every rank where a fact differs from rank 0's; names facts, ranks and hosts."""
     gathered: list[Any] = [None] * world.world_size
     dist.all_gather_object(gathered, {"host": platform.node(), "facts": facts})
@@ -60,22 +60,24 @@ def refuse_differences(facts: dict[str, str], world: World) -> None:
 
 
 def on_first_rank(world: World, action: Callable[[], Result]) -> Result | None:
-    """Do something on rank 0 alone; a user's error there is raised on every rank, so that none is left waiting.
+    """Do something on rank 0 alone; None elsewhere.
 
     Raises:
-        OSError: the machine is at fault (a full disk). ValueError: everything else.
+        What `action` raises on rank 0; ReportedElsewhereError on the others, so that none is left waiting.
     """
-    result: Result | None = None
-    fault: list[ValueError | OSError | None] = [None]
-    if world.is_first:
-        try:
-            result = action()
-        except (ValueError, OSError) as error:
-            # An OSError of no class of its own is no wrong path: full disk, too many files, faulty device.
-            fault = [OSError(str(error)) if type(error) is OSError else ValueError(str(error))]
-    dist.broadcast_object_list(fault)
-    if fault[0] is not None:
-        raise fault[0]
+    if not world.is_first:
+        failure = as_on_first_rank(None)
+        if failure is not None:
+            raise ReportedElsewhereError from failure
+        return None
+    try:
+        result = action()
+    except Exception as error:
+        # Not the error itself: those of libraries cannot all be pickled.
+        of_user = exit_code(error) == BAD_USAGE
+        as_on_first_rank(UserError(str(error)) if of_user else RunError(str(error)))
+        raise
+    as_on_first_rank(None)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Which rank this process is and where the ranks meet, from the variables that launchers set.
+"""Which rank this process is and where their rendezvous is, from the variables that launchers set.
 
     deepspeed, torchrun     RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
     srun                    SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS; the first host of the step's list; a
@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from train.errors import UserError
+from train.errors import RankError
 
 ADVICE = (
     "start with `deepspeed launch/pretrain.py`, `srun python ...` or `mpirun python ...` (docs/CLUSTER.md)"
@@ -68,7 +68,7 @@ def discover_ranks(environment: Mapping[str, str]) -> Ranks:
     does mpirun in a batch job. RANK, LOCAL_RANK and WORLD_SIZE set by hand beside srun or mpirun must say the same.
 
     Raises:
-        UserError: variables are missing, no numbers, or contradict each other.
+        RankError: variables are missing, no numbers, or contradict each other.
     """
     marked = _marked_launcher(environment)
     source = _source(environment, marked)
@@ -78,7 +78,7 @@ def discover_ranks(environment: Mapping[str, str]) -> Ranks:
     missing = [name for name in source.names if name not in environment]
     if missing:
         given = {name: environment[name] for name in source.names if name in environment}
-        raise UserError(f"the launcher set {given} but not {', '.join(missing)}: {ADVICE}")
+        raise RankError(f"the launcher set {given} but not {', '.join(missing)}: {ADVICE}")
     rank, local_rank, world_size = (_number(environment, name) for name in source.names)
     local_size = _local_size(environment, source, world_size)
     # A local rank may lie above the rank: mpirun may deal the ranks out to a host in any order.
@@ -86,7 +86,7 @@ def discover_ranks(environment: Mapping[str, str]) -> Ranks:
         names = [name for name in (*source.names, *source.local_size) if name in environment]
         given = {name: environment[name] for name in names}
         needed = f"0 <= {source.rank} < {source.world_size} and 0 <= {source.local_rank} < {local_size}"
-        raise UserError(
+        raise RankError(
             f"{given}: needs {needed}, the ranks of this host, <= {source.world_size}; unset what an earlier job left"
         )
     if source is not _TORCH:
@@ -95,7 +95,7 @@ def discover_ranks(environment: Mapping[str, str]) -> Ranks:
 
 
 def probable_rank(environment: Mapping[str, str]) -> int:
-    """The rank as far as it can be told without complaint; 0 where it cannot: somebody must print the error."""
+    """The rank as far as it is known; 0 where the variables are wrong: somebody must print the error."""
     source = _source(environment, _marked_launcher(environment))
     value = environment.get(source.rank, "") if source else ""
     return int(value) if value.isdecimal() else 0
@@ -105,11 +105,11 @@ def slurm_rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
     """Host of rank 0 and a port, the same on every rank of a job step and another for the next step.
 
     Raises:
-        UserError: Slurm did not say which hosts or which job.
+        RankError: Slurm did not say which hosts or which job.
     """
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if not nodes or "SLURM_JOB_ID" not in environment:
-        raise UserError(
+        raise RankError(
             f"SLURM_PROCID is set but not SLURM_JOB_NODELIST and SLURM_JOB_ID, which say where rank 0 is: {ADVICE}"
         )
     job = _number(environment, "SLURM_JOB_ID")
@@ -144,7 +144,7 @@ def _source(environment: Mapping[str, str], marked: str | None) -> _Source | Non
 
 def _refuse_batch_script_without_srun(environment: Mapping[str, str]) -> None:
     if _number({"SLURM_NTASKS": "1", **environment}, "SLURM_NTASKS") > 1:
-        raise UserError(
+        raise RankError(
             f"this Slurm job has SLURM_NTASKS={environment['SLURM_NTASKS']} tasks, but this process was not started by "
             "srun and would train alone: `srun python launch/pretrain.py`, or `unset SLURM_NTASKS` to mean it"
         )
@@ -153,7 +153,7 @@ def _refuse_batch_script_without_srun(environment: Mapping[str, str]) -> None:
 def _refuse_contradictions(environment: Mapping[str, str], source: _Source) -> None:
     for name, other in zip(_TORCH.names, source.names, strict=True):
         if name in environment and _number(environment, name) != _number(environment, other):
-            raise UserError(
+            raise RankError(
                 f"{name}={environment[name]} but {other}={environment[other]}: two launchers contradict each other; "
                 f"unset {name} if an earlier job or the job script left it, or start with one launcher"
             )
@@ -163,7 +163,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     try:
         return int(environment[name])
     except ValueError:
-        raise UserError(f"{name}={environment[name]!r} is no whole number: {ADVICE}") from None
+        raise RankError(f"{name}={environment[name]!r} is no whole number: {ADVICE}") from None
 
 
 def _local_size(environment: Mapping[str, str], source: _Source, world_size: int) -> int:

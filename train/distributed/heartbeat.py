@@ -1,13 +1,12 @@
-"""A rank that dies or hangs takes the job down, with one message that names it.
+"""A rank that dies or hangs ends the job within a stated time, with a line that names it.
 
-Every rank's heartbeat thread writes a counter and where its main thread is into the job's TCP store once a
-second. Rank 0 watches: a rank whose counter stands still is lost (killed, frozen, cut off); one whose main
-thread stays in the same place while its heart beats is stuck. Without this, the others would wait in a
+Every rank's heartbeat thread writes a counter and where its main thread is into the job's TCP store once a second.
+Rank 0 reads them: a rank whose counter stands still is lost (killed, frozen, cut off); if no main thread moves on, the
+job hangs. The other ranks watch that the store, which rank 0 holds, answers. Without this, they would wait in a
 collective for its timeout, and then each name only the operation that failed.
 
-Rank 0 tells, and the others leave it to it. Those that have lost rank 0 itself, on however many hosts, agree on who
-tells by a file in the run folder. A rank that ends with an error of its own tells that (launch/error_messages.py), and
-rank 0, which may be on its way to the same error, ends without a word some time later.
+The first rank that fails reports: it counts itself in the store and prints if it was the first. The others read that
+count and end silently. If rank 0 is lost, the store is gone, and each rank reports that.
 """
 
 from __future__ import annotations
@@ -15,49 +14,50 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
-from train.distributed.store import WAIT_S
-from train.errors import NotMetError
+from train.distributed.store import HOST_KEY
+from train.errors import LostRankError, RendezvousError, ReportedElsewhereError
 
 if TYPE_CHECKING:
     from train.distributed.world import World
 
 BEAT_S = 1.0
-LATE_LOOKS = 2
-SECONDS_TO_NOTICE = 10.0
-"""So long rank 0 may take to find out what the others have found out."""
-SECONDS_TO_TELL = 5.0
-"""So long it may take to tell and end; its launcher ends the others on its host at once, but not on other hosts."""
-SECONDS_TO_CLAIM = 3.0
-"""A file system may hang for ever where its server was on the host that died."""
-ENDING = "ending"
-HEARD = "heard"
-FAILED = "failed"
-SILENT_BEATS = 2.5
-"""After so many beats without a change a rank is taken for dead, and not waited for."""
-SECONDS_TO_FAIL_TOO = 15.0
-"""So long after another rank's own error rank 0 may meet it too; the other tells it sooner."""
+SECONDS_TO_SEE = 3 * BEAT_S
+"""Within these every rank that lives has beaten, and has read the number of reports."""
+SECONDS_TO_FAIL_TOO = 5.0
+"""A rank may be about to meet the error that another one reports; it then ends with that error's exit code."""
+REPORTS = "reports"
+AGAIN = "run it again to go on from the newest checkpoint"
+
+
+class Beat(NamedTuple):
+    """What a rank writes once a second."""
+
+    number: str
+    host: str
+    place: str
 
 
 class Heartbeat:
-    """A context manager around training.
+    """A context manager around everything that the ranks do together.
+
+    An error inside is raised as it is on the rank that reports it, and as ReportedElsewhereError on the others; that of
+    a collective, as a LostRankError that names the ranks which are gone.
 
     Args:
         where: a short text that changes whenever the main thread moves on; called from another thread.
-        lost_rank_timeout_s: a rank whose heart does not beat for that long is lost.
+        lost_rank_timeout_s: a rank that does not beat for that long is lost.
         hang_timeout_s: ranks whose main threads all stay where they are for that long are stuck.
-        folder: one that all ranks share, for who tells that rank 0 is lost; without it, each does.
     """
 
     def __init__(
@@ -67,270 +67,184 @@ class Heartbeat:
         *,
         lost_rank_timeout_s: float,
         hang_timeout_s: float,
-        folder: Path | None = None,
     ) -> None:
-        self._world, self._where, self._folder = world, where, folder
+        self._world, self._where = world, where
         self._lost_rank_timeout_s, self._hang_timeout_s = lost_rank_timeout_s, hang_timeout_s
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._answered = time.monotonic()
+        self._me = f"rank {world.rank} on {platform.node()}"
+        self._ranks = [str(rank) for rank in range(world.world_size)]
         self._store: Any = None
-        self._job = ""
-        self._ending = threading.Lock()
+        self._answered, self._ended = threading.Event(), threading.Event()
+        self._reported = self._failed = False
+        # After an error rank 0's thread keeps the process, and so the store, until the others have read it.
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=not world.is_first)
 
     def __enter__(self) -> Heartbeat:
-        if self._world.world_size > 1:
-            try:
-                self._join()
-            except RuntimeError as error:  # torch's errors of stores and collectives
-                raise NotMetError(
-                    f"rank {self._world.rank} on {platform.node()} lost another rank while the job started "
-                    f"({str(error).splitlines()[0]}); run again"
-                ) from None
-            self._answered = time.monotonic()
-            self._thread.start()
-            threading.Thread(target=self._watch_store, name="heartbeat-store", daemon=True).start()
-        return self
-
-    def _join(self) -> None:
-        default: Any = dist.distributed_c10d._get_default_store()
-        while hasattr(default, "underlying_store"):
-            default = default.underlying_store
-        patience, soon = default.timeout, timedelta(seconds=self._lost_rank_timeout_s)
-        default.set_timeout(soon)  # all ranks were there: one that does not answer is gone
+        if self._world.world_size == 1:
+            return self
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        timeout = timedelta(seconds=self._lost_rank_timeout_s)
         try:
+            # torch would try again for a while, and print C++ traces.
+            socket.create_connection((address, port), timeout.total_seconds()).close()
             # A connection of its own: the main thread's may be held by a wait.
-            self._store = dist.PrefixStore("halfling-heartbeat", default.clone())
-        finally:
-            default.set_timeout(patience)
-        self._store.set_timeout(soon)
-        if self._world.is_first:
-            self._store.set("job", uuid.uuid4().hex)
-            for old in self._folder.glob(".lost-rank-0-*") if self._folder else ():
-                old.unlink(missing_ok=True)
-        self._store.set(f"{self._world.rank}", self._message("0"))
-        self._wait_for_all()
-        self._job = self._store.get("job").decode()
-
-    def _wait_for_all(self) -> None:
-        ranks = [str(rank) for rank in range(self._world.world_size)]
-        try:
-            self._store.wait(ranks, timedelta(seconds=WAIT_S))
-        except dist.DistError:
-            missing = ", ".join(rank for rank in ranks if not self._store.check([rank]))
-            raise NotMetError(
-                f"rank {missing} came, but did not follow within {WAIT_S:.0f} s while the job started: it was killed, "
-                "is frozen or is cut off; run again"
+            store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+            self._store = dist.PrefixStore("halfling-heartbeat", store)
+            self._write(0)
+            for rank in self._ranks if self._world.is_first else ():  # where it has written nothing yet
+                beat = Beat("", store.get(HOST_KEY.format(rank)).decode(), "the start of the job")
+                self._store.compare_set(rank, "", "\n".join(beat))
+        except (OSError, dist.DistError) as error:
+            raise RendezvousError(
+                f"{self._me} lost rank 0 while the job started ({_first_line(error)}); run again"
             ) from None
+        self._thread.start()
+        if not self._world.is_first:
+            threading.Thread(target=self._watch_rank_0, name="heartbeat-rank-0", daemon=True).start()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop_beating()
-        if error is not None:
-            self._announce(ENDING if self._world.is_first else FAILED)
-
-    def lost_rank(self, error: str) -> str:
-        """What rank 0 tells of a collective that failed with `error`. On other ranks this does not return.
-
-        They end, and tell it themselves only where rank 0 does not.
-        """
-        lost = self.silent_ranks() or "another rank"
-        if self._world.is_first and self._another_failed():
-            self._end(None)
-        fault = f"rank {self._world.rank} lost the connection to {lost}, which ended or was cut off ({error})"
-        if not self._world.is_first:
-            if lost.split(" on ")[0] != "rank 0":
-                time.sleep(SECONDS_TO_NOTICE)  # the heart, which beats on, hears that rank 0 has told
-            self._end(fault)
-        with self._ending:  # unless the heart tells already
-            return f"{fault}; run again to go on from the newest checkpoint"
-
-    def _another_failed(self) -> bool:
-        return any(count == FAILED for count, _, _ in self._hearts())
-
-    def silent_ranks(self, wait_s: float = 3 * BEAT_S) -> str:
-        """Who has died, for a message: the ranks whose hearts do not beat within `wait_s`; "" where all do."""
-        try:
-            before = self._hearts()
-            time.sleep(wait_s)
-            after = self._hearts()
-        except Exception:  # the store went with the rank that holds it
-            return "rank 0"
-        still = [rank for rank, (count, _, _) in enumerate(after) if count == before[rank][0]]
-        return ", ".join(f"rank {rank} on {after[rank][1]}" for rank in still if rank != self._world.rank)
-
-    def _hearts(self) -> list[tuple[str, str, str]]:
-        """(count, host, place) by rank."""
         if self._store is None:
-            return []
-        values = self._store.multi_get([str(rank) for rank in range(self._world.world_size)])
-        return [tuple(value.decode().split("\n")) for value in values]
+            return
+        if not isinstance(error, Exception) or isinstance(error, ReportedElsewhereError):
+            self._stop()
+            return
+        fault: Exception = error
+        if _is_from_a_collective(error):
+            fault = LostRankError(self._explain(_first_line(error)))
+        reports, self._failed = self._is_first_to_report(), True
+        self._stop()
+        if not reports:
+            raise ReportedElsewhereError from fault
+        if fault is not error:
+            raise fault from None
 
-    def _message(self, count: str) -> str:
-        return f"{count}\n{platform.node()}\n{self._where()}"
-
-    def _beat(self) -> None:
-        watch = _Watch(self._world.world_size)
-        count = 0
-        while not self._stopping.wait(BEAT_S):
-            count += 1
-            try:
-                self._store.set(f"{self._world.rank}", self._message(str(count)))
-                # `set` only fills a socket's buffer: an answer alone shows that rank 0 can be reached.
-                ending = self._store.get("0").decode().startswith(ENDING)
-                self._answered = time.monotonic()
-                if ending:
-                    self._store.set(f"{self._world.rank}", self._message(HEARD))
-                    self._leave_it_to_rank_0()
-                fault = self._look(watch) if self._world.is_first else None
-            except Exception:  # whatever the store raises, it is that rank 0, which holds it, does not answer
-                if self._stopping.wait(2 * BEAT_S):
-                    return
-                fault = f"rank {self._world.rank} has lost rank 0, which ended or cannot be reached"
-            if fault is not None and not self._stopping.is_set():
-                self._end(fault)
-
-    def _watch_store(self) -> None:
-        """A host that is cut off sees no error: its packets are sent again for a quarter of an hour."""
-        late = 0
-        while not self._stopping.wait(BEAT_S):
-            silent_s = time.monotonic() - self._answered
-            # More than one look: after a suspension of the whole job this thread may be the first to wake.
-            late = late + 1 if silent_s > self._lost_rank_timeout_s else 0
-            if late > LATE_LOOKS:
-                self._end(
-                    f"rank {self._world.rank} on {platform.node()} has had no answer from rank 0 for {silent_s:.0f} s: "
-                    "that rank is frozen, or a host is down or cut off"
-                )
-
-    def _look(self, watch: _Watch) -> str | None:
-        watch.look(self._hearts())
-        if watch.failed(SECONDS_TO_FAIL_TOO) and not self._stopping.is_set():
-            self._end(None)
-        return watch.fault(self._lost_rank_timeout_s, self._hang_timeout_s)
-
-    def _stop_beating(self) -> None:
-        self._stopping.set()
-        if self._thread.is_alive():
+    def _stop(self) -> None:
+        self._ended.set()
+        if not (self._failed and self._world.is_first):
             self._thread.join(timeout=2 * BEAT_S)
 
-    def _announce(self, how: str) -> None:
-        """Let the others hear how this rank ends; rank 0's store stays long enough for that."""
-        try:
-            if self._store is not None:
-                self._store.set(f"{self._world.rank}", self._message(how))
-                if self._world.is_first:
-                    self._wait_until_heard()
-        except Exception:  # then they find out by themselves
-            return
-
-    def _wait_until_heard(self) -> None:
-        """The store ends with rank 0: wait for those that beat on to hear why, but for no dead rank."""
-        begun, before = time.monotonic(), self._hearts()
-        late_s = 0.0
-        while late_s < SECONDS_TO_TELL:
-            time.sleep(BEAT_S / 10)
-            late_s = time.monotonic() - begun
-            waited_for = [
-                count
-                for (count, _, _), (at_first, _, _) in zip(self._hearts()[1:], before[1:], strict=True)
-                if count not in (HEARD, FAILED) and (count != at_first or late_s < SILENT_BEATS * BEAT_S)
-            ]
-            if not waited_for:
-                return
-
-    def _leave_it_to_rank_0(self) -> None:
-        with self._ending:
-            time.sleep(SECONDS_TO_TELL)
-            os._exit(1)
-
-    def _end(self, fault: str | None) -> NoReturn:
-        """End this process at once: its main thread is waiting in a collective that will not return.
-
-        Without a word where `fault` is None: another rank tells its own.
-        """
-        if self._world.is_first and threading.current_thread() is not self._thread:
-            self._stop_beating()  # a beat would write over what is announced
-        with self._ending:
-            if fault is not None and (self._world.is_first or self._may_tell()):
-                with contextlib.suppress(OSError):  # nobody reads: then the job ends all the same
-                    print(
-                        f"error: {fault}. The job ends; run it again to go on from the newest checkpoint",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-            if self._world.is_first:
-                self._announce(ENDING)
-            os._exit(1)
-
-    def _may_tell(self) -> bool:
-        """False where another rank that has lost rank 0 tells so.
-
-        Rank 0 itself makes no claim: where its host is cut off, nobody reads what it tells.
-        """
-        if self._folder is None:
-            return True
-        mine, path = [True], self._folder / f".lost-rank-0-{self._job}"
-
-        def claim() -> None:
+    def _run(self) -> None:
+        watch, count = Watch(self._world.world_size), 0
+        while not self._ended.wait(BEAT_S):
+            count += 1
             try:
-                path.open("x").close()
-            except FileExistsError:
-                mine[0] = False
-            except OSError:  # twice told is better than not at all
+                self._write(count)
+                # `set` only fills a socket's buffer: an answer alone shows that rank 0 can be reached.
+                self._reported = self._store.add(REPORTS, 0) > 0
+                if self._world.is_first:
+                    watch.look(self._read())
+            except Exception:  # whatever the store raises: rank 0, which holds it, is gone
+                if not self._ended.wait(2 * BEAT_S):  # a job that is done ends a little earlier there
+                    self._end(f"{self._me} has lost rank 0, which ended or cannot be reached")
                 return
+            self._answered.set()
+            if self._reported:
+                if not self._ended.wait(SECONDS_TO_FAIL_TOO):
+                    os._exit(1)
+                break
+            if (fault := watch.fault(self._lost_rank_timeout_s, self._hang_timeout_s)) is not None:
+                self._end(fault)
+                break
+        deadline = time.monotonic() + SECONDS_TO_SEE
+        while self._failed and self._world.is_first and time.monotonic() < deadline:
+            if self._store.add(REPORTS, 0) >= self._world.world_size:
+                return
+            time.sleep(BEAT_S / 10)
 
-        thread = threading.Thread(target=claim, daemon=True)
-        thread.start()
-        thread.join(SECONDS_TO_CLAIM)
-        return mine[0]
+    def _watch_rank_0(self) -> None:
+        """A host that is cut off sees no error: its packets are sent again for a quarter of an hour."""
+        missed = 0
+        while not self._ended.wait(BEAT_S) and not self._reported:
+            missed = 0 if self._answered.is_set() else missed + 1
+            self._answered.clear()
+            if missed * BEAT_S > self._lost_rank_timeout_s:
+                self._end(
+                    f"{self._me} has had no answer from rank 0 for {missed * BEAT_S:.0f} s: that rank is frozen, or a "
+                    "host is down or cut off",
+                    rank_0_answers=False,
+                )
+
+    def _end(self, fault: str, rank_0_answers: bool = True) -> None:
+        """End this process: its main thread is waiting in a collective that will not return."""
+        reports = not rank_0_answers or self._is_first_to_report()
+        if reports:
+            with contextlib.suppress(OSError):  # nobody reads: then the job ends all the same
+                print(f"error: {fault}. The job ends; {AGAIN}", file=sys.stderr, flush=True)
+        # The report may be the main thread's, and rank 0's store is needed until the others have read it.
+        if (self._world.is_first or not reports) and self._ended.wait(SECONDS_TO_SEE):
+            return
+        os._exit(1)
+
+    def _is_first_to_report(self) -> bool:
+        """True on each rank where rank 0, which holds the count, is gone without a report."""
+        if self._reported:
+            return False
+        try:
+            return bool(self._store.add(REPORTS, 1) == 1)
+        except Exception:  # as in `_run`
+            return True
+
+    def _explain(self, error: str) -> str:
+        """What a collective that failed with `error` means, from who still beats."""
+        try:
+            before = self._read()
+            time.sleep(SECONDS_TO_SEE)
+            after = self._read()
+        except Exception:  # as in `_run`
+            lost = "rank 0"
+        else:
+            silent = [rank for rank, beat in enumerate(after) if beat.number == before[rank].number]
+            lost = ", ".join(
+                f"rank {rank} on {after[rank].host}" for rank in silent if rank != self._world.rank
+            )
+        if not lost:
+            return f"communication failed on {self._me}, although all ranks are alive ({error}); {AGAIN}"
+        return f"{self._me} lost the connection to {lost}, which ended or was cut off ({error}); {AGAIN}"
+
+    def _write(self, count: int) -> None:
+        self._store.set(str(self._world.rank), "\n".join(Beat(str(count), platform.node(), self._where())))
+
+    def _read(self) -> list[Beat]:
+        return [Beat(*value.decode().split("\n")) for value in self._store.multi_get(self._ranks)]
 
 
-class _Watch:
-    """What rank 0 knows of the others, on a clock that stands still while rank 0 does.
-
-    After a suspension of the whole job rank 0 may be the first to wake; the others then have time to.
-    """
+class Watch:
+    """What rank 0 knows of all ranks. It counts looks, one per BEAT_S, instead of reading a clock: a job that was
+    suspended as a whole has missed none."""
 
     def __init__(self, world_size: int) -> None:
-        self._looked, self._now = time.monotonic(), 0.0
-        self._beats = [("", 0.0)] * world_size
-        self._places = [("", 0.0)] * world_size
-        self._hosts = [""] * world_size
-        self._failed_at: float | None = None
+        self._beats: Sequence[Beat] = [Beat("", "", "")] * world_size
+        self._silent, self._still = [0] * world_size, [0] * world_size
 
-    def look(self, hearts: Sequence[tuple[str, str, str]]) -> None:
-        """Take in (count, host, place) of every rank."""
-        since, self._looked = self._looked, time.monotonic()
-        self._now += min(self._looked - since, 2 * BEAT_S)
-        for rank, heart in enumerate(hearts):
-            self._saw(rank, *heart)
-
-    def _saw(self, rank: int, count: str, host: str, place: str) -> None:
-        now = self._now
-        if count == FAILED:
-            self._failed_at = now if self._failed_at is None else self._failed_at
-            count = f"{now}"  # it is not lost
-        self._hosts[rank] = host
-        if self._beats[rank][0] != count:
-            self._beats[rank] = (count, now)
-        if self._places[rank][0] != place:
-            self._places[rank] = (place, now)
-
-    def failed(self, since_s: float) -> bool:
-        """Whether a rank ended with an error of its own so long ago."""
-        return self._failed_at is not None and self._now - self._failed_at > since_s
+    def look(self, beats: Sequence[Beat]) -> None:
+        """Take in every rank's newest beat."""
+        for rank, (old, new) in enumerate(zip(self._beats, beats, strict=True)):
+            self._silent[rank] = self._silent[rank] + 1 if new.number == old.number else 0
+            self._still[rank] = self._still[rank] + 1 if new.place == old.place else 0
+        self._beats = beats
 
     def fault(self, lost_rank_timeout_s: float, hang_timeout_s: float) -> str | None:
-        now = self._now
-        for rank, (_, seen) in enumerate(self._beats):
-            if now - seen > lost_rank_timeout_s:
+        """Which rank is lost, or where all are stuck; None where neither is the case."""
+        for rank, looks in enumerate(self._silent):
+            if looks * BEAT_S > lost_rank_timeout_s:
                 return (
-                    f"rank {rank} on {self._hosts[rank]} has not been heard of for {now - seen:.0f} s, last in "
-                    f"{self._places[rank][0]}: it was killed, is frozen or is cut off"
+                    f"rank {rank} on {self._beats[rank].host} has not been heard of for {looks * BEAT_S:.0f} s, last "
+                    f"in {self._beats[rank].place}: it was killed, is frozen or is cut off"
                 )
-        if all(now - moved > hang_timeout_s for _, moved in self._places):
-            places = ", ".join(f"rank {rank} in {place}" for rank, (place, _) in enumerate(self._places))
+        if all(looks * BEAT_S > hang_timeout_s for looks in self._still):
+            places = ", ".join(f"rank {rank} in {beat.place}" for rank, beat in enumerate(self._beats))
             return f"no rank has moved on for {hang_timeout_s:.0f} s: {places}; the odd one out is the one to look at"
         return None
+
+
+def _is_from_a_collective(error: Exception) -> bool:
+    """torch's own errors, or gloo's, which are RuntimeErrors that begin with the place in its source."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "third_party/gloo/" in str(error)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

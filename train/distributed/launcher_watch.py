@@ -1,7 +1,7 @@
 """Ranks whose launcher is gone stop after saving, instead of training on unseen.
 
 DeepSpeed's launcher is two processes: the `deepspeed` command and, below it, the parent of the ranks. When the
-first is killed, the second goes on alone. Nothing tells the ranks, so each looks once a second.
+first is killed, the second goes on alone. The ranks get no signal, so each looks once a second.
 """
 
 from __future__ import annotations

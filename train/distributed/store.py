@@ -1,4 +1,4 @@
-"""The ranks meet at rank 0's store; one that does not come is named, instead of waited for in silence.
+"""The ranks join the store that rank 0 holds; one that does not come is named, instead of waited for in silence.
 
 Then each opens a connection to the next, at a port of the system's choice, as gloo and NCCL will: behind a firewall
 that lets only rank 0's port through, gloo would try for five times its timeout without a word.
@@ -16,22 +16,24 @@ from datetime import timedelta
 import psutil
 import torch.distributed as dist
 
-from train.errors import NotMetError, UserError
+from train.errors import RankError, RendezvousError, ReportedElsewhereError
 
 # Between the first rank's and the last rank's arrival: a slow file system takes minutes to import torch.
 WAIT_S = 600.0
 RESOLVE_S = 5.0
 """A name server may be slow to answer when a cluster has just started."""
+HOST_KEY = "halfling-here/{}"
+"""By rank; its value is the name of the host."""
 CONNECT_S = 20.0
 """A lost packet of a TCP handshake is sent again after 1, 3, 7 and 15 s."""
 
 
-def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WAIT_S) -> dist.Store:
+def join_store(rank: int, world_size: int, address: str, port: int, wait_s: float = WAIT_S) -> dist.Store:
     """The job's store, when all ranks are there.
 
     Raises:
-        UserError: rank 0's port is taken, another job's ranks meet there, or its host's name is not known.
-        NotMetError: a rank did not come, or rank 0 or another rank cannot be reached, within `wait_s`.
+        RankError: rank 0's port is taken, another job's ranks use it, or its host's name is not known.
+        RendezvousError: a rank did not come, or rank 0 or another rank cannot be reached, within `wait_s`.
     """
     wait = timedelta(seconds=wait_s)
     _resolve(address)
@@ -39,22 +41,20 @@ def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WA
         store = dist.TCPStore(address, port, world_size, rank == 0, timeout=wait, wait_for_workers=False)
     except dist.DistError as error:
         if rank == 0 and _port_is_taken(error):
-            raise UserError(_port_in_use(address, port)) from None
-        raise NotMetError(
+            raise RankError(_port_in_use(address, port)) from None
+        raise RendezvousError(
             f"rank {rank} on {platform.node()} could not reach rank 0 at {address}, port {port}, within "
             f"{wait_s:.0f} s: did it start, does a firewall stand between (docs/CLUSTER.md)? Run again"
         ) from None
-    keys = [f"halfling-here/{number}" for number in range(world_size)]
+    keys = [HOST_KEY.format(number) for number in range(world_size)]
     try:
-        if store.add(f"halfling-came/{rank}", 1) > 1:
-            raise UserError(_port_in_use(address, port))
+        if store.add(f"halfling-joined/{rank}", 1) > 1:
+            raise RankError(_port_in_use(address, port))
         store.set(keys[rank], platform.node())
         store.wait(keys, wait)
     except dist.DistError:
-        raise NotMetError(_who_is_missing(store, keys, rank, wait_s)) from None
-    interface = os.environ.get(
-        "GLOO_SOCKET_IFNAME"
-    )  # train/distributed/world.py sets it where there are several hosts
+        raise _missing(store, keys, rank, wait_s) from None
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")  # set by world.py where there are several hosts
     if interface:
         _try_connections(store, rank, world_size, interface.split(",")[0], wait)
     return store
@@ -62,13 +62,13 @@ def meet(rank: int, world_size: int, address: str, port: int, wait_s: float = WA
 
 def _port_in_use(address: str, port: int) -> str:
     return (
-        f"port {port} of {address}, where the ranks should meet, is in use, perhaps by another job: choose another "
+        f"port {port} of {address}, the ranks' rendezvous, is in use, perhaps by another job: choose another "
         "(deepspeed --master_port, or MASTER_PORT)"
     )
 
 
 def _resolve(address: str) -> None:
-    """UserError where nothing here knows rank 0's host by that name: torch would ask again and again, in silence."""
+    """RankError where nothing here knows rank 0's host by that name: torch would ask again and again, in silence."""
     deadline = time.monotonic() + RESOLVE_S
     while True:
         try:
@@ -76,15 +76,15 @@ def _resolve(address: str) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"{platform.node()} does not know the host {address}, at which the ranks should meet "
+                raise RankError(
+                    f"{platform.node()} does not know the host {address}, the ranks' rendezvous "
                     f"({error.strerror}): correct MASTER_ADDR, or the hosts' names in /etc/hosts or the name server"
                 ) from None
             time.sleep(1.0)
 
 
 def _try_connections(store: dist.Store, rank: int, world_size: int, interface: str, wait: timedelta) -> None:
-    """Each rank connects to the next; all raise the same NotMetError where one of them cannot."""
+    """Each rank connects to the next; RendezvousError where one of them cannot."""
     address = _address_of(interface)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, 0), family=family) as server:
@@ -98,7 +98,7 @@ def _try_connections(store: dist.Store, rank: int, world_size: int, interface: s
         except OSError as error:
             fault = (
                 f"rank {rank} on {platform.node()} cannot connect to rank {other} on "
-                f"{store.get(f'halfling-here/{other}').decode()} at {where}, port {port} ({error.strerror or error}): "
+                f"{store.get(HOST_KEY.format(other)).decode()} at {where}, port {port} ({error.strerror or error}): "
                 "open all ports between the hosts (firewall, security group), or set GLOO_SOCKET_IFNAME to another "
                 "network interface; launch/doctor.py --hostfile tries this too"
             )
@@ -107,34 +107,46 @@ def _try_connections(store: dist.Store, rank: int, world_size: int, interface: s
         store.wait(keys, wait)  # and so nobody's server closes too early
     faults = [found.decode() for found in store.multi_get(keys) if found]
     if faults:
-        raise NotMetError(faults[0])
+        raise _reported_by_rank_0(rank, RendezvousError(faults[0]))
 
 
 def _address_of(interface: str) -> str:
-    """UserError where this host has no such interface, or it has no address."""
+    """RankError where this host has no such interface, or it has no address."""
     entries = psutil.net_if_addrs().get(interface, [])
     for family in (socket.AF_INET, socket.AF_INET6):
         for entry in entries:
             if entry.family == family and not entry.address.startswith("fe80:"):
                 return entry.address
-    raise UserError(
+    raise RankError(
         f"GLOO_SOCKET_IFNAME={interface}: {platform.node()} has no such network interface with an address; it has "
         f"{', '.join(psutil.net_if_addrs())}"
     )
 
 
-def _who_is_missing(store: dist.Store, keys: list[str], rank: int, wait_s: float) -> str:
+def _missing(store: dist.Store, keys: list[str], rank: int, wait_s: float) -> Exception:
     try:
         here = [store.check([key]) for key in keys]
     except dist.DistError:
-        return f"rank {rank} on {platform.node()} lost rank 0 while it waited for the others; run again"
-    missing = ", ".join(str(number) for number, came in enumerate(here) if not came)
-    last = max(number for number, came in enumerate(here) if came)
+        return RendezvousError(
+            f"rank {rank} on {platform.node()} lost rank 0 while it waited for the others; run again"
+        )
+    missing = ", ".join(str(number) for number, joined in enumerate(here) if not joined)
+    last = max(number for number, joined in enumerate(here) if joined)
     host = store.get(keys[last]).decode()
-    return (
+    error = RendezvousError(
         f"rank {missing} did not come within {wait_s:.0f} s of the start (rank {last}, on {host}, did): did its host "
         "start it? `ssh HOST true` must work for each host of the hostfile without a password. Run again"
     )
+    return _reported_by_rank_0(rank, error)
+
+
+def _reported_by_rank_0(rank: int, error: RendezvousError) -> Exception:
+    """Rank 0, whose store answers, meets the same error."""
+    if rank == 0:
+        return error
+    elsewhere = ReportedElsewhereError()
+    elsewhere.__cause__ = error
+    return elsewhere
 
 
 def _port_is_taken(error: Exception) -> bool:

@@ -16,8 +16,8 @@ import transformers
 
 from train.distributed.discovery import Ranks, discover_ranks
 from train.distributed.rendezvous import interface_towards, rendezvous
-from train.distributed.store import WAIT_S, meet
-from train.errors import NotMetError, UserError
+from train.distributed.store import WAIT_S, join_store
+from train.errors import RankError, RendezvousError
 
 # The last resort: train/distributed/heartbeat.py ends a job with a lost or stuck rank long before, and names the rank.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -44,7 +44,7 @@ def _device(ranks: Ranks, num_visible: int) -> str:
         return "cpu"
     own = num_visible == 1 and ranks.launcher in ("srun", "mpirun")
     if ranks.local_rank >= num_visible and not own:
-        raise UserError(
+        raise RankError(
             f"{ranks.local_size} ranks on {platform.node()}, but only {num_visible} GPUs are visible to local rank "
             f"{ranks.local_rank}: start one rank per GPU (slots= in the hostfile, --ntasks-per-node in Slurm)"
         )
@@ -55,13 +55,13 @@ def join_world(log_level: str = "error") -> World:
     """Discover this process's rank and join the process group: NCCL on GPUs, gloo elsewhere.
 
     Raises:
-        UserError: contradicting variables, a taken port, a host name that nobody knows.
-        NotMetError: a rank did not come.
+        RankError: contradicting variables, a taken port, a host name that nobody knows.
+        RendezvousError: a rank did not come.
     """
     ranks = discover_ranks(os.environ)
     device = _device(ranks, torch.cuda.device_count())
     world = World(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_size, device)
-    address, port = _tell_torch(world, ranks)
+    address, port = _set_torch_variables(world, ranks)
     if world.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(_num_threads(world))
@@ -69,7 +69,7 @@ def join_world(log_level: str = "error") -> World:
         torch.cuda.set_device(world.device)
     backend = "gloo" if world.device == "cpu" else "nccl"
     deepspeed = import_deepspeed(log_level)
-    store = meet(world.rank, world.world_size, address, port)
+    store = join_store(world.rank, world.world_size, address, port)
     _connect(backend, store, world)
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
@@ -85,7 +85,7 @@ def _connect(backend: str, store: dist.Store, world: World) -> None:
             backend, store=store, rank=world.rank, world_size=world.world_size, timeout=soon
         )
     except RuntimeError as error:  # torch's errors of stores and connections
-        raise NotMetError(
+        raise RendezvousError(
             f"rank {world.rank} on {platform.node()} lost another rank while the job started "
             f"({str(error).splitlines()[0]}); run again"
         ) from None
@@ -93,7 +93,7 @@ def _connect(backend: str, store: dist.Store, world: World) -> None:
         dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
 
 
-def _tell_torch(world: World, ranks: Ranks) -> tuple[str, int]:
+def _set_torch_variables(world: World, ranks: Ranks) -> tuple[str, int]:
     """Set the variables that torch and DeepSpeed read, whoever started this process; rank 0's address and port."""
     address, port = rendezvous(os.environ, ranks)
     os.environ.update(

@@ -1,4 +1,4 @@
-"""Which rank am I, and where do the ranks meet: the launchers' variables."""
+"""Which rank am I, and where is their rendezvous: the launchers' variables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train.distributed.world import (
     COLLECTIVE_TIMEOUT,
     World,
     _device,
-    _tell_torch,
+    _set_torch_variables,
     import_deepspeed,
     let_deepspeed_say,
 )
@@ -87,13 +87,13 @@ def test_a_node_that_is_not_in_the_list_has_all_tasks(node: str) -> None:
 def test_between_hosts_gloo_is_told_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", TORCH | {"MASTER_ADDR": own_address(), "MASTER_PORT": "29500"})
     ranks = discover_ranks(os.environ)
-    _tell_torch(World(5, 1, 8, 4, "cpu"), ranks)
+    _set_torch_variables(World(5, 1, 8, 4, "cpu"), ranks)
     assert os.environ["GLOO_SOCKET_IFNAME"] == interface_towards(own_address())
     os.environ["GLOO_SOCKET_IFNAME"] = "ib0"
-    _tell_torch(World(5, 1, 8, 4, "cpu"), ranks)
+    _set_torch_variables(World(5, 1, 8, 4, "cpu"), ranks)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
     del os.environ["GLOO_SOCKET_IFNAME"]
-    _tell_torch(World(5, 5, 8, 8, "cpu"), ranks)
+    _set_torch_variables(World(5, 5, 8, 8, "cpu"), ranks)
     assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 

@@ -13,23 +13,24 @@ import pytest
 from launch import quickstart, report
 from launch.cli import run_main
 from tests.paths import ROOT
-from train.errors import LostRankError
+from train.errors import LostRankError, RankError, ReportedElsewhereError, UserError
 
 
-def raising(error: BaseException) -> int:
+def raising(error: BaseException, one_job: bool = False) -> int:
     def main(arguments: Sequence[str]) -> int:
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        run_main(main)
+        run_main(main, one_job)
     return int(ended.value.code or 0)
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (ValueError("no such key"), 2),
-        (FileNotFoundError("no such file"), 2),
+        (UserError("no such key"), 2),
+        (FileNotFoundError(2, "No such file or directory", "shards"), 2),
+        (OSError(40, "Too many levels of symbolic links", "shards"), 1),
         (OSError(28, "No space left on device"), 1),
         (LostRankError("rank 1 is lost"), 1),
     ],
@@ -42,6 +43,77 @@ def test_one_plain_message_and_the_code(
     printed = capsys.readouterr()
     assert printed.err == f"error: {error}\n"
     assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("shape mismatch"), RuntimeError("gloo? no"), ConnectionResetError("by peer")]
+)
+def test_a_defect_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)) as kept:
+        raising(error)
+    assert kept.value is error
+
+
+def test_a_defect_of_a_library_is_a_traceback_and_exit_code_1() -> None:
+    script = "from launch.cli import run_main; import json; run_main(lambda _: json.loads('{'))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last)")
+    assert "JSONDecodeError" in done.stderr.splitlines()[-1]
+
+
+TORCH = {"LOCAL_SIZE": "2", "WORLD_SIZE": "4"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "0"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+OF_RANK = {"RANK": "LOCAL_RANK", "SLURM_PROCID": "SLURM_LOCALID"}
+OF_RANK |= {"OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_LOCAL_RANK"}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "rank_name", "printing", "waiting"),
+    [
+        (TORCH, "RANK", [0], []),
+        (SRUN, "SLURM_PROCID", [0], []),
+        # These end all ranks of the host, or of all hosts, with the first; one that lives on is alone with its error.
+        (TORCH | {"CROSS_RANK": "0"}, "RANK", [0, 1], [1, 2, 3]),
+        (TORCH | {"TORCHELASTIC_RUN_ID": "x"}, "RANK", [0, 1], [1, 2, 3]),
+        (MPI, "OMPI_COMM_WORLD_RANK", [0, 1, 2, 3], [1, 2, 3]),
+    ],
+    ids=["environment", "srun", "deepspeed", "torchrun", "mpirun"],
+)
+def test_before_the_ranks_join_rank_0_prints(
+    launcher: dict[str, str],
+    rank_name: str,
+    printing: list[int],
+    waiting: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("launch.cli.time.sleep", waited.append)
+    for rank in range(4):
+        own = {rank_name: str(rank), OF_RANK[rank_name]: str(rank % 2)}
+        monkeypatch.setattr("os.environ", {**os.environ, **launcher, **own})
+        waited.clear()
+        assert raising(UserError("training.max_steps=-1"), one_job=True) == 2
+        assert capsys.readouterr().err == ("error: training.max_steps=-1\n" if rank in printing else "")
+        assert waited == ([10.0] if rank in waiting else [])
+        for error in (RankError("2 GPUs on node7"), LostRankError("rank 1 is lost")):
+            raising(error, one_job=True)
+            assert capsys.readouterr().err == f"error: {error}\n", "its own, and the others' too"
+        raising(UserError("no such task"))  # not of one job
+        assert capsys.readouterr().err == "error: no such task\n"
+
+
+@pytest.mark.parametrize(("cause", "code"), [(UserError("no shards"), 2), (LostRankError("rank 1"), 1)])
+def test_what_another_rank_reports_is_silent_here(
+    cause: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.cli.time.sleep", lambda seconds: None)
+    error = ReportedElsewhereError()
+    error.__cause__ = cause
+    assert raising(error) == code
+    assert capsys.readouterr() == ("", "")
 
 
 def test_help_that_nobody_reads_and_a_closed_output() -> None:
