@@ -21,10 +21,10 @@ from transformers import (
 
 from data_prep.shard_format.manifest import tokenizer_info
 from tests.unit.models.test_families import MODELS, SIZES
+from train.errors import UserError
 from train.evaluation.teacher_precision import check_teacher_precision
 from train.models.families import family_of
-from train.models.loading import check_vocabulary, folder_fingerprint, load_masked_lm
-from train.models.saved_heads import load_with_saved_head
+from train.models.loading import check_vocabulary, folder_fingerprint, load_masked_lm, load_with_saved_head
 from train.models.students import make_student
 from train.models.teacher import Teacher, load_teacher, normalised_shares
 from train.objective.compatibility import check_models
@@ -87,7 +87,7 @@ def test_weights_that_nobody_asks_for_are_none_of_a_lost_layer(teacher_folder, t
 
 
 def test_other_broken_folders_are_refused(teacher_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no model folder"):
+    with pytest.raises(UserError, match="there is no model folder"):
         load_masked_lm(str(tmp_path / "nothing"))
     folder = Path(shutil.copytree(teacher_folder, tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
