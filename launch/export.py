@@ -15,7 +15,6 @@ before the folder appears. --int8 quantises weights and activations (dynamic) an
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.shard_format.files import new_folder
 from launch.cli import run_main
 from train.errors import UserError
 
@@ -57,24 +57,16 @@ def main(arguments: Sequence[str]) -> int:
     from train.distributed.world import quiet_libraries
 
     quiet_libraries()
-    partial = options.out.with_name(f".{options.out.name}.new")
-    shutil.rmtree(partial, ignore_errors=True)
+    is_model = (options.source / "config.json").exists()
     said = [f"{options.source} -> {options.out}"]
     files: list[OnnxFile] = []
-    try:
-        if (options.source / "config.json").exists() and options.onnx:
-            partial.mkdir(parents=True)
-            folder = options.source
-        else:
-            said = [write_folder(options.source, options.out, partial)]
-            folder = partial
+    with new_folder(options.out) as folder:
+        if not is_model:
+            said = [write_folder(options.source, options.out, folder)]
         if options.onnx:
-            from train.export.onnx_export import export_onnx
+            from train.export.onnx_export import export_onnx  # its packages are optional
 
-            files = export_onnx(folder, partial, options.int8, texts)
-        partial.rename(options.out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            files = export_onnx(options.source if is_model else folder, folder, options.int8, texts)
     print("\n".join([*said, *(line for file in files for line in described(file))]))
     return 0
 
@@ -90,7 +82,7 @@ def refuse_idle_options(options: argparse.Namespace) -> None:
 
 
 def read_texts(path: Path) -> list[str]:
-    """The lines of a file that hold anything; ValueError where none does, or it is no text."""
+    """The lines of a file that hold anything; UserError where none does, or it is no text."""
     try:
         texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:

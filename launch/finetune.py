@@ -27,9 +27,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import run_main
+from launch.text_table import text_table
 from train.errors import UserError
-from train.finetuning.settings import Job, Settings, settings_for
-from train.finetuning.tasks import GLUE, TASKS, Task, task_named
+from train.finetuning.results import macro_average
+from train.finetuning.settings import Job, settings_for
+from train.finetuning.tasks import GLUE, TASKS, Settings, Task, task_named
 
 COLUMNS = ("task", "metrics", "score,\nmedian", "lowest to\nhighest", "seeds", "train", "dev", "seconds")
 
@@ -132,13 +134,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def tasks_of(names: Sequence[str]) -> list[Task]:
-    """The tasks in the order given, each once; ValueError for an unknown one."""
+    """The tasks in the order given, each once; UserError for an unknown one."""
     spelled = [name for given in names for name in (GLUE if given.lower() == "glue" else (given,))]
     return list({task.name: task for task in map(task_named, spelled)}.values())
 
 
 def job_of(task: Task, options: argparse.Namespace) -> Job:
-    """What one task is to do; ValueError for settings that cannot be."""
+    """What one task is to do; UserError for settings that cannot be."""
 
     def for_task(path: str) -> str:
         return path.replace("{task}", task.name)
@@ -201,11 +203,22 @@ def run_jobs(jobs: Sequence[Job], seeds: Sequence[int], out: Path) -> int:
 
 def table_of(results: Sequence[Mapping[str, Any]]) -> str:
     """The final table, with GLUE's macro average where there is more than one of its tasks."""
-    from launch.text_table import text_table
-    from train.finetuning.results import macro_average
-    from train.finetuning.runs import table_row
-
-    rows = [table_row(scores) for scores in results]
+    rows: list[tuple[str, ...]] = []
+    for result in results:
+        median, seeds = result["median"], result["seeds"].values()
+        found = [seed["score"] for seed in seeds]
+        rows.append(
+            (
+                result["task"],
+                " / ".join(result["metrics"]),
+                f"{median['score']:.1f}",
+                f"{min(found):.1f} to {max(found):.1f}",
+                str(len(seeds)),
+                f"{result['train_examples']:,}",
+                " + ".join(f"{count:,}" for count in result["dev_examples"].values()),
+                f"{sum(seed['seconds'] for seed in seeds):,.0f}",
+            )
+        )
     scores = {result["task"]: result["median"]["score"] for result in results}
     num_glue = sum(name in GLUE for name in scores)
     if num_glue > 1:

@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def chosen_runtimes(words: str | None, device: str) -> list[str]:
-    """The runtimes to measure; ValueError for unknown ones, or without the packages that they need."""
+    """The runtimes to measure; UserError for unknown ones, or without the packages that they need."""
     chosen = (words or ",".join(RUNTIMES if device == "cpu" else RUNTIMES[:2])).split(",")
     for name in chosen:
         if name not in RUNTIMES:

@@ -24,7 +24,8 @@ from train.errors import UserError
 from train.export.onnx_check import open_session, run_session
 from train.export.onnx_export import quantise, trace
 from train.models.build import count_parameters
-from train.models.saved_heads import head_of, input_names, load_with_saved_head, longest_sequence
+from train.models.heads import head_of, input_names, longest_sequence
+from train.models.loading import load_with_saved_head
 
 # Tokens of STS-B's 1,500 dev pairs in BERT's uncased vocabulary: 20 equally frequent lengths (mean 31.4; of all 31.5).
 STSB_LENGTHS = (15, 16, 17, 18, 19, 21, 21, 23, 24, 26, 29, 32, 34, 37, 39, 42, 45, 49, 55, 65)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
+from data_prep.shard_format.files import new_folder
 from train.checkpointing.checkpoint import COMPLETE, newest_checkpoint, read_facts
 from train.distributed.world import import_deepspeed
-from train.errors import UserError
+from train.errors import RunError, UserError
 from train.models.build import count_parameters
+from train.models.loading import load_masked_lm
 
 # Inside each checkpoint: the student's config.json and its tokenizer.
 DESCRIPTION = "student-config"
@@ -35,7 +36,7 @@ def description_folder(run_dir: Path) -> Path:
 
 
 def find_checkpoint(run_or_checkpoint: Path) -> Path:
-    """The checkpoint itself, or the newest complete one of a run folder; ValueError where there is none."""
+    """The checkpoint itself, or the newest complete one of a run folder; UserError where there is none."""
     if (run_or_checkpoint / COMPLETE).exists():
         return run_or_checkpoint
     passed_over: list[str] = []
@@ -84,22 +85,18 @@ def export_checkpoint(checkpoint: Path, out: Path, summary: Mapping[str, Any] | 
     Returns:
         The largest difference between the logits of the checkpoint's student and of the folder's.
     Raises:
-        UserError: the folder that was written does not give the same logits.
+        RunError: the folder that was written does not give the same logits.
     """
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     student = load_student(checkpoint)
-    student.save_pretrained(partial, safe_serialization=True)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint / DESCRIPTION)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(model_card(student, checkpoint, summary))
-    difference = _largest_difference(student, AutoModelForMaskedLM.from_pretrained(partial).eval())
-    if difference != 0:
-        raise UserError(
-            f"{partial}: logits differ from the checkpoint's by {difference}; the disk may be faulty"
-        )
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with new_folder(out) as folder:
+        student.save_pretrained(folder, safe_serialization=True)
+        AutoTokenizer.from_pretrained(checkpoint / DESCRIPTION).save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(student, checkpoint, summary))
+        difference = _largest_difference(student, load_masked_lm(str(folder)).eval())
+        if difference != 0:
+            raise RunError(
+                f"{out}: its logits differ from the checkpoint's by {difference}; the disk may be faulty"
+            )
     return difference
 
 

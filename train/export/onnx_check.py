@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from train.errors import UserError, one_line
-from train.models.saved_heads import SEQUENCE, head_of, longest_sequence, random_inputs
+from train.models.heads import SEQUENCE, head_of, longest_sequence, random_inputs
 
 INSTALL = "python -m pip install -r requirements-onnx.txt"
 # Outputs may differ by this share of the largest of them: fp32 sums in another order. 1e-6 is usual.

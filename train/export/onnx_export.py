@@ -20,16 +20,16 @@ from transformers import PreTrainedModel
 
 from train.errors import UserError, one_line
 from train.export.onnx_check import Check, check_fp32, compare, open_session, require_onnx
-from train.models.saved_heads import (
+from train.models.heads import (
     BATCH,
     SEQUENCE,
     head_of,
     input_names,
-    load_with_saved_head,
     longest_sequence,
     random_inputs,
     text_inputs,
 )
+from train.models.loading import load_with_saved_head
 
 FP32_NAME, INT8_NAME = "model.onnx", "model_int8.onnx"
 OPSET = 17

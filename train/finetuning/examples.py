@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,13 @@ from train.finetuning.tasks import Task
 
 NO_LABEL = -100
 """The class of a text that nobody has labelled; a regression's is NaN."""
+
+
+def sampled(total: int, count: int | None) -> np.ndarray:
+    """Indices of `count` of `total` examples, always the same ones, in their order; all where there are no more."""
+    if count is None or count >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(0).permutation(total)[:count])
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,8 @@ class Examples:
         return Examples([self.first[index] for index in indices], second, self.labels[indices], keys)
 
     def sample(self, count: int | None) -> Examples:
-        """`count` of them, always the same ones, in their order; all where there are no more."""
-        if count is None or count >= len(self):
-            return self
-        return self.take(np.sort(np.random.default_rng(0).permutation(len(self))[:count]))
+        """As `sampled`."""
+        return self if count is None or count >= len(self) else self.take(sampled(len(self), count))
 
     def split(self, share: float) -> tuple[Examples, Examples]:
         """(the rest, about `share` of them), by a hash of the keys: other rows added change nothing for these."""
@@ -116,47 +120,50 @@ def _column(task: Task, table: Table, names: Sequence[str]) -> str:
 def _labels(task: Task, table: Table) -> np.ndarray:
     try:
         column = _column(task, table, task.label)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(
             f"{error}. A test set without labels cannot be scored: give train and dev sets"
         ) from None
-    values = table.columns[column]
     read = _number if task.is_regression else _class
     labels = []
-    for row, value in zip(table.rows, values, strict=True):
-        try:
-            labels.append(read(task, value))
-        except ValueError as error:
-            raise UserError(f"{table.where}, row {row}: {column} {error}") from None
+    for row, value in zip(table.rows, table.columns[column], strict=True):
+        number = read(task, value)
+        if number is None:
+            where = f"{table.where}, row {row}: {column} is"
+            if str(value).strip() in ("-1", "-1.0"):
+                raise UserError(
+                    f"{where} -1: this is a test set without labels, which cannot be scored; give the dev set"
+                )
+            raise UserError(f"{where} {value!r}; {task.title} has {_known_labels(task)}")
+        labels.append(number)
     return np.array(labels, dtype=np.float32 if task.is_regression else np.int64)
 
 
-def _class(task: Task, value: Any) -> int:
+def _class(task: Task, value: Any) -> int | None:
+    """The class of a name or number; None where it is neither."""
     assert task.labels is not None
     text = str(value).strip()
     if text.lower() in task.labels:
         return task.labels.index(text.lower())
-    if text == "-1":
-        raise UserError("is -1: this is a test set without labels, which cannot be scored; give the dev set")
     try:
         number = int(text)
     except ValueError:
-        number = -1
-    if not 0 <= number < len(task.labels):
-        known = ", ".join(f"{index} ({name})" for index, name in enumerate(task.labels))
-        raise UserError(f"is {value!r}; {task.title} has {known}")
-    return number
+        return None
+    return number if 0 <= number < len(task.labels) else None
 
 
-def _number(task: Task, value: Any) -> float:
+def _number(task: Task, value: Any) -> float | None:
+    """A label of a regression; None where it is no number, or outside the range."""
     assert task.label_range is not None
-    low, high = task.label_range
     try:
         number = float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if number == -1:
-        raise UserError("is -1: this is a test set without labels, which cannot be scored; give the dev set")
-    if not low <= number <= high:
-        raise UserError(f"is {value!r}; {task.title} has numbers from {low:g} to {high:g}")
-    return number
+        return None
+    return number if task.label_range[0] <= number <= task.label_range[1] else None
+
+
+def _known_labels(task: Task) -> str:
+    if task.label_range is not None:
+        low, high = task.label_range
+        return f"numbers from {low:g} to {high:g}"
+    return ", ".join(f"{index} ({name})" for index, name in enumerate(task.labels or ()))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from train.finetuning.tasks import Task
 
@@ -44,48 +46,26 @@ def _name(metric: str, dev: str, num_sets: int) -> str:
     return metric if num_sets == 1 else f"{metric}_{dev}"
 
 
-def _accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
-    from sklearn.metrics import accuracy_score
-
-    return accuracy_score(labels, predicted)
-
-
 def _f1(labels: np.ndarray, predicted: np.ndarray) -> float:
-    from sklearn.metrics import f1_score
-
     return f1_score(labels, predicted, zero_division=0)
 
 
-def _matthews(labels: np.ndarray, predicted: np.ndarray) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return matthews_corrcoef(labels, predicted)
-
-
-def _pearson(labels: np.ndarray, predicted: np.ndarray) -> float:
-    from scipy.stats import pearsonr
-
-    return _correlation(pearsonr, labels, predicted)
-
-
-def _spearman(labels: np.ndarray, predicted: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    return _correlation(spearmanr, labels, predicted)
-
-
-def _correlation(function: Any, labels: np.ndarray, predicted: np.ndarray) -> float:
+def _correlation(function: Callable[..., Any]) -> Callable[[np.ndarray, np.ndarray], float]:
     """0 where one side is constant: scipy gives NaN."""
-    if len(labels) < 2:
-        return 0.0
-    value = float(function(labels.astype(np.float64), predicted.astype(np.float64)).statistic)
-    return value if np.isfinite(value) else 0.0
+
+    def correlation(labels: np.ndarray, predicted: np.ndarray) -> float:
+        if len(labels) < 2:
+            return 0.0
+        value = float(function(labels.astype(np.float64), predicted.astype(np.float64)).statistic)
+        return value if np.isfinite(value) else 0.0
+
+    return correlation
 
 
-METRICS = {
-    "accuracy": _accuracy,
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": accuracy_score,
     "f1": _f1,
-    "matthews": _matthews,
-    "pearson": _pearson,
-    "spearman": _spearman,
+    "matthews": matthews_corrcoef,
+    "pearson": _correlation(pearsonr),
+    "spearman": _correlation(spearmanr),
 }

@@ -1,4 +1,9 @@
-"""Local files in their usual layouts: glue_data's .tsv, .jsonl, the folders of aclImdb; plain or .gz."""
+"""The data of a task: local files in their usual layouts (glue_data's .tsv, .jsonl, aclImdb; plain or .gz), or the hub.
+
+A .tsv is split at tabs here, without a library: pandas, which `datasets` reads with, fills rows that lack cells and
+shifts the columns of rows that have too many, both in silence; and `datasets` turns texts that look like dates into
+dates. Both kinds of row must be seen, and counted aloud.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError
+from train.errors import UserError, one_line
 from train.finetuning.examples import Examples, Table, examples_of
 from train.finetuning.tasks import SPLIT_OFF, Task
 
 ENDINGS = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
 MALFORMED_SHARE = 0.01
 """GLUE's own QQP has a few broken rows; more than this share is a wrong file."""
+HUB = "hub:"
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,12 @@ class Files:
 
 
 def data_folder(data: str) -> Path:
-    """The folder that `--data` names; ValueError for a file, FileNotFoundError where there is none."""
+    """The folder that `--data` names; UserError where there is none."""
     folder = Path(data)
     if folder.is_file():
         raise UserError(f"--data {data} is a file; give the folder that holds the train and dev sets")
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {data}")
+        raise UserError(f"there is no folder {data}; give --data the one that holds the train and dev sets")
     return folder
 
 
@@ -42,8 +49,7 @@ def find_files(task: Task, data: str) -> Files:
     """The task's files below `data`, which is its own folder or the one of all tasks.
 
     Raises:
-        FileNotFoundError: none are there, with what was looked for.
-        UserError: `data` is a file.
+        UserError: none are there, with what was looked for; `data` is no folder.
     """
     folder = data_folder(data)
     plain = {_plain(name) for name in task.folders}
@@ -53,25 +59,30 @@ def find_files(task: Task, data: str) -> Files:
         if train is not None:
             break
     else:
-        raise FileNotFoundError(
+        raise UserError(
             f"no training set of {task.title} in {data}: looked for train{'|'.join(ENDINGS)} there and in "
             f"{'|'.join(task.folders)}/"
         )
     dev = {name: path for name, names in task.dev.items() if (path := _find_set(task, place, names))}
     if not dev and task.split_off is None:
         wanted = " or ".join(names[0] for names in task.dev.values())
-        raise FileNotFoundError(f"{place} has no dev set: {task.title} wants {wanted}{'|'.join(ENDINGS)}")
+        raise UserError(f"{place} has no dev set: {task.title} wants {wanted}{'|'.join(ENDINGS)}")
     return Files(train, dev)
 
 
-def read_examples(
-    task: Task, files: Files, say: Callable[[str], None]
-) -> tuple[Examples, dict[str, Examples]]:
-    """(train, dev sets by name). What is left out or split off is said aloud.
+def read_task(task: Task, data: str | None, say: Say) -> tuple[Examples, dict[str, Examples]]:
+    """(train, dev sets by name) from wherever `data` points. What is left out or split off is said aloud.
 
     Raises:
-        UserError: see `examples_of`; damaged files.
+        UserError: see `examples_of`; damaged files; no such dataset or split.
     """
+    hub = hub_name(task, data)
+    if hub is not None:
+        found = read_splits(hub, {"train": ("train",), **task.dev})
+        examples = {name: examples_of(task, _hub_table(task, *split)) for name, split in found.items()}
+        return examples.pop("train"), examples
+    assert data is not None
+    files = find_files(task, data)
     train = examples_of(task, read_table(task, files.train, say))
     dev = {name: examples_of(task, read_table(task, path, say)) for name, path in files.dev.items()}
     absent = [name for name in task.dev if name not in dev]
@@ -90,14 +101,14 @@ def read_examples(
     return train, dev
 
 
-def read_unlabelled(task: Task, path: Path, say: Callable[[str], None]) -> Examples:
+def read_unlabelled(task: Task, path: Path, say: Say) -> Examples:
     """Texts for the teachers to label: .txt with one on each line, or .tsv or .jsonl with the task's text columns.
 
     Raises:
-        FileNotFoundError, UserError: not there, not such a file, or single texts for a task of pairs.
+        UserError: not there, not such a file, or single texts for a task of pairs.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--unlabelled {path}: there is no such file")
+        raise UserError(f"--unlabelled {path}: there is no such file")
     if path.name.endswith((".txt", ".txt.gz")):
         if task.is_pair:
             names = ", ".join(column[0] for column in task.texts)
@@ -105,7 +116,7 @@ def read_unlabelled(task: Task, path: Path, say: Callable[[str], None]) -> Examp
                 f"--unlabelled {path}: {task.title} is about pairs of texts; give a .tsv or .jsonl with the "
                 f"columns {names}"
             )
-        kept = [(row, line) for row, line in enumerate(_lines(path), start=1) if line.strip()]
+        kept = list(_lines(path))
         column = {task.texts[0][0]: [line for _, line in kept]}
         return examples_of(task, Table(column, str(path), [row for row, _ in kept]), labelled=False)
     if not path.name.endswith(ENDINGS):
@@ -113,7 +124,7 @@ def read_unlabelled(task: Task, path: Path, say: Callable[[str], None]) -> Examp
     return examples_of(task, read_table(task, path, say, headerless=False), labelled=False)
 
 
-def read_table(task: Task, path: Path, say: Callable[[str], None], headerless: bool = True) -> Table:
+def read_table(task: Task, path: Path, say: Say, headerless: bool = True) -> Table:
     """A file, or a folder with a folder of .txt files for each class, as columns.
 
     Args:
@@ -121,9 +132,12 @@ def read_table(task: Task, path: Path, say: Callable[[str], None], headerless: b
     """
     if path.is_dir():
         return _read_class_folders(task, path)
+    rows = list(_lines(path))
+    if not rows:
+        raise UserError(f"{path} is empty")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _read_jsonl(path)
-    return _read_tsv(path, task.headerless if headerless else None, say)
+        return _json_table(path, rows)
+    return _tsv_table(path, rows, task.headerless if headerless else None, say)
 
 
 def _find_set(task: Task, folder: Path, names: Sequence[str]) -> Path | None:
@@ -140,23 +154,23 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Lines without their ends; only "\\n" ends one: texts hold other separators of Unicode."""
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of each that is not blank; only "\\n" ends one: texts hold other separators of Unicode."""
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            for number, content in enumerate(file, start=1):
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                if line.strip():
+                    yield number, line
     except UnicodeDecodeError:
-        raise UserError(f"{path}, row {number}: not UTF-8") from None
+        raise UserError(f"{path}, row {number}: not UTF-8; save it as UTF-8 text") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged or cut short: {error}; fetch it again") from None
 
 
-def _read_tsv(path: Path, names: Sequence[str] | None, say: Callable[[str], None]) -> Table:
-    rows = [(row, line.split("\t")) for row, line in enumerate(_lines(path), start=1) if line.strip()]
-    if not rows:
-        raise UserError(f"{path} is empty")
+def _tsv_table(path: Path, lines: Sequence[tuple[int, str]], names: Sequence[str] | None, say: Say) -> Table:
+    rows = [(row, line.split("\t")) for row, line in lines]
     if names is None or len(rows[0][1]) != len(names):
         names = rows.pop(0)[1]
     good = [(row, cells) for row, cells in rows if len(cells) == len(names)]
@@ -172,26 +186,18 @@ def _read_tsv(path: Path, names: Sequence[str] | None, say: Callable[[str], None
     return Table(columns, str(path), [row for row, _ in good])
 
 
-def _read_jsonl(path: Path) -> Table:
-    columns: dict[str, list[Any]] = {}
-    numbers: list[int] = []
-    for row, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
+def _json_table(path: Path, lines: Sequence[tuple[int, str]]) -> Table:
+    records = []
+    for row, line in lines:
         try:
             record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}, row {row}: no JSON: {error}") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}, row {row}: not a JSON object with named fields")
-        if not numbers:
-            columns = {name: [] for name in record}
-        for name, values in columns.items():
-            values.append(record.get(name))
-        numbers.append(row)
-    if not numbers:
-        raise UserError(f"{path} is empty")
-    return Table(columns, str(path), numbers)
+        records.append(record)
+    columns = {name: [record.get(name) for record in records] for name in records[0]}
+    return Table(columns, str(path), [row for row, _ in lines])
 
 
 def _read_class_folders(task: Task, folder: Path) -> Table:
@@ -204,3 +210,64 @@ def _read_class_folders(task: Task, folder: Path) -> Table:
         task.label[0]: [label for _, label in files],
     }
     return Table(columns, str(folder), range(1, len(files) + 1))
+
+
+def hub_name(task: Task, data: str | None) -> tuple[str, str | None] | None:
+    """(dataset, configuration) to load; None where `data` is a local folder.
+
+    Args:
+        data: None for the task's own dataset, hub:NAME[:CONFIG] for another with the same columns, or a folder.
+    """
+    if data is None:
+        return task.hub
+    if not data.startswith(HUB):
+        return None
+    name, _, config = data.removeprefix(HUB).partition(":")
+    if not name:
+        raise UserError(f"--data {data}: write hub:NAME or hub:NAME:CONFIG")
+    return name, config or None
+
+
+def read_splits(
+    hub: tuple[str, str | None], wanted: dict[str, tuple[str, ...]]
+) -> dict[str, tuple[str, Any]]:
+    """The splits of a dataset on the hub, by our names for them: (what messages call it, `datasets.Dataset`).
+
+    Args:
+        hub: dataset and configuration.
+        wanted: our name -> the names that a split may go by.
+    Raises:
+        UserError: it cannot be loaded, with what the hub's client says and the way without it; no such split.
+    """
+    import datasets  # takes seconds, and local files do without
+    from huggingface_hub.utils import logging as hub_logging
+
+    name, config = hub
+    hub_logging.set_verbosity_error()  # without a network it warns a dozen times before it gives up
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        splits = datasets.load_dataset(name, config)
+    except Exception as error:
+        raise UserError(
+            f"the dataset {name}{f' ({config})' if config else ''} cannot be loaded: {one_line(error)}; "
+            "with local files, give --data FOLDER"
+        ) from None
+    found = {}
+    for own, names in wanted.items():
+        split = next((split for split in names if split in splits), None)
+        if split is None:
+            raise UserError(
+                f"the dataset {name} has no split {' or '.join(names)}; it has {', '.join(splits)}"
+            )
+        found[own] = (f"{name}, split {split}", splits[split])
+    return found
+
+
+def _hub_table(task: Task, where: str, dataset: Any) -> Table:
+    columns = {column: dataset[column][:] for column in dataset.column_names if column != "idx"}
+    for column, feature in dataset.features.items():
+        if column in task.label and getattr(feature, "names", None):
+            classes = dict(enumerate(feature.names))
+            columns[column] = [classes.get(value, value) for value in columns[column]]
+    return Table(columns, where, range(1, dataset.num_rows + 1))

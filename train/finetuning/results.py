@@ -48,15 +48,13 @@ def read_scores(folder: Path) -> dict[str, Any] | None:
     path = folder / FILE
     try:
         scores = json.loads(path.read_text())
-        for found in (scores["median"], *scores["seeds"].values()):
-            _refuse_without_score(found)
-        scores["task"]
+        is_whole = "task" in scores and all(map(_has_score, (scores["median"], *scores["seeds"].values())))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is no file of scores ({error!r}); delete it and run launch/finetune.py again"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path} is no file of scores; delete it and run launch/finetune.py again")
     return scores
 
 
@@ -69,17 +67,18 @@ def read_seed_scores(folder: Path) -> dict[str, float]:
     path = folder / FILE
     try:
         scores = json.loads(path.read_text())
-        _refuse_without_score(scores)
-    except (ValueError, KeyError, TypeError) as error:
+        is_whole = _has_score(scores)
+    except (ValueError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
         raise UserError(
-            f"{path} is no file of a seed's scores ({error!r}); delete {folder} and run launch/finetune.py again"
-        ) from None
+            f"{path} is no file of a seed's scores; delete {folder} and run launch/finetune.py again"
+        )
     return scores
 
 
-def _refuse_without_score(scores: Mapping[str, float]) -> None:
-    if not math.isfinite(scores["score"]):
-        raise UserError(f"its score is {scores['score']}")
+def _has_score(scores: Mapping[str, float]) -> bool:
+    return math.isfinite(scores["score"])
 
 
 def median_and_spread(

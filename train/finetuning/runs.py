@@ -8,47 +8,45 @@ OUT/TASK/scores.json        train/finetuning/results.py
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from data_prep.shard_format.files import write_json
+from data_prep.shard_format.files import new_folder, write_json
 from train.errors import UserError
-from train.finetuning.results import FILE, median_and_spread, read_scores, read_seed_scores, write_scores
+from train.finetuning import classification
+from train.finetuning.results import FILE, read_scores, read_seed_scores, write_scores
 from train.finetuning.settings import Job
-from train.finetuning.task_models import weights_digest
+from train.finetuning.soft_labels import weights_digest
+from train.finetuning.squad import training as squad
+from train.finetuning.task_runner import TaskRunner
 from train.finetuning.training import Stopped
 from train.run_folder import hold
 
-KINDS = {"sequence": "train.finetuning.classification", "span": "train.finetuning.squad.training"}
 OPTIONS = "options.json"
-
-
-class Runner(Protocol):
-    """One task made ready for all seeds: see the package's docstring."""
-
-    train_examples: int
-    dev_examples: dict[str, int]
-    metrics: tuple[str, ...]
-    parameters: int
-    fingerprints: dict[str, str]
-
-    def run_seed(self, seed: int, work: Path, out: Path) -> dict[str, float]: ...
 
 
 def check_task(job: Job) -> None:
     """Everything that can be refused cheaply, before hours are spent on the tasks before.
 
     Raises:
-        UserError, OSError: see the kind's `check`.
+        UserError: data or models that are not there or do not fit.
     """
-    _module(job).check(job)
+    if job.task.kind == "span":
+        squad.check(job)
+    else:
+        classification.check(job)
+
+
+def prepare(job: Job) -> TaskRunner:
+    """Read and encode the data, ask the teachers: once for all seeds."""
+    if job.task.kind == "span":
+        return squad.SpanRunner(job)
+    return classification.Classification(job)
 
 
 def run_task(job: Job, seeds: Sequence[int]) -> dict[str, Any]:
@@ -72,7 +70,7 @@ def run_task(job: Job, seeds: Sequence[int]) -> dict[str, Any]:
         if before and all(str(seed) in before["seeds"] for seed in seeds):
             job.say(f"{job.task.name}: {_seeds(seeds)} finished before")
             return before
-        runner: Runner = _module(job).prepare(job)
+        runner = prepare(job)
         options["contents"] = {**runner.fingerprints, **contents}
         _refuse_changes(job.folder, options)
         write_json(job.folder / OPTIONS, options)
@@ -97,32 +95,23 @@ def finished_seeds(folder: Path) -> dict[int, dict[str, float]]:
     return dict(sorted(found.items()))
 
 
-def _module(job: Job) -> Any:
-    return importlib.import_module(KINDS[job.task.kind])
-
-
-def _run_seed(job: Job, runner: Runner, seed: int) -> dict[str, float]:
-    work, out = job.folder / f".seed-{seed}", job.folder / f"seed-{seed}"
-    started = time.monotonic()
-    model = work / "model"
-    shutil.rmtree(model, ignore_errors=True)
+def _run_seed(job: Job, runner: TaskRunner, seed: int) -> dict[str, float]:
+    work = job.folder / f".seed-{seed}"
     work.mkdir(exist_ok=True)
-    found = runner.run_seed(seed, work, model)
-    found.setdefault("seconds", time.monotonic() - started)
-    scores = {name: round(value, 4) for name, value in found.items()}
-    write_json(model / FILE, scores)
-    shutil.rmtree(out, ignore_errors=True)
-    model.rename(out)
+    with new_folder(job.folder / f"seed-{seed}") as out:
+        found = runner.run_seed(seed, work, out)
+        scores = {name: round(value, 4) for name, value in found.items()}
+        write_json(out / FILE, scores)
     shutil.rmtree(work, ignore_errors=True)
     metrics = ", ".join(f"{name} {scores[name]:.1f}" for name in runner.metrics)
-    rate = f", {scores['examples_per_s']:,.0f} examples/s" if "examples_per_s" in scores else ""
     job.say(
-        f"{job.task.name} seed {seed}: {metrics}; score {scores['score']:.1f}; {scores['seconds']:.0f} s{rate}"
+        f"{job.task.name} seed {seed}: {metrics}; score {scores['score']:.1f}; {scores['seconds']:.0f} s, "
+        f"{scores['examples_per_s']:,.0f} examples/s"
     )
     return scores
 
 
-def _description(job: Job, runner: Runner) -> dict[str, Any]:
+def _description(job: Job, runner: TaskRunner) -> dict[str, Any]:
     """scores.json without its seeds."""
     return {
         "task": job.task.name,
@@ -191,21 +180,3 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _seeds(seeds: Sequence[int]) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-
-
-def table_row(scores: Mapping[str, Any]) -> tuple[str, ...]:
-    """One task's line of the final table: see launch/finetune.py for the headings."""
-    median, spread = median_and_spread({int(seed): value for seed, value in scores["seeds"].items()})
-    low, high = spread["score"]
-    dev = " + ".join(f"{count:,}" for count in scores["dev_examples"].values())
-    metrics = " / ".join(scores["metrics"])
-    return (
-        scores["task"],
-        metrics,
-        f"{median['score']:.1f}",
-        f"{low:.1f} to {high:.1f}",
-        str(len(scores["seeds"])),
-        f"{scores['train_examples']:,}",
-        dev,
-        f"{sum(seed['seconds'] for seed in scores['seeds'].values()):,.0f}",
-    )

@@ -1,4 +1,4 @@
-"""What fine-tuned teachers say of texts, and the loss that learns from it.
+"""Soft labels: the outputs of fine-tuned teachers, and the loss that learns from them.
 
     L = a CE(true label) + (1 - a) T^2 KL(teachers' mean probabilities at T || student's at T)
 
@@ -10,6 +10,7 @@ with its soft label alone (Bucila et al. 2006: an ensemble labels, a small model
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 
+from data_prep.shard_format.files import new_file
 from train.errors import UserError
 from train.finetuning.examples import NO_LABEL
 
@@ -65,16 +67,17 @@ def soft_label_loss(
     return (weight * hard + (1 - weight) * soft).mean()
 
 
-class SoftLabelLoss:
-    """`soft_label_loss` as train/finetuning/training.py takes it."""
+def distillation_loss(
+    temperature: float | None, hard_weight: float
+) -> Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]:
+    """(model, batch with labels and soft_labels) -> `soft_label_loss`; no temperature for a regression."""
 
-    def __init__(self, temperature: float | None, hard_weight: float) -> None:
-        self._temperature, self._hard_weight = temperature or 1.0, hard_weight
-
-    def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         soft_labels, labels = batch.pop("soft_labels"), batch.pop("labels")
         logits = model(**batch).logits
-        return soft_label_loss(logits, soft_labels, labels, self._temperature, self._hard_weight)
+        return soft_label_loss(logits, soft_labels, labels, temperature or 1.0, hard_weight)
+
+    return loss
 
 
 def class_order(name: str, config: Any, labels: tuple[str, ...] | None) -> list[int]:
@@ -103,24 +106,49 @@ def class_order(name: str, config: Any, labels: tuple[str, ...] | None) -> list[
     return [own.index(label) for label in wanted]
 
 
-def cached_logits(folder: Path, *contents: str) -> Path:
-    """The file for logits that depend on nothing but `contents` (digests of the teacher, of the texts, the length)."""
-    return folder / "soft-labels" / f"{hashlib.sha256(chr(0).join(contents).encode()).hexdigest()[:32]}.npy"
+def teacher_outputs(
+    folder: Path,
+    teacher: str,
+    contents: Sequence[str],
+    shape: tuple[int, int],
+    compute: Callable[[], np.ndarray],
+) -> np.ndarray:
+    """What a teacher says of the training set, fp32; kept in `folder`/soft-labels/ and read from there.
 
-
-def read_logits(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """(N, C) fp32, or None where there is no such file, or one that is not whole."""
+    Args:
+        folder: OUT/TASK.
+        contents: digests of all that the outputs depend on.
+        shape: of the outputs; a file of another, or one that is not whole, is written anew.
+    Raises:
+        UserError: some output is no number.
+    """
+    name = hashlib.sha256(chr(0).join(contents).encode()).hexdigest()[:32]
+    path = folder / "soft-labels" / f"{name}.npy"
     try:
-        logits = np.load(path, allow_pickle=False)
+        outputs = np.load(path, allow_pickle=False)
+        if outputs.shape == shape:
+            return outputs
     except (OSError, ValueError, EOFError):
-        return None
-    return logits if logits.shape == shape else None
-
-
-def write_logits(path: Path, logits: np.ndarray) -> None:
-    """Write them whole or not at all."""
+        pass
+    outputs = compute()
+    if not np.isfinite(outputs).all():
+        raise UserError(f"teacher {teacher}: its outputs are no numbers; give another")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    with partial.open("wb") as file:
-        np.save(file, logits, allow_pickle=False)
-    partial.rename(path)
+    with new_file(path, binary=True) as file:
+        np.save(file, outputs, allow_pickle=False)
+    return outputs
+
+
+def weights_digest(name: str) -> str:
+    """SHA-256 over a folder's config, tokenizer and weights; of a hub name, the name itself."""
+    digest = hashlib.sha256(b"" if Path(name).is_dir() else name.encode())
+    suffixes = (".safetensors", ".bin", ".json", ".txt", ".model")
+    files = [path for path in Path(name).iterdir() if path.suffix in suffixes] if Path(name).is_dir() else []
+    for path in sorted(files):
+        if path.name == "scores.json":
+            continue
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -12,7 +12,10 @@ the teacher's 88.5 F1 (the two scripts have 32 and 5e-5, 8 and 5e-5).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from train.errors import UserError
 
@@ -21,18 +24,48 @@ SPLIT_OFF = "split off train"
 
 
 @dataclass(frozen=True)
-class HyperParameters:
-    """Of one task, where the command line says nothing else."""
+class Settings:
+    """Numbers that the scores depend on; all are written into scores.json. UserError for one that cannot be."""
 
     epochs: float = 3.0
     learning_rate: float = 2e-5
     batch_size: int = 32
     max_length: int = 128
-    """Tokens, special ones included."""
+    """Tokens, special ones included; clipped to the model's positions."""
+    warmup_ratio: float = 0.1
+    """Share of the steps in which the learning rate rises; then it falls linearly to 0."""
+    weight_decay: float = 0.01
+    group_by_length: bool = True
+    """Batches of texts of like length: less padding."""
+    max_train_examples: int | None = None
+    max_eval_examples: int | None = None
+    temperature: float | None = None
+    """Of the soft labels; None without a teacher, and for a regression, which has none."""
+    hard_weight: float | None = None
+    """alpha: share of the loss on the true labels, 1 - alpha on the teacher's; None without a teacher."""
+    unlabelled_only: bool | None = None
     doc_stride: int | None = None
     """Tokens between the beginnings of neighbouring windows, as in BERT's run_squad.py; span tasks alone."""
     max_answer_length: int | None = None
     """Tokens of an answer; span tasks alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "learning_rate", "batch_size", "max_length", "temperature"):
+            self._refuse_unless(name, lambda value: value > 0, "a number above 0")
+        for name in ("max_train_examples", "max_eval_examples", "doc_stride", "max_answer_length"):
+            self._refuse_unless(name, lambda value: value >= 1, "at least 1")
+        self._refuse_unless("weight_decay", lambda value: value >= 0, "0 or more")
+        for name in ("warmup_ratio", "hard_weight"):
+            self._refuse_unless(name, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+    def _refuse_unless(self, name: str, good: Callable[[Any], bool], wanted: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not (math.isfinite(value) and good(value)):
+            raise UserError(f"--{name.replace('_', '-')} is {value}; give {wanted}")
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the fields that this task does not have."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -62,7 +95,7 @@ class Task:
     """Share of the training set, chosen by a hash, that serves as dev set where there is no file of one."""
     kind: str = "sequence"
     glue: bool = False
-    defaults: HyperParameters = field(default_factory=HyperParameters)
+    defaults: Settings = field(default_factory=Settings)
 
     @property
     def is_pair(self) -> bool:
@@ -90,9 +123,7 @@ _BOTH_MNLI = {
     "matched": ("dev_matched", "validation_matched"),
     "mismatched": ("dev_mismatched", "validation_mismatched"),
 }
-_SPAN = HyperParameters(
-    learning_rate=3e-5, batch_size=12, max_length=384, doc_stride=128, max_answer_length=30
-)
+_SPAN = Settings(learning_rate=3e-5, batch_size=12, max_length=384, doc_stride=128, max_answer_length=30)
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -113,7 +144,7 @@ TASKS: dict[str, Task] = {
             ("not_equivalent", "equivalent"),
             ("accuracy", "f1"),
             label=("label", "Quality"),
-            defaults=HyperParameters(epochs=5.0),
+            defaults=Settings(epochs=5.0),
         ),
         _glue(
             "stsb",
@@ -147,7 +178,7 @@ TASKS: dict[str, Task] = {
             "WNLI",
             _SENTENCES,
             ("not_entailment", "entailment"),
-            defaults=HyperParameters(epochs=5.0),
+            defaults=Settings(epochs=5.0),
         ),
         Task(
             "imdb",
@@ -159,7 +190,7 @@ TASKS: dict[str, Task] = {
             ("neg", "pos"),
             dev={"dev": ("dev", "validation", "test")},
             split_off=0.1,
-            defaults=HyperParameters(batch_size=16, max_length=512),
+            defaults=Settings(batch_size=16, max_length=512),
         ),
         Task(
             "squad",

@@ -1,7 +1,7 @@
 """One call of transformers' Trainer, the same for every kind of task.
 
 Trainer's checkpoints are made safe here: its own search takes the newest folder of the right name, be it whole or not.
-Ours hold complete.json with the sizes of their files, written last, and anything else is passed over.
+Ours hold complete.json with the sizes of their files, written last; any other is removed.
 """
 
 from __future__ import annotations
@@ -41,6 +41,17 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
+class TrainingSet:
+    """What a model is trained on."""
+
+    examples: Sequence[Features]
+    """What `collate` takes; the lengths of "input_ids" group the batches."""
+    collate: Collate
+    loss: Loss | None = None
+    """None for the model's own."""
+
+
+@dataclass(frozen=True)
 class Fitted:
     """What training took, in this process (a resumed seed counts from where it went on)."""
 
@@ -48,28 +59,18 @@ class Fitted:
     examples_per_s: float
 
 
-def fit(
-    model: PreTrainedModel,
-    examples: Sequence[Features],
-    collate: Collate,
-    job: Job,
-    seed: int,
-    work: Path,
-    loss: Loss | None = None,
-) -> Fitted:
+def fit(model: PreTrainedModel, data: TrainingSet, job: Job, seed: int, work: Path) -> Fitted:
     """Train `model` in place: AdamW, linear warm-up and decay, gradients clipped at norm 1.
 
     Goes on from the newest whole checkpoint in `work`, bit for bit on a CPU; leaves one every `job.checkpoint_seconds`.
 
-    Args:
-        examples: what `collate` takes; the lengths of "input_ids" group the batches.
-        loss: None for the model's own.
     Raises:
         Stopped: `job.stop` asked for it; a checkpoint was left.
         NonFiniteError: the weights are no numbers any more.
     """
     settings = job.settings
-    lengths = np.array([len(example["input_ids"]) for example in examples])
+    num_examples = len(data.examples)
+    lengths = np.array([len(example["input_ids"]) for example in data.examples])
     batches = EpochBatches(lengths, settings.batch_size, seed, settings.group_by_length)
     num_steps = math.ceil(settings.epochs * len(batches))
     arguments = TrainingArguments(
@@ -85,12 +86,12 @@ def fit(
         save_total_limit=2,
         **_quiet_arguments(),
     )
-    trainer = _FineTuner(model, arguments, collate, examples, batches, loss)
+    trainer = _FineTuner(model, arguments, data, batches)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_EpochOf(batches))
     trainer.add_callback(_Checkpoints(job.checkpoint_seconds, job.stop))
     name = f"{job.task.name} seed {seed}"
-    trainer.add_callback(_TrainingBar(name, len(examples), settings.batch_size))
+    trainer.add_callback(_TrainingBar(name, num_examples, settings.batch_size))
     checkpoint = newest_whole_checkpoint(work, job.say)
     started, first_step = time.monotonic(), 0
     if checkpoint is not None:
@@ -105,7 +106,7 @@ def fit(
             f"{name}: the weights are no numbers any more; give a lower --learning-rate than {settings.learning_rate:g}"
         )
     seconds = time.monotonic() - started
-    return Fitted(seconds, (state.global_step - first_step) * len(examples) / len(batches) / seconds)
+    return Fitted(seconds, (state.global_step - first_step) * num_examples / len(batches) / seconds)
 
 
 def predict(
@@ -188,16 +189,10 @@ class _FineTuner(Trainer):
     """Trainer with our order of batches and, for soft labels, our loss."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        arguments: TrainingArguments,
-        collate: Collate,
-        examples: Sequence[Features],
-        batches: EpochBatches,
-        loss: Loss | None,
+        self, model: PreTrainedModel, arguments: TrainingArguments, data: TrainingSet, batches: EpochBatches
     ) -> None:
-        super().__init__(model, arguments, data_collator=collate, train_dataset=_Listed(examples))
-        self._batches, self._own_loss = batches, loss
+        super().__init__(model, arguments, data_collator=data.collate, train_dataset=_Listed(data.examples))
+        self._batches, self._own_loss = batches, data.loss
 
     def get_train_dataloader(self) -> DataLoader:
         assert isinstance(self.train_dataset, _Listed)

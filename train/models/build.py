@@ -81,7 +81,7 @@ def teacher_names(config: Config) -> list[str]:
 def teacher_config(name: str) -> Any:
     """The Hugging Face config of a teacher; UserError naming model.teacher where there is none to be had."""
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

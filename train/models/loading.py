@@ -1,66 +1,211 @@
-"""Load masked language models from Hugging Face folders, refusing what would train on noise."""
+"""Load models and tokenizers from Hugging Face folders, refusing what would compute with noise.
+
+transformers only warns when weights are missing (and leaves them random), have another shape, or belong to layers that
+the config does not have. `_load` makes an error of each, for all four uses:
+
+    load_masked_lm         a teacher, or the start of a student: its MLM head must be there
+    load_with_saved_head   any encoder with the head that it was saved with: ONNX export, latency
+    load_finetuned         a model that was fine-tuned on a task: a teacher of task distillation
+    load_with_new_head     an encoder under a new head for a task
+"""
 
 from __future__ import annotations
 
 import logging
-import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from data_prep.shard_format.manifest import TokenizerInfo, tokenizer_fingerprint
 from train.errors import UserError, one_line
-from train.models.encoder_config import listed, refuse_gaps
-from train.models.families import family_of_type
+from train.models.encoder_config import read_config, read_encoder_config
+from train.models.families import FAMILIES, family_of_type
+from train.models.heads import head_of_class
 
 logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors.index.json", "*.bin.index.json")
+POOLER = "pooler."
+"""Not every head has one: where a model's is missing, a new head draws its own."""
+_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
 def load_masked_lm(path_or_hub: str, config: Any = None) -> PreTrainedModel:
     """A masked language model with SDPA attention, fp32 on the CPU, every weight from the checkpoint.
 
-    transformers only warns when weights are missing and leaves them random; a teacher with a random head
-    would teach noise, so that is an error here.
-
     Args:
         path_or_hub: a Hugging Face folder or a name on the hub.
         config: its Hugging Face config, where that has been read before.
     Raises:
-        UserError: it looks like a folder, and there is none; the architecture is not supported; weights are missing
-            or of the wrong shape.
-        OSError: nothing to load there (from transformers).
+        UserError: no such folder, an unsupported architecture, or weights as in `_load`, the MLM head's among them.
     """
-    if path_or_hub.startswith((".", "/", "~")) and not Path(path_or_hub).is_dir():
-        raise UserError(f"there is no model folder {path_or_hub}; give the folder of a masked language model")
-    config = config or AutoConfig.from_pretrained(path_or_hub)
+    config = config or read_config(path_or_hub)
     family = family_of_type(config.model_type)
+
+    def without_head(model: PreTrainedModel, missing: Sequence[str]) -> str | None:
+        if not any(key.startswith(family.head) for key in missing):
+            return None
+        kinds = ", ".join(config.architectures or ["no architecture"])
+        return (
+            f"{path_or_hub} has no MLM head: {_listed(missing)} missing from its weights (its config.json names "
+            f"{kinds}); give a checkpoint that was saved with its masked-language-model head"
+        )
+
+    options = {"config": config, "attn_implementation": "sdpa"}
+    return _load(path_or_hub, AutoModelForMaskedLM, options, without_head)[0]
+
+
+def load_with_saved_head(folder: Path) -> PreTrainedModel:
+    """The model of a Hugging Face folder with the head that it was saved with: fp32, CPU, eval mode.
+
+    Raises:
+        UserError: no such folder, no encoder, a head not known here, or weights as in `_load`.
+    """
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} is not a Hugging Face folder: it holds no config.json")
+    class_name = next(iter(read_encoder_config(folder).architectures or []), "")
+    if not class_name:
+        raise UserError(f"{folder}/config.json names no architectures: save the model with save_pretrained")
+    auto_class = getattr(transformers, head_of_class(class_name, str(folder)).auto_class)
+    return _load(folder, auto_class)[0].eval()
+
+
+def load_finetuned(name: str, auto_class: Any) -> PreTrainedModel:
+    """A model whose head is trained already: fp32, CPU, eval mode, frozen.
+
+    Args:
+        auto_class: AutoModelForSequenceClassification or AutoModelForQuestionAnswering.
+    Raises:
+        UserError: weights as in `_load`, the head's among them.
+    """
+
+    def without_head(model: PreTrainedModel, missing: Sequence[str]) -> str | None:
+        encoder = f"{model.base_model_prefix}."
+        if not missing or any(key.startswith(encoder) and POOLER not in key for key in missing):
+            return None
+        return (
+            f"{name} is not fine-tuned: {_listed(missing)} missing from its weights; fine-tune it on the task first "
+            "and give OUT/TASK/seed-N"
+        )
+
+    model, _ = _load(name, auto_class, without_head=without_head)
+    return model.eval().requires_grad_(False)
+
+
+def load_with_new_head(name: str, auto_class: Any, seed: int, head: Mapping[str, Any]) -> PreTrainedModel:
+    """A model with a new head, drawn from `seed`, over the encoder of a folder: fp32, CPU, training mode.
+
+    Args:
+        auto_class: AutoModelForSequenceClassification or AutoModelForQuestionAnswering.
+        head: fields of the config, such as num_labels.
+    Raises:
+        UserError: weights of the encoder as in `_load`.
+    """
+    encoder, missing = _load(name, AutoModel, optional=POOLER)
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head)
+    config.dtype = torch.float32
+    model: PreTrainedModel = auto_class.from_config(config)
+    wanted = model.base_model.state_dict()
+    loaded = {
+        key: value for key, value in encoder.state_dict().items() if key in wanted and key not in missing
+    }
+    without = [key for key in wanted if key not in loaded and POOLER not in key]
+    assert not without, without
+    model.base_model.load_state_dict(loaded, strict=False)
+    return model
+
+
+def _load(
+    name: str | Path,
+    auto_class: Any,
+    options: Mapping[str, Any] | None = None,
+    without_head: Callable[[PreTrainedModel, Sequence[str]], str | None] | None = None,
+    optional: str | None = None,
+) -> tuple[PreTrainedModel, set[str]]:
+    """`auto_class.from_pretrained`, on the CPU, silent, without any code of the folder's.
+
+    Args:
+        options: of from_pretrained; fp32 unless it says otherwise.
+        without_head: gives the message for (model, missing keys) where these mean that the head is not there.
+        optional: part of the keys that may be missing; None where all must be there.
+    Returns:
+        The model, and the keys of `optional` that are missing: random numbers.
+    Raises:
+        UserError: weights that cannot be read, are missing, no numbers, of another shape than by the config, or of more
+            layers than it has.
+    """
     try:
         with _quiet_transformers():
-            model, info = AutoModelForMaskedLM.from_pretrained(
-                path_or_hub,
-                config=config,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
+            model, info = auto_class.from_pretrained(
+                name,
+                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
+                **{"dtype": torch.float32, **(options or {})},
             )
-    except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{path_or_hub}: its weights cannot be read: {one_line(error)}") from None
-    missing = sorted(info["missing_keys"])
-    if any(name.startswith(family.head) for name in missing):
-        kinds = ", ".join(config.architectures or ["no architecture"])
+    # safetensors, pickle and torch have an error each for a damaged file.
+    except Exception as error:
+        raise UserError(f"{name}: its weights cannot be read: {one_line(error)}") from None
+    absent = {key for key in info["missing_keys"] if optional is not None and optional in key}
+    missing = sorted(set(info["missing_keys"]) - absent)
+    if without_head is not None and (message := without_head(model, missing)) is not None:
+        raise UserError(message)
+    _refuse_gaps(name, model.config, missing, info)
+    # What fp16 makes of a weight is judged by train/evaluation/teacher_precision.py, with its own remedy.
+    for key, weight in model.state_dict().items() if model.dtype == torch.float32 else ():
+        if key not in absent and not bool(torch.isfinite(weight).all()):
+            raise UserError(
+                f"{name}: {key} holds NaN or infinity; give a checkpoint of a run that did not diverge"
+            )
+    return model, absent
+
+
+def _refuse_gaps(name: str | Path, config: Any, missing: Sequence[str], info: Mapping[str, Any]) -> None:
+    """Refuse weights that leave a model partly random, or cut off.
+
+    Args:
+        missing: keys that must be there and are not.
+        info: what `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` returned.
+    """
+    together = "give a folder whose weights and config belong together"
+    for key, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(
-            f"{path_or_hub} has no MLM head: {listed(missing)} missing from its weights (its config.json "
-            f"names {kinds}); give a checkpoint that was saved with its masked-language-model head"
+            f"{name}: {key} has shape {tuple(found)}, by its config.json {tuple(expected)}; {together}"
         )
-    refuse_gaps(path_or_hub, config, missing, info)
-    return model
+    if missing:
+        raise UserError(
+            f"{name} is incomplete: {_listed(missing)} missing from its weights; give a whole checkpoint"
+        )
+    pattern = _layers_of(config.model_type)
+    layers = [int(found[1]) for key in info["unexpected_keys"] if (found := pattern.search(key))]
+    if max(layers, default=-1) >= config.num_hidden_layers:  # others are something else's: an adapter's, say
+        raise UserError(
+            f"{name}: its weights have {max(layers) + 1} layers, its config.json {config.num_hidden_layers}; {together}"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "a, b, c, d and 3 more are": the beginning of a sentence about the keys of a checkpoint."""
+    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{', '.join(names[:4])}{rest} {'is' if len(names) == 1 else 'are'}"
+
+
+def _layers_of(model_type: str) -> re.Pattern[str]:
+    """What the keys of an encoder's layers look like, with their base model's name before them or without."""
+    family = FAMILIES.get(model_type)
+    if family is None:
+        return _LAYER
+    base, _, layers = family.layers.partition(".")
+    return re.compile(rf"^(?:{base}\.)?{re.escape(layers)}\.(\d+)\.")
 
 
 @contextmanager
@@ -77,15 +222,59 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def check_encoder(name: str) -> Any:
+    """The config of an encoder's folder (or hub name), after cheap refusals.
+
+    Raises:
+        UserError: no such folder; no config, tokenizer or weights in it; the model is no encoder.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        remedy = "give the Hugging Face folder of a model, such as RUN/student"
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} has no config.json; {remedy}")
+        if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            raise UserError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}); {remedy}")
+        if not any(any(folder.glob(file)) for file in WEIGHTS):
+            raise UserError(f"{folder} has no weights (model.safetensors); {remedy}")
+    elif name.count("/") > 1 or folder.exists():
+        raise UserError(f"there is no model folder {name}; give a Hugging Face folder or a name on the hub")
+    return read_encoder_config(name)
+
+
+def load_tokenizer(name: str, config: Any) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        UserError: it cannot be read, cannot pad, or knows tokens that the model has no embedding for.
+    """
+    tokenizer = _read_tokenizer(name)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no padding token; texts cannot be batched")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{name}: its tokenizer goes up to token {largest}, its model has {config.vocab_size} embeddings; give a "
+            "folder whose tokenizer and weights belong together"
+        )
+    return tokenizer
+
+
+def _read_tokenizer(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    # Of a broken file come KeyErrors, and bare Exceptions from tokenizers.
+    except Exception as error:
+        raise UserError(f"{name}: its tokenizer cannot be read: {one_line(error)}") from None
+
+
 def folder_fingerprint(path_or_hub: str) -> str | None:
     """Fingerprint of the tokenizer beside a model; None where there is none that can be compared."""
-    if Path(path_or_hub).is_dir() and not any(
-        Path(path_or_hub, name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
-    ):
+    folder = Path(path_or_hub)
+    if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES[:3]):
         return None
     try:
-        return tokenizer_fingerprint(AutoTokenizer.from_pretrained(path_or_hub))
-    # Of a broken file come KeyErrors, and bare Exceptions from tokenizers.
+        return tokenizer_fingerprint(_read_tokenizer(path_or_hub))
     except Exception as error:
         logger.warning("%s: its tokenizer cannot be compared: %s", path_or_hub, one_line(error))
         return None

@@ -27,8 +27,7 @@ from transformers import (
 from launch.export import main
 from tests.paths import ROOT
 from train.export import onnx_export
-from train.models.loading import load_masked_lm
-from train.models.saved_heads import load_with_saved_head
+from train.models.loading import load_masked_lm, load_with_saved_head
 from train.models.students import make_student
 
 onnxruntime = pytest.importorskip("onnxruntime")

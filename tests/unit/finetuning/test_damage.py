@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_tasks import job_for, save_encoder, write_pairs, write_sst2
-from train.errors import NonFiniteError
+from train.errors import NonFiniteError, UserError
 from train.finetuning.results import read_scores
 from train.finetuning.runs import check_task, finished_seeds, run_task
 
@@ -20,7 +20,7 @@ def test_a_damaged_file_of_a_seeds_scores_is_named(tmp_path: Path, text: str) ->
     folder.mkdir()
     (folder / "scores.json").write_text(text)
     with pytest.raises(
-        ValueError, match=re.escape(f"{folder}/scores.json is no file of a seed's scores (")
+        UserError, match=re.escape(f"{folder}/scores.json is no file of a seed's scores")
     ) as error:
         finished_seeds(tmp_path)
     assert f"; delete {folder} and run" in str(error.value)
@@ -34,7 +34,7 @@ def test_scores_that_are_no_numbers_are_not_taken_for_finished(tmp_path: Path, c
     (tmp_path / "scores.json").write_text(json.dumps(whole))
     assert read_scores(tmp_path) == whole
     (tmp_path / "scores.json").write_text(json.dumps({**whole, **changes}))
-    with pytest.raises(ValueError, match=r"scores\.json is no file of scores .*; delete it and run"):
+    with pytest.raises(UserError, match=r"scores\.json is no file of scores; delete it and run"):
         read_scores(tmp_path)
 
 
@@ -44,7 +44,7 @@ def test_a_damaged_options_file_is_named(tmp_path: Path, text: str) -> None:
     job, _ = job_for(tmp_path / "out", model, "sst2", data)
     job.folder.mkdir(parents=True)
     (job.folder / "options.json").write_text(text)
-    with pytest.raises(ValueError, match=re.escape(f"{job.folder}/options.json is damaged (")):
+    with pytest.raises(UserError, match=re.escape(f"{job.folder}/options.json is damaged (")):
         run_task(job, range(1))
 
 
@@ -57,7 +57,7 @@ def test_a_length_without_room_for_text_is_refused(
     write_pairs(data / "RTE", header, ["entailment", "not_entailment"])
     check_task(job_for(tmp_path, model, task, data, "--max-length", str(least))[0])
     message = f"--max-length is {least - 1}, of which {model} takes {special} for special tokens; give at least {least}"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         check_task(job_for(tmp_path, model, task, data, "--max-length", str(least - 1))[0])
 
 

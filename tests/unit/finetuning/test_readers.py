@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 
 from tests.tiny_tasks import write_pairs, write_sst2
+from train.errors import UserError
 from train.finetuning.examples import Examples
-from train.finetuning.hub import hub_name, read_hub
-from train.finetuning.readers import find_files, read_examples, read_unlabelled
+from train.finetuning.readers import hub_name, read_task, read_unlabelled
 from train.finetuning.tasks import SPLIT_OFF, task_named
 
 
 def read(task: str, data: Path) -> tuple[Examples, dict[str, Examples], list[str]]:
     said: list[str] = []
-    train, dev = read_examples(task_named(task), find_files(task_named(task), str(data)), said.append)
+    train, dev = read_task(task_named(task), str(data), said.append)
     return train, dev, said
 
 
-def refused(task: str, data: Path, said: str, kind: type[Exception] = ValueError) -> None:
-    with pytest.raises(kind, match=said):
+def refused(task: str, data: Path, said: str) -> None:
+    with pytest.raises(UserError, match=said):
         read(task, data)
 
 
@@ -140,12 +140,10 @@ def test_bad_rows_and_columns_are_named(tmp_path: Path, dev: str, said: str) -> 
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
-    refused("sst2", tmp_path / "none", "there is no folder", FileNotFoundError)
-    refused(
-        "sst2", tmp_path, r"no training set of SST-2 in .*looked for train.tsv\|.*SST-2", FileNotFoundError
-    )
+    refused("sst2", tmp_path / "none", "there is no folder")
+    refused("sst2", tmp_path, r"no training set of SST-2 in .*looked for train.tsv\|.*SST-2")
     (tmp_path / "train.tsv").write_text("sentence\tlabel\nok\t1\n")
-    refused("sst2", tmp_path, "has no dev set: SST-2 wants dev.tsv", FileNotFoundError)
+    refused("sst2", tmp_path, "has no dev set: SST-2 wants dev.tsv")
     refused("sst2", tmp_path / "train.tsv", "is a file; give the folder")
     (tmp_path / "dev.jsonl").write_text('{"sentence": 3, "label": 1}\n')
     refused("sst2", tmp_path, "dev.jsonl, row 1: sentence is 3, not a text")
@@ -170,7 +168,7 @@ def test_unlabelled_texts(tmp_path: Path) -> None:
     texts = read_unlabelled(task_named("sst2"), tmp_path / "a.txt", said.append)
     assert (texts.first, texts.labels.tolist()) == (["one", "two"], [-100, -100])
     with pytest.raises(
-        ValueError, match=r"RTE is about pairs of texts; give a .tsv or .jsonl with the columns sentence1"
+        UserError, match=r"RTE is about pairs of texts; give a .tsv or .jsonl with the columns sentence1"
     ):
         read_unlabelled(task_named("rte"), tmp_path / "a.txt", said.append)
     (tmp_path / "b.jsonl").write_text('{"sentence1": "a", "sentence2": "b"}\n')
@@ -182,9 +180,9 @@ def test_unlabelled_texts(tmp_path: Path) -> None:
         "four words and more"
     ]
     (tmp_path / "d.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"give a .txt, .tsv or .jsonl file"):
+    with pytest.raises(UserError, match=r"give a .txt, .tsv or .jsonl file"):
         read_unlabelled(task_named("sst2"), tmp_path / "d.csv", said.append)
-    with pytest.raises(FileNotFoundError, match="there is no such file"):
+    with pytest.raises(UserError, match="there is no such file"):
         read_unlabelled(task_named("sst2"), tmp_path / "e.txt", said.append)
 
 
@@ -204,7 +202,7 @@ def test_the_hub_through_a_local_dataset(tmp_path: Path) -> None:
     assert hub_name(sst2, "folder") is None
     name = hub_name(sst2, f"hub:{tmp_path}")
     assert name == (str(tmp_path), None)
-    train, dev = read_hub(sst2, *name)
+    train, dev = read_task(sst2, f"hub:{tmp_path}", print)
     assert (train.first[0], train.labels.tolist()) == (
         "train text",
         [1, 1, 1],
@@ -212,13 +210,13 @@ def test_the_hub_through_a_local_dataset(tmp_path: Path) -> None:
     assert dev["dev"].labels.tolist() == [0, 0, 0]
     rows = {"premise": ["a"], "hypothesis": ["a"], "label": [0]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "m" / "train.parquet")
-    with pytest.raises(ValueError, match="has no split dev_matched or validation_matched; it has "):
-        read_hub(task_named("mnli"), str(tmp_path / "m"), None)
+    with pytest.raises(UserError, match="has no split dev_matched or validation_matched; it has "):
+        read_task(task_named("mnli"), f"hub:{tmp_path}/m", print)
     with pytest.raises(
-        ValueError, match=r"the dataset .*/gone cannot be loaded: .*; with local files, give --data FOLDER"
+        UserError, match=r"the dataset .*/gone cannot be loaded: .*; with local files, give --data FOLDER"
     ):
-        read_hub(sst2, str(tmp_path / "gone"), None)
-    with pytest.raises(ValueError, match="write hub:NAME"):
+        read_task(sst2, f"hub:{tmp_path}/gone", print)
+    with pytest.raises(UserError, match="write hub:NAME"):
         hub_name(sst2, "hub:")
 
 

@@ -33,7 +33,7 @@ def case() -> tuple[list[Question], Windows]:
 def test_the_best_span_and_its_text(case: tuple[list[Question], Windows]) -> None:
     questions, windows = case
     start, end = logits(windows, model=5.0, student=4.0), logits(windows, token=5.0, writes=3.0)
-    answers = find_answers(questions, windows, start, end, 30)
+    answers = find_answers(questions, windows, np.stack([start, end]), 30)
     assert answers.texts() == {"q": "model reads a token"}
     assert answers.best["q"][:3] == [
         Span("model reads a token", 10.0),
@@ -46,8 +46,8 @@ def test_no_span_backwards_or_too_long(case: tuple[list[Question], Windows]) -> 
     questions, windows = case
     start, end = logits(windows, model=3.0, student=5.0), logits(windows, token=5.0, writes=4.0)
     # "student ... token" would be best, and is backwards; "model ... writes" has eight tokens.
-    assert find_answers(questions, windows, start, end, 7).texts() == {"q": "student writes"}
-    longest = find_answers(questions, windows, start, end, 4).best["q"]
+    assert find_answers(questions, windows, np.stack([start, end]), 7).texts() == {"q": "student writes"}
+    longest = find_answers(questions, windows, np.stack([start, end]), 4).best["q"]
     assert Span("model reads a token", 8.0) in longest
     assert all(len(span.text.split()) <= 4 for span in longest)
 
@@ -58,14 +58,14 @@ def test_nothing_outside_the_context(case: tuple[list[Question], Windows]) -> No
     start[: windows.context_at[0]] = end[: windows.context_at[0]] = 9.0
     end[-1] = 9.0
     start[windows.context_at[0] + 1] = 1.0
-    assert find_answers(questions, windows, start, end, 30).texts()["q"].startswith("model")
+    assert find_answers(questions, windows, np.stack([start, end]), 30).texts()["q"].startswith("model")
 
 
 def test_the_null_score_and_its_threshold(case: tuple[list[Question], Windows]) -> None:
     questions, windows = case
     start, end = logits(windows, model=2.0), logits(windows, model=2.0)
     start[0] = end[0] = 3.0
-    answers = find_answers(questions, windows, start, end, 30)
+    answers = find_answers(questions, windows, np.stack([start, end]), 30)
     assert answers.null_scores == {"q": 2.0}
     assert answers.texts() == {"q": "model"}
     assert answers.texts(threshold=2.0) == {"q": "model"}
@@ -83,13 +83,16 @@ def test_windows_of_one_question_compete() -> None:
     start = np.zeros(len(windows.input_ids), np.float32)
     start[places] = 5.0
     start[windows.bounds[:-1]] = nulls
-    answers = find_answers(questions, windows, start, start, 30)
+    answers = find_answers(questions, windows, np.stack([start, start]), 30)
     assert answers.texts() == {"q": "batch"}
     assert answers.null_scores == {"q": 2.0 * nulls.min() - 10.0}  # the lowest of the windows
     # Only where it stands amid most context may a span begin there.
     start[places] = 0.0
     start[places[0]] = 50.0
-    assert find_answers(questions, windows, start, np.zeros_like(start), 30).best["q"][0].score < 50.0
+    assert (
+        find_answers(questions, windows, np.stack([start, np.zeros_like(start)]), 30).best["q"][0].score
+        < 50.0
+    )
 
 
 def test_best_spans_are_the_best_of_all() -> None:
@@ -121,7 +124,7 @@ def test_a_context_without_tokens_has_no_answer() -> None:
     windows = make_windows(questions, wordpiece(), 64, 10)
     assert windows.num_context.tolist() == [0]
     zeros = np.zeros(len(windows.input_ids), np.float32)
-    answers = find_answers(questions, windows, zeros, zeros, 30)
+    answers = find_answers(questions, windows, np.stack([zeros, zeros]), 30)
     assert (answers.texts(), answers.texts(0.0), answers.n_best()) == ({"q": ""}, {"q": ""}, {"q": []})
     assert answers.null_scores["q"] > 1e6
 
@@ -138,7 +141,7 @@ def test_a_text_found_twice_counts_once_at_its_best(case: tuple[list[Question], 
     start = np.zeros(len(windows.input_ids), np.float32)
     the = np.flatnonzero(windows.input_ids == wordpiece().convert_tokens_to_ids("the"))
     start[the] = 4.0, 3.0
-    best = find_answers(questions, windows, start, start, 1).best["q"]
+    best = find_answers(questions, windows, np.stack([start, start]), 1).best["q"]
     assert best[0] == Span("the", 8.0)
     assert len({span.text for span in best}) == len(best)
     assert [span.score for span in best] == sorted((span.score for span in best), reverse=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.unit.finetuning.squad_tokenizers import byte_pairs, wordpiece
+from train.errors import UserError
 from train.finetuning.squad.features import (
     PairTemplate,
     Windows,
@@ -45,11 +46,11 @@ def test_templates() -> None:
 
 
 def test_tokenizers_that_do_not_serve() -> None:
-    with pytest.raises(ValueError, match=r"gives a pair of texts as \['a', 'a'\], without \[CLS\] first"):
+    with pytest.raises(UserError, match=r"gives a pair of texts as \['a', 'a'\], without \[CLS\] first"):
         pair_template(wordpiece(with_pairs=False))
-    with pytest.raises(ValueError, match=r"without \[CLS\] first"):
+    with pytest.raises(UserError, match=r"without \[CLS\] first"):
         pair_template(wordpiece(cls_token="[MASK]"))
-    with pytest.raises(ValueError, match="found by the offsets of a fast tokenizer"):
+    with pytest.raises(UserError, match="found by the offsets of a fast tokenizer"):
         pair_template(object())
 
 
@@ -149,7 +150,7 @@ def test_long_questions_are_cut_and_counted() -> None:
 @pytest.mark.parametrize(("max_length", "doc_stride"), [(128, 100), (128, 0), (4, 1)])
 def test_windows_that_would_leave_out_text(max_length: int, doc_stride: int) -> None:
     with pytest.raises(
-        ValueError, match=f"windows of {max_length} tokens that begin every {doc_stride} tokens"
+        UserError, match=f"windows of {max_length} tokens that begin every {doc_stride} tokens"
     ):
         make_windows([asked("the model", "model")], wordpiece(), max_length, doc_stride)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from train.errors import UserError
 from train.finetuning.squad.questions import (
     Question,
     from_columns,
@@ -54,27 +55,30 @@ def test_plausible_answers_of_impossible_questions_are_none(tmp_path: Path) -> N
     ("value", "message"),
     [
         ("{", "squad.json is not a whole JSON file"),
-        ([], "squad.json: not SQuAD: a list stands where an object with 'data' belongs"),
-        ({"version": "1.1"}, "squad.json: not SQuAD: 'data' is missing (there are: version)"),
-        ({"data": {}}, "squad.json: not SQuAD: 'data' is an object"),
+        ([], "squad.json: not SQuAD: the whole: input should be an object"),
+        ({"version": "1.1"}, "squad.json: not SQuAD: data is missing"),
+        ({"data": {}}, "squad.json: not SQuAD: data: input should be a valid array"),
         ({"data": []}, "there are no questions in it"),
-        ({"data": [{"title": "t"}]}, "squad.json: data[0]: not SQuAD: 'paragraphs' is missing"),
-        ({"data": [{"paragraphs": [{"qas": []}]}]}, "data[0].paragraphs[0]: not SQuAD: 'context' is missing"),
+        ({"data": [{"title": "t"}]}, "squad.json: not SQuAD: data[0].paragraphs is missing"),
+        ({"data": [{"paragraphs": [{"qas": []}]}]}, "data[0].paragraphs[0].context is missing"),
         (
             {"data": [{"paragraphs": [{"context": "x"}]}]},
-            "data[0].paragraphs[0]: not SQuAD: 'qas' is missing",
+            "data[0].paragraphs[0].qas is missing",
         ),
-        (content(id=...), "data[0].paragraphs[0].qas[0]: not SQuAD: 'id' is missing"),
-        (content(question=...), "qas[0] (id q): not SQuAD: 'question' is missing"),
-        (content(answers=...), "qas[0] (id q): not SQuAD: 'answers' is missing"),
-        (content(answers=[{"text": "x"}]), "qas[0] (id q).answers[0]: not SQuAD: 'answer_start' is missing"),
-        (content(answers=[{"text": "x", "answer_start": "3"}]), "'answer_start' is a string"),
+        (content(id=...), "data[0].paragraphs[0].qas[0].id is missing"),
+        (content(question=...), "data[0].paragraphs[0].qas[0].question is missing"),
+        (content(answers=...), "data[0].paragraphs[0].qas[0].answers is missing"),
+        (content(answers=[{"text": "x"}]), "qas[0].answers[0].answer_start is missing"),
+        (
+            content(answers=[{"text": "x", "answer_start": "3"}]),
+            "qas[0].answers[0].answer_start: input should be a valid integer",
+        ),
         (content(" \n"), "the context of question q is empty"),
-        (content("\ud83d in Paris"), "'context' is not valid Unicode"),
+        (content("\ud83d in Paris"), "squad.json is not a whole JSON file (Invalid JSON: "),
     ],
 )
 def test_what_is_missing_is_named_with_its_place(tmp_path: Path, value: Any, message: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         read_squad(written(tmp_path, value))
     assert message in str(caught.value)
 
@@ -82,22 +86,22 @@ def test_what_is_missing_is_named_with_its_place(tmp_path: Path, value: Any, mes
 def test_a_cut_off_file(tmp_path: Path) -> None:
     path = tmp_path / "dev.json.gz"
     path.write_bytes(gzip.compress(json.dumps(content()).encode())[:-20])
-    with pytest.raises(ValueError, match=r"dev\.json\.gz is not a whole JSON file"):
+    with pytest.raises(UserError, match=r"dev\.json\.gz is not a whole JSON file"):
         read_squad(path)
 
 
 def test_ids_are_unique(tmp_path: Path) -> None:
     twice = content()
     twice["data"] *= 2
-    with pytest.raises(ValueError, match=r"several questions have one id \(q\)"):
+    with pytest.raises(UserError, match=r"several questions have one id \(q\)"):
         read_squad(written(tmp_path, twice))
 
 
 def test_null_scores_are_numbers(tmp_path: Path) -> None:
     assert read_null_scores(written(tmp_path, {"q": 1})) == {"q": 1.0}
-    with pytest.raises(ValueError, match="the null score of q is true or false"):
+    with pytest.raises(UserError, match=r"not null scores, .*: q: input should be a valid number"):
         read_null_scores(written(tmp_path, {"q": True}))
-    with pytest.raises(ValueError, match="this is a list"):
+    with pytest.raises(UserError, match=r"not null scores, .*: the whole: input should be an object"):
         read_null_scores(written(tmp_path, [1]))
 
 
@@ -112,14 +116,14 @@ def test_columns_of_the_hub() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (ROW, "hub, row 0: not SQuAD: 'answers' is missing (there are: id, question, context)"),
-        ({**ROW, "answers": {"text": ["x"]}}, "hub, row 0, answers: not SQuAD: 'answer_start' is missing"),
+        (ROW, "hub, row 0: not SQuAD: answers is missing"),
+        ({**ROW, "answers": {"text": ["x"]}}, "hub, row 0: not SQuAD: answers.answer_start is missing"),
         ({**ROW, "answers": {"text": ["x"], "answer_start": []}}, "1 answers, but 0 places where they start"),
-        ({"id": "q"}, "'answers' is missing"),
+        ({"id": "q"}, "hub, row 0: not SQuAD: question is missing"),
     ],
 )
 def test_columns_that_are_not(row: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         from_columns([row], "hub")
     assert message in str(caught.value)
 
@@ -148,7 +152,7 @@ def test_few_misplaced_answers_are_left_out_and_many_refused() -> None:
     kept, left_out = trainable([*good, question("bad", 4)], "train")
     assert (kept, left_out) == (good, ["bad"])
     bad = [question("b0", 2), question("b1", -6), question("b2", 90)]
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         trainable([*good, *bad], "train")
     assert "train: 3 of 202 answers do not stand at their answer_start in the context (b0, b1, b2)" in str(
         caught.value

@@ -14,6 +14,7 @@ import pytest
 
 from launch.score_squad import main
 from tests.paths import ROOT
+from train.errors import UserError
 from train.finetuning.squad.questions import golds_of, read_predictions, read_squad
 from train.finetuning.squad.scores import exact_match, f1_v1, f1_v2, normalise, score_v1, score_v2
 
@@ -90,14 +91,14 @@ def test_v2_thresholds() -> None:
 
 
 def test_v2_null_scores_for_all() -> None:
-    with pytest.raises(ValueError, match=r"3 predictions have no null score \(the first: h2\)"):
+    with pytest.raises(UserError, match=r"3 predictions have no null score \(the first: h2\)"):
         score_v2(GOLDS, dict.fromkeys(GOLDS, "x"), {"h1": 0.0})
 
 
 def test_v1_refuses_questions_without_answers() -> None:
-    with pytest.raises(ValueError, match="question n1 has no answer"):
+    with pytest.raises(UserError, match="question n1 has no answer"):
         score_v1(GOLDS, {})
-    with pytest.raises(ValueError, match="no questions"):
+    with pytest.raises(UserError, match="no questions"):
         score_v1({}, {})
 
 
@@ -148,14 +149,20 @@ def test_the_command_line(dev: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"id": "q1"}], "predictions are one JSON object of question id: answer, this is a list"),
-        ({"q1": None}, 'the answer to q1 is null, not text ("" for no answer)'),
-        ({"q1": 3}, "the answer to q1 is a number"),
+        (
+            [{"id": "q1"}],
+            'not predictions, {question id: answer, "" for none}: the whole: input should be an object',
+        ),
+        (
+            {"q1": None},
+            'predictions.json: not predictions, {question id: answer, "" for none}: q1: input should be a valid string',
+        ),
+        ({"q1": 3}, "q1: input should be a valid string"),
         ({"zz": "Rome"}, "has any of its ids (zz); are they of another data set?"),
     ],
 )
 def test_predictions_that_are_none(dev: Path, tmp_path: Path, content: Any, message: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         main([str(dev), written(tmp_path, content)])
     assert message in str(caught.value)
 
@@ -165,9 +172,9 @@ def test_null_scores_on_the_command_line(
 ) -> None:
     predictions, nulls = written(tmp_path, {"q1": "Paris", "q2": "Paris"}), tmp_path / "null_odds.json"
     nulls.write_text('{"q1": -1, "q2": 2.5}')
-    with pytest.raises(ValueError, match=r"every question of .* has an answer, none can be null"):
+    with pytest.raises(UserError, match=r"every question of .* has an answer, none can be null"):
         main([str(dev), predictions, "--null-scores", str(nulls)])
-    with pytest.raises(ValueError, match="give --null-scores FILE too"):
+    with pytest.raises(UserError, match="give --null-scores FILE too"):
         main([str(dev), predictions, "--threshold", "0"])
     answer = {"id": "q1", "question": "?", "answers": [{"text": "Paris", "answer_start": 0}]}
     none = {"id": "q2", "question": "?", "is_impossible": True, "answers": [], "plausible_answers": []}

@@ -19,19 +19,14 @@ from transformers import AutoModelForSequenceClassification, GPT2Config
 from tests.tiny_tasks import save_encoder
 from tests.unit.finetuning.squad_tokenizers import wordpiece
 from train.distributed.world import quiet_libraries
+from train.errors import UserError
+from train.finetuning.batches import check_pairs, encode
 from train.finetuning.examples import Examples
 from train.finetuning.metrics import metric_names, score_predictions
-from train.finetuning.task_models import (
-    check_encoder,
-    load_finetuned,
-    load_tokenizer,
-    load_with_new_head,
-    longest_input,
-    weights_digest,
-)
+from train.finetuning.soft_labels import weights_digest
 from train.finetuning.tasks import task_named
-from train.finetuning.tokenization import check_pairs, encode
-from train.models.encoder_config import takes_token_types
+from train.models.encoder_config import longest_input, takes_token_types
+from train.models.loading import check_encoder, load_finetuned, load_tokenizer, load_with_new_head
 
 TWO = {"num_labels": 2}
 
@@ -90,63 +85,63 @@ def test_weights_that_are_missing_or_do_not_fit_are_refused_by_name(tmp_path: Pa
     meta = {"format": "pt"}
     save_file({key: value for key, value in saved.items() if key != gone}, folder / "model.safetensors", meta)
     with pytest.raises(
-        ValueError, match=r"model is incomplete: .*layer.1.attention.self.query.weight is missing"
+        UserError, match=r"model is incomplete: .*layer.1.attention.self.query.weight is missing"
     ):
         load(str(folder))
     save_file({**saved, gone: torch.zeros(3, 3)}, folder / "model.safetensors", meta)
-    with pytest.raises(ValueError, match=r"query.weight has shape \(3, 3\), by its config.json \(32, 32\)"):
+    with pytest.raises(UserError, match=r"query.weight has shape \(3, 3\), by its config.json \(32, 32\)"):
         load(str(folder))
     save_file(saved, folder / "model.safetensors", meta)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
-    with pytest.raises(ValueError, match=r"its weights have 2 layers, its config.json 1"):
+    with pytest.raises(UserError, match=r"its weights have 2 layers, its config.json 1"):
         load(str(folder))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(ValueError, match="model: its weights cannot be read: "):
+    with pytest.raises(UserError, match="model: its weights cannot be read: "):
         load(str(folder))
 
 
 def test_folders_that_are_no_encoder_are_refused(tmp_path: Path, bert: str) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no model folder"):
+    with pytest.raises(UserError, match="there is no model folder"):
         check_encoder(str(tmp_path / "none"))
     folder = tmp_path / "model"
     shutil.copytree(bert, folder)
     for file, said in (("model.safetensors", "has no weights"), ("config.json", "has no config.json")):
         kept = (folder / file).read_bytes()
         (folder / file).unlink()
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(UserError, match=said):
             check_encoder(str(folder))
         (folder / file).write_bytes(kept)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).unlink()
-    with pytest.raises(ValueError, match=r"model has no tokenizer \(tokenizer.json"):
+    with pytest.raises(UserError, match=r"model has no tokenizer \(tokenizer.json"):
         check_encoder(str(folder))
     wordpiece().save_pretrained(folder)
     check_encoder(str(folder))
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="its tokenizer cannot be read"):
+    with pytest.raises(UserError, match="its tokenizer cannot be read"):
         load_tokenizer(str(folder), check_encoder(str(folder)))
     GPT2Config().save_pretrained(folder)
-    with pytest.raises(ValueError, match="is a gpt2, which is no encoder of text; give a BERT"):
+    with pytest.raises(UserError, match="is a gpt2, which is no encoder of text; give a BERT"):
         check_encoder(str(folder))
 
 
 def test_a_tokenizer_that_does_not_belong_to_the_model_is_refused(tmp_path: Path, bert: str) -> None:
     config = check_encoder(bert)
     config.vocab_size = 40
-    with pytest.raises(ValueError, match=r"its tokenizer goes up to token \d+, its model has 40 embeddings"):
+    with pytest.raises(UserError, match=r"its tokenizer goes up to token \d+, its model has 40 embeddings"):
         load_tokenizer(bert, config)
     check_pairs(bert, load_tokenizer(bert, check_encoder(bert)))
     with pytest.raises(
-        ValueError, match=r"with nothing between them; give its tokenizer.json a pair template"
+        UserError, match=r"with nothing between them; give its tokenizer.json a pair template"
     ):
         check_pairs("x", wordpiece(with_pairs=False))
 
 
 def test_only_a_fine_tuned_model_is_a_teacher(tmp_path: Path, bert: str) -> None:
     with pytest.raises(
-        ValueError, match=r"is not fine-tuned: .*classifier.bias.* missing .*give OUT/TASK/seed-N"
+        UserError, match=r"is not fine-tuned: .*classifier.bias.* missing .*give OUT/TASK/seed-N"
     ):
         load_finetuned(bert, AutoModelForSequenceClassification)
     model = load(bert)

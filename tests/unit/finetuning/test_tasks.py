@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.finetune import job_of, parser, table_of, tasks_of
+from train.errors import UserError
 from train.finetuning.results import macro_average, median_and_spread, read_scores, write_scores
 from train.finetuning.settings import settings_for
 from train.finetuning.tasks import GLUE, TASKS, task_named
@@ -22,7 +23,7 @@ def test_nine_tasks_of_glue_and_the_others() -> None:
 
 def test_an_unknown_task_is_refused_with_the_list() -> None:
     with pytest.raises(
-        ValueError, match=r"there is no task 'sst3'; the tasks are cola, sst2, mrpc, .*squad_v2"
+        UserError, match=r"there is no task 'sst3'; the tasks are cola, sst2, mrpc, .*squad_v2"
     ):
         task_named("sst3")
 
@@ -56,7 +57,7 @@ def test_settings_are_the_tasks_own_unless_given() -> None:
     ],
 )
 def test_settings_that_cannot_be_or_do_nothing_are_refused(given: dict, teachers: tuple, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         settings_for(task_named("sst2"), given, teachers)
 
 
@@ -71,7 +72,7 @@ def test_settings_that_cannot_be_or_do_nothing_are_refused(given: dict, teachers
 )
 def test_options_that_belong_together(flags: list[str], said: str) -> None:
     options = parser().parse_args(["--model", "m", "--task", "rte", "--out", "o", *flags])
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         job_of(task_named("rte"), options)
 
 
@@ -110,7 +111,7 @@ def test_scores_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     assert "35.0 to 80.0" in table
     assert read_scores(tmp_path / "elsewhere") is None
     (tmp_path / "scores.json").write_text('{"task": "mrpc"}')
-    with pytest.raises(ValueError, match=r"scores.json is no file of scores .*; delete it"):
+    with pytest.raises(UserError, match=r"scores.json is no file of scores; delete it"):
         read_scores(tmp_path)
 
 

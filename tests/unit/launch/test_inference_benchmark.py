@@ -21,7 +21,7 @@ from launch.benchmarks.inference_models import (
     load_contenders,
     make_workloads,
 )
-from train.models.saved_heads import load_with_saved_head
+from train.models.loading import load_with_saved_head
 
 
 def options(*words: str) -> argparse.Namespace:

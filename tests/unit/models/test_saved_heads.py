@@ -10,7 +10,7 @@ import pytest
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 
 from launch.export import read_texts
-from train.models.saved_heads import load_with_saved_head
+from train.models.loading import load_with_saved_head
 
 
 def test_a_head_that_would_be_lost_and_other_architectures_are_refused(tmp_path: Path) -> None:

@@ -26,8 +26,7 @@ from train.config import ObjectiveConfig
 from train.errors import UserError
 from train.evaluation.teacher_precision import check_teacher_precision
 from train.models.families import family_of
-from train.models.loading import check_vocabulary, folder_fingerprint, load_masked_lm
-from train.models.saved_heads import load_with_saved_head
+from train.models.loading import check_vocabulary, folder_fingerprint, load_masked_lm, load_with_saved_head
 from train.models.students import make_student
 from train.models.teacher import Teacher, load_teacher, normalised_shares, running_copy
 from train.objective.build import build_objective

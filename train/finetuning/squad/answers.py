@@ -60,15 +60,16 @@ class Answers:
 
 
 def find_answers(
-    questions: Sequence[Question], windows: Windows, start: Floats, end: Floats, max_answer_length: int
+    questions: Sequence[Question], windows: Windows, logits: Floats, max_answer_length: int
 ) -> Answers:
     """The best spans of each question.
 
     Args:
         windows: of `questions`, all of them.
-        start, end: (tokens of all windows,) logits, ragged as `windows.input_ids`.
+        logits: (2, tokens of all windows) of start and end, ragged as `windows.input_ids`.
         max_answer_length: in tokens.
     """
+    start, end = logits[0], logits[1]
     candidates: list[list[tuple[float, int, int]]] = [[] for _ in questions]
     nulls = np.full(len(questions), np.inf)
     for window, shown in enumerate(widest_context(windows)):

@@ -1,4 +1,4 @@
-"""SQuAD as it is distributed: JSON of versions 1.1 and 2.0 (.gz too), and the columns of the hub's data sets.
+"""SQuAD's questions: the JSON of versions 1.1 and 2.0 as it is distributed (.gz too), or the hub's data sets.
 
 Nothing is guessed about a file that is something else: what is missing is named, with where it should be.
 """
@@ -6,21 +6,77 @@ Nothing is guessed about a file that is something else: what is missing is named
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
-# Answers that do not stand where the file says are left out of training, and said, up to this share; a file with more
-# of them was written by other rules (offsets in bytes, another text), and is refused.
+from train.errors import UserError
+from train.finetuning.examples import sampled
+from train.finetuning.readers import data_folder, hub_name, read_splits
+from train.finetuning.settings import Job
+from train.finetuning.tasks import Task
+
+VERSIONS = {"squad": "v1.1", "squad_v2": "v2.0"}
+SPLITS = {"train": ("train",), "dev": ("dev", "validation")}
+# Answers that do not stand where the file says are left out of training, aloud, up to this share; a file with more of
+# them was written by other rules (offsets in bytes, another text), and is refused.
 TOLERATED_MISPLACED = 0.01
 NAMED_AT_MOST = 5
 GZIP = b"\x1f\x8b"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Answer(_Strict):
+    text: str
+    answer_start: int
+
+
+class _AnswerColumns(_Strict):
+    text: list[str]
+    answer_start: list[int]
+
+
+class _Row(_Strict):
+    """On the hub."""
+
+    id: str
+    question: str
+    context: str
+    answers: _AnswerColumns
+
+
+class _Qa(_Strict):
+    id: str
+    question: str
+    answers: list[_Answer]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_plausible_answers(cls, qa: Any) -> Any:
+        return {**qa, "answers": []} if isinstance(qa, dict) and qa.get("is_impossible") is True else qa
+
+
+class _Paragraph(_Strict):
+    context: str
+    qas: list[_Qa]
+
+
+class _Article(_Strict):
+    paragraphs: list[_Paragraph]
+
+
+class _File(_Strict):
+    data: list[_Article]
 
 
 @dataclass(frozen=True)
@@ -48,20 +104,20 @@ def read_squad(path: Path) -> list[Question]:
     """All questions of a SQuAD JSON file, in its order.
 
     Raises:
-        UserError: not JSON, or not SQuAD's: the message names the key that is missing and where.
+        UserError: not JSON, or not SQuAD's: the message names what is missing and where.
         OSError: the file cannot be read.
     """
-    content = read_json(path)
     found = []
-    for article, where in _items(content, "data", str(path)):
-        for paragraph, at in _items(article, "paragraphs", where):
-            context = _text(paragraph, "context", at)
-            for qa, place in _items(paragraph, "qas", at):
-                found.append(_question(qa, context, place))
+    for article in _read_json(path, TypeAdapter(_File), "SQuAD").data:
+        for paragraph in article.paragraphs:
+            for qa in paragraph.qas:
+                texts = tuple(answer.text for answer in qa.answers)
+                starts = tuple(answer.answer_start for answer in qa.answers)
+                found.append(Question(qa.id, qa.question, paragraph.context, texts, starts))
     return _checked(found, str(path))
 
 
-def from_columns(rows: Iterable[Mapping[str, Any]], source: str) -> list[Question]:
+def from_columns(rows: Any, source: str) -> list[Question]:
     """Questions from rows as the hub's `squad` and `squad_v2` have them: id, question, context, answers {text,
     answer_start}.
 
@@ -70,45 +126,27 @@ def from_columns(rows: Iterable[Mapping[str, Any]], source: str) -> list[Questio
     """
     found = []
     for index, row in enumerate(rows):
-        where = f"{source}, row {index}"
-        answers = _value(row, "answers", dict, where)
-        texts = list(_value(answers, "text", (list, tuple), f"{where}, answers"))
-        starts = list(_value(answers, "answer_start", (list, tuple), f"{where}, answers"))
+        try:
+            checked = _Row.model_validate(row)
+        except ValidationError as error:
+            raise UserError(f"{source}, row {index}: not SQuAD: {_first_fault(error)}") from None
+        texts, starts = checked.answers.text, checked.answers.answer_start
         if len(texts) != len(starts):
-            raise UserError(f"{where}: {len(texts)} answers, but {len(starts)} places where they start")
-        fields = (_text(row, name, where) for name in ("id", "question", "context"))
-        found.append(_made(*fields, texts=texts, starts=starts, where=where))
+            raise UserError(
+                f"{source}, row {index}: {len(texts)} answers, but {len(starts)} places where they start"
+            )
+        found.append(Question(checked.id, checked.question, checked.context, tuple(texts), tuple(starts)))
     return _checked(found, source)
 
 
 def read_predictions(path: Path) -> dict[str, str]:
-    """Predictions in the official format, {question id: answer}.
-
-    Raises:
-        UserError: another kind of JSON, or an answer that is no text.
-    """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: predictions are one JSON object of question id: answer, this is {_kind(content)}"
-        )
-    for key, value in content.items():
-        if not isinstance(value, str):
-            raise UserError(f'{path}: the answer to {key} is {_kind(value)}, not text ("" for no answer)')
-    return content
+    """Predictions in the official format, one JSON object of question id: answer."""
+    return _read_json(path, TypeAdapter(dict[str, str]), 'predictions, {question id: answer, "" for none}')
 
 
 def read_null_scores(path: Path) -> dict[str, float]:
     """{question id: how sure the system is that there is no answer}, as evaluate-v2.0.py's --na-prob-file."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: null scores are one JSON object of question id: number, this is {_kind(content)}"
-        )
-    for key, value in content.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{path}: the null score of {key} is {_kind(value)}, not a number")
-    return {key: float(value) for key, value in content.items()}
+    return _read_json(path, TypeAdapter(dict[str, float]), "null scores, {question id: number}")
 
 
 def has_unanswerable(questions: Sequence[Question]) -> bool:
@@ -119,6 +157,66 @@ def has_unanswerable(questions: Sequence[Question]) -> bool:
 def golds_of(questions: Sequence[Question]) -> dict[str, tuple[str, ...]]:
     """Question id -> the texts of its answers."""
     return {question.id: question.answers for question in questions}
+
+
+def named(ids: Sequence[str]) -> str:
+    """A few ids for a message, and how many more there are."""
+    more = f" and {len(ids) - NAMED_AT_MOST} more" if len(ids) > NAMED_AT_MOST else ""
+    return ", ".join(ids[:NAMED_AT_MOST]) + more
+
+
+def find_squad_files(task: Task, data: str) -> dict[str, Path]:
+    """ "train" and "dev" -> the task's files in `data`, which is their folder or the one of all tasks.
+
+    train-v1.1.json, dev-v2.0.json and so on; or train.json and dev.json (validation.json); each plain or .gz.
+
+    Raises:
+        UserError: they are not there, with what was looked for; `data` is no folder.
+    """
+    folder = data_folder(data)
+    names = {
+        split: [f"{stem}{version}.json{ending}" for version in (f"-{VERSIONS[task.name]}", "") for stem in stems
+                for ending in ("", ".gz")]
+        for split, stems in SPLITS.items()
+    }  # fmt: skip
+    for place in (folder, *(folder / name for name in task.folders)):
+        found = {split: path for split, options in names.items() for path in _first_file(place, options)}
+        for split in names if found else ():
+            if split not in found:
+                raise UserError(f"{place} has no {split} set of {task.title}: {' or '.join(names[split])}")
+        if found:
+            return found
+    raise UserError(
+        f"no questions of {task.title} in {data}: looked for {names['train'][0]} and {names['dev'][0]}, there and in "
+        f"{', '.join(task.folders)}"
+    )
+
+
+def read_questions(job: Job) -> tuple[list[Question], list[Question]]:
+    """(train, dev) of the job's task, as many as its settings say; what is left out is said.
+
+    Raises:
+        UserError, OSError: as `read_squad`; questions without an answer in SQuAD 1.1, or none such in 2.0.
+    """
+    hub = hub_name(job.task, job.data)
+    if hub is None:
+        assert job.data is not None
+        files = find_squad_files(job.task, job.data)
+        read = {split: (str(path), read_squad(path)) for split, path in files.items()}
+    else:
+        splits = read_splits(hub, SPLITS)
+        read = {split: (where, from_columns(rows, where)) for split, (where, rows) in splits.items()}
+    _check_version(job.task, read)
+    source, questions = read["train"]
+    train, misplaced = trainable(questions, source)
+    if misplaced:
+        job.say(
+            f"{job.task.name}: {len(misplaced)} of {len(questions):,} training questions are left out, their "
+            f"answers do not stand where answer_start says: {named(misplaced)}"
+        )
+    return _sample(train, job.settings.max_train_examples), _sample(
+        read["dev"][1], job.settings.max_eval_examples
+    )
 
 
 def trainable(questions: Sequence[Question], source: str) -> tuple[list[Question], list[str]]:
@@ -141,77 +239,67 @@ def trainable(questions: Sequence[Question], source: str) -> tuple[list[Question
     return kept, misplaced
 
 
-def named(ids: Sequence[str]) -> str:
-    """A few ids for a message, and how many more there are."""
-    more = f" and {len(ids) - NAMED_AT_MOST} more" if len(ids) > NAMED_AT_MOST else ""
-    return ", ".join(ids[:NAMED_AT_MOST]) + more
+def questions_digest(questions: Sequence[Question]) -> str:
+    """SHA-256 over everything that is known of the questions."""
+    digest = hashlib.sha256()
+    for question in questions:
+        fields = (question.id, question.question, question.context, question.answers, question.starts)
+        digest.update(json.dumps(fields).encode())
+    return digest.hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """The content of a .json or .json.gz file."""
+def _read_json(path: Path, kind: TypeAdapter[Any], what: str) -> Any:
+    """The content of a .json or .json.gz file; UserError, with the place, for one that is not `what`."""
     try:
         content = path.read_bytes()
-        return json.loads(gzip.decompress(content) if content.startswith(GZIP) else content)
-    except (ValueError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        content = gzip.decompress(content) if content.startswith(GZIP) else content
+        return kind.validate_json(content, strict=True)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path} is not a whole JSON file ({error})") from None
+    except ValidationError as error:
+        if error.errors()[0]["type"] == "json_invalid":
+            raise UserError(f"{path} is not a whole JSON file ({error.errors()[0]['msg']})") from None
+        raise UserError(f"{path}: not {what}: {_first_fault(error)}") from None
 
 
-def _question(qa: Any, context: str, where: str) -> Question:
-    key = _text(qa, "id", where)
-    where = f"{where} (id {key})"
-    answers = [] if qa.get("is_impossible") is True else list(_items(qa, "answers", where))
-    texts = [_text(answer, "text", place) for answer, place in answers]
-    starts = [_value(answer, "answer_start", int, place) for answer, place in answers]
-    return _made(key, _text(qa, "question", where), context, texts=texts, starts=starts, where=where)
-
-
-def _made(
-    key: str, question: str, context: str, *, texts: list[Any], starts: list[Any], where: str
-) -> Question:
-    if not context.strip():
-        raise UserError(f"{where}: the context of question {key} is empty")
-    return Question(key, question, context, tuple(texts), tuple(int(start) for start in starts))
+def _first_fault(error: ValidationError) -> str:
+    """ "data[0].paragraphs[3].context is missing"."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{place.lstrip('.')} is missing"
+    return f"{place.lstrip('.') or 'the whole'}: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
 def _checked(questions: list[Question], source: str) -> list[Question]:
     if not questions:
         raise UserError(f"{source}: there are no questions in it")
+    for question in questions:
+        if not question.context.strip():
+            raise UserError(f"{source}: the context of question {question.id} is empty")
     repeated = [key for key, count in Counter(question.id for question in questions).items() if count > 1]
     if repeated:
         raise UserError(f"{source}: several questions have one id ({named(repeated)}); ids must be unique")
     return questions
 
 
-def _items(parent: Any, key: str, where: str) -> Iterable[tuple[Any, str]]:
-    """The items of the list `parent[key]`, each with its place in words."""
-    for index, item in enumerate(_value(parent, key, list, where)):
-        yield item, f"{where}: {key}[{index}]" if key == "data" else f"{where}.{key}[{index}]"
+def _first_file(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The first of the files that is there, if any."""
+    return [folder / name for name in names if (folder / name).is_file()][:1]
 
 
-def _value(parent: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    if not isinstance(parent, Mapping):
-        raise UserError(f"{where}: not SQuAD: {_kind(parent)} stands where an object with {key!r} belongs")
-    if key not in parent:
+def _sample(questions: Sequence[Question], count: int | None) -> list[Question]:
+    return [questions[index] for index in sampled(len(questions), count)]
+
+
+def _check_version(task: Task, read: dict[str, tuple[str, list[Question]]]) -> None:
+    for source, questions in read.values():
+        first = next((question.id for question in questions if not question.answers), None)
+        if task.name == "squad" and first is not None:
+            raise UserError(
+                f"{source}: question {first} has no answer, as in SQuAD 2.0; give --task squad_v2"
+            )
+    if task.name == "squad_v2" and not any(has_unanswerable(questions) for _, questions in read.values()):
         raise UserError(
-            f"{where}: not SQuAD: {key!r} is missing (there are: {', '.join(map(str, parent)) or 'none'})"
+            f"{read['dev'][0]}: every question has an answer, as in SQuAD 1.1; give --task squad, or the files of 2.0"
         )
-    value = parent[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"{where}: not SQuAD: {key!r} is {_kind(value)}")
-    return value
-
-
-def _text(parent: Any, key: str, where: str) -> str:
-    text: str = _value(parent, key, str, where)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {key!r} is not valid Unicode ({error.reason} at {error.start})") from None
-    return text
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(
-        type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
-    )

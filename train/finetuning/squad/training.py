@@ -7,40 +7,37 @@ without the answer is taught to point at [CLS], which in SQuAD 2.0 is also what 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 
 from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import tokenizer_fingerprint
-from train.errors import NonFiniteError, UserError
+from train.errors import UserError
 from train.finetuning.batches import Features, Padding
-from train.finetuning.hub import hub_name
+from train.finetuning.readers import hub_name
 from train.finetuning.settings import Job
-from train.finetuning.soft_labels import cached_logits, read_logits, write_logits
-from train.finetuning.squad.answers import Answers, find_answers
+from train.finetuning.soft_labels import teacher_outputs, weights_digest
+from train.finetuning.squad.answers import find_answers
 from train.finetuning.squad.distillation import distillation_loss, soft_spans, windows_digest
 from train.finetuning.squad.features import Windows, make_windows, pair_template, question_room
-from train.finetuning.squad.files import find_squad_files, questions_digest, read_questions
-from train.finetuning.squad.questions import Question, golds_of
-from train.finetuning.squad.scores import score_v1, score_v2
-from train.finetuning.task_models import (
-    check_encoder,
-    load_finetuned,
-    load_tokenizer,
-    load_with_new_head,
-    longest_input,
-    weights_digest,
+from train.finetuning.squad.questions import (
+    Question,
+    find_squad_files,
+    golds_of,
+    questions_digest,
+    read_questions,
 )
-from train.finetuning.training import fit, predict
-from train.models.build import count_parameters
-from train.models.encoder_config import takes_token_types
+from train.finetuning.squad.scores import score_v1, score_v2
+from train.finetuning.task_runner import TaskRunner
+from train.finetuning.training import TrainingSet, predict
+from train.models.encoder_config import longest_input, takes_token_types
+from train.models.loading import check_encoder, load_finetuned, load_tokenizer
 
 NULL_THRESHOLD = 0.0  # --null_score_diff_threshold of BERT's run_squad.py
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -50,24 +47,16 @@ def check(job: Job) -> None:
     """Refuse what can be refused before anything is read or trained.
 
     Raises:
-        UserError, OSError: data or models that are not there or do not fit.
+        UserError: data or models that are not there or do not fit.
     """
     if job.unlabelled:
         raise UserError(
             f"--unlabelled has no effect on {job.task.name}, whose teachers label the training questions; leave it out"
         )
-    for name in ("doc_stride", "max_answer_length"):
-        if getattr(job.settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(job.settings, name)}; give at least 1")
     if hub_name(job.task, job.data) is None:
         assert job.data is not None
         find_squad_files(job.task, job.data)
     _Reader(job)
-
-
-def prepare(job: Job) -> SpanRunner:
-    """Read the questions, make windows, let the teachers label them."""
-    return SpanRunner(job)
 
 
 class WindowExamples(Sequence[Features]):
@@ -111,62 +100,42 @@ class SpanPadding(Padding):
         return batch
 
 
-class SpanRunner:
-    """One SQuAD task for one model, as train/finetuning/runs.py runs it."""
+class SpanRunner(TaskRunner):
+    """One SQuAD task for one model."""
 
     def __init__(self, job: Job) -> None:
         reader = _Reader(job)
+        super().__init__(job, reader.tokenizer, AutoModelForQuestionAnswering, {"num_labels": 2})
         reader.describe(job)
         train, self._questions = read_questions(job)
-        self._job, self._tokenizer = job, reader.tokenizer
         self._windows = reader.windows(job, train, "training set")
         self._dev_windows = reader.windows(job, self._questions, "dev set")
-        self._padding = SpanPadding(self._tokenizer.pad_token_id)
-        model = self._new_model(0)
-        self._token_types = takes_token_types(model)
-        self.parameters = count_parameters(model)
+        self._padding = SpanPadding(self.tokenizer.pad_token_id)
+        token_types = takes_token_types(self.describe_model())
         self.train_examples = len(train)
         self.dev_examples = {"dev": len(self._questions)}
         self.metrics = job.task.metrics
         self.fingerprints = {"data": f"{questions_digest(train)} {questions_digest(self._questions)}"}
-        self._soft, self._loss = None, None
+        soft, loss = None, None
         if job.teachers:
             assert job.settings.temperature is not None
             assert job.settings.hard_weight is not None
             logits = [self._teacher_logits(name) for name in job.teachers]
-            self._soft = soft_spans(logits, self._windows, job.settings.temperature)
-            self._loss = distillation_loss(job.settings.hard_weight, job.settings.temperature)
+            soft = soft_spans(logits, self._windows, job.settings.temperature)
+            loss = distillation_loss(job.settings.hard_weight, job.settings.temperature)
+        examples = WindowExamples(self._windows, token_types, labelled=True, soft=soft)
+        self.data = TrainingSet(examples, self._padding, loss)
 
-    def run_seed(self, seed: int, work: Path, out: Path) -> dict[str, float]:
-        """Train, answer the dev set, leave the model and its answers in `out`."""
-        job, started = self._job, time.monotonic()
-        model = self._new_model(seed)
-        examples = WindowExamples(self._windows, self._token_types, labelled=True, soft=self._soft)
-        fitted = fit(model, examples, self._padding, job, seed, work, self._loss)
-        model.eval()
-        logits = self._logits(model, self._dev_windows, f"{job.task.name} dev")
-        if not np.isfinite(logits).all():
-            raise NonFiniteError(
-                f"{job.task.name} seed {seed}: the model's outputs are no numbers any more; give a lower "
-                f"--learning-rate than {job.settings.learning_rate:g}"
-            )
-        assert job.settings.max_answer_length is not None
-        longest = job.settings.max_answer_length
-        answers = find_answers(self._questions, self._dev_windows, logits[0], logits[1], longest)
-        model.save_pretrained(out)
-        self._tokenizer.save_pretrained(out)
-        scores = self._score(answers, out)
-        questions_per_window = self.train_examples / len(self._windows)
-        return {
-            **scores,
-            "seconds": time.monotonic() - started,
-            "examples_per_s": fitted.examples_per_s * questions_per_window,
-        }
+    def dev_outputs(self, model: PreTrainedModel) -> dict[str, np.ndarray]:
+        return {"dev": self._logits(model, self._dev_windows, f"{self.job.task.name} dev")}
 
-    def _score(self, answers: Answers, out: Path) -> dict[str, float]:
-        """Write predictions.json, nbest_predictions.json, for SQuAD 2.0 also null_odds.json; points of 0..100."""
+    def score(self, outputs: Mapping[str, np.ndarray], out: Path) -> dict[str, float]:
+        """Also write predictions.json, nbest_predictions.json, for SQuAD 2.0 null_odds.json."""
+        assert self.job.settings.max_answer_length is not None
+        longest = self.job.settings.max_answer_length
+        answers = find_answers(self._questions, self._dev_windows, outputs["dev"], longest)
         golds, texts = golds_of(self._questions), answers.texts()
-        if self._job.task.name == "squad":
+        if self.job.task.name == "squad":
             metrics = score_v1(golds, texts).metrics
             write_json(out / "predictions.json", texts)
         else:
@@ -177,25 +146,20 @@ class SpanRunner:
         return {**metrics, "score": metrics["f1"]}
 
     def _teacher_logits(self, name: str) -> Floats:
-        """(2, tokens of all windows) of one teacher; kept in OUT/TASK/soft-labels/ and read from there."""
-        job, windows = self._job, self._windows
-        path = cached_logits(job.folder, weights_digest(name), windows_digest(windows))
-        logits = read_logits(path, (2, len(windows.input_ids)))
-        if logits is None:
+        """(2, tokens of all windows) of one teacher."""
+
+        def compute() -> Floats:
             model = load_finetuned(name, AutoModelForQuestionAnswering)
-            logits = self._logits(model, windows, f"{job.task.name} answers of {Path(name).name}")
-            if not np.isfinite(logits).all():
-                raise UserError(f"teacher {name}: its outputs are no numbers; give another")
-            write_logits(path, logits)
-        return logits
+            return self._logits(model, self._windows, f"{self.job.task.name} answers of {Path(name).name}")
 
-    def _new_model(self, seed: int) -> Any:
-        return load_with_new_head(self._job.model, AutoModelForQuestionAnswering, seed, {"num_labels": 2})
+        contents = (weights_digest(name), windows_digest(self._windows))
+        shape = (2, len(self._windows.input_ids))
+        return teacher_outputs(self.job.folder, name, contents, shape, compute)
 
-    def _logits(self, model: Any, windows: Windows, name: str) -> Floats:
+    def _logits(self, model: PreTrainedModel, windows: Windows, name: str) -> Floats:
         """(2, tokens of all windows) of start and end."""
         examples = WindowExamples(windows, takes_token_types(model))
-        start, end = predict(model, examples, self._padding, self._job, name)
+        start, end = predict(model, examples, self._padding, self.job, name)
         kept = np.arange(start.shape[1])[None, :] < windows.lengths[:, None]
         return np.stack([start[kept], end[kept]])
 
@@ -204,7 +168,7 @@ class _Reader:
     """The tokenizer, and the windows that the model and its teachers have positions for.
 
     Raises:
-        UserError, OSError: models or tokenizers that are not there or do not go together.
+        UserError: models or tokenizers that are not there or do not go together.
     """
 
     def __init__(self, job: Job) -> None:
@@ -220,8 +184,8 @@ class _Reader:
             tokenizer = load_tokenizer(name, teacher)
             if tokenizer_fingerprint(tokenizer) != own or pair_template(tokenizer) != template:
                 raise UserError(
-                    f"--teacher {name} has another tokenizer than {job.model}: where answers begin and end is told in "
-                    "tokens, so both must have the same; GLUE and IMDb can do without"
+                    f"--teacher {name} has another tokenizer than {job.model}: an answer's place is "
+                    "counted in tokens, so both must have the same; GLUE and IMDb can do without"
                 )
             positions.append(longest_input(teacher, tokenizer))
         self.max_length = min(settings.max_length, *positions)

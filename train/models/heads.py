@@ -1,4 +1,4 @@
-"""Any Hugging Face encoder folder with the head it was saved with: what it reads, what it gives, how long it may be."""
+"""The heads that encoders are exported and measured with: what a model reads, what it returns, inputs to try it on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
-from train.errors import UserError, one_line
-from train.models.encoder_config import read_encoder_config, refuse_gaps, takes_token_types
+from train.errors import UserError
+from train.models.encoder_config import takes_token_types
 from train.models.families import max_positions
 
 # Names of dynamic axes, as in Hugging Face's optimum.
@@ -48,11 +47,12 @@ HEADS = {
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The entry of `HEADS` for a model, by its class's name; ValueError where there is none."""
-    return _head_of_class(type(model).__name__, type(model).__name__)
+    """The entry of `HEADS` for a model, by its class's name; UserError where there is none."""
+    return head_of_class(type(model).__name__, type(model).__name__)
 
 
-def _head_of_class(class_name: str, where: str) -> Head:
+def head_of_class(class_name: str, where: str) -> Head:
+    """The entry of `HEADS` for the name of a model's class; `where` begins the message if there is none."""
     for suffix, head in HEADS.items():
         # BertLMHeadModel is no BertModel: its head would be lost.
         if class_name.endswith(suffix) and not class_name.endswith("LMHeadModel"):
@@ -60,32 +60,8 @@ def _head_of_class(class_name: str, where: str) -> Head:
     raise UserError(f"{where}: {class_name} is not among the heads known here: {', '.join(HEADS)}")
 
 
-def load_with_saved_head(folder: Path) -> PreTrainedModel:
-    """The model of a Hugging Face folder with the head that it was saved with: fp32, CPU, eval mode.
-
-    Raises:
-        UserError: no such folder, no encoder, a head not known here, or weights that are missing (never a random
-            head), of another shape, or of more layers than the config says.
-    """
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is not a Hugging Face folder: it holds no config.json")
-    config = read_encoder_config(folder)
-    class_name = next(iter(config.architectures or []), "")
-    if not class_name:
-        raise UserError(f"{folder}/config.json names no architectures: save the model with save_pretrained")
-    auto_class = getattr(transformers, _head_of_class(class_name, str(folder)).auto_class)
-    try:
-        model, info = auto_class.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except Exception as error:  # of every kind, where files are cut off or do not belong together
-        raise UserError(f"{folder}: its weights cannot be read: {one_line(error)}") from None
-    refuse_gaps(folder, config, sorted(info["missing_keys"]), info)
-    return model.eval()
-
-
 def input_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """What the model reads: token types only where it tells them apart."""
+    """What the model reads: token types only where it distinguishes them."""
     return ("input_ids", "attention_mask", *(("token_type_ids",) if takes_token_types(model) else ()))
 
 
