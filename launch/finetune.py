@@ -201,7 +201,7 @@ def run_jobs(jobs: Sequence[Job], seeds: Sequence[int], out: Path) -> int:
 
 def table_of(results: Sequence[Mapping[str, Any]]) -> str:
     """The final table, with GLUE's macro average where there is more than one of its tasks."""
-    from launch.text_table import text_table
+    from launch.tables import text_table
     from train.finetuning.results import macro_average
     from train.finetuning.runs import table_row
 
