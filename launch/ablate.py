@@ -31,11 +31,11 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launch.ablation.job import Job, StoppedError, finetune_all, reason_of, train
+from launch import finetune
 from launch.cli import parse_config, run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words
 from train.distributed.signals import STOPPED_AFTER_SAVING
-from train.errors import BAD_USAGE, UserError
+from train.errors import UserError
 
 FINETUNE = "--finetune."
 FINETUNING_SEEDS = 5
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("--run.dir has no effect here: every variant has its folder below --out; remove it")
     base = parse_config(words, "")
 
+    # After the command line: torch and transformers take seconds, which --help shall not.
+    from launch.ablation.job import Job, StoppedError, listed, run
     from launch.ablation.runs import refuse_other_runs, teacher_layers
     from launch.ablation.variants import chosen_variants, variants_of
     from train.distributed.world import quiet_libraries
@@ -78,12 +80,12 @@ def main(arguments: Sequence[str]) -> int:
     for variant in variants:
         job.config_of(variant)
     if options.list:
-        print(_listed(job))
+        print(listed(job))
         return 0
     with hold(options.out):
         refuse_other_runs(options.out, variants, job.config_of)
         try:
-            return _work(job)
+            return run(job)
         except StoppedError:
             print(f"\n{AGAIN}", file=sys.stderr)
             return STOPPED_AFTER_SAVING
@@ -114,12 +116,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--list", action="store_true", help="say what would be trained, and stop")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--ranks",
-        type=int,
-        metavar="N",
-        help=f"ranks on this machine; default: one for each GPU, or {RANKS} on the CPU",
-    )
+    ranks_help = f"ranks on this machine; default: one for each GPU, or {RANKS} on the CPU"
+    where.add_argument("--ranks", type=int, metavar="N", help=ranks_help)
     where.add_argument("--hostfile", type=Path, help="train on these hosts, as with `deepspeed --hostfile`")
     parser.add_argument(
         "--tasks", metavar="A,B", help="fine-tune every student on these, for example sst2,rte"
@@ -160,7 +158,6 @@ def _finetuning(
         if own_words:
             raise UserError(f"{FINETUNE}* has no effect without --tasks; name tasks, or remove it")
         return [], []
-    from launch import finetune
     from launch.ablation.variants import FULL
     from train.finetuning.runs import check_task
 
@@ -193,56 +190,6 @@ def _launcher(options: argparse.Namespace) -> Callable[[], list[str]]:
     if ranks is None and options.hostfile is None and not _has_gpu():
         ranks = RANKS
     return lambda: deepspeed_words(ranks, options.hostfile)
-
-
-def _listed(job: Job) -> str:
-    from launch.text_table import text_table
-
-    rows = [(variant.name, variant.changed, variant.title) for variant in job.variants]
-    lines = [text_table(("variant", "changes", "what it is"), rows, right=False)]
-    return "\n".join([*lines, *(f"left out: {name}: {reason}" for name, reason in job.left_out.items())])
-
-
-def _work(job: Job) -> int:
-    from launch.ablation.variants import FULL
-
-    train(job)
-    if FULL in job.failed:
-        print("without the full recipe there is nothing to compare with", file=sys.stderr)
-        return BAD_USAGE if job.failed[FULL] == reason_of(BAD_USAGE) else 1
-    if job.tasks:
-        _show(job)  # what is known is worth keeping before the hours of fine-tuning
-        finetune_all(job)
-    print("\n" + _show(job))
-    print(f"\nfigure:  {job.out / 'ablation.png'}\ntable:   {job.out / 'ablation.md'}")
-    print(f"figures: {job.out / 'ablation.json'}", flush=True)
-    for name, reason in job.failed.items():
-        print(f"FAILED: {name} ({reason})", file=sys.stderr)
-    return 1 if job.failed else 0
-
-
-def _show(job: Job) -> str:
-    """Write ablation.json, .md and .png of what is finished; the table for the screen."""
-    from data_prep.shard_format.files import write_json, write_text
-    from launch.ablation.figure import plot
-    from launch.ablation.runs import is_finished, result_of, scale_of, teacher_scores
-    from launch.ablation.table import Ablation, as_json, as_markdown, as_text
-    from launch.ablation.variants import FULL
-    from train.run_folder import provenance
-
-    finished = [variant for variant in job.variants if is_finished(job.out / variant.name)]
-    ablation = Ablation(
-        results=[result_of(job.out, variant, job.base, job.tasks) for variant in finished],
-        scale=scale_of(job.out / FULL),
-        teacher=teacher_scores(job.out / FULL),
-        finetuning_seeds=job.finetuning_seeds if job.tasks else 0,
-        failed=job.failed,
-        left_out=job.left_out,
-    )
-    write_json(job.out / "ablation.json", {**as_json(ablation), "versions": provenance()})
-    write_text(job.out / "ablation.md", as_markdown(ablation))
-    plot(ablation, job.out / "ablation.png")
-    return as_text(ablation)
 
 
 if __name__ == "__main__":

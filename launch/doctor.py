@@ -47,7 +47,7 @@ from launch.preflight.hosts import (
     read_hostfile,
     read_ssh,
 )
-from launch.text_table import text_table
+from launch.tables import text_table
 from train.config import Config
 from train.errors import UserError
 from train.text_files import read_utf8

@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import run_main
-from launch.text_table import text_table
+from launch.tables import text_table
 from train.errors import UserError
 from train.finetuning.results import macro_average
 from train.finetuning.settings import Job, settings_for

@@ -23,56 +23,49 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import parse_config, run_main
-from launch.text_table import text_table
 from train.errors import UserError
 
 if TYPE_CHECKING:
-    from launch.reporting.build import Given
     from launch.reporting.comparison import ComparedModel
+    from launch.reporting.page import Report
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, read, compare, write, print."""
     options = parse(arguments)
-    from data_prep.shard_format.files import write_text
-    from launch.reporting.build import Given, build
-    from launch.reporting.inputs import named_folders, read_ablation, read_inference, read_model_scores
+    # After the command line: torch and transformers take seconds, which --help shall not.
+    from data_prep.shard_format.files import write_json, write_text
+    from launch.reporting.loss_curves import plot_losses
     from launch.reporting.page import as_html, as_markdown
-    from launch.reporting.runs import read_curve, read_run_facts
+    from launch.reporting.tables import heldout_text
     from train.distributed.world import quiet_libraries
-    from train.run_folder import provenance
 
     quiet_libraries()
-    refuse_unclear_names([*options.runs, *options.curves])
-    folders = named_folders(options.scores, "--scores")
-    given = Given(
-        runs=[read_run_facts(run) for run in options.runs],
-        curves=[read_curve(run) for run in [*options.curves, *options.runs]],
-        scores=[read_model_scores(name, folder) for name, folder in folders.items()],
-        reference=options.reference,
-        inference=read_inference(options.inference) if options.inference else None,
-        ablation=read_ablation(options.ablation) if options.ablation else None,
-        versions=provenance(),
-    )
-    report = build(given)  # refuses what does not fit together before anything is computed
+    report = read(options)
+    out = options.out
+    if options.runs:
+        report = dataclasses.replace(report, compared=compare_runs(options.runs))
+    out.mkdir(parents=True, exist_ok=True)
     lines = []
     if options.runs:
-        compared = compare_runs(options.runs)
-        report = build(dataclasses.replace(given, compared=compared))
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.runs:
-        lines = write_comparison(options, compared, given)
-    write_text(options.out / "report.html", as_html(report))
-    write_text(options.out / "report.md", as_markdown(report))
-    lines.append(f"page:        {options.out / 'report.html'}")
-    text = "\n".join(lines) + "\n"
-    (options.out / "report.txt").write_text(text)
-    print(text, end="")
+        plot_losses(report.curves, out / "loss.png")
+        write_json(out / "summary.json", summary_of(report))
+        lines = [
+            heldout_text(report.compared),
+            f"loss curves: {out / 'loss.png'}",
+            f"figures:     {out / 'summary.json'}",
+            f"TensorBoard: tensorboard --logdir {os.path.commonpath([*options.curves, *options.runs])}",
+        ]
+    write_text(out / "report.html", as_html(report))
+    write_text(out / "report.md", as_markdown(report))
+    lines.append(f"page:        {out / 'report.html'}")
+    write_text(out / "report.txt", "\n".join(lines) + "\n")
+    print("\n".join(lines))
     return 0
 
 
@@ -107,39 +100,30 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def compare_runs(runs: Sequence[Path]) -> list[ComparedModel]:
-    """Score the models of finished runs and their teacher."""
-    from launch.reporting.comparison import compare, read_run_config
-
-    configs = [read_run_config(run, lambda words: parse_config(words, "")) for run in runs]
-    return compare(runs, configs, say=lambda line: print(line, flush=True))
-
-
-def write_comparison(
-    options: argparse.Namespace, compared: Sequence[ComparedModel], given: Given
-) -> list[str]:
-    """Write loss.png and summary.json; the table and where things are, as lines."""
-    from data_prep.shard_format.files import write_json
-    from launch.reporting.comparison import as_json, plot_losses
+def read(options: argparse.Namespace) -> Report:
+    """All that was given but the models themselves; UserError where it does not fit together."""
+    from launch.reporting.inputs import named_folders, read_ablation, read_inference, read_model_scores
+    from launch.reporting.loss_curves import read_curve
+    from launch.reporting.page import Report
+    from launch.reporting.runs import read_run_facts
+    from launch.reporting.scores import reference_of
     from train.run_folder import provenance
 
-    plot_losses(given.curves, options.out / "loss.png")
-    cost = [
-        {**dataclasses.asdict(run), "tokens_per_s": run.tokens_per_s, "device_hours": run.process_hours}
-        for run in given.runs
-    ]
-    summary = {"models": as_json(compared), "cost": cost, "versions": provenance()}
-    write_json(options.out / "summary.json", summary)
-    return [
-        table_of(as_json(compared)),
-        f"loss curves: {options.out / 'loss.png'}",
-        f"figures:     {options.out / 'summary.json'}",
-        f"TensorBoard: tensorboard --logdir {os.path.commonpath([*options.curves, *options.runs])}",
-    ]
+    refuse_unclear_names([*options.runs, *options.curves])
+    scores = named_folders(options.scores, "--scores")
+    return Report(
+        runs=[read_run_facts(run) for run in options.runs],
+        curves=[read_curve(run) for run in [*options.curves, *options.runs]],
+        scores=[read_model_scores(name, folder) for name, folder in scores.items()],
+        reference=reference_of(list(scores), options.reference) if scores else "",
+        inference=read_inference(options.inference) if options.inference else None,
+        ablation=read_ablation(options.ablation) if options.ablation else None,
+        versions=provenance(),
+    )
 
 
 def refuse_unclear_names(runs: Sequence[Path]) -> None:
-    """UserError where a run is missing, or two rows or curves would have the same name."""
+    """UserError where a run is missing, or two runs or curves would have the same name."""
     names = [run.name for run in runs]
     for run in runs:
         if not (run / "metrics.jsonl").exists():
@@ -150,22 +134,25 @@ def refuse_unclear_names(runs: Sequence[Path]) -> None:
             )
 
 
-def table_of(models: list[dict[str, object]]) -> str:
-    """The rows of summary.json as a plain table."""
-    columns = {
-        "parameters": ("parameters", ",d"),
-        "mlm_loss": ("MLM loss (nats)", ".3f"),
-        "perplexity": ("perplexity", ",.1f"),
-        "accuracy": ("accuracy", ".1%"),
-        "top1_agreement": ("top-1 agreement\nwith teacher", ".1%"),
-        "sentences_per_s": ("sentences/s\n(CPU)", ",.0f"),
-    }
-    rows = [
-        (str(model["name"]), *(format(model[key], style) for key, (_, style) in columns.items()))
-        for model in models
+def compare_runs(runs: Sequence[Path]) -> list[ComparedModel]:
+    """Score the models of finished runs and their teacher."""
+    from launch.reporting.comparison import compare
+
+    for run in runs:
+        if not (run / "config.yaml").exists():
+            raise UserError(f"{run} is not a run folder: it holds no config.yaml")
+    return compare(runs, [parse_config(["--config", str(run / "config.yaml")], "") for run in runs])
+
+
+def summary_of(report: Report) -> dict[str, Any]:
+    """What summary.json holds."""
+    from launch.reporting.comparison import as_json
+
+    cost = [
+        {**dataclasses.asdict(run), "tokens_per_s": run.tokens_per_s, "device_hours": run.process_hours}
+        for run in report.runs
     ]
-    headings = ("model", *(heading for heading, _ in columns.values()))
-    return text_table(headings, rows, title="Held-out masked tokens, the same for every model")
+    return {"models": as_json(report.compared), "cost": cost, "versions": report.versions}
 
 
 if __name__ == "__main__":

@@ -1,23 +1,27 @@
-"""The stages of launch/ablate.py: every variant trained, every student fine-tuned, what failed remembered."""
+"""The stages of launch/ablate.py: every variant trained, every student fine-tuned, the results compared."""
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
+from data_prep.shard_format.files import write_json, write_text
+from launch.ablation.figure import plot
+from launch.ablation.runs import is_finished, results_of, scale_of, teacher_scores
+from launch.ablation.table import Ablation, as_json, as_markdown, as_text
+from launch.ablation.variants import FULL, Variant
 from launch.cli import parse_config
 from launch.stages import ROOT, run_stage
+from launch.tables import text_table
 from train.config import Config
 from train.distributed.signals import STOPPED_AFTER_SAVING
-
-if TYPE_CHECKING:
-    from launch.ablation.variants import Variant
+from train.run_folder import provenance
 
 
 class StoppedError(Exception):
@@ -48,6 +52,56 @@ class Job:
         """Its configuration, through the same parser as launch/pretrain.py's."""
         return parse_config([*self.words, *variant.words, f"--run.dir={self.out / variant.name}"], "")
 
+    def fail(self, variant: Variant, reason: str) -> None:
+        """Remember a variant that has no result, and say so."""
+        self.failed[variant.name] = reason
+        print(f"{variant.name} FAILED: {reason}", file=sys.stderr, flush=True)
+
+
+def listed(job: Job) -> str:
+    """What would be trained, and what is left out."""
+    rows = [(variant.name, variant.changed, variant.title) for variant in job.variants]
+    lines = [text_table(("variant", "changes", "what it is"), rows, right=False)]
+    return "\n".join([*lines, *(f"left out: {name}: {reason}" for name, reason in job.left_out.items())])
+
+
+def run(job: Job) -> int:
+    """Train, fine-tune, compare; the exit code.
+
+    Raises:
+        StoppedError: a signal came.
+    """
+    train(job)
+    if FULL in job.failed:
+        print("without the full recipe there is nothing to compare with", file=sys.stderr)
+        return BAD_USAGE if job.failed[FULL] == reason_of(BAD_USAGE) else 1
+    if job.tasks:
+        compare(job)  # what is known is worth keeping before the hours of fine-tuning
+        finetune_all(job)
+    print("\n" + compare(job))
+    print(f"\nfigure:  {job.out / 'ablation.png'}\ntable:   {job.out / 'ablation.md'}")
+    print(f"figures: {job.out / 'ablation.json'}", flush=True)
+    for name, reason in job.failed.items():
+        print(f"FAILED: {name} ({reason})", file=sys.stderr)
+    return 1 if job.failed else 0
+
+
+def compare(job: Job) -> str:
+    """Write ablation.json, .md and .png of what is finished; the table for the screen."""
+    finished = [variant for variant in job.variants if is_finished(job.out / variant.name)]
+    ablation = Ablation(
+        results=results_of(job.out, finished, job.base, job.tasks),
+        scale=scale_of(job.out / FULL),
+        teacher=teacher_scores(job.out / FULL),
+        finetuning_seeds=job.finetuning_seeds if job.tasks else 0,
+        failed=job.failed,
+        left_out=job.left_out,
+    )
+    write_json(job.out / "ablation.json", {**as_json(ablation), "versions": provenance()})
+    write_text(job.out / "ablation.md", as_markdown(ablation))
+    plot(ablation, job.out / "ablation.png")
+    return as_text(ablation)
+
 
 def train(job: Job) -> None:
     """Every variant that is not finished yet, the full recipe first; nothing further where that has failed.
@@ -55,26 +109,19 @@ def train(job: Job) -> None:
     Raises:
         StoppedError: a signal came.
     """
-    from launch.ablation.runs import is_finished
-    from launch.ablation.variants import FULL
-
-    open_ones = [variant for variant in job.variants if not is_finished(job.out / variant.name)]
+    num_open = sum(not is_finished(job.out / variant.name) for variant in job.variants)
     for number, variant in enumerate(job.variants, start=1):
-        heading = f"[{number}/{len(job.variants)}] {variant.name}: {variant.title} ({_change(variant)})"
-        if variant not in open_ones:
+        run_dir, changed = job.out / variant.name, variant.changed if variant.changes else "nothing changed"
+        heading = f"[{number}/{len(job.variants)}] {variant.name}: {variant.title} ({changed})"
+        if is_finished(run_dir):
             print(f"{heading} - done before", flush=True)
             continue
-        print(heading + _time_left(job.seconds, len(open_ones)), flush=True)
-        words = [str(ROOT / "launch" / "pretrain.py"), *job.words, *variant.words]
-        run_dir = job.out / variant.name
-        with _timed(job):
-            code = run_stage([*job.launcher(), *words, f"--run.dir={run_dir}"], job.environment)
-        open_ones.remove(variant)
-        if code == STOPPED_AFTER_SAVING:
-            raise StoppedError
+        print(heading + _time_left(job.seconds, num_open), flush=True)
+        num_open -= 1
+        words = [str(ROOT / "launch" / "pretrain.py"), *job.words, *variant.words, f"--run.dir={run_dir}"]
+        code = _run(job, [*job.launcher(), *words])
         if code or not is_finished(run_dir):
-            job.failed[variant.name] = reason_of(code)
-            print(f"{variant.name} FAILED: {reason_of(code)}", file=sys.stderr, flush=True)
+            job.fail(variant, reason_of(code))
             if variant.name == FULL:
                 return
 
@@ -92,33 +139,24 @@ def finetune_all(job: Job) -> None:
         print(f"[scores {number}/{len(todo)}] {variant.name}: {', '.join(job.tasks)}{left}", flush=True)
         run_dir = job.out / variant.name
         command = [sys.executable, str(ROOT / "launch" / "finetune.py"), *job.finetuning]
-        command += ["--model", str(run_dir / "student"), "--out", str(run_dir / "scores")]
-        with _timed(job):
-            code = run_stage(command, job.environment)
-        if code == STOPPED_AFTER_SAVING:
-            raise StoppedError
+        code = _run(job, [*command, "--model", str(run_dir / "student"), "--out", str(run_dir / "scores")])
         if code:
-            job.failed[variant.name] = f"fine-tuning: {reason_of(code)}"
-            print(f"{variant.name} FAILED: fine-tuning: {reason_of(code)}", file=sys.stderr, flush=True)
+            job.fail(variant, f"fine-tuning: {reason_of(code)}")
 
 
-@contextlib.contextmanager
-def _timed(job: Job) -> Iterator[None]:
+def _run(job: Job, command: Sequence[str]) -> int:
     start = time.monotonic()
-    yield
+    code = run_stage(command, job.environment)
     job.seconds.append(time.monotonic() - start)
-
-
-def _change(variant: Variant) -> str:
-    return variant.changed if variant.changes else "nothing changed"
+    if code == STOPPED_AFTER_SAVING:
+        raise StoppedError
+    return code
 
 
 def _time_left(seconds: Sequence[float], stages: int) -> str:
     """From the stages of this call; nothing before the first has ended."""
     if not seconds:
         return ""
-    from tqdm import tqdm
-
     return f"  about {tqdm.format_interval(sum(seconds) / len(seconds) * stages)} left for all"
 
 

@@ -38,13 +38,17 @@ def is_finished(run_dir: Path) -> bool:
 
 def refuse_other_runs(out: Path, variants: Sequence[Variant], config_of: Callable[[Variant], Config]) -> None:
     """UserError naming the first variant whose folder was made with other settings, or from other shards."""
-    for variant in variants:
+    begun = [variant for variant in variants if (out / variant.name / "config.yaml").exists()]
+    if not begun:
+        return
+    inputs = {
+        "data.shards": manifest_digest(config_of(begun[0]).data.shards)
+    }  # no variant changes the shards
+    for variant in begun:
         run_dir, config = out / variant.name, config_of(variant)
-        if not (run_dir / "config.yaml").exists():
-            continue
         before = yaml.safe_load((run_dir / "config.yaml").read_text())
         changes = differing_keys(before, as_tree(found_before(run_dir, config)), FREE_TO_DIFFER)
-        changes += changed_inputs(run_dir, {"data.shards": manifest_digest(config.data.shards)})
+        changes += changed_inputs(run_dir, inputs)
         if changes:
             raise UserError(
                 f"{run_dir} holds a run that was started with other settings:\n  "
@@ -71,45 +75,57 @@ def teacher_scores(run_dir: Path) -> dict[str, float]:
     return {key: before[f"teacher_{key}"] for key in METRICS if f"teacher_{key}" in before}
 
 
-def result_of(out: Path, variant: Variant, full: Config, tasks: Sequence[str]) -> Result:
-    """What a finished variant scores, on the held-out windows and masks of the full recipe.
+def results_of(out: Path, variants: Sequence[Variant], full: Config, tasks: Sequence[str]) -> list[Result]:
+    """What finished variants score, on the held-out windows and masks of the full recipe.
 
-    The run's own last evaluation serves where it had the same seed (and so the same masks) and a teacher at hand.
+    A run's own last evaluation serves where it had the same seed (and so the same masks) and a teacher at hand. The
+    others are scored anew, which takes a while; what they score is kept in their folders.
     """
-    run_dir = out / variant.name
-    summary = _summary(run_dir)
-    heldout = {key: summary["heldout"][key] for key in METRICS if key in summary["heldout"]}
-    if variant.is_repeat or len(heldout) < len(METRICS):
-        heldout = _scored_as_full(run_dir, found_before(out / FULL, full))
-    scores = {task: read_scores(run_dir / "scores" / task) for task in tasks}
-    return Result(
-        name=variant.name,
-        changed=variant.changed,
-        heldout=heldout,
-        tokens_per_s=summary["tokens_per_s"],
-        scores={task: found["median"]["score"] for task, found in scores.items() if found is not None},
-    )
+    heldout = {variant.name: _measured(out / variant.name) for variant in variants}
+    anew = [
+        variant.name for variant in variants if variant.is_repeat or len(heldout[variant.name]) < len(METRICS)
+    ]
+    paths = {name: out / name / AS_FULL for name in anew}
+    if not all(path.exists() for path in paths.values()):
+        score = scorer(found_before(out / FULL, full))
+        for name, path in paths.items():
+            if not path.exists():
+                write_json(path, score(out / name / "student"))
+    heldout |= {name: json.loads(path.read_text()) for name, path in paths.items()}
+    return [_result(out / variant.name, variant, heldout[variant.name], tasks) for variant in variants]
 
 
-def _scored_as_full(run_dir: Path, full: Config) -> dict[str, float]:
-    """Held-out scores under the full recipe's masks; kept in the run folder, since it takes a while."""
-    path = run_dir / AS_FULL
-    if not path.exists():
-        write_json(path, score(run_dir / "student", full))
-    return json.loads(path.read_text())
-
-
-def score(student: Path, config: Config) -> dict[str, float]:
-    """Scores of a student's folder on a recipe's held-out windows and masks, against its teacher.
+def scorer(config: Config) -> Callable[[Path], dict[str, float]]:
+    """What scores students' folders on a recipe's held-out windows and masks, against its teacher.
 
     Raises:
         UserError: the shards hold no held-out windows.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _, evaluation, teacher = heldout_scoring(config, device)
-    model = AutoModelForMaskedLM.from_pretrained(student).eval().to(device)
-    scores = evaluation(model, teacher)
-    return {key: scores[key] for key in METRICS}
+
+    def score(student: Path) -> dict[str, float]:
+        model = AutoModelForMaskedLM.from_pretrained(student).eval().to(device)
+        scores = evaluation(model, teacher)
+        return {key: scores[key] for key in METRICS}
+
+    return score
+
+
+def _measured(run_dir: Path) -> dict[str, float]:
+    heldout = _summary(run_dir)["heldout"]
+    return {key: heldout[key] for key in METRICS if key in heldout}
+
+
+def _result(run_dir: Path, variant: Variant, heldout: dict[str, float], tasks: Sequence[str]) -> Result:
+    scores = {task: read_scores(run_dir / "scores" / task) for task in tasks}
+    return Result(
+        name=variant.name,
+        changed=variant.changed,
+        heldout=heldout,
+        tokens_per_s=_summary(run_dir)["tokens_per_s"],
+        scores={task: found["median"]["score"] for task, found in scores.items() if found is not None},
+    )
 
 
 def _summary(run_dir: Path) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from launch.ablation.variants import FULL, PUBLISHED, REPEAT
-from launch.text_table import text_table
+from launch.tables import Column, Table
 from train.finetuning.results import macro_average
 
 METRICS = {
@@ -18,6 +17,7 @@ METRICS = {
     "heldout_accuracy": ("accuracy\n(%)", ".1f", 100.0),
 }
 """Key of a held-out row -> (heading, format, factor)."""
+TASK_STYLE = ".1f"
 SMALL_STUDENT, SMALL_CORPUS = 50_000_000, 1_000_000_000
 ALIKE = "~"
 PUBLISHED_NOTE = (
@@ -37,6 +37,11 @@ class Result:
     tokens_per_s: float
     scores: dict[str, float] = field(default_factory=dict)
     """{task: median score over the fine-tuning seeds}, points of 100."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is the full recipe, with whatever seed."""
+        return self.name == FULL or self.name.startswith(REPEAT)
 
     @property
     def glue(self) -> float | None:
@@ -59,11 +64,22 @@ class Scale:
         return self.student_parameters < SMALL_STUDENT or self.tokens < SMALL_CORPUS
 
     def __str__(self) -> str:
-        told = (
+        sizes = (
             f"student of {_millions(self.student_parameters)} parameters, teacher of "
             f"{_millions(self.teacher_parameters)}; {self.steps:,} steps, {_millions(self.tokens)} tokens each"
         )
-        return f"SMALL SCALE: {told}" if self.is_small else told
+        return f"SMALL SCALE: {sizes}" if self.is_small else sizes
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score of a variant, in the units of the table."""
+
+    value: float
+    difference: float
+    """To the full recipe."""
+    is_alike: bool
+    """Whether the difference is no larger than those between the full recipe's own seeds."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +112,19 @@ class Ablation:
             found["mean"] = sum(result.scores[task] for task in self.tasks) / len(self.tasks)
         return found
 
-    def differences(self, result: Result) -> dict[str, float]:
-        """Variant minus full recipe, in the units of the table."""
-        full = self.values(self.full)
-        return {key: value - full[key] for key, value in self.values(result).items() if key in full}
+    def scores(self, result: Result) -> dict[str, Score]:
+        """The same beside the full recipe's."""
+        full, noise = self.values(self.full), self.noise() or {}
+        found = {}
+        for key, value in self.values(result).items():
+            difference = value - full[key]
+            is_alike = not result.is_full and key in noise and abs(difference) <= noise[key]
+            found[key] = Score(value, difference, is_alike)
+        return found
 
     def noise(self) -> dict[str, float] | None:
         """The largest difference between two seeds of the full recipe; None where there is one seed only."""
-        repeats = [self.values(result) for result in self.results if is_full(result)]
+        repeats = [self.values(result) for result in self.results if result.is_full]
         if len(repeats) < 2:
             return None
         return {
@@ -113,32 +134,24 @@ class Ablation:
         }
 
 
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.2f}M" if count < 10**7 else f"{count / 1e6:,.0f}M"
-
-
-def is_full(result: Result) -> bool:
-    """Whether this is the full recipe, with whatever seed."""
-    return result.name == FULL or result.name.startswith(REPEAT)
-
-
 def as_json(ablation: Ablation) -> dict[str, Any]:
     """What ablation.json holds."""
+    variants = [
+        {
+            "name": result.name,
+            "changed": result.changed,
+            "heldout": result.heldout,
+            "scores": result.scores,
+            "glue": result.glue,
+            "tokens_per_s": result.tokens_per_s,
+            "difference": {key: score.difference for key, score in ablation.scores(result).items()},
+            "published_glue_difference": PUBLISHED.get(result.name),
+        }
+        for result in ablation.results
+    ]
     return {
         "scale": {**asdict(ablation.scale), "small": ablation.scale.is_small},
-        "variants": [
-            {
-                "name": result.name,
-                "changed": result.changed,
-                "heldout": result.heldout,
-                "scores": result.scores,
-                "glue": result.glue,
-                "tokens_per_s": result.tokens_per_s,
-                "difference": ablation.differences(result),
-                "published_glue_difference": PUBLISHED.get(result.name),
-            }
-            for result in ablation.results
-        ],
+        "variants": variants,
         "noise": ablation.noise(),
         "teacher": dict(ablation.teacher),
         "finetuning_seeds": ablation.finetuning_seeds,
@@ -148,56 +161,67 @@ def as_json(ablation: Ablation) -> dict[str, Any]:
     }
 
 
-def cells(ablation: Ablation, result: Result, styles: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(value, difference to the full recipe) of each score; the second is empty for the full recipe itself.
+def as_text(ablation: Ablation) -> str:
+    """The tables for a terminal."""
+    columns = [Column("variant", is_number=False)]
+    for heading, _, _ in METRICS.values():
+        columns += [Column(heading), Column("to full")]
+    rows = [
+        [
+            result.name,
+            *(text for cell in _cells(ablation, result, METRICS) for text in cell),
+            _published(result),
+        ]
+        for result in ablation.results
+    ]
+    paper = Column("paper\n(GLUE)")
+    title = f"Held-out masked tokens, the same for all. {ablation.scale}"
+    parts = [Table(title, [*columns, paper], rows).as_text()]
+    if tasks := _task_columns(ablation):
+        columns = [Column("variant", is_number=False), *map(Column, tasks), paper]
+        rows = [
+            [result.name, *("\n".join(cell) for cell in _cells(ablation, result, tasks)), _published(result)]
+            for result in ablation.results
+        ]
+        title = f"Fine-tuned; below, the difference to full. {ablation.scale}"
+        parts.append(Table(title, columns, rows).as_text())
+    return "\n".join([*parts, *notes(ablation)])
 
-    Args:
-        styles: {key of `Ablation.values`: format}.
-    """
-    noise, found = ablation.noise(), []
-    values, differences = ablation.values(result), ablation.differences(result)
-    for key, style in styles.items():
-        if key not in values:
-            found.append(("missing", ""))
+
+def as_markdown(ablation: Ablation) -> str:
+    """The same for a document, with what each variant changes."""
+    parts = ["# Ablation", f"{ablation.scale}.", "![held-out scores of the variants](ablation.png)"]
+    heldout = {key: heading for key, (heading, _, _) in METRICS.items()}
+    for headings in (heldout, {task: task for task in _task_columns(ablation)}):
+        if not headings:
             continue
-        difference = "" if result.name == FULL else f"{differences[key]:+{style}}"
-        if not is_full(result) and is_alike(differences, noise, key):
-            difference += f" {ALIKE}"
-        found.append((format(values[key], style), difference))
-    return found
-
-
-def _published(result: Result) -> str:
-    return f"{PUBLISHED[result.name]:+.2f}" if result.name in PUBLISHED else ""
-
-
-def _styles(ablation: Ablation) -> tuple[dict[str, str], dict[str, str]]:
-    """Of the held-out scores, and of the tasks (empty without any)."""
-    heldout = {key: style for key, (_, style, _) in METRICS.items()}
-    return heldout, dict.fromkeys([*ablation.tasks, "mean"], ".1f") if ablation.tasks else {}
-
-
-def is_alike(differences: Mapping[str, float], noise: Mapping[str, float] | None, key: str) -> bool:
-    """Whether a difference to the full recipe is no larger than those between its own seeds."""
-    return noise is not None and key in noise and abs(differences[key]) <= noise[key]
+        columns = [Column("variant", is_number=False), Column("changed", is_number=False)]
+        columns += [*map(Column, headings.values()), Column("published (GLUE points)")]
+        rows = []
+        for result in ablation.results:
+            cells = [
+                f"{value} ({to_full})" if to_full else value
+                for value, to_full in _cells(ablation, result, headings)
+            ]
+            rows.append([result.name, f"`{result.changed}`", *cells, _published(result)])
+        parts.append(Table("", columns, rows).as_markdown())
+    return "\n\n".join([*parts, "\n".join(f"* {note}" for note in notes(ablation))]) + "\n"
 
 
 def notes(ablation: Ablation) -> list[str]:
     """What a reader of the table must know."""
-    noise, lines = ablation.noise(), []
-    if noise is None:
+    lines = []
+    if ablation.noise() is None:
         lines.append("one seed of the full recipe: how large chance is, is not known (--full-seeds 3 tells)")
     else:
-        count = sum(map(is_full, ablation.results))
+        count = sum(result.is_full for result in ablation.results)
         lines.append(
             f"{ALIKE} not larger than the largest difference between {count} seeds of the full recipe: may be chance"
         )
     lines.append("all variants: same seed, data order, steps and learning rate; one run each")
     if ablation.teacher:
-        told = (
-            f"{METRICS[key][0].splitlines()[0]} {_value(ablation.teacher, key)}" for key in ablation.teacher
-        )
-        lines.append(f"the teacher itself, on the same masked tokens: {', '.join(told)}")
+        scores = ", ".join(_teacher_score(key, value) for key, value in ablation.teacher.items())
+        lines.append(f"the teacher itself, on the same masked tokens: {scores}")
     if ablation.tasks:
         lines.append(f"tasks: median of {ablation.finetuning_seeds} fine-tuning seeds, points of 100")
     lines.append(PUBLISHED_NOTE)
@@ -206,51 +230,39 @@ def notes(ablation: Ablation) -> list[str]:
     return lines
 
 
-def _value(heldout: Mapping[str, float], key: str) -> str:
-    heading, style, factor = METRICS[key]
-    return f"{heldout[key] * factor:{style}} {heading.split()[-1].strip('()')}"
+def style_of(key: str) -> str:
+    """The format of a score."""
+    return METRICS[key][1] if key in METRICS else TASK_STYLE
 
 
-def as_text(ablation: Ablation) -> str:
-    """The table for a terminal."""
-    heldout, tasks = _styles(ablation)
-    headings = ["variant"]
-    for heading, _, _ in METRICS.values():
-        headings += [heading, "to full"]
-    rows = [
-        [result.name, *itertools.chain(*cells(ablation, result, heldout)), _published(result)]
-        for result in ablation.results
-    ]
-    title = f"Held-out masked tokens, the same for all. {ablation.scale}"
-    parts = [text_table([*headings, "paper\n(GLUE)"], rows, title=title)]
-    if tasks:
-        rows = [
-            [result.name, *map("\n".join, cells(ablation, result, tasks)), _published(result)]
-            for result in ablation.results
-        ]
-        title = f"Fine-tuned; below, the difference to full. {ablation.scale}"
-        parts.append(text_table(["variant", *tasks, "paper\n(GLUE)"], rows, title=title))
-    return "\n".join([*parts, *notes(ablation)])
-
-
-def as_markdown(ablation: Ablation) -> str:
-    """The same for a document, with what each variant changes."""
-    parts = ["# Ablation", "", f"{ablation.scale}.", "", "![held-out scores of the variants](ablation.png)"]
-    heldout, tasks = _styles(ablation)
-    names = {key: METRICS[key][0] if key in METRICS else key for key in (*heldout, *tasks)}
-    for styles in (heldout, tasks):
-        if not styles:
+def _cells(
+    ablation: Ablation, result: Result, keys: Sequence[str] | Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """(value, difference to the full recipe) of each score; the second is empty for the full recipe itself."""
+    scores, found = ablation.scores(result), []
+    for key in keys:
+        if key not in scores:
+            found.append(("missing", ""))
             continue
-        columns = ["variant", "changed", *(names[key] for key in styles), "published (GLUE points)"]
-        parts += ["", _line(columns), "|---|---|" + "---:|" * (len(columns) - 2)]
-        for result in ablation.results:
-            scores = [
-                f"{value} ({difference})" if difference else value
-                for value, difference in cells(ablation, result, styles)
-            ]
-            parts.append(_line([result.name, f"`{result.changed}`", *scores, _published(result)]))
-    return "\n".join([*parts, "", *(f"* {note}" for note in notes(ablation))]) + "\n"
+        score, style = scores[key], style_of(key)
+        difference = f"{score.difference:+{style}}{f' {ALIKE}' if score.is_alike else ''}"
+        found.append((f"{score.value:{style}}", "" if result.name == FULL else difference))
+    return found
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("\n", " ").strip() for cell in cells) + " |"
+def _task_columns(ablation: Ablation) -> list[str]:
+    return [*ablation.tasks, "mean"] if ablation.tasks else []
+
+
+def _published(result: Result) -> str:
+    return f"{PUBLISHED[result.name]:+.2f}" if result.name in PUBLISHED else ""
+
+
+def _teacher_score(key: str, value: float) -> str:
+    heading, style, factor = METRICS[key]
+    name, unit = heading.split("\n")
+    return f"{name} {value * factor:{style}} {unit.strip('()')}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f}M" if count < 10**7 else f"{count / 1e6:,.0f}M"

@@ -6,7 +6,6 @@ puts the results side by side.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,11 @@ REPEAT = "full-seed-"
 PUBLISHED = {"no-kd": -2.96, "no-cosine": -1.46, "no-mlm": -0.31, "random": -3.69}
 """Sanh et al. 2019, table 4: change of the GLUE score against the full recipe, in points. DistilBERT-base from
 BERT-base, trained on Wikipedia and the Toronto Book Corpus."""
+TERMS = {
+    "no-kd": ("kd_weight", "without the soft targets"),
+    "no-cosine": ("cosine_weight", "without the cosine of the hidden states"),
+    "no-mlm": ("mlm_weight", "without masked-language modelling"),
+}
 FREE_TO_DIFFER = (*WATCHING, "evaluation.every_steps")
 """Between the runs of an ablation: all are scored alike."""
 
@@ -33,6 +37,8 @@ class Variant:
     title: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     """{"section.key": value}; empty for the recipe itself."""
+    left_out: str = ""
+    """Why it makes no sense for this recipe; empty where it does."""
 
     @property
     def words(self) -> list[str]:
@@ -69,24 +75,20 @@ def variants_of(
         )
     if full_seeds < 1:
         raise UserError(f"--full-seeds {full_seeds}: give at least 1")
-    found, left_out = [Variant(FULL, "the recipe as it is")], {}
-    candidates = (
-        *_terms(config.objective),
-        *_random_weights(config, teacher_layers),
-        *_soft_target_positions(config.objective),
-        *_layer_maps(config, teacher_layers),
-    )
-    for variant in candidates:
-        if isinstance(variant, Variant):
-            found.append(variant)
-        else:
-            left_out[variant[0]] = variant[1]
-    seed = config.data.seed
-    found += [
-        Variant(f"{REPEAT}{extra}", "the recipe with another seed", {"data.seed": seed + extra})
+    student = _student(config, teacher_layers)
+    candidates = [
+        Variant(FULL, "the recipe as it is"),
+        *(_without_term(name, config.objective) for name in TERMS),
+        _random_weights(config, student),
+        _masked_soft_targets(config.objective),
+        *_layer_maps(config, student),
+    ]
+    candidates += [
+        Variant(f"{REPEAT}{extra}", "the recipe with another seed", {"data.seed": config.data.seed + extra})
         for extra in range(1, full_seeds)
     ]
-    return found, left_out
+    left_out = {variant.name: variant.left_out for variant in candidates if variant.left_out}
+    return [variant for variant in candidates if not variant.left_out], left_out
 
 
 def chosen_variants(
@@ -112,31 +114,24 @@ def _spelled(value: Any) -> str:
     return str(value).replace(" ", "") if isinstance(value, list) else str(value)
 
 
-def _terms(objective: ObjectiveConfig) -> list[Variant | tuple[str, str]]:
-    """The loss's terms taken away one by one."""
-    found: list[Variant | tuple[str, str]] = []
-    for name, term, title in (
-        ("no-kd", "kd_weight", "without the soft targets"),
-        ("no-cosine", "cosine_weight", "without the cosine of the hidden states"),
-        ("no-mlm", "mlm_weight", "without masked-language modelling"),
-    ):
-        others = [weight for weight in OBJECTIVE_WEIGHTS if weight != term]
-        if not getattr(objective, term):
-            found.append((name, f"the recipe has objective.{term}=0 already"))
-        elif not any(getattr(objective, weight) for weight in others):
-            found.append((name, f"the recipe has no other term than objective.{term}"))
-        else:
-            found.append(Variant(name, title, {f"objective.{term}": 0.0, **_left_idle(objective, term)}))
-    return found
+def _without_term(name: str, objective: ObjectiveConfig) -> Variant:
+    term, title = TERMS[name]
+    others = [weight for weight in OBJECTIVE_WEIGHTS if weight != term]
+    if not getattr(objective, term):
+        return Variant(name, title, left_out=f"the recipe has objective.{term}=0 already")
+    if not any(getattr(objective, weight) for weight in others):
+        return Variant(name, title, left_out=f"the recipe has no other term than objective.{term}")
+    return Variant(name, title, {f"objective.{term}": 0.0, **_left_idle(objective, term)})
 
 
-def _soft_target_positions(objective: ObjectiveConfig) -> list[Variant | tuple[str, str]]:
-    name, changes = "masked-kd", {"objective.kd_positions": "masked"}
+def _masked_soft_targets(objective: ObjectiveConfig) -> Variant:
+    reason = ""
     if objective.kd_positions == "masked":
-        return [(name, "the recipe has objective.kd_positions=masked already")]
-    if not objective.kd_weight + objective.mse_weight:
-        return [(name, "the recipe has objective.kd_weight=0")]
-    return [Variant(name, "soft targets at the masked positions alone", changes)]
+        reason = "the recipe has objective.kd_positions=masked already"
+    elif not objective.kd_weight + objective.mse_weight:
+        reason = "the recipe has objective.kd_weight=0"
+    title = "soft targets at the masked positions alone"
+    return Variant("masked-kd", title, {"objective.kd_positions": "masked"}, reason)
 
 
 def _left_idle(objective: ObjectiveConfig, term: str) -> dict[str, Any]:
@@ -154,75 +149,64 @@ def _left_idle(objective: ObjectiveConfig, term: str) -> dict[str, Any]:
     }
 
 
-def _student_layers(config: Config, teacher_layers: int) -> tuple[tuple[int, ...] | None, int]:
-    """The teacher's layers that the recipe's student starts from (None: random weights), and how many it has."""
-    model = config.model
+@dataclass(frozen=True)
+class _Student:
+    """The recipe's student, and the teacher that it is made from."""
+
+    layers: tuple[int, ...] | None
+    """The teacher's layers that it starts from; None for random weights."""
+    depth: int
+    teacher_layers: int
+    same_depth: Mapping[str, Any]
+    """The change that keeps the depth where a layer map's name alone would mean half of the teacher's layers."""
+
+
+def _student(config: Config, teacher_layers: int) -> _Student:
+    model, half = config.model, default_student_layers(teacher_layers)
     if model.layer_map == "random":
-        return None, model.student_layers or default_student_layers(teacher_layers)
-    layers = resolve_layer_map(model.layer_map, teacher_layers, model.student_layers)
-    return layers, len(layers)
+        layers, depth = None, model.student_layers or half
+    else:
+        layers = resolve_layer_map(model.layer_map, teacher_layers, model.student_layers)
+        depth = len(layers)
+    is_known = model.student_layers is not None or depth == half
+    return _Student(layers, depth, teacher_layers, {} if is_known else {"model.student_layers": depth})
 
 
-def _same_depth(config: Config, teacher_layers: int, depth: int) -> dict[str, Any]:
-    """A list of layers says how many there are; a name means half the teacher's unless told."""
-    told = config.model.student_layers is not None or depth == default_student_layers(teacher_layers)
-    return {} if told else {"model.student_layers": depth}
+def _random_weights(config: Config, student: _Student) -> Variant:
+    reason = "the recipe has model.layer_map=random already" if config.model.layer_map == "random" else ""
+    changes = {"model.layer_map": "random", **student.same_depth}
+    return Variant("random", "from random weights, with the same teacher", changes, reason)
 
 
-def _random_weights(config: Config, teacher_layers: int) -> list[Variant | tuple[str, str]]:
-    layers, depth = _student_layers(config, teacher_layers)
-    if layers is None:
-        return [("random", "the recipe has model.layer_map=random already")]
-    changes = {"model.layer_map": "random", **_same_depth(config, teacher_layers, depth)}
-    return [Variant("random", "from random weights, with the same teacher", changes)]
-
-
-LAYER_MAPS = {
-    "every-other": "evenly spaced layers",
-    "distilbert": "the original code's layers 0,2,4,7,9,11",
-    "first-half": "the first layers",
-    "last-half": "the last layers",
-}
-
-
-def _layer_maps(config: Config, teacher_layers: int) -> list[Variant | tuple[str, str]]:
-    """Other layers of the teacher, as many as the recipe's student has."""
-    layers, depth = _student_layers(config, teacher_layers)
+def _layer_maps(config: Config, student: _Student) -> list[Variant]:
+    """Other layers of the teacher, as many as the recipe's student has; none twice."""
+    depth, teacher_layers = student.depth, student.teacher_layers
+    maps: dict[str, tuple[str, dict[str, Any]]] = {
+        "every-other": ("evenly spaced layers", {"model.layer_map": "every_other", **student.same_depth}),
+        "distilbert": ("the original code's layers 0,2,4,7,9,11", {"model.layer_map": "distilbert"}),
+        "first-half": ("the first layers", {"model.layer_map": list(range(depth))}),
+        "last-half": (
+            "the last layers",
+            {"model.layer_map": list(range(teacher_layers - depth, teacher_layers))},
+        ),
+    }
+    reason = ""
     if config.model.student_width is not None:
         reason = f"a student of width {config.model.student_width} cannot copy the teacher's layers"
-        return [(name, reason) for name in LAYER_MAPS]
-    if depth > teacher_layers:
+    elif depth > teacher_layers:
         reason = f"the student has {depth} layers, the teacher only {teacher_layers} to copy"
-        return [(name, reason) for name in LAYER_MAPS]
-    found, seen = [], {layers: FULL}
-    for name in LAYER_MAPS:
-        variant = _layer_map(name, teacher_layers, depth, seen)
-        if isinstance(variant, Variant) and name == "every-other":
-            changes = {**variant.changes, **_same_depth(config, teacher_layers, depth)}
-            variant = dataclasses.replace(variant, changes=changes)
-        found.append(variant)
+    if reason:
+        return [Variant(name, title, left_out=reason) for name, (title, _) in maps.items()]
+    found, names = [], {student.layers: FULL}
+    for name, (title, changes) in maps.items():
+        if name == "distilbert" and (teacher_layers, depth) != (12, 6):
+            reason = (
+                f"takes 6 layers of a teacher of 12; this student has {depth}, its teacher {teacher_layers}"
+            )
+            found.append(Variant(name, title, left_out=reason))
+            continue
+        layers = resolve_layer_map(changes["model.layer_map"], teacher_layers, depth)
+        reason = f"has the same layers {list(layers)} as {names[layers]}" if layers in names else ""
+        names.setdefault(layers, name)
+        found.append(Variant(name, f"from {title} of the teacher, {list(layers)}", changes, reason))
     return found
-
-
-def _layer_map(
-    name: str, teacher_layers: int, depth: int, seen: dict[tuple[int, ...] | None, str]
-) -> Variant | tuple[str, str]:
-    """A layer map; `seen` gathers the layers that another variant starts from already."""
-    if name == "distilbert" and (teacher_layers, depth) != (12, 6):
-        return name, (
-            f"takes 6 layers of a teacher of 12; this student has {depth}, its teacher {teacher_layers}"
-        )
-    values: dict[str, str | list[int]] = {
-        "every-other": "every_other",
-        "distilbert": "distilbert",
-        "first-half": list(range(depth)),
-        "last-half": list(range(teacher_layers - depth, teacher_layers)),
-    }
-    value = values[name]
-    layers = resolve_layer_map(value, teacher_layers, depth)
-    if layers in seen:
-        return name, f"has the same layers {list(layers)} as {seen[layers]}"
-    seen[layers] = name
-    return Variant(
-        name, f"from {LAYER_MAPS[name]} of the teacher, {list(layers)}", {"model.layer_map": value}
-    )

@@ -42,7 +42,7 @@ from launch.benchmarks.inference_models import (
 )
 from launch.benchmarks.machine import hardware
 from launch.reporting import published
-from launch.text_table import text_table
+from launch.tables import text_table
 from train.distributed.world import quiet_libraries
 from train.errors import UserError, one_line
 from train.export.onnx_check import require_onnx

@@ -9,7 +9,7 @@ from launch.planner.cost import REFERENCE_RUN
 from launch.planner.memory import GIB
 from launch.planner.planning import Plan, comparison, needs_lanes
 from launch.planner.shapes import num_parameters
-from launch.text_table import text_table
+from launch.tables import text_table
 
 
 def memory_table(plan: Plan, memory_gib: float) -> str:

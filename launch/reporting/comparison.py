@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,15 @@ import torch
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from data_prep.shard_format.manifest import is_remote, without_scheme
-from launch.reporting.runs import Curve, teacher_loss
 from train.build import heldout_scoring
 from train.config import Config
 from train.errors import UserError
-from train.evaluation.heldout import HeldoutEvaluation
 from train.models.build import build_student, count_parameters, teacher_names
-from train.models.teacher import Teacher
 
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """One row of the table."""
+    """A model's scores and speed."""
 
     name: str
     parameters: int
@@ -45,22 +42,11 @@ class ComparedModel:
         return math.exp(min(self.mlm_loss, 700.0))
 
 
-def read_run_config(run_dir: Path, parse: Callable[[Sequence[str]], Config]) -> Config:
-    """The configuration of a run folder, through the same parser as the command line's."""
-    path = run_dir / "config.yaml"
-    if not path.exists():
-        raise UserError(f"{run_dir} is not a run folder: it holds no config.yaml")
-    return parse(["--config", str(path)])
-
-
-def compare(
-    run_dirs: Sequence[Path], configs: Sequence[Config], say: Callable[[str], None]
-) -> list[ComparedModel]:
+def compare(run_dirs: Sequence[Path], configs: Sequence[Config]) -> list[ComparedModel]:
     """Score the teacher of the first run, and every run's model before and after training.
 
     Args:
         run_dirs, configs: finished runs over the same shards; the first has a teacher.
-        say: told of each model as it is scored.
     Raises:
         UserError: a run is not finished, the first has no teacher, or the shards have no held-out windows.
     """
@@ -70,7 +56,7 @@ def compare(
     shards = config.data.shards
     folder = Path(without_scheme(shards))
     if not (is_remote(shards) or folder.is_absolute() or folder.exists()):
-        raise FileNotFoundError(
+        raise UserError(
             f"{run_dirs[0]}/config.yaml names data.shards={shards!r}, which is not here: it counts from the folder "
             "that the run was started in; type this command there"
         )
@@ -85,24 +71,20 @@ def compare(
     speeds = sentences_per_second(list(models.values()), config.data.sequence_length)
     compared = []
     for (name, model), speed in zip(models.items(), speeds, strict=True):
-        say(f"scoring {name}")
-        compared.append(_row(name, model, evaluation, teacher, speed))
+        print(f"scoring {name}", flush=True)
+        scores = evaluation(model, teacher)
+        compared.append(
+            ComparedModel(
+                name=name,
+                parameters=count_parameters(model),
+                mlm_loss=scores["heldout_mlm_loss"],
+                accuracy=scores["heldout_accuracy"],
+                top1_agreement=scores["heldout_top1_agreement"],
+                kl=max(0.0, scores["heldout_kl"]),
+                sentences_per_s=speed,
+            )
+        )
     return compared
-
-
-def _row(
-    name: str, model: PreTrainedModel, evaluation: HeldoutEvaluation, teacher: Teacher, speed: float
-) -> ComparedModel:
-    scores = evaluation(model, teacher)
-    return ComparedModel(
-        name=name,
-        parameters=count_parameters(model),
-        mlm_loss=scores["heldout_mlm_loss"],
-        accuracy=scores["heldout_accuracy"],
-        top1_agreement=scores["heldout_top1_agreement"],
-        kl=max(0.0, scores["heldout_kl"]),
-        sentences_per_s=speed,
-    )
 
 
 @torch.inference_mode()
@@ -125,32 +107,6 @@ def sentences_per_second(
     return [batch_size / statistics.median(spent[1:]) for spent in seconds]
 
 
-def plot_losses(curves: Sequence[Curve], out: Path) -> None:
-    """Held-out and training MLM loss of each run over its tokens, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (heldout, training) = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for curve in curves:
-        for axes, points, marker in ((heldout, curve.heldout, "o"), (training, curve.training, "")):
-            tokens = [count / 1e6 for count, _ in points]
-            axes.plot(tokens, [loss for _, loss in points], marker=marker, markersize=3, label=curve.name)
-    level = teacher_loss(curves)
-    if level is not None:
-        heldout.axhline(level, color="grey", linestyle="--", linewidth=1, label="teacher, finished")
-    heldout.set_title("held-out windows")
-    training.set_title("training batches")
-    heldout.set_ylabel("MLM loss (nats per masked token)")
-    for axes in (heldout, training):
-        axes.set_xlabel("tokens seen (millions)")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(out, dpi=130)
-    pyplot.close(figure)
-
-
 def as_json(compared: Sequence[ComparedModel]) -> list[dict[str, Any]]:
-    """The rows as summary.json holds them."""
+    """As summary.json holds them."""
     return [{**vars(model), "perplexity": model.perplexity} for model in compared]

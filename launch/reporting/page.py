@@ -1,69 +1,126 @@
-"""The report as one self-contained HTML page and as Markdown, from the same words."""
+"""The report as one self-contained HTML page and as Markdown, from the same tables."""
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from launch.ablation.table import SMALL_CORPUS, SMALL_STUDENT
 from launch.reporting import published
-from launch.reporting.chart import NUM_STYLES, line_chart
-from launch.reporting.inputs import InferenceFile, ModelScores
-from launch.reporting.runs import Curve, RunFacts, teacher_loss
-from launch.reporting.tables import Column, Table
+from launch.reporting.comparison import ComparedModel
+from launch.reporting.inputs import FINETUNE, AblationFile, InferenceFile, ModelScores
+from launch.reporting.loss_curves import COLORS, Curve, svg_charts
+from launch.reporting.runs import RunFacts
+from launch.reporting.scores import downstream_table, glue_table, retention_table
+from launch.reporting.tables import ablation_table, cost_table, heldout_table, size_table, speed_table
+from launch.tables import Table, markdown_escaped
 
 TITLE = "Distillation report"
 TEMPLATE = Path(__file__).with_name("page.html")
+ON_DEVICE = {"CPU": " on CPU", "GPU": " on GPU"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page says."""
+    """Everything that was read; what is empty or None was not given."""
 
-    scale: str
-    tables: Sequence[Table]
     versions: Mapping[str, str]
+    runs: Sequence[RunFacts] = ()
     curves: Sequence[Curve] = ()
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    """What is missing -> the command that makes it."""
+    compared: Sequence[ComparedModel] = ()
+    scores: Sequence[ModelScores] = ()
+    reference: str = ""
+    """Of the scored models: what the others' retention is a share of."""
+    inference: InferenceFile | None = None
+    ablation: AblationFile | None = None
 
 
-def scale_sentence(
-    runs: Sequence[RunFacts], models: Sequence[ModelScores], speeds: InferenceFile | None
-) -> str:
+@dataclass(frozen=True)
+class Part:
+    """Tables that stand together, or how to get them."""
+
+    name: str
+    tables: Sequence[Table | None]
+    remedy: str
+
+
+def parts_of(report: Report) -> list[Part]:
+    """The report in its order; a part without tables has no input."""
+    scores, inference, ablation = report.scores, report.inference, report.ablation
+    return [
+        Part(
+            "Held-out scores, loss curves and cost",
+            [heldout_table(report.compared)] if report.compared else [],
+            "give the folders of finished runs (deepspeed launch/pretrain.py)",
+        ),
+        Part("Table 1, GLUE", [glue_table(scores)], f"{FINETUNE}, then --scores NAME=SCORES"),
+        Part(
+            "Retention",
+            [retention_table(scores, report.reference)] if scores else [],
+            "--scores teacher=SCORES student=SCORES, with tasks that both have",
+        ),
+        Part(
+            "Table 2, IMDb and SQuAD",
+            [downstream_table(scores)],
+            f"{FINETUNE.replace('sst2 mrpc ...', 'imdb squad')}, then --scores",
+        ),
+        Part(
+            "Table 3, size and speed",
+            [size_table(inference), speed_table(inference)] if inference else [],
+            "python launch/benchmark.py inference --model teacher=DIR --model student=DIR --json FILE, "
+            "then --inference FILE",
+        ),
+        Part(
+            "Table 4, ablation",
+            [ablation_table(ablation)] if ablation else [],
+            "python launch/ablate.py --config RECIPE --out DIR, then --ablation DIR/ablation.json",
+        ),
+    ]
+
+
+def tables_of(report: Report) -> list[Table]:
+    """All tables, the runs' cost last."""
+    found = [table for part in parts_of(report) for table in part.tables if table is not None]
+    return [*found, cost_table(report.runs)] if report.runs else found
+
+
+def left_out(report: Report) -> dict[str, str]:
+    """What is missing -> how to make it."""
+    return {part.name: part.remedy for part in parts_of(report) if not any(part.tables)}
+
+
+def scale_sentence(report: Report) -> str:
     """How large our models and runs are, so that no figure of ours is taken for one of the paper's."""
-    own: list[str] = []
-    smallest, tokens = [], []
-    for run in runs:
-        teacher = f"its teacher {run.teacher_parameters:,}" if run.teacher_parameters else "no teacher"
-        where = f"{run.num_processes} process{'es' if run.num_processes > 1 else ''}"
-        on = {"CPU": " on CPU", "GPU": " on GPU"}.get(run.device, f", {run.device}")
-        own.append(
-            f"{run.name} has {run.student_parameters:,} parameters ({teacher}), "
-            f"trained on {run.tokens:,} tokens by {where}{on}"
-        )
-        smallest.append(run.student_parameters)
-        tokens.append(run.tokens)
-    if not runs:
-        sizes = {model.name: model.parameters for model in models}
-        sizes |= {model.name: model.parameters for model in speeds.models} if speeds else {}
-        own = [f"{name} has {count:,} parameters" for name, count in sizes.items()]
-        smallest = list(sizes.values())
-    is_small = (smallest and min(smallest) < SMALL_STUDENT) or (tokens and min(tokens) < SMALL_CORPUS)
+    if report.runs:
+        sizes = [(run.name, run.student_parameters) for run in report.runs]
+        own = [_run_scale(run) for run in report.runs]
+    else:
+        models = [*report.scores, *(report.inference.models if report.inference else ())]
+        sizes = list({model.name: model.parameters for model in models}.items())
+        own = [f"{name} has {count:,} parameters" for name, count in sizes]
+    is_small = any(count < SMALL_STUDENT for _, count in sizes) or any(
+        run.tokens < SMALL_CORPUS for run in report.runs
+    )
     first = "SMALL SCALE, not the paper's. " if is_small else ""
-    told = f"{'; '.join(own)}. " if own else ""
+    ours = f"{'; '.join(own)}. " if own else ""
     theirs = [published.PARAMETERS[name] // 10**6 for name in (published.STUDENT, published.TEACHER)]
     return (
-        f"{first}{told}The paper's student has {theirs[0]} million parameters, its teacher {theirs[1]} million; its "
+        f"{first}{ours}The paper's student has {theirs[0]} million parameters, its teacher {theirs[1]} million; its "
         "corpus was English Wikipedia and the Toronto Book Corpus. Columns headed "
         f"“{published.LABEL}” are copied from the paper; all others are ours"
         f"{' and say nothing about models of that size' if is_small else ''}."
+    )
+
+
+def _run_scale(run: RunFacts) -> str:
+    teacher = f"its teacher {run.teacher_parameters:,}" if run.teacher_parameters else "no teacher"
+    processes = f"{run.num_processes} process{'es' if run.num_processes > 1 else ''}"
+    return (
+        f"{run.name} has {run.student_parameters:,} parameters ({teacher}), trained on {run.tokens:,} tokens by "
+        f"{processes}{ON_DEVICE.get(run.device, f', {run.device}')}"
     )
 
 
@@ -72,81 +129,28 @@ def as_html(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    lines = [curve for curve in report.curves if curve.heldout or curve.training]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=TITLE,
-        label=published.LABEL,
         source=published.SOURCE,
-        scale=report.scale,
-        tables=report.tables,
-        charts=_charts(lines),
-        curve_names=[curve.name for curve in lines],
-        has_teacher_line=teacher_loss(lines) is not None,
-        left_out=report.left_out,
+        scale=scale_sentence(report),
+        tables=tables_of(report),
+        charts=svg_charts([curve for curve in report.curves if curve.heldout or curve.training]),
+        colors=COLORS,
+        left_out=left_out(report),
         versions=report.versions,
-        num_styles=NUM_STYLES,
-        classes=_classes,
     )
-
-
-def _charts(curves: Sequence[Curve]) -> list[Markup]:
-    teacher = teacher_loss(curves)
-    line = None if teacher is None else ("teacher, finished", teacher)
-    words = ("tokens seen (millions)", "MLM loss (nats per masked token)")
-    millions = [
-        {curve.name: [(tokens / 1e6, loss) for tokens, loss in points] for curve, points in of}
-        for of in (
-            [(curve, curve.heldout) for curve in curves],
-            [(curve, curve.training) for curve in curves],
-        )
-    ]
-    charts = [
-        line_chart("Held-out windows", *words, millions[0], line),
-        line_chart("Training batches", *words, millions[1]),
-    ]
-    return [chart for chart in charts if chart]
-
-
-def _classes(table: Table, index: int) -> str:
-    """Of a cell of the `index`-th column."""
-    column: Column = table.columns[index]
-    found = [] if column.is_number else ["words"]
-    if column.group == published.LABEL:
-        found.append("published")
-    if column.group and column.group != table.columns[index - 1].group:
-        found.append("first")
-    return " ".join(found)
 
 
 def as_markdown(report: Report) -> str:
     """The same words for a README or a wiki; curves as the picture beside it."""
-    parts = [f"# {TITLE}", "", f"**{_plain(report.scale)}**"]
-    for number, table in enumerate(report.tables):
-        parts += ["", f"## {_plain(table.title)}", ""]
-        headings = [
-            f"{column.group}: {column.heading}" if column.group and column.heading else column.heading
-            for column in table.columns
-        ]
-        parts += [_line(headings), "|" + "".join("---:|" if c.is_number else "---|" for c in table.columns)]
-        parts += [_line(row) for row in table.rows]
-        parts += ["", *(f"* {_plain(note)}" for note in table.notes)] if table.notes else []
+    parts = [f"# {TITLE}", f"**{markdown_escaped(scale_sentence(report))}**"]
+    for number, table in enumerate(tables_of(report)):
+        parts += [f"## {markdown_escaped(table.title)}", table.as_markdown(markdown_escaped)]
         if number == 0 and report.curves:
-            parts += ["", "![MLM loss of each run over its tokens](loss.png)"]
-    if report.left_out:
-        parts += ["", "## Left out", ""]
-        parts += [f"* {_plain(what)}: `{command}`" for what, command in report.left_out.items()]
+            parts.append("![MLM loss of each run over its tokens](loss.png)")
+    if missing := left_out(report):
+        lines = [f"* {markdown_escaped(what)}: `{command}`" for what, command in missing.items()]
+        parts += ["## Left out", "\n".join(lines)]
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    return (
-        "\n".join([*parts, "", f"Published figures: {published.SOURCE}. Made with {_plain(versions)}."])
-        + "\n"
-    )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_plain, cells)) + " |"
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is: no HTML, no emphasis, no new cell or line."""
-    escaped = re.sub(r"([\\`*_\[\]|~])", r"\\\1", " ".join(text.split()))
-    return html.escape(escaped, quote=False)
+    parts.append(f"Published figures: {published.SOURCE}. Made with {markdown_escaped(versions)}.")
+    return "\n\n".join(parts) + "\n"

@@ -1,9 +1,8 @@
-"""What a finished run says of itself: size, tokens, time, machines, loss curves. Reads text files alone."""
+"""What a finished run says of itself: size, tokens, time, machines. Reads text files alone."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,6 @@ from typing import Any
 from train.errors import UserError
 from train.loop.metrics import read_rows
 from train.run_folder import read_summary
-
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -41,17 +38,6 @@ class RunFacts:
     def process_hours(self) -> float:
         """GPU-hours where a process has a GPU to itself."""
         return self.seconds * self.num_processes / 3600
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A run's losses over its tokens."""
-
-    name: str
-    heldout: Sequence[Point]
-    """(tokens, nats per masked token)."""
-    training: Sequence[Point]
-    teacher_loss: float | None
 
 
 def read_run_facts(run_dir: Path) -> RunFacts:
@@ -91,26 +77,3 @@ def device_of(summary: dict[str, Any], engine: dict[str, Any]) -> str:
     if any(engine.get(kind, {}).get("enabled") for kind in ("fp16", "bf16")):
         return "GPU"
     return "CPU" if "+cpu" in summary["versions"]["torch"] else "device not recorded"
-
-
-def read_curve(run_dir: Path) -> Curve:
-    """Losses that are numbers; a row whose loss overflowed has no point."""
-    rows = read_rows(run_dir)
-    tokens_at = {row["step"]: row["tokens"] for row in rows if "tokens" in row} | {0: 0}
-    heldout = [
-        (float(tokens_at[row["step"]]), row["heldout_mlm_loss"])
-        for row in rows
-        if _finite(row.get("heldout_mlm_loss")) and row["step"] in tokens_at
-    ]
-    training = [(float(row["tokens"]), row["loss_mlm"]) for row in rows if _finite(row.get("loss_mlm"))]
-    teacher = [row["teacher_heldout_mlm_loss"] for row in rows if "teacher_heldout_mlm_loss" in row]
-    return Curve(run_dir.name, heldout, training, teacher[0] if teacher else None)
-
-
-def teacher_loss(curves: Sequence[Curve]) -> float | None:
-    """Held-out MLM loss of the teacher that a report names: that of the first run which has one."""
-    return next((curve.teacher_loss for curve in curves if curve.teacher_loss is not None), None)
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

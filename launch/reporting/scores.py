@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from launch.reporting import published
 from launch.reporting.inputs import ModelScores, TaskScores
-from launch.reporting.tables import DASH, Column, Table, columns_of
+from launch.reporting.tables import DASH, columns_of, published_column
+from launch.tables import Table
 from train.errors import UserError
 from train.finetuning.tasks import GLUE, SPLIT_OFF, TASKS
 
@@ -19,7 +20,9 @@ DOWNSTREAM = (
     ("squad_v2", "f1"),
 )
 SIZES = ("max_train_examples", "max_eval_examples")
-"""Settings that a task's numbers of examples tell of."""
+"""Settings that a task's numbers of examples say already."""
+NOT_COMPARED = (*SIZES, "temperature", "hard_weight", "unlabelled_only")
+"""Nor those of the task distillation, which models without a fine-tuned teacher cannot have."""
 METRIC_TITLES = {"accuracy": "accuracy", "exact_match": "exact match", "f1": "F1"}
 
 
@@ -113,7 +116,7 @@ def retention_table(models: Sequence[ModelScores], reference: str) -> Table | No
     ]
     notes += _differences(models, tasks)
     columns = columns_of("task", [f"{model.name} / {reference}" for model in others])
-    columns.append(Column(f"{published.STUDENT} / {published.TEACHER}", published.LABEL))
+    columns.append(published_column(f"{published.STUDENT} / {published.TEACHER}"))
     return Table("Retention", columns, rows, notes)
 
 
@@ -145,7 +148,7 @@ def _score(scores: TaskScores | None, metric: str) -> str:
     if scores is None or metric not in scores.median:
         return DASH
     text = f"{scores.median[metric]:.1f}"
-    if scores.num_seeds > 1 and metric in scores.spread:
+    if len(scores.seeds) > 1 and metric in scores.spread:
         low, high = scores.spread[metric]
         text += f" ({low:.1f} to {high:.1f})"
     return text
@@ -154,7 +157,7 @@ def _score(scores: TaskScores | None, metric: str) -> str:
 def _score_notes(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[str]:
     """Seeds, soft labels, and what keeps two columns from being compared."""
     shown = [model.tasks[task] for model in models for task in tasks if task in model.tasks]
-    seeds = sorted({scores.num_seeds for scores in shown})
+    seeds = sorted({len(scores.seeds) for scores in shown})
     many = " to ".join(str(count) for count in dict.fromkeys((seeds[0], seeds[-1])))
     notes = [
         "One seed each."
@@ -165,7 +168,7 @@ def _score_notes(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[st
         taught = [
             TASKS[task].title
             for task in dict.fromkeys(tasks)
-            if task in model.tasks and model.tasks[task].teachers
+            if task in model.tasks and model.tasks[task].teacher
         ]
         if taught:
             notes.append(f"{model.name}: with a fine-tuned teacher's soft labels on {', '.join(taught)}.")
@@ -234,7 +237,7 @@ def _differences(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[st
         differing = [
             name
             for name in dict.fromkeys(name for each in settings for name in each)
-            if any(each.get(name) != settings[0].get(name) for each in settings) and name not in SIZES
+            if any(each.get(name) != settings[0].get(name) for each in settings) and name not in NOT_COMPARED
         ]
         if differing:
             notes.append(

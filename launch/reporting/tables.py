@@ -1,4 +1,4 @@
-"""The report's tables as plain words: one source for the page and for Markdown, so that both say the same.
+"""The report's tables of models, speeds, ablation and cost.
 
 Published figures stand in columns of their own, under `published.LABEL`.
 """
@@ -6,45 +6,28 @@ Published figures stand in columns of their own, under `published.LABEL`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from launch.ablation.table import ALIKE
+from launch.ablation.variants import PUBLISHED
 from launch.reporting import published
 from launch.reporting.comparison import ComparedModel
-from launch.reporting.inputs import AblationFile, InferenceFile
+from launch.reporting.inputs import AblatedVariant, AblationFile, InferenceFile
 from launch.reporting.runs import RunFacts
+from launch.tables import Column, Table, text_table
 
 DASH = "–"  # noqa: RUF001
 OURS = "ours"
+ABLATED_SCORES = {
+    "heldout_kl": ("KL to teacher (nats)", 1.0, ".4f"),
+    "heldout_top1_agreement": ("top-1 agreement (%)", 100.0, ".1f"),
+    "heldout_mlm_loss": ("MLM loss (nats)", 1.0, ".4f"),
+}
+"""Key of a held-out score -> (heading, factor, format)."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column; `group` is the heading above it, shared with its neighbours."""
-
-    heading: str
-    group: str = ""
-    is_number: bool = True
-
-
-@dataclass(frozen=True)
-class Table:
-    """Words in rows. The first column names the row."""
-
-    title: str
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = field(default_factory=list)
-
-    def groups(self) -> list[tuple[str, int]]:
-        """(group, how many columns), left to right; one empty group where no column has any."""
-        found: list[tuple[str, int]] = []
-        for column in self.columns:
-            if found and found[-1][0] == column.group:
-                found[-1] = (column.group, found[-1][1] + 1)
-            else:
-                found.append((column.group, 1))
-        return found
+def published_column(heading: str) -> Column:
+    """A column of the paper's figures."""
+    return Column(heading, published.LABEL, css_class="published")
 
 
 def columns_of(first: str, ours: Sequence[str], theirs: Sequence[str] = ()) -> list[Column]:
@@ -52,7 +35,7 @@ def columns_of(first: str, ours: Sequence[str], theirs: Sequence[str] = ()) -> l
     return [
         Column(first, is_number=False),
         *(Column(name, OURS if theirs else "") for name in ours),
-        *(Column(name, published.LABEL) for name in theirs),
+        *map(published_column, theirs),
     ]
 
 
@@ -83,6 +66,14 @@ def heldout_table(compared: Sequence[ComparedModel]) -> Table:
     return Table("Held-out masked tokens, the same for every model", columns_of("model", headings), rows)
 
 
+def heldout_text(compared: Sequence[ComparedModel]) -> str:
+    """The same for a terminal, without the KL."""
+    headings = ["model", "parameters", "MLM loss (nats)", "perplexity", "accuracy"]
+    headings += ["top-1 agreement\nwith teacher", "sentences/s\n(CPU)"]
+    table = heldout_table(compared)
+    return text_table(headings, [[*row[:6], row[7]] for row in table.rows], title=table.title)
+
+
 def size_table(speeds: InferenceFile) -> Table:
     """Table 3: parameters, bytes, and the paper's measure of speed."""
     theirs = (published.TEACHER, published.STUDENT)
@@ -103,26 +94,27 @@ def size_table(speeds: InferenceFile) -> Table:
         for model in speeds.models
     ]
     if all(passes):
-        seconds = [row.latency_ms / 1e3 * published.STSB_PAIRS for row in passes if row]
+        reference = speeds.models[0].name
+        faster = [
+            speeds.times_faster(model.name, row)
+            for model, row in zip(speeds.models, passes, strict=True)
+            if row
+        ]
         rows += [
             [
                 f"{published.STSB_PAIRS:,} pairs as long as STS-B's, batch 1 (s)",
-                *(f"{value:,.1f}" for value in seconds),
+                *(f"{row.latency_ms / 1e3 * published.STSB_PAIRS:,.1f}" for row in passes if row),
                 *(f"{published.PASS_SECONDS[name]:.0f}" for name in theirs),
             ],
             [
-                f"times faster than {speeds.models[0].name} ({theirs[0]})",
-                DASH,
-                *(
-                    f"{speeds.faster[(model.name, *row.kind)]:.2f}"
-                    for model, row in zip(speeds.models[1:], passes[1:], strict=True)
-                    if row
-                ),
+                f"times faster than {reference} ({theirs[0]})",
+                *(DASH if times is None else f"{times:.2f}" for times in faster),
                 DASH,
                 f"{published.PASS_SECONDS[theirs[0]] / published.PASS_SECONDS[theirs[1]]:.2f}",
             ],
         ]
-    notes = [f"Ours: {speeds.hardware}. Published: Xeon E5-2690 v3."]
+    threads = f"{speeds.threads} thread{'' if speeds.threads == 1 else 's'}"
+    notes = [f"Ours: {speeds.hardware}, {threads}. Published: Xeon E5-2690 v3."]
     notes += [f"{model.name}: {model.source}." for model in speeds.models if model.source == "random weights"]
     columns = columns_of("", [model.name for model in speeds.models], theirs)
     return Table("Table 3. Size and speed", columns, rows, notes)
@@ -144,7 +136,7 @@ def speed_table(speeds: InferenceFile) -> Table:
         cells = [f"{first.batch} x {words}, {first.runtime}{where}"]
         for row in found:
             cells += [_digits(row.latency_ms), _digits(row.sentences_per_s)] if row else [DASH, DASH]
-        ratios = [speeds.faster.get((model.name, *first.kind)) for model in others]
+        ratios = [speeds.times_faster(model.name, first) for model in others]
         rows.append([*cells, *(DASH if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
     notes = [
         f"On {' and '.join(devices)}; medians over rounds in which all took turns. "
@@ -156,46 +148,63 @@ def speed_table(speeds: InferenceFile) -> Table:
 
 def ablation_table(ablation: AblationFile) -> Table:
     """Table 4: what each part of the recipe is worth."""
-    kinds = {
-        "heldout_kl": ("KL to teacher (nats)", 1.0, ".4f"),
-        "heldout_top1_agreement": ("top-1 agreement (%)", 100.0, ".1f"),
-        "heldout_mlm_loss": ("MLM loss (nats)", 1.0, ".4f"),
-    }
-    kinds = {key: kind for key, kind in kinds.items() if any(key in one.heldout for one in ablation.variants)}
+    shown = {key for variant in ablation.variants for key in variant.heldout}
+    scores = {key: score for key, score in ABLATED_SCORES.items() if key in shown}
     has_glue = any(variant.glue is not None for variant in ablation.variants)
+    headings = [heading for heading, _, _ in scores.values()] + (["mean of GLUE tasks"] if has_glue else [])
     columns = [Column("variant", is_number=False), Column("changed", OURS, is_number=False)]
-    columns += [Column(heading, OURS) for heading, _, _ in kinds.values()]
-    columns += [Column("mean of GLUE tasks", OURS)] if has_glue else []
-    columns.append(Column("GLUE mean, change", published.LABEL))
-    full = ablation.variants[0].glue
+    columns += [*(Column(heading, OURS) for heading in headings), published_column("GLUE mean, change")]
     rows = []
     for variant in ablation.variants:
-        cells = [variant.name, variant.changed]
-        for key, (_, factor, style) in kinds.items():
-            if key not in variant.heldout:
-                cells.append(DASH)
-                continue
-            change = variant.difference.get(key, 0.0)
-            alike = ablation.noise is not None and abs(change) <= ablation.noise.get(key, 0.0)
-            told = f" ({change:+{style}}{' ' + ALIKE if alike else ''})" if change else ""
-            cells.append(f"{variant.heldout[key] * factor:{style}}{told}")
-        if has_glue:
-            told = "" if variant.glue is None or full is None else f" ({variant.glue - full:+.1f})"
-            first = variant is ablation.variants[0]
-            cells.append(DASH if variant.glue is None else f"{variant.glue:.1f}{'' if first else told}")
-        figure = published.ABLATION.get(variant.name)
-        rows.append([*cells, DASH if figure is None else f"{figure:+.2f}"])
-    notes = [f"Ours: {ablation.scale}."] if ablation.scale else []
-    notes.append(
-        "In brackets: the change from the first row. Published: points of the GLUE mean over nine tasks."
+        cells = [_ablated(ablation, variant, key) for key in scores]
+        cells += [_ablated_glue(ablation, variant)] if has_glue else []
+        figure = PUBLISHED.get(variant.name)
+        rows.append([variant.name, variant.changed, *cells, DASH if figure is None else f"{figure:+.2f}"])
+    return Table("Table 4. Ablation", columns, rows, _ablation_notes(ablation))
+
+
+def _ablated(ablation: AblationFile, variant: AblatedVariant, key: str) -> str:
+    """A held-out score, and its change from the full recipe's."""
+    if key not in variant.heldout:
+        return DASH
+    _, factor, style = ABLATED_SCORES[key]
+    value, change = f"{variant.heldout[key] * factor:{style}}", variant.difference.get(key, 0.0)
+    if not change:
+        return value
+    is_alike = ablation.noise is not None and abs(change) <= ablation.noise.get(key, 0.0)
+    return f"{value} ({change:+{style}}{f' {ALIKE}' if is_alike else ''})"
+
+
+def _ablated_glue(ablation: AblationFile, variant: AblatedVariant) -> str:
+    full = ablation.variants[0]
+    if variant.glue is None:
+        return DASH
+    if variant is full or full.glue is None:
+        return f"{variant.glue:.1f}"
+    return f"{variant.glue:.1f} ({variant.glue - full.glue:+.1f})"
+
+
+def _ablation_notes(ablation: AblationFile) -> list[str]:
+    sizes = {
+        "student_parameters": "parameters of the student",
+        "steps": "steps",
+        "tokens": "tokens for each variant",
+    }
+    scale = ", ".join(
+        f"{ablation.scale[key]:,} {what}" for key, what in sizes.items() if key in ablation.scale
     )
-    if ablation.noise is None:
-        notes.append("The recipe was trained with one seed: how large chance is, is not known.")
-    else:
-        notes.append(
-            f"{ALIKE}: no larger than the difference between two seeds of the recipe; may be chance."
-        )
-    return Table("Table 4. Ablation", columns, rows, [*notes, *ablation.notes])
+    chance = (
+        "The recipe was trained with one seed: how large chance is, is not known."
+        if ablation.noise is None
+        else f"{ALIKE}: no larger than the difference between two seeds of the recipe; may be chance."
+    )
+    return [
+        *([f"Ours: {scale}."] if scale else []),
+        "In brackets: the change from the first row. Published: points of the GLUE mean over nine tasks.",
+        chance,
+        *(f"left out: {name}: {reason}" for name, reason in ablation.left_out.items()),
+        *(f"failed: {name}: {reason}" for name, reason in ablation.failed.items()),
+    ]
 
 
 def cost_table(runs: Sequence[RunFacts]) -> Table:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from launch import ablate
-from launch.ablation.runs import score
+from launch.ablation.runs import scorer
 from launch.cli import parse_config
 from tests.distributed.pretraining import finish, small_settings, wait_for
 from tests.paths import ROOT
@@ -97,7 +97,8 @@ def test_scoring_anew_gives_what_the_run_has_measured(
     itself, must give what its own run has measured."""
     out, _ = finished
     measured = json.loads((out / "full" / "summary.json").read_text())["heldout"]
-    assert score(out / "full" / "student", parse_config(settings, "")) == pytest.approx(measured, rel=1e-5)
+    score = scorer(parse_config(settings, ""))
+    assert score(out / "full" / "student") == pytest.approx(measured, rel=1e-5)
 
 
 def test_other_settings_are_refused_by_name(finished: tuple[Path, str], settings: list[str]) -> None:

@@ -14,17 +14,11 @@ from launch import ablate
 from launch.ablation import job as ablation_job
 from launch.ablation.figure import plot
 from launch.ablation.table import Ablation, Result, Scale, as_json, as_markdown, as_text
-from launch.ablation.variants import (
-    FREE_TO_DIFFER,
-    FULL,
-    PUBLISHED,
-    Variant,
-    chosen_variants,
-    variants_of,
-)
+from launch.ablation.variants import FREE_TO_DIFFER, FULL, PUBLISHED, Variant, chosen_variants, variants_of
 from launch.cli import parse_config
 from tests.paths import ROOT
 from train.config import Config
+from train.errors import UserError
 from train.finetuning.results import write_scores
 from train.finetuning.tasks import GLUE
 from train.models.students import resolve_layer_map
@@ -138,16 +132,16 @@ def test_what_makes_no_sense_is_left_out_with_a_reason(words: list[str], name: s
 def test_refusals_of_the_variants() -> None:
     found, left_out = variants_of(parse_config(QUICKSTART, ""), 4, 2)
     assert [v.name for v in chosen_variants(found, left_out, ["no-mlm"])] == ["full", "no-mlm", "full-seed-1"]
-    with pytest.raises(ValueError, match=r"--variants no-such: no such variant; there are first-half, full"):
+    with pytest.raises(UserError, match=r"--variants no-such: no such variant; there are first-half, full"):
         chosen_variants(found, left_out, ["no-such"])
     with pytest.raises(
         ValueError, match=r"--variants distilbert: takes 6 layers of a teacher of 12.*leave it out"
     ):
         chosen_variants(found, left_out, ["distilbert"])
-    with pytest.raises(ValueError, match="--full-seeds 0: give at least 1"):
+    with pytest.raises(UserError, match="--full-seeds 0: give at least 1"):
         variants(QUICKSTART, 4, 0)
     scratch = ["--model.teacher=null", "--model.scratch={model_type: bert}", "--objective.kd_weight=0"]
-    with pytest.raises(ValueError, match=r"model\.teacher=None: an ablation takes terms of the distillation"):
+    with pytest.raises(UserError, match=r"model\.teacher=None: an ablation takes terms of the distillation"):
         variants([*scratch, "--objective.cosine_weight=0"], 0)
 
 
@@ -175,7 +169,7 @@ RESULTS = [result("full", 0.05), result("no-kd", 0.09), result("no-mlm", 0.052),
 
 def test_differences_and_noise_by_hand() -> None:
     ablation = Ablation(RESULTS, SMALL)
-    assert ablation.differences(RESULTS[1])["heldout_kl"] == pytest.approx(0.04)
+    assert ablation.scores(RESULTS[1])["heldout_kl"].difference == pytest.approx(0.04)
     noise = ablation.noise()
     assert noise is not None
     assert noise["heldout_kl"] == pytest.approx(0.003)
@@ -209,7 +203,7 @@ def test_scores_of_tasks_and_a_missing_one() -> None:
         result("random", 0.5, {"sst2": 70.0}),
     ]
     ablation = Ablation(results, SMALL, finetuning_seeds=3, failed={"random": "fine-tuning: exit code 1"})
-    assert ablation.differences(results[1])["mean"] == pytest.approx(-2.5)
+    assert ablation.scores(results[1])["mean"].difference == pytest.approx(-2.5)
     saved = {row["name"]: row for row in as_json(ablation)["variants"]}
     assert saved["full"]["glue"] == 70.0
     assert saved["no-kd"]["scores"] == {"sst2": 78.0, "rte": 57.0}
@@ -371,14 +365,14 @@ def test_broken_options_are_refused_before_anything_is_trained(
     words: list[str], more: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     trained = stages(monkeypatch)
-    with pytest.raises((ValueError, FileNotFoundError), match=expected):
+    with pytest.raises((UserError, FileNotFoundError), match=expected):
         ablate.main([*words, *more])
     assert not trained.commands
     assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_hostfile_is_refused(teacher_folder: str) -> None:
-    with pytest.raises(ValueError, match="--hostfile no-hosts: no such file"):
+    with pytest.raises(UserError, match="--hostfile no-hosts: no such file"):
         ablate.main(["--hostfile", "no-hosts"])
 
 

@@ -16,13 +16,14 @@ import pytest
 import launch.report
 from launch.report import main
 from launch.reporting import published
-from launch.reporting.chart import ticks
-from launch.reporting.comparison import ComparedModel, compare, plot_losses
+from launch.reporting.comparison import ComparedModel, compare
 from launch.reporting.inputs import read_ablation, read_inference, read_model_scores
-from launch.reporting.runs import Curve, device_of, read_curve, read_run_facts, teacher_loss
+from launch.reporting.loss_curves import COLORS, Curve, plot_losses, read_curve, svg_charts, teacher_loss
+from launch.reporting.runs import device_of, read_run_facts
 from launch.reporting.scores import retention
 from tests.paths import ROOT
 from train.config import Config, DataConfig, ModelConfig
+from train.errors import UserError
 from train.finetuning.tasks import SPLIT_OFF
 
 NASTY = "<script>alert(1)</script>|*x*"
@@ -144,11 +145,7 @@ def run_folder(tmp_path: Path) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {"steps": 20, "tokens": 8000, "parameters": {"student": 66_000, "teacher": 110_000}}
     (folder / "summary.json").write_text(json.dumps({**summary, "versions": {"torch": "2.13.0+cpu"}}))
-    engine = {
-        "train_batch_size": 64,
-        "train_micro_batch_size_per_gpu": 16,
-        "gradient_accumulation_steps": 2,
-    }
+    engine = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 2}
     (folder / "ds_config.json").write_text(json.dumps(engine))
     return folder
 
@@ -190,12 +187,7 @@ def rows_of(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 def test_numbers_are_the_inputs(everything: Path) -> None:
     tables = rows_of(everything)
-    assert tables["Table 1. GLUE"]["CoLA"] == [
-        "0.0 (-1.5 to 0.5)",
-        "12.0 (10.5 to 12.5)",
-        "56.3",
-        "51.3",
-    ]
+    assert tables["Table 1. GLUE"]["CoLA"] == ["0.0 (-1.5 to 0.5)", "12.0 (10.5 to 12.5)", "56.3", "51.3"]
     assert tables["Table 1. GLUE"]["SST-2"][:2] == ["90.0 (88.5 to 90.5)", "81.0 (79.5 to 81.5)"]
     assert tables["Table 1. GLUE"]["MNLI"] == [DASH, "50.0 (48.5 to 50.5)", "84.7", "82.1"]
     assert tables["Table 1. GLUE"]["mean of the 2 that all have"] == ["45.0", "46.5", "74.5", "71.3"]
@@ -260,7 +252,8 @@ def test_page_stands_alone_and_is_escaped(everything: Path) -> None:
     page = Page(text)
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
     assert not [attrs for _, attrs in page.tags if {"src", "href", "onload"} & set(attrs)]
-    assert "url(" not in text
+    assert all(attrs.get("xlink:href", "#").startswith("#") for tag, attrs in page.tags)
+    assert "url(" not in text.replace("url(#", "")
     assert "@import" not in text
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;|*x*" in text
@@ -339,9 +332,9 @@ BROKEN_SCORES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda given: given.update(task="sst9"), r"sst2/scores.json: there is no task 'sst9'"),
     (
         lambda given: given["median"].update(score=float("nan")),
-        r'scores.json: "median" of score is nan, no number',
+        r"scores.json: median.score is nan, no number",
     ),
-    (lambda given: given["median"].update(score=None), r'scores.json: "median" of score is None, no number'),
+    (lambda given: given["median"].update(score=None), r"scores.json: median.score is None, no number"),
     (lambda given: given["median"].pop("score"), r'scores.json: "median" holds no "score"'),
     (without("median"), r"scores.json: lacks 'median'"),
     (without("parameters"), r"scores.json: lacks 'parameters'"),
@@ -356,35 +349,35 @@ def test_broken_scores_are_named(
     content = scores("sst2", 90.0)
     spoil(content)
     write_scores(tmp_path, sst2=content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_model_scores("m", tmp_path)
 
 
 def test_files_that_are_cut_off_or_missing_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing holds no TASK/scores.json .*launch/finetune.py"):
+    with pytest.raises(UserError, match=r"nothing holds no TASK/scores.json .*launch/finetune.py"):
         read_model_scores("m", tmp_path / "nothing")
     write_scores(tmp_path, sst2=scores("sst2", 1.0))
     (tmp_path / "sst2" / "scores.json").write_text('{"task": "ss')
-    with pytest.raises(ValueError, match=r"sst2/scores.json: is not such a file"):
+    with pytest.raises(UserError, match=r"sst2/scores.json: is not such a file"):
         read_model_scores("m", tmp_path)
-    with pytest.raises(ValueError, match=r"there is no file .*none.json"):
+    with pytest.raises(UserError, match=r"there is no file .*none.json"):
         read_ablation(tmp_path / "none.json")
     (tmp_path / "a.json").write_text(json.dumps({"variants": []}))
-    with pytest.raises(ValueError, match=r"a.json: holds no variants"):
+    with pytest.raises(UserError, match=r"a.json: holds no variants"):
         read_ablation(tmp_path / "a.json")
     broken = ablation_json()
     broken["variants"][1]["heldout"]["heldout_kl"] = float("inf")
     (tmp_path / "a.json").write_text(json.dumps(broken))
-    with pytest.raises(ValueError, match=r"a.json: heldout_kl is inf, no number"):
+    with pytest.raises(UserError, match=r"a.json: variants.1.heldout.heldout_kl is inf, no number"):
         read_ablation(tmp_path / "a.json")
     speeds = inference_json()
     speeds["models"][1]["name"] = "teacher"
     (tmp_path / "i.json").write_text(json.dumps(speeds))
-    with pytest.raises(ValueError, match=r"i.json: its models are named \['teacher', 'teacher'\]"):
+    with pytest.raises(UserError, match=r"i.json: its models are named \['teacher', 'teacher'\]"):
         read_inference(tmp_path / "i.json")
     speeds["models"][0]["rows"][0]["latency_ms"] = "fast"
     (tmp_path / "i.json").write_text(json.dumps(speeds))
-    with pytest.raises(ValueError, match=r"i.json: \"latency_ms\" of teacher is 'fast', no number"):
+    with pytest.raises(UserError, match=r"i.json: models.0.rows.0.latency_ms is 'fast', no number"):
         read_inference(tmp_path / "i.json")
 
 
@@ -404,14 +397,14 @@ def test_files_that_are_cut_off_or_missing_are_named(tmp_path: Path) -> None:
 def test_bad_usage_is_named(words: list[str], message: str, tmp_path: Path, run_folder: Path) -> None:
     folder = write_scores(tmp_path / "s", sst2=scores("sst2", 90.0))
     given = [word.replace("{s}", str(folder)).replace("{r}", str(run_folder)) for word in words]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         main([*given, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unfinished_run_is_named(run_folder: Path, tmp_path: Path) -> None:
     (run_folder / "summary.json").unlink()
-    with pytest.raises(ValueError, match=r"student is not finished: it holds no summary.json yet"):
+    with pytest.raises(UserError, match=r"student is not finished: it holds no summary.json yet"):
         main([str(run_folder), "--out", str(tmp_path / "out")])
 
 
@@ -431,14 +424,6 @@ def test_device(run_folder: Path) -> None:
     assert device_of({**cuda, "device": "cuda:0"}, {}) == "GPU"
 
 
-@pytest.mark.parametrize("span", [(0.0, 3.7), (4.88, 9.02), (0.0, 1.2e-3), (-2.0, 130.0)])
-def test_ticks_span_the_data_with_few_round_numbers(span: tuple[float, float]) -> None:
-    found = ticks(*span)
-    assert found[0] <= span[0] < span[1] <= found[-1]
-    assert 3 <= len(found) <= 8
-    assert all(float(f"{tick:.12g}") == pytest.approx(tick) for tick in found)
-
-
 def test_command_is_quiet(tmp_path: Path) -> None:
     folder = write_scores(tmp_path / "s", sst2=scores("sst2", 90.0))
     command = [sys.executable, "launch/report.py", "--out", str(tmp_path / "out"), "--scores", f"a={folder}"]
@@ -448,24 +433,42 @@ def test_command_is_quiet(tmp_path: Path) -> None:
 
 def test_a_folder_of_no_task_is_named_and_a_task_stands_there_once(tmp_path: Path) -> None:
     write_scores(tmp_path / "copy", sst2_old=scores("sst2", 1.0))
-    with pytest.raises(ValueError, match=r"sst2_old/scores.json: there is no task 'sst2_old'"):
+    with pytest.raises(UserError, match=r"sst2_old/scores.json: there is no task 'sst2_old'"):
         read_model_scores("m", tmp_path / "copy")
     write_scores(tmp_path, **{"sst2": scores("sst2", 1.0), "SST-2": scores("sst2", 2.0)})
-    with pytest.raises(ValueError, match=rf"{tmp_path} holds two folders of scores of sst2; move one away"):
+    with pytest.raises(UserError, match=rf"{tmp_path} holds two folders of scores of sst2; move one away"):
         read_model_scores("m", tmp_path)
 
 
-def test_one_teacher_line_in_both_charts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of the first run that has a teacher, whose students the table compares."""
+def test_one_teacher_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In loss.png and in the page: that of the first run that has a teacher, whose students the table compares."""
     from matplotlib.axes import Axes
 
     drawn = []
-    monkeypatch.setattr(Axes, "axhline", lambda _, level, **words: drawn.append(level))
+    monkeypatch.setattr(
+        Axes, "axhline", lambda axes, level, **style: drawn.append(level) or axes.plot([], **style)[0]
+    )
     curves = [Curve(str(loss), [(1.0, 3.0)], [(1.0, 3.0)], loss) for loss in (None, 1.5, 2.5)]
     plot_losses(curves, tmp_path / "loss.png")
-    assert drawn == [1.5]
-    assert teacher_loss(curves) == 1.5
-    assert teacher_loss(curves[:1]) is None
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    svg_charts(curves)
+    assert drawn == [1.5, 1.5]
+    assert (teacher_loss(curves), teacher_loss(curves[:1])) == (1.5, None)
+
+
+def test_charts_are_the_same_each_time_and_take_the_page_s_colours() -> None:
+    """The names of runs are text, whatever matplotlib or HTML would see in them."""
+    names = ["_hidden", "$x^2$", NASTY]
+    curves = [Curve(name, [(1.0, 3.0), (2.0, 2.0)], [], None) for name in names]
+    (chart,) = svg_charts(curves)  # no training losses: no second chart
+    assert svg_charts(curves) == [chart]
+    assert [plain(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", chart)][-3:] == names
+    assert not re.search('#[0-9a-f]{6}[;"]', chart)
+    assert (
+        {f"var(--{color})" for color in COLORS}
+        >= set(re.findall(r"var\([^)]*\)", chart))
+        >= {f"var(--c{number})" for number in range(3)}
+    )
 
 
 def notes_of(tmp_path: Path, *models: dict[str, dict[str, Any]]) -> str:
@@ -504,8 +507,7 @@ def test_each_model_s_examples_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dev", "told"),
-    [({"matched": 50}, "the matched dev set alone for MNLI"), (None, "STS-B, else accuracy")],
+    ("dev", "told"), [({"matched": 50}, "the matched dev set alone for MNLI"), (None, "STS-B, else accuracy")]
 )
 def test_what_is_said_of_mnli(dev: dict[str, int] | None, told: str, tmp_path: Path) -> None:
     given = {"rte": scores("rte", 50.0)}
@@ -534,7 +536,5 @@ def test_the_folder_of_one_task_is_named(tmp_path: Path) -> None:
 
 def test_shards_that_count_from_another_folder_are_named(tmp_path: Path, teacher_folder: str) -> None:
     config = Config(data=DataConfig(shards="no/shards"), model=ModelConfig(teacher=teacher_folder))
-    with pytest.raises(
-        FileNotFoundError, match=r"mine/config.yaml names data.shards='no/shards', which is not here"
-    ):
-        compare([tmp_path / "mine"], [config], print)
+    with pytest.raises(UserError, match=r"mine/config.yaml names data.shards='no/shards', which is not here"):
+        compare([tmp_path / "mine"], [config])
