@@ -17,13 +17,12 @@ CPU_TOKENS = 16  # half-precision products have no fast path on a CPU
 
 def needed_disk_gib(config: Config) -> float:
     """What the kept checkpoints, one in the making and the exported student come to; at least 1."""
-    from launch.planner.shapes import named_model, num_parameters
-    from launch.planner.workload import planned_student
-    from train.models.build import teacher_names
+    from launch.planner.models import models_of
+    from train.models.build import count_parameters
 
     try:
-        parameters = num_parameters(planned_student(config, named_model(teacher_names(config)[0])))
-    except (ValueError, IndexError):  # other checks tell of it
+        parameters = count_parameters(models_of(config)[0])
+    except UserError:  # other checks report it
         return MIN_DISK_GIB
     copies = config.checkpoint.keep_last + 1
     return max(MIN_DISK_GIB, parameters * (copies * CHECKPOINT_BYTES_PER_PARAMETER + 4) / 2**30)

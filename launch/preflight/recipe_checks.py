@@ -72,10 +72,9 @@ def _run(config: Config) -> Finding:
 def _engine(config: Config, world_size: int) -> str:
     import torch
 
-    from launch.planner.memory import engine_settings
     from train.build import engine_config_for
     from train.distributed.world import World
-    from train.engine_config import default_engine_config
+    from train.engine_config import default_engine_config, engine_settings
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = engine_settings(engine_config_for(config, World(0, 0, world_size, 1, device)))

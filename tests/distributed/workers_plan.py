@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
+from launch.planner.models import describe
 from tests.distributed.plan_sizes import SIZES, Size
 from train.data.masking import MaskedBatch
 from train.distributed.world import import_deepspeed
@@ -165,7 +166,8 @@ def measure(
         "peak": peak.peak,
         "reduced": counted.reduced,
         "gathered": counted.gathered,
-        "shape": asdict(student_shape(student)),
+        "student": asdict(describe(student)),
+        "teacher": asdict(describe(teacher_model)),
     }
     gc.collect()
     return found
@@ -175,12 +177,6 @@ def gc_gradients(zero: Any) -> int:
     """Bytes of the accumulated gradients just before the optimizer takes them."""
     groups = [tensor for group in zero.averaged_gradients.values() for tensor in (group or [])]
     return bytes_of([t for t in groups if not getattr(t, "_zero_padding", False) or t.numel() > 64])
-
-
-def student_shape(student: PreTrainedModel) -> Any:
-    from launch.planner.shapes import model_from_config
-
-    return model_from_config("student", student.config.to_dict())
 
 
 def measure_all(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
