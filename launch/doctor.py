@@ -49,8 +49,8 @@ from launch.preflight.hosts import (
 )
 from launch.text_table import text_table
 from train.config import Config
+from train.environment_file import read_utf8
 from train.errors import UserError
-from train.text_files import read_utf8
 
 ALL_REDUCE_TIMEOUT_S = 90.0
 

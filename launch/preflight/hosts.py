@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.environment_file import read_utf8
 from train.errors import UserError
-from train.text_files import read_utf8
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 30.0
