@@ -25,7 +25,6 @@ from launch.cli import parse_config, run_main
 from launch.preflight.checks import Finding
 from launch.preflight.hosts import DEFAULT_SSH, Host, read_hostfile, read_ssh
 from launch.text_table import text_table
-from train.config import Config
 from train.errors import UserError
 
 
@@ -38,10 +37,21 @@ def main(arguments: Sequence[str]) -> int:
     if options.hostfile is not None:
         hosts = read_hostfile(options.hostfile)
         ssh = read_ssh(DEFAULT_SSH if options.ssh is None else options.ssh)
-    from launch.preflight.host_checks import check_hosts  # imports transformers
+    # Only now the seconds that these take to import.
+    import torch
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would say that it found none
+    from huggingface_hub.utils import logging as hub_logging
+
+    from launch.preflight.host_checks import check_hosts
+    from launch.preflight.recipe_checks import check_here
+    from train.distributed.world import quiet_libraries
+
+    quiet_libraries()
+    hub_logging.set_verbosity_error()  # else a line for every question that it repeats
     findings, world_size = check_hosts(config, hosts, ssh, options)
-    findings += examine_here(config, world_size)
+    findings += check_here(config, world_size)
     print(table_of(findings))
     failed = [finding for finding in findings if not finding.ok]
     warnings = [finding for finding in findings if finding.ok and finding.remedy]
@@ -78,26 +88,6 @@ def refuse_impossible(options: argparse.Namespace) -> None:
         )
     if not 0 < options.master_port < 65536:
         raise UserError(f"--master-port {options.master_port} is no port: give a number from 1 to 65535")
-
-
-def examine_here(config: Config, world_size: int) -> list[Finding]:
-    """What is the same for every host."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would say that it found none
-    from huggingface_hub.utils import logging as hub_logging
-
-    from launch.preflight.local_checks import check_batch, check_teacher, check_tokenizer
-    from launch.preflight.recipe_checks import check_recipe, check_run
-    from train.distributed.world import quiet_libraries
-
-    quiet_libraries()
-    hub_logging.set_verbosity_error()  # it tells of every question that it repeats
-    findings = [check_batch(config, world_size), check_tokenizer(config), *check_teacher(config)]
-    if all(finding.ok for finding in findings):  # else it would tell the same again
-        findings += check_recipe(config, world_size)
-    return [*findings, check_run(config)]
 
 
 def table_of(findings: Sequence[Finding]) -> str:

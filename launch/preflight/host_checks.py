@@ -18,8 +18,8 @@ from data_prep.shard_format.manifest import is_remote
 from launch.preflight import checks
 from launch.preflight.checks import Finding, finding
 from launch.preflight.hosts import Host, UnreachableError, ask_all, keep_alive_s
-from launch.preflight.local_checks import needed_disk_gib
 from launch.preflight.probe import CONNECT_TIMEOUT_S
+from launch.preflight.recipe_checks import needed_disk_gib
 from train.config import Config
 from train.environment_file import read_utf8
 from train.models.build import teacher_names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import deepspeed
@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
 from launch.planner.models import describe
-from tests.distributed.plan_sizes import SIZES, Size
 from train.data.masking import MaskedBatch
 from train.distributed.world import import_deepspeed
 from train.lamb import Lamb
@@ -24,6 +23,27 @@ from train.loop.trainer import DistillationModule
 from train.models.students import make_student
 from train.models.teacher import Teacher
 from train.objective.distillation import DistillationLoss
+
+
+@dataclass(frozen=True)
+class Size:
+    """A four- or twelve-layer teacher, and the micro batch of its student."""
+
+    vocabulary: int
+    width: int
+    inner: int
+    heads: int
+    layers: int
+    length: int
+    micro: int
+    masked: int
+    bucket: int
+
+
+SIZES = {
+    "small": Size(211, 32, 128, 4, 4, length=24, micro=3, masked=4, bucket=6000),
+    "base": Size(30522, 768, 3072, 12, 12, length=128, micro=2, masked=19, bucket=50_000_000),
+}
 
 
 def make_teacher(kind: str, size: Size) -> PreTrainedModel:
@@ -142,13 +162,12 @@ def measure(
     student = make_student(teacher_model)
     teacher = Teacher([teacher_model])
     module = DistillationModule(student, DistillationLoss())
-    parameters = sum(p.numel() for p in module.parameters())
     optimizer = Lamb(module.named_parameters(), lr=1e-3)
     config = engine_config(precision, stage, accumulation, size)
     engine, *_ = import_deepspeed().initialize(model=module, optimizer=optimizer, config=config)
     optimizer.bind(engine)
     batch, zero = make_batch(size), engine.optimizer
-    found: dict[str, Any] = {"parameters": parameters, "config": config}
+    found: dict[str, Any] = {"config": config}
     for _ in range(2):
         with CountedBytes() as counted, PeakBytes(before) as peak:
             for micro in range(accumulation):
@@ -168,6 +187,13 @@ def measure(
         "gathered": counted.gathered,
         "student": asdict(describe(student)),
         "teacher": asdict(describe(teacher_model)),
+        "step": {
+            "num_masked": size.masked,
+            "micro_batch_size": size.micro,
+            "sequence_length": size.length,
+            "accumulation": accumulation,
+            "world_size": dist.get_world_size(),
+        },
     }
     gc.collect()
     return found

@@ -37,8 +37,7 @@ from launch.preflight.checks import (
 )
 from launch.preflight.host_checks import check_network, read_env_files
 from launch.preflight.hosts import Host, UnreachableError, ask, keep_alive_s, read_hostfile
-from launch.preflight.local_checks import CPU_TOKENS, check_teacher, needed_disk_gib
-from launch.preflight.recipe_checks import check_recipe
+from launch.preflight.recipe_checks import CPU_TOKENS, check_recipe, check_teacher, needed_disk_gib
 from tests.distributed.pretraining import small_settings
 from train.distributed.rendezvous import free_port
 
