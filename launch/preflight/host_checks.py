@@ -44,7 +44,7 @@ def check_hosts(
     words.append(f"--port={options.master_port}")
     words += [f"--teacher={os.path.abspath(name)}" for name in teacher_names(config) if Path(name).is_dir()]
     words += [f"--variable={name}" for name in checks.watched_variables(os.environ, remote_shards)]
-    with _file_to_see(run_dir, len(hosts) > 1) as marker:
+    with _file_to_see(run_dir) as marker:
         words += [f"--see={marker}"] if isinstance(marker, Path) else []
         found = ask_all(hosts, ssh, lambda host: words, FACTS_TIMEOUT_S)
     findings = _check_reach(found)
@@ -53,7 +53,7 @@ def check_hosts(
         return findings, sum(host.slots for host in hosts)
     if options.hostfile is None and options.num_gpus is None:
         gpus = answers[hosts[0].name]["gpus"]
-        hosts = [replace(hosts[0], slots=max(1, len(gpus)) if isinstance(gpus, list) else 1)]
+        hosts = [replace(hosts[0], slots=len(gpus) if isinstance(gpus, list) and gpus else 1)]
     reached = [host for host in hosts if host.name in answers]
     slots = {host.name: host.slots for host in hosts}
     env_files = read_env_files()
@@ -105,13 +105,10 @@ def read_env_files() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _file_to_see(run_dir: str, wanted: bool) -> Iterator[Path | OSError | None]:
+def _file_to_see(run_dir: str) -> Iterator[Path | OSError]:
     """A file where the run folder is, or would be, or why there is none; gone afterwards."""
     folder = next(path for path in (Path(run_dir), *Path(run_dir).parents) if path.is_dir())
     marker = folder / f".doctor-{uuid.uuid4().hex}"
-    if not wanted:
-        yield None
-        return
     try:
         marker.touch()
     except OSError as error:
@@ -123,10 +120,10 @@ def _file_to_see(run_dir: str, wanted: bool) -> Iterator[Path | OSError | None]:
         marker.unlink()
 
 
-def _check_shared_folder(marker: Path | OSError | None, answers: checks.Answers) -> Finding:
+def _check_shared_folder(marker: Path | OSError, answers: checks.Answers) -> Finding:
     """Does every host see a file that was written here? A checkpoint's parts come from all of them."""
-    if not isinstance(marker, Path):
-        reason = "" if marker is None else f"{marker.filename}: {marker.strerror}"
+    if isinstance(marker, OSError):
+        reason = f"{Path(str(marker.filename)).parent}: {marker.strerror}"
         return Finding("shared run folder", False, reason, "give another --run.dir")
     blind = [host for host, facts in answers.items() if facts["seen"] is not True]
     faults = [f"{', '.join(blind)} cannot see a file written here"] if blind else []

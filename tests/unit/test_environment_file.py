@@ -1,4 +1,4 @@
-"""cluster.env: what users write, and what they are told."""
+"""cluster.env: what users may write, and the messages otherwise."""
 
 from __future__ import annotations
 

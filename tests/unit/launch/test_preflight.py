@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from launch.preflight.host_checks import check_network, read_env_files
 from launch.preflight.hosts import Host, UnreachableError, ask, keep_alive_s, read_hostfile
 from launch.preflight.recipe_checks import CPU_TOKENS, check_recipe, check_teacher, needed_disk_gib
 from tests.distributed.pretraining import small_settings
+from tests.paths import ROOT
 from train.distributed.rendezvous import free_port
 
 GPU = {"name": "NVIDIA A100", "driver": "550.54", "memory": "81920 MiB", "used": "0 MiB"}
@@ -133,7 +137,7 @@ def test_faults(check: str, changed: dict[str, Any], seen: str, remedy: str) -> 
 
 
 def test_first_host_at_fault() -> None:
-    """What the first host lacks is told of it, and does not hide what the others have."""
+    """What the first host lacks is its fault, and does not hide what the others have."""
     answers = {"a": {**HEALTHY, "shards": {"error": "no manifest"}}, "b": HEALTHY}
     assert "a: no manifest" in judge("shards", answers).result
     assert "data_prep/write_shards.py" in judge("shards", {"a": answers["a"]}).remedy
@@ -289,13 +293,17 @@ def test_code_is_all_that_a_run_needs(changed: str, monkeypatch: pytest.MonkeyPa
     assert probe.code_digest() != before
 
 
-def test_every_fact_is_there(tmp_path: Path) -> None:
-    words = ["facts", "--port", str(free_port())]
+def test_a_host_without_packages_still_answers(tmp_path: Path) -> None:
+    """Every fact is there: had, missing, or why it could not be had."""
+    words = ["-S", "-m", "launch.preflight.probe", "facts", "--port", str(free_port())]
     words += [word for flag in ("--run-dir", "--shards", "--folder") for word in (flag, str(tmp_path))]
-    answered = probe.facts(probe.build_parser().parse_args(words), {})
-    more = {"address", "hostname", "port", "seen"}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    answered = json.loads(done.stdout)
+    more = {"address", "hostname", "port", "seen", "started_at", "ended_at"}
     assert answered.keys() == (HEALTHY.keys() - {"clock_ahead_s"}) | more
-    assert "manifest.json" in answered["shards"]["error"]
+    assert answered["versions"]["torch"] == "missing"
+    assert "No module named" in answered["variables"]["error"]
+    assert answered["port"] == {}
 
 
 def test_a_port_in_use_and_one_that_no_host_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +463,7 @@ def test_a_recipe_that_would_be_refused(
     settings: list[str], check: str, message: str, shards_folder: str, teacher_folder: str
 ) -> None:
     words = [*small_settings(shards_folder, teacher_folder), *settings]
-    assert needed_disk_gib(parse_config(words, "")) >= 1  # of which it does not tell
+    assert needed_disk_gib(parse_config(words, "")) >= 1  # another check refuses it
     findings = {finding.check: finding for finding in check_recipe(parse_config(words, ""), 1)}
     assert [name for name, finding in findings.items() if not finding.ok] == [check]
     assert re.search(message, f"{findings[check].result}; {findings[check].remedy}")
