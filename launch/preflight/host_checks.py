@@ -85,12 +85,14 @@ def check_hosts(
 
 def _check_reach(found: Mapping[str, Any]) -> list[Finding]:
     """A finding for every host that does not answer, or one that all do."""
-    remedy = (
-        "`ssh {name} true` must work without a password (ssh-copy-id {name}), and "
-        f"{sys.executable} and this folder must be there under the same path"
-    )
+    there = f"{sys.executable} and this folder must be there under the same path"
     faults = [
-        Finding("reach", False, f"{name}: {answer}", remedy.format(name=name))
+        Finding(
+            "reach",
+            False,
+            f"{name}: {answer}",
+            f"`ssh {name} true` must work without a password (ssh-copy-id {name}), and {there}",
+        )
         for name, answer in found.items()
         if isinstance(answer, UnreachableError)
     ]
