@@ -19,13 +19,22 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.shard_format.files import write_json
+from data_prep.shard_format.manifest import MANIFEST_NAME
 from launch.cli import parse_config, run_main
+from launch.planner.hardware import LINK_EFFICIENCY, find_gpu
 from train.config import Config, DataConfig
+from train.engine_config import (
+    EngineSettings,
+    default_engine_config,
+    engine_settings,
+    read_engine_config,
+    resolve_engine_config,
+)
 from train.errors import UserError
 
 if TYPE_CHECKING:
     from launch.planner.cost import Machines
-    from launch.planner.memory import EngineSettings
 
 SMALLEST, LARGEST = 1e-9, 1e15
 """Of any number that is given: beyond them products overflow."""
@@ -39,16 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     rest += [f"--data.shards={shards}" for shards in options.shards]
     config = parse_config(rest, "")
     # Only now the seconds that transformers takes to import.
-    from data_prep.shard_format.files import write_json
+    from launch.planner import tables
     from launch.planner.planning import as_json, fitting_micro_batch, make_plan, scaling_curve
-    from launch.planner.tables import (
-        comparison_table,
-        curve_table,
-        memory_table,
-        plot_curve,
-        time_table,
-        work_table,
-    )
     from launch.planner.workload import read_recipe
 
     machines, memory_gib, notes = machines_of(options)
@@ -65,17 +66,20 @@ def main(arguments: Sequence[str]) -> int:
     plan = make_plan(recipe, machines)
     curve = scaling_curve(recipe, machines)
     print("\n".join([*notes, corpus, ""]))
-    tables = [memory_table(plan, memory_gib), work_table(plan), time_table(plan, options.price)]
-    print("\n\n".join([*tables, curve_table(curve, options.price), comparison_table(plan)]))
+    parts = [
+        tables.memory_table(plan, memory_gib),
+        tables.work_table(plan),
+        tables.time_table(plan, options.price),
+    ]
+    print("\n\n".join([*parts, tables.curve_table(curve, options.price), tables.comparison_table(plan)]))
     if plan.memory_gib > memory_gib:
         remedy = (
             f"--training.micro_batch_size={largest} fits" if largest else "not even a micro batch of 1 fits"
         )
         print(f"\nDOES NOT FIT: {plan.memory_gib:.1f} GiB are needed and a GPU has {memory_gib:g}; {remedy}")
     if options.plot:
-        plot_curve(
-            curve, options.plot, f"{options.gpu}, {options.gpus_per_node} a node, MFU {machines.mfu:.0%}"
-        )
+        title = f"{options.gpu}, {options.gpus_per_node} a node, MFU {machines.mfu:.0%}"
+        tables.plot_curve(curve, options.plot, title)
         print(f"\nscaling curve: {options.plot}")
     if options.json:
         write_json(options.json, as_json(plan, curve, options.price))
@@ -164,8 +168,7 @@ def refuse_unwritable(flag: str, path: Path) -> None:
 
 def machines_of(options: argparse.Namespace) -> tuple[Machines, float, list[str]]:
     """(Machines, memory of a GPU in GiB, lines that say what was assumed)."""
-    from launch.planner.cost import DEFAULT_INTER_NODE_GB_PER_S, DEFAULT_MFU, Machines
-    from launch.planner.hardware import LINK_EFFICIENCY, find_gpu
+    from launch.planner.cost import DEFAULT_INTER_NODE_GB_PER_S, DEFAULT_MFU, Machines  # imports transformers
 
     gpu = find_gpu(options.gpu)
     mfu = options.mfu or DEFAULT_MFU
@@ -183,26 +186,19 @@ def machines_of(options: argparse.Namespace) -> tuple[Machines, float, list[str]
 
 def engine_of(config: Config) -> EngineSettings:
     """The engine's settings, from the JSON that the run would use on GPUs."""
-    from launch.planner.memory import engine_settings
-    from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
-
-    training = config.training
     template = read_engine_config(config.deepspeed.config or default_engine_config("cuda"))
-    return engine_settings(
-        resolve_engine_config(
-            template,
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=1,
-            gradient_accumulation_steps=1,
-            gradient_clipping=training.gradient_clipping,
-        )
+    resolved = resolve_engine_config(
+        template,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=1,
+        gradient_accumulation_steps=1,
+        gradient_clipping=config.training.gradient_clipping,
     )
+    return engine_settings(resolved)
 
 
 def check_precision(options: argparse.Namespace, precision: str) -> None:
     """UserError where the table's rate is not the rate of the run's precision."""
-    from launch.planner.hardware import find_gpu
-
     gpu = find_gpu(options.gpu)
     if options.matrix_rate is None and (precision == "fp32" or (precision == "bf16" and not gpu.bf16)):
         raise UserError(
@@ -213,6 +209,7 @@ def check_precision(options: argparse.Namespace, precision: str) -> None:
 
 def corpus_of(options: argparse.Namespace, config: Config) -> tuple[list[int], int | None, str]:
     """(tokens of every shard, vocabulary if known, a line that says where that comes from)."""
+    # Both import transformers.
     from launch.planner.cost import PUBLISHED_CORPUS_TOKENS
     from train.build import load_manifest
 
@@ -221,14 +218,14 @@ def corpus_of(options: argparse.Namespace, config: Config) -> tuple[list[int], i
     if options.tokens is not None:
         line = f"corpus: {options.tokens / 1e9:g}e9 tokens (--tokens{f', not {shards}' if named else ''})"
         return [int(options.tokens)], None, line
-    try:
-        manifest = load_manifest(shards)
-    except FileNotFoundError as error:
-        if named:
-            raise FileNotFoundError(f"{error}\nor plan without shards: --tokens N") from None
+    if not named and not Path(shards, MANIFEST_NAME).exists():
         words = "Wikipedia and the Book Corpus, as published; give --tokens or --shards for yours"
         line = f"corpus: {PUBLISHED_CORPUS_TOKENS / 1e9:g}e9 tokens ({words})"
         return [int(PUBLISHED_CORPUS_TOKENS)], None, line
+    try:
+        manifest = load_manifest(shards)
+    except (UserError, FileNotFoundError) as error:
+        raise UserError(f"{error}\nor plan without shards: --tokens N") from None
     tokens = [shard.tokens for shard in manifest.splits["train"]]
     line = f"corpus: {sum(tokens) / 1e9:g}e9 tokens in {len(tokens)} shards of {shards}"
     return tokens, manifest.tokenizer.vocab_size, line

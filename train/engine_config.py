@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +149,48 @@ def _left_over(value: Any, path: str = "") -> list[str]:
     if isinstance(value, dict):
         return [name for key, item in value.items() for name in _left_over(item, f"{path}.{key}".lstrip("."))]
     return []
+
+
+ALIGNMENT = 2
+"""Elements per rank to which ZeRO pads its flat buffer (DeepSpeed 0.19, runtime/zero/stage_1_and_2.py)."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What DeepSpeed's JSON decides about memory and communication."""
+
+    stage: int
+    bytes_per_element: int
+    """Of a weight, an activation and a gradient: 2 in fp16 and bf16, 4 in fp32."""
+    accumulation_bytes: int
+    """Of an accumulated gradient."""
+    reduce_bucket_size: int
+    """Elements reduced at a time."""
+    overlap: bool
+    """Whether gradients are reduced while the backward pass goes on."""
+    precision: str
+    """fp16, bf16 or fp32."""
+
+
+def engine_settings(engine_config: Mapping[str, Any]) -> EngineSettings:
+    """The settings in a DeepSpeed JSON; defaults as in DeepSpeed 0.19."""
+    precision = "fp32"
+    for name in ("fp16", "bf16"):
+        if engine_config.get(name, {}).get("enabled"):
+            precision = name
+    accumulation = engine_config.get("data_types", {}).get("grad_accum_dtype") or precision
+    zero = engine_config.get("zero_optimization", {})
+    return EngineSettings(
+        stage=int(zero.get("stage", 0)),
+        bytes_per_element=4 if precision == "fp32" else 2,
+        accumulation_bytes=4 if accumulation in ("fp32", "float32") else 2,
+        reduce_bucket_size=int(zero.get("reduce_bucket_size", 5e8)),
+        overlap=bool(zero.get("overlap_comm", False)),
+        precision=precision,
+    )
+
+
+def partition_size(parameters: int, world_size: int) -> int:
+    """Elements of ZeRO's flat buffer that one rank owns, padding included."""
+    step = ALIGNMENT * world_size
+    return -(-parameters // step) * step // world_size

@@ -15,13 +15,14 @@ Variables that are already set keep their values.
 
 from __future__ import annotations
 
+import io
 import os
-import shlex
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from dotenv.parser import parse_stream
+
 from train.errors import UserError
-from train.text_files import read_utf8
 
 FILE = "cluster.env"
 BY_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CUDA_VISIBLE_DEVICES")
@@ -43,19 +44,19 @@ def load_environment_file(environment: MutableMapping[str, str] = os.environ, fo
 
 
 def parse_environment(text: str, where: str = FILE) -> dict[str, str]:
-    """Name -> value; ValueError as above."""
+    """Name -> value; UserError as above."""
     variables = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            words = [] if line.lstrip().startswith("#") else _before_comment(shlex.split(line))
-        except ValueError as error:
-            raise UserError(f"{where}, line {number}: {str(error).lower()} in {line!r}") from None
-        for word in words[1:] if words[:1] == ["export"] else words:
-            name, equals, value = word.partition("=")
-            if not (equals and name.isidentifier()):
+        for found in parse_stream(io.StringIO(line)):
+            name, value = found.key, found.value
+            if name is None and not found.error:  # a comment or an empty line
+                continue
+            unquoted = line.partition("=")[2].lstrip()[:1] not in ("'", '"')
+            unclear = unquoted and value is not None and any(letter in value for letter in " \t'\"\\")
+            if name is None or value is None or unclear or not name.isidentifier():
                 raise UserError(
-                    f"{where}, line {number}: {word!r} is not NAME=value; quote values with blanks, put no blank "
-                    "around ="
+                    f"{where}, line {number}: {line.strip()!r} is not NAME=value; quote a value with blanks, quotes or "
+                    "backslashes, and give each variable a line"
                 )
             if name in BY_LAUNCHER:
                 raise UserError(f"{where}, line {number}: {name} is the launcher's to set; remove it")
@@ -68,6 +69,19 @@ def parse_environment(text: str, where: str = FILE) -> dict[str, str]:
     return variables
 
 
-def _before_comment(words: list[str]) -> list[str]:
-    comments = [place for place, word in enumerate(words) if word.startswith("#")]
-    return words[: comments[0]] if comments else words
+def read_utf8(path: Path, name: str) -> str:
+    """Text of a file that a user writes by hand.
+
+    Args:
+        name: what a message calls it, such as the flag that gave it.
+    Raises:
+        UserError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(
+            f"{name} is not UTF-8 (byte 0x{byte:02x} at offset {error.start}); save it as UTF-8 text"
+        ) from None

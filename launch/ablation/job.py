@@ -21,6 +21,7 @@ from launch.stages import ROOT, run_stage
 from launch.tables import text_table
 from train.config import Config
 from train.distributed.signals import STOPPED_AFTER_SAVING
+from train.errors import BAD_USAGE
 from train.run_folder import provenance
 
 

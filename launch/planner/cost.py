@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.planner.memory import EngineSettings
-from launch.planner.shapes import PUBLISHED, PlannedModel, model_from_config, num_parameters
-from train.models.flops import FlopsPerToken, training_flops_per_token
+from launch.planner.models import PlannedModel, published_model
+from train.engine_config import EngineSettings
+from train.models.flops import FlopsPerToken, shape_of, training_flops_per_token
 
 DEFAULT_MFU = 0.30
 """Model FLOPs over the datasheet's dense rate. An assumption: models of BERT-base's width with PyTorch's own
@@ -39,7 +39,7 @@ class Traffic:
 
 def traffic(student: PlannedModel, engine: EngineSettings, world_size: int, accumulation: int) -> Traffic:
     """DeepSpeed all-reduces whole buckets also at stage 2 (use_multi_rank_bucket_allreduce), then keeps a slice."""
-    size = num_parameters(student) * engine.bytes_per_element
+    size = student.parameters * engine.bytes_per_element
     ring = (world_size - 1) / world_size
     return Traffic(2 * ring * size, accumulation if engine.stage == 2 else 1, ring * size)
 
@@ -141,12 +141,12 @@ class PublishedRun:
     def flops(self) -> float:
         """Matrix products of the whole run, counted as for our own: masked positions are decoded, and all of them
         where a teacher's soft targets are compared."""
+        model = shape_of(published_model(self.shape))
+        teachers = [shape_of(published_model(self.teacher))] if self.teacher else []
+        soft: Literal["all", "none"] = "all" if teachers else "none"
         total = 0.0
         for tokens, length in self.phases:
-            model = model_from_config(self.shape, PUBLISHED[self.shape]).shape
-            taught = [model_from_config(self.teacher, PUBLISHED[self.teacher]).shape] if self.teacher else []
-            soft: Literal["all", "none"] = "all" if self.teacher else "none"
-            per_token = training_flops_per_token(model, taught, length, round(0.15 * length), soft)
+            per_token = training_flops_per_token(model, teachers, length, round(0.15 * length), soft)
             total += tokens * per_token.total
         return total
 

@@ -35,56 +35,24 @@ class Gpu:
 
 _A100 = "NVIDIA A100 Tensor Core GPU datasheet (2021), SXM"
 _V100 = "NVIDIA V100 datasheet (2020), SXM2"
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("T4", 65, False, 15109, 16, "PCIe 3 x16", "NVIDIA T4 datasheet (2019)"),
-        Gpu("V100-16GB", 125, False, 16160, 150, "NVLink 2", _V100),
-        Gpu("V100-32GB", 125, False, 32510, 150, "NVLink 2", _V100),
-        Gpu("A10G", 70, True, 22731, 32, "PCIe 4 x16", "NVIDIA A10G datasheet (2021): 140 with sparsity"),
-        Gpu("A100-40GB", 312, True, 40536, 300, "NVLink 3", _A100),
-        Gpu("A100-80GB", 312, True, 81251, 300, "NVLink 3", _A100),
-        Gpu("L4", 121, True, 22731, 32, "PCIe 4 x16", "NVIDIA L4 datasheet (2023): 242 with sparsity"),
-        Gpu("L40S", 362.05, True, 46068, 32, "PCIe 4 x16", "NVIDIA L40S datasheet (2023): 733 with sparsity"),
-        Gpu(
-            "RTX4090",
-            165.2,
-            True,
-            24564,
-            32,
-            "PCIe 4 x16",
-            "NVIDIA Ada GPU architecture whitepaper v2, appendix A: fp32 sums; 330.3 with fp16 sums",
-        ),
-        Gpu(
-            "H100",
-            989.4,
-            True,
-            81559,
-            450,
-            "NVLink 4",
-            "NVIDIA H100 datasheet (2022), SXM: 1,979 with sparsity",
-        ),
-        Gpu(
-            "H200",
-            989.4,
-            True,
-            143771,
-            450,
-            "NVLink 4",
-            "NVIDIA H200 datasheet (2023), SXM: 1,979 with sparsity",
-        ),
-        Gpu(
-            "B200",
-            2250,
-            True,
-            183359,
-            900,
-            "NVLink 5",
-            "NVIDIA Blackwell datasheet (2024), HGX: 4,500 with sparsity",
-        ),
-    )
-}
+_ADA = "NVIDIA Ada GPU architecture whitepaper v2, appendix A: fp32 sums; 330.3 with fp16 sums"
+_HOPPER = "SXM: 1,979 with sparsity"
+_B200 = "NVIDIA Blackwell datasheet (2024), HGX: 4,500 with sparsity"
+_TABLE = (
+    Gpu("T4", 65, False, 15109, 16, "PCIe 3 x16", "NVIDIA T4 datasheet (2019)"),
+    Gpu("V100-16GB", 125, False, 16160, 150, "NVLink 2", _V100),
+    Gpu("V100-32GB", 125, False, 32510, 150, "NVLink 2", _V100),
+    Gpu("A10G", 70, True, 22731, 32, "PCIe 4 x16", "NVIDIA A10G datasheet (2021): 140 with sparsity"),
+    Gpu("A100-40GB", 312, True, 40536, 300, "NVLink 3", _A100),
+    Gpu("A100-80GB", 312, True, 81251, 300, "NVLink 3", _A100),
+    Gpu("L4", 121, True, 22731, 32, "PCIe 4 x16", "NVIDIA L4 datasheet (2023): 242 with sparsity"),
+    Gpu("L40S", 362.05, True, 46068, 32, "PCIe 4 x16", "NVIDIA L40S datasheet (2023): 733 with sparsity"),
+    Gpu("RTX4090", 165.2, True, 24564, 32, "PCIe 4 x16", _ADA),
+    Gpu("H100", 989.4, True, 81559, 450, "NVLink 4", f"NVIDIA H100 datasheet (2022), {_HOPPER}"),
+    Gpu("H200", 989.4, True, 143771, 450, "NVLink 4", f"NVIDIA H200 datasheet (2023), {_HOPPER}"),
+    Gpu("B200", 2250, True, 183359, 900, "NVLink 5", _B200),
+)
+GPUS = {gpu.name: gpu for gpu in _TABLE}
 
 
 def find_gpu(name: str) -> Gpu:

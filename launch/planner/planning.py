@@ -16,8 +16,7 @@ from launch.planner.cost import (
     step_time,
     traffic,
 )
-from launch.planner.memory import GIB, largest_fitting_micro_batch, memory_parts
-from launch.planner.shapes import num_parameters
+from launch.planner.memory import GIB, memory_parts
 from launch.planner.workload import Recipe
 from train.data.order import check_fit, num_lanes
 
@@ -71,7 +70,7 @@ def make_plan(recipe: Recipe, machines: Machines) -> Plan:
     sent = traffic(recipe.student, recipe.engine, machines.world_size, accumulation)
     times = [_step_time(recipe, machines, sent, length) for _, length in recipe.phases]
     run_s = sum(steps * time.total for (steps, _), time in zip(recipe.phases, times, strict=True))
-    memory = _memory(recipe, machines.world_size, recipe.micro_batch_size, accumulation)
+    memory = memory_parts(recipe.step_on(machines.world_size, recipe.micro_batch_size, accumulation))
     return Plan(recipe, machines, accumulation, memory, sent, times[-1], run_s)
 
 
@@ -82,33 +81,19 @@ def _step_time(recipe: Recipe, machines: Machines, sent: Traffic, sequence_lengt
         machines,
         recipe.engine,
         tokens_per_gpu=recipe.global_batch_size * sequence_length / machines.world_size,
-        num_buckets=-(-num_parameters(recipe.student) // recipe.engine.reduce_bucket_size),
-    )
-
-
-def _memory(recipe: Recipe, world_size: int, micro_batch_size: int, accumulation: int) -> dict[str, int]:
-    return memory_parts(
-        recipe.student,
-        recipe.teachers,
-        recipe.objective,
-        recipe.engine,
-        world_size=world_size,
-        micro_batch_size=micro_batch_size,
-        sequence_length=recipe.sequence_length,
-        accumulation=accumulation,
-        teacher_bytes_per_element=recipe.teacher_bytes_per_element,
+        num_buckets=-(-recipe.student.parameters // recipe.engine.reduce_bucket_size),
     )
 
 
 def fitting_micro_batch(recipe: Recipe, world_size: int, memory_gib: float) -> int | None:
     """The largest micro batch with which this number of GPUs fits both the recipe and a GPU's memory."""
     share = recipe.global_batch_size // world_size
-    sizes = {
-        micro: sum(_memory(recipe, world_size, micro, share // micro).values())
-        for micro in range(1, min(share, 1024) + 1)
-        if share % micro == 0
-    }
-    return largest_fitting_micro_batch(sizes, memory_gib * GIB)
+    for micro in range(min(share, 1024), 0, -1):
+        if share % micro == 0:
+            needed = sum(memory_parts(recipe.step_on(world_size, micro, share // micro)).values())
+            if needed <= memory_gib * GIB:
+                return micro
+    return None
 
 
 def scaling_curve(recipe: Recipe, machines: Machines) -> list[Plan]:
@@ -198,8 +183,8 @@ def as_json(plan: Plan, curve: Sequence[Plan], price: float | None) -> dict[str,
         **summary(plan),
         "memory_bytes": plan.memory,
         "machines": asdict(plan.machines),
-        "student": {**asdict(recipe.student), "parameters": num_parameters(recipe.student)},
-        "teachers": [{**asdict(each), "parameters": num_parameters(each)} for each in recipe.teachers],
+        "student": asdict(recipe.student),
+        "teachers": [asdict(each) for each in recipe.teachers],
         "flops_per_token": asdict(recipe.flops),
         "steps": recipe.steps,
         "tokens": recipe.tokens,

@@ -8,7 +8,6 @@ from pathlib import Path
 from launch.planner.cost import REFERENCE_RUN
 from launch.planner.memory import GIB
 from launch.planner.planning import Plan, comparison, needs_lanes
-from launch.planner.shapes import num_parameters
 from launch.tables import text_table
 
 
@@ -26,11 +25,11 @@ def work_table(plan: Plan) -> str:
     """FLOPs and bytes."""
     recipe, flops = plan.recipe, plan.recipe.flops
     rows = [
-        ("student", f"{num_parameters(recipe.student) / 1e6:,.1f}", f"{flops.student / 1e6:,.0f}"),
+        ("student", f"{recipe.student.parameters / 1e6:,.1f}", f"{flops.student / 1e6:,.0f}"),
         *(
             (
                 f"teacher ({model.model_type}, {model.layers} layers)",
-                f"{num_parameters(model) / 1e6:,.1f}",
+                f"{model.parameters / 1e6:,.1f}",
                 "",
             )
             for model in recipe.teachers
@@ -160,9 +159,9 @@ def plot_curve(curve: Sequence[Plan], path: Path, title: str) -> None:
             label = f"needs more than {first.recipe.lanes} data.lanes"
             axis.axvspan(inside[-1] * 2**0.5, gpus[-1] * 2**0.5, color="0.94", zorder=0, label=label)
     left.legend(fontsize=8, loc="upper left")
-    models = f"student of {num_parameters(first.recipe.student) / 1e6:,.0f}M"
+    models = f"student of {first.recipe.student.parameters / 1e6:,.0f}M"
     if first.recipe.teachers:
-        models += f", teacher of {sum(map(num_parameters, first.recipe.teachers)) / 1e6:,.0f}M"
+        models += f", teacher of {sum(model.parameters for model in first.recipe.teachers) / 1e6:,.0f}M"
     figure.suptitle(
         f"{models} parameters, {first.recipe.global_batch_size:,} sequences a step; {title}", fontsize=10
     )

@@ -1,6 +1,7 @@
-"""What launch/doctor.py runs on every host: answers questions, one JSON object a line, about where it runs.
+"""What launch/doctor.py runs on every host, over ssh: it prints one JSON object on one line and ends.
 
-    python -m launch.preflight.probe        # then a request a line on its standard input, an answer a line back
+    python -m launch.preflight.probe facts --run-dir RUN --shards SHARDS --folder FOLDER ...
+    python -m launch.preflight.probe ranks --address A --port P --ranks 8 --first-rank 0 --world-size 16 ...
 
 Needs nothing but Python to start: what is missing on a host is an answer, not a crash. Whatever libraries print
 goes to the standard error.
@@ -8,28 +9,97 @@ goes to the standard error.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import hashlib
 import json
 import os
-import platform
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.environment_file import load_environment_file
 from train.versions import installed_versions
 
+STARTED_AT = time.time()
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 CODE = ("data_prep", "train", "launch", "ds_configs")
 CODE_SUFFIXES = (".py", ".c", ".json", ".yaml", ".html")
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+CONNECT_TIMEOUT_S = 20.0
+"""For all hosts to reach the first: they start within some seconds of each other."""
+
+
+def main() -> None:
+    """Parse, look, answer."""
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    options = build_parser().parse_args()
+    environment = dict(os.environ)
+    os.environ.update(QUIET)
+    answer = facts(options, environment) if options.what == "facts" else ranks(options)
+    print(json.dumps({**answer, "started_at": STARTED_AT, "ended_at": time.time()}), file=output, flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="what", required=True)
+    add = commands.add_parser("facts").add_argument
+    add("--run-dir", required=True)
+    add("--shards", required=True)
+    add("--folder", type=Path, required=True, help="where the job is started")
+    add("--teacher", action="append", default=[], help="a local folder")
+    add("--variable", action="append", default=[], help="a name")
+    add("--port", type=int, required=True, help="is it free?")
+    add("--see", type=Path, help="does this file exist?")
+    add = commands.add_parser("ranks").add_argument
+    add("--address", required=True, help="of the first host")
+    add("--port", type=int, required=True)
+    add("--wait-for", type=int, help="other hosts; on the first host alone")
+    add("--ranks", type=int, default=0, help="to start here")
+    add("--first-rank", type=int, default=0)
+    add("--world-size", type=int, default=0)
+    add("--backend", default="gloo")
+    add("--timeout-s", type=float, default=90.0)
+    return parser
+
+
+def facts(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that is looked at on every host; {"error": ...} where a fact could not be had."""
+    questions: dict[str, Callable[[], Any]] = {
+        "hostname": socket.gethostname,
+        "address": address,
+        "versions": installed_versions,
+        "code": code_digest,
+        "memory": memory,
+        "gpus": gpus,
+        "run_folder": lambda: run_folder(options.run_dir),
+        "shards": lambda: shards(options.shards),
+        "teachers": lambda: {folder: teacher(folder) for folder in options.teacher},
+        "variables": lambda: variables(options.variable, options.folder, environment),
+        "port": lambda: check_free(options.port),
+        "seen": lambda: options.see and options.see.exists(),
+    }
+    answers = {}
+    for name, question in questions.items():
+        try:
+            answers[name] = question()
+        except Exception as error:  # a host may lack anything; that is what is asked about
+            answers[name] = {"error": f"{error or type(error).__name__}"}
+    return answers
+
+
+def address() -> str:
+    """An address of this host that others can reach."""
+    from train.distributed.rendezvous import own_address  # psutil may be missing
+
+    return own_address()
 
 
 def code_digest() -> str:
@@ -41,30 +111,21 @@ def code_digest() -> str:
 
 
 def memory() -> dict[str, float]:
-    """GiB: of the machine, free in it, free in /dev/shm."""
+    """GiB: free in the machine, free in /dev/shm."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    sizes = {name: int(lines[name].split()[0]) * 1024 / GIB for name in ("MemTotal", "MemAvailable")}
-    return {
-        "total_gib": sizes["MemTotal"],
-        "free_gib": sizes["MemAvailable"],
-        "shm_gib": shutil.disk_usage("/dev/shm").free / GIB,
-    }
+    free_gib = int(lines["MemAvailable"].split()[0]) * 1024 / GIB
+    return {"free_gib": free_gib, "shm_gib": shutil.disk_usage("/dev/shm").free / GIB}
 
 
 def gpus() -> list[dict[str, str]]:
-    """Name, driver and memory of each, as nvidia-smi tells; none where it is not installed."""
+    """Name, driver and memory of each, by nvidia-smi; none where it is not installed."""
     if shutil.which("nvidia-smi") is None:
         return []
-    query = [
-        "nvidia-smi",
-        "--query-gpu=name,driver_version,memory.total,memory.used",
-        "--format=csv,noheader",
-    ]
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
-    names = ("name", "driver", "memory", "used")
-    return [
-        dict(zip(names, map(str.strip, line.split(",")), strict=True)) for line in text.splitlines() if line
-    ]
+    names = ("name", "driver", "memory")
+    rows = [map(str.strip, line.split(",")) for line in text.splitlines() if line]
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def run_folder(path: str) -> dict[str, Any]:
@@ -82,7 +143,7 @@ def run_folder(path: str) -> dict[str, Any]:
 
 def shards(location: str) -> dict[str, Any]:
     """Digest of the manifest; what is wrong with the shards beside it, by their sizes."""
-    from data_prep.shard_format.manifest import Manifest
+    from data_prep.shard_format.manifest import Manifest  # webdataset may be missing
     from train.data.shard_checks import check_shards
 
     manifest = Manifest.load(location)
@@ -92,131 +153,112 @@ def shards(location: str) -> dict[str, Any]:
 
 def teacher(folder: str) -> str:
     """Digest of a local teacher's config and of its files' sizes; twelve hex digits."""
-    sizes = sorted(
-        (p.name, p.stat().st_size) for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin")
-    )
+    files = [path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".bin")]
+    sizes = sorted((path.name, path.stat().st_size) for path in files)
     content = Path(folder, "config.json").read_bytes() + json.dumps(sizes).encode()
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def variables(names: list[str], folder: Path) -> dict[str, str | None]:
+def variables(names: list[str], folder: Path, environment: Mapping[str, str]) -> dict[str, str | None]:
     """What a rank in `folder` would find in its environment: cluster.env counts where the shell says nothing."""
-    given = dict(os.environ)
+    from train.environment_file import load_environment_file  # python-dotenv may be missing
+
+    given = dict(environment)
     load_environment_file(given, folder)
     return {name: given.get(name) for name in names}
 
 
-def address() -> str:
-    """An address of this host that others can reach."""
-    from train.distributed.rendezvous import own_address
-
-    return own_address()
-
-
-def facts(request: dict[str, Any]) -> dict[str, Any]:
-    """Everything that is looked at on every host; {"error": ...} where a fact could not be had.
-
-    Args:
-        request: run_dir, shards; teachers (local folders); variables (names); folder (where the job is started).
-    """
-    questions: dict[str, Callable[[], Any]] = {
-        "hostname": socket.gethostname,
-        "address": address,
-        "versions": installed_versions,
-        "code": code_digest,
-        "memory": memory,
-        "gpus": gpus,
-        "run_folder": lambda: run_folder(request["run_dir"]),
-        "shards": lambda: shards(request["shards"]),
-        "teachers": lambda: {folder: teacher(folder) for folder in request["teachers"]},
-        "variables": lambda: variables(request["variables"], Path(request["folder"])),
-    }
-    answers = {}
-    for name, question in questions.items():
+def check_free(port: int) -> dict[str, str]:
+    """Empty where a process can listen at the port."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            answers[name] = question()
-        except Exception as error:  # a host may lack anything; that is what is asked about
-            answers[name] = {"error": f"{error or type(error).__name__}"}
-    return answers
-
-
-class Listener:
-    """A port that other hosts try to reach."""
-
-    def __init__(self) -> None:
-        self.socket: socket.socket | None = None
-
-    def open(self, port: int) -> dict[str, Any]:
-        self.socket = socket.socket()
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            self.socket.bind(("", port))
+            # No listen(): a host that has two names in the hostfile may be asked twice at once.
+            listener.bind(("", port))
         except OSError as error:
-            return {"error": error.strerror}
-        except OverflowError:
-            return {"error": "no port: give a number from 1 to 65535"}
-        self.socket.listen(64)
-        return {"port": self.socket.getsockname()[1]}
-
-    def close(self) -> dict[str, Any]:
-        if self.socket is not None:
-            self.socket.close()
-        return {}
-
-
-def connect(address: str, port: int) -> dict[str, Any]:
-    """Open a TCP connection; empty where that works."""
-    try:
-        socket.create_connection((address, port), timeout=10).close()
-    except OSError as error:
-        return {"error": error.strerror or str(error)}
+            return {"error": error.strerror or str(error)}
     return {}
 
 
-def run_ranks(environments: list[dict[str, str]], timeout_s: float) -> list[dict[str, Any]]:
-    """Exit code and the end of the output of launch/preflight/allreduce.py under each environment."""
-    command = [sys.executable, "-m", "launch.preflight.allreduce"]
-    ranks = [
+def ranks(options: argparse.Namespace) -> dict[str, Any]:
+    """Do all hosts reach the first one's port? If they do, the ranks of this host.
+
+    Returns:
+        port: what went wrong; None where nothing did.
+        ranks: exit code and output of each; empty where another host did not come, or none were asked for.
+    """
+    if options.wait_for is None:
+        error, all_came = connect(options.address, options.port)
+    else:
+        error, all_came = None, accept_all(options.port, options.wait_for)
+    return {"port": error, "ranks": run_ranks(options) if all_came else []}
+
+
+def accept_all(port: int, hosts: int) -> bool:
+    """Wait for as many hosts, then release them together; False where one does not come."""
+    if hosts == 0:
+        return True
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    with contextlib.ExitStack() as opened, socket.create_server(("", port)) as server:
+        connections = []
+        try:
+            for _ in range(hosts):
+                server.settimeout(max(0.1, deadline - time.monotonic()))
+                connections.append(opened.enter_context(server.accept()[0]))
+        except TimeoutError:
+            return False
+        for connection in connections:
+            connection.sendall(b"1")
+            connection.recv(1)  # closed there first, so that the port is free at once for the ranks
+    return True
+
+
+def connect(address: str, port: int) -> tuple[str | None, bool]:
+    """(what went wrong, whether all other hosts reached the first one too)."""
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            connection = socket.create_connection((address, port), max(0.1, deadline - time.monotonic()))
+            break
+        except OSError as error:
+            # The first host may not listen yet.
+            if not isinstance(error, ConnectionRefusedError) or time.monotonic() > deadline:
+                return error.strerror or str(error), False
+        time.sleep(0.2)
+    with connection, contextlib.suppress(OSError):
+        connection.settimeout(2 * CONNECT_TIMEOUT_S)
+        return None, connection.recv(1) == b"1"
+    return None, False
+
+
+def run_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Exit code and the end of the output of launch/preflight/allreduce.py on every rank of this host."""
+    common = {
+        "WORLD_SIZE": str(options.world_size),
+        "MASTER_ADDR": options.address,
+        "MASTER_PORT": str(options.port),
+        "DOCTOR_BACKEND": options.backend,
+    }
+    started = [
         subprocess.Popen(
-            command,
+            [sys.executable, "-m", "launch.preflight.allreduce"],
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**os.environ, **common, "RANK": str(options.first_rank + local), "LOCAL_RANK": str(local)},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        for environment in environments
+        for local in range(options.ranks)
     ]
-    deadline, results = time.monotonic() + timeout_s, []
-    for rank in ranks:
+    deadline, results = time.monotonic() + options.timeout_s, []
+    for rank in started:
         try:
             output = rank.communicate(timeout=max(0.1, deadline - time.monotonic()))[0]
         except subprocess.TimeoutExpired:
             rank.kill()
-            output = rank.communicate()[0] + f"\nno end within {timeout_s:.0f} s"
+            output = rank.communicate()[0] + f"\nno end within {options.timeout_s:.0f} s"
         results.append({"code": rank.returncode, "output": output.strip()[-1000:]})
     return results
-
-
-def main() -> None:
-    """Answer until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    os.environ.update(QUIET)
-    listener = Listener()
-    actions: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "time": lambda request: time.time(),
-        "facts": facts,
-        "listen": lambda request: listener.open(request["port"]),
-        "close": lambda request: listener.close(),
-        "connect": lambda request: connect(request["address"], request["port"]),
-        "see": lambda request: Path(request["path"]).exists(),
-        "ranks": lambda request: run_ranks(request["environments"], request["timeout_s"]),
-    }
-    print(json.dumps({"ready": platform.node()}), file=answers, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps({"answer": actions[request["do"]](request)}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

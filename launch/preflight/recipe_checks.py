@@ -1,50 +1,217 @@
-"""What launch/doctor.py asks of the recipe, once: would launch/pretrain.py refuse it, or go on with what it finds?"""
+"""What launch/doctor.py checks once, where it runs: batch, tokenizer, teacher, and whether launch/pretrain.py would
+refuse the recipe or the run folder. Nothing is trained."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from huggingface_hub import constants, file_exists, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError
+
+from data_prep.shard_format.manifest import Manifest, without_scheme
+from launch.planner.models import models_of
 from launch.preflight.checks import Finding
-from launch.preflight.local_checks import failed, told
+from train.build import engine_config_for, engine_template, load_manifest
+from train.checkpointing.checkpoint import newest_checkpoint, read_facts
 from train.config import Config
+from train.data.order import check_fit
+from train.data.pipeline import build_run_data, build_schedule
+from train.distributed.consistency import manifest_digest
+from train.engine_config import default_engine_config, engine_settings
+from train.errors import UserError, one_line
+from train.evaluation.teacher_precision import check_teacher_precision
+from train.models.build import (
+    TEACHER_DTYPES,
+    TeacherFolder,
+    build_student,
+    check_sequence_length,
+    count_parameters,
+    teacher_config,
+    teacher_names,
+)
+from train.models.families import family_of
+from train.models.loading import check_vocabulary, folder_fingerprint
+from train.models.teacher import Teacher, load_teacher, running_copy
+from train.objective.build import build_objective
+from train.run_folder import changed_config, changed_inputs, found_before, read_summary
+
+CHECKPOINT_BYTES_PER_PARAMETER = 2 + 3 * 4
+"""fp16 weights; fp32 master and two moments, all ranks' partitions together."""
+MIN_DISK_GIB = 1.0
+CPU_TOKENS = 16  # half-precision products have no fast path on a CPU
+
+
+def check_here(config: Config, world_size: int) -> list[Finding]:
+    """Everything that is the same for every host."""
+    findings = [check_batch(config, world_size), check_tokenizer(config), *check_teacher(config)]
+    if all(finding.ok for finding in findings):  # else the same faults would show again
+        findings += check_recipe(config, world_size)
+    return [*findings, check_run(config)]
+
+
+def needed_disk_gib(config: Config) -> float:
+    """What the kept checkpoints, one in the making and the exported student come to; at least 1."""
+    try:
+        parameters = count_parameters(models_of(config)[0])
+    except UserError:  # other checks report it
+        return MIN_DISK_GIB
+    copies = config.checkpoint.keep_last + 1
+    return max(MIN_DISK_GIB, parameters * (copies * CHECKPOINT_BYTES_PER_PARAMETER + 4) / 2**30)
+
+
+def finding_of(check: str, question: Callable[[], str | Finding], remedy: str) -> Finding:
+    """A finding from a function that returns what is well or raises what is not, whose text may end with a remedy."""
+    try:
+        answer = question()
+    except (ValueError, OSError) as error:  # of a library too: whatever is damaged, the other checks go on
+        text = " ".join(str(error).split())
+        what, separator, own = text.rpartition("; ")
+        return Finding(check, False, what, own) if separator else Finding(check, False, text, remedy)
+    return answer if isinstance(answer, Finding) else Finding(check, True, answer)
+
+
+def check_batch(config: Config, world_size: int) -> Finding:
+    """Does the number of ranks fit the recipe's batch?"""
+    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
+    try:
+        accumulation = check_fit(batch, config.data.lanes, world_size, 1 if micro == "auto" else micro)
+    except UserError as error:
+        what, _, remedy = str(error).partition(": ")
+        return Finding("batch arithmetic", False, what, remedy)
+    return Finding("batch arithmetic", True, f"{batch} = {micro} x {accumulation} x {world_size} ranks")
+
+
+def check_tokenizer(config: Config) -> Finding:
+    """Shards, the tokenizer beside them, and every teacher: do their ids mean the same?"""
+
+    def question() -> str:
+        tokenizer = Manifest.load(config.data.shards).tokenizer
+        beside = Path(without_scheme(config.data.shards), "tokenizer")
+        if beside.is_dir() and folder_fingerprint(str(beside)) != tokenizer.fingerprint:
+            raise UserError(
+                f"{beside} is not the tokenizer that the shards were made with; make the shards again"
+            )
+        for name in teacher_names(config):
+            ask_hub(name)
+            check_vocabulary(name, teacher_config(name), folder_fingerprint(name), tokenizer)
+        return f"{tokenizer.vocab_size} entries, fingerprint {tokenizer.fingerprint[:12]}"
+
+    return finding_of("tokenizer and shards", question, "write the shards with --tokenizer TEACHER")
+
+
+def ask_hub(name: str) -> None:
+    """One question to the hub for a model that is neither a folder nor in its cache.
+
+    Loading asks again and again, for 23 s, where nothing answers.
+
+    Raises:
+        UserError: the hub does not answer, or has no such model.
+    """
+    try:
+        if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        found = file_exists(name, "config.json")
+    except HFValidationError:  # a path: loading says that there is no such folder
+        return
+    except Exception as error:  # of whichever HTTP library the hub's client uses
+        reason = one_line(error, 200)
+        raise UserError(
+            f"model.teacher={name!r}: no folder of that name here, not in the hub's cache, and {constants.ENDPOINT} "
+            f"cannot be asked ({reason}); give a folder, or download it where there is internet: hf download {name}"
+        ) from None
+    if not found:
+        raise UserError(
+            f"model.teacher={name!r}: no folder of that name here, and no model at {constants.ENDPOINT} (or "
+            "HF_TOKEN may not see it); give the folder of a masked language model, or the name of one on the hub"
+        )
+
+
+def check_teacher(config: Config) -> list[Finding]:
+    """Every teacher loads with its head, and in its running precision still is the model it is in fp32."""
+    names = teacher_names(config)
+    if not names:
+        return [Finding("teacher", True, "none: masked-language modelling alone")]
+    remedy = "give a Hugging Face folder of a masked language model, or the name of one on the hub"
+    return [finding_of("teacher", lambda name=name: _compare(config, name), remedy) for name in names]  # type: ignore[misc]
+
+
+def _compare(config: Config, name: str) -> str:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # fp16 also where only a CPU is at hand: it is what the GPUs of the run will compute in.
+    dtype = TEACHER_DTYPES[config.model.teacher_dtype] or torch.float16
+    ask_hub(name)
+    original = TeacherFolder(name).model
+    teacher = Teacher([running_copy(original, device, dtype)], names=[name])
+    length = config.data.sequence_length
+    teacher.check_sequence_length(length)
+    shape = (2, length) if device == "cuda" else (1, min(CPU_TOKENS, length))
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, teacher.vocab_size, shape, generator=generator).to(device)
+    (report,) = check_teacher_precision(teacher, [original], input_ids)
+    return f"has its MLM head; {report.dtype} against fp32: KL {report.kl:.1e}, same choice {report.top1_agreement:.0%}"
 
 
 def check_recipe(config: Config, world_size: int) -> list[Finding]:
-    """The engine's JSON, the shards against the batch, the student against its teacher; nothing is trained.
+    """The engine's JSON, the shards against the batch, the student against its teacher.
 
-    The shards, the teachers and the number of ranks have been found well before (launch/preflight/local_checks.py).
+    The shards, the teachers and the number of ranks have been found well before.
     """
     if config.training.micro_batch_size == "auto":  # found on the GPUs; any number does here
         config = replace(config, training=replace(config.training, micro_batch_size=1))
+    keys = "see model.* and objective.* in `launch/pretrain.py --help`"
     return [
-        told("engine", lambda: _engine(config, world_size), "see ds_configs/ for JSONs that work"),
-        told("steps", lambda: _steps(config, world_size), "make more shards, or give a smaller batch"),
-        told(
-            "student", lambda: _student(config), "see model.* and objective.* in `launch/pretrain.py --help`"
-        ),
+        finding_of("engine", lambda: _engine(config, world_size), "see ds_configs/ for JSONs that work"),
+        finding_of("steps", lambda: _steps(config, world_size), "make more shards, or give a smaller batch"),
+        finding_of("student", lambda: _student(config), keys),
     ]
+
+
+def _engine(config: Config, world_size: int) -> str:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = engine_settings(engine_config_for(config, engine_template(config, device), world_size))
+    source = config.deepspeed.config or f"ds_configs/{default_engine_config(device).name} (the default here)"
+    return f"{source}: ZeRO stage {settings.stage}, {settings.precision}"
+
+
+def _steps(config: Config, world_size: int) -> str:
+    by_size = replace(config, data=replace(config.data, verify="size"))
+    data = build_run_data(by_size, load_manifest(config.data.shards), world_size=world_size)
+    schedule = build_schedule(config, data.total_steps)
+    passes = data.epochs_before(data.total_steps)
+    return f"{data.total_steps:,}, {passes:.2f} passes over the shards; warm-up {schedule['warmup_steps']:,} of them"
+
+
+def _student(config: Config) -> str:
+    student = build_student(config, load_manifest(config.data.shards))
+    teacher = None
+    if config.objective.needs_teacher:
+        teacher = load_teacher(
+            teacher_names(config),
+            dtype=torch.bfloat16,  # compared by shape alone
+            weights=config.model.teacher_weights,
+            output_hidden_states=config.objective.layer_cosine_weight > 0,
+        )
+    build_objective(config.objective, student, teacher)
+    check_sequence_length(student, config.data.sequence_length)
+    family = family_of(student)
+    return (
+        f"{family.model_type}, {family.num_layers(student)} layers of width {family.width(student)}, "
+        f"{count_parameters(student):,} parameters"
+    )
 
 
 def check_run(config: Config) -> Finding:
     """Is the run folder new, or one that this configuration goes on with?"""
-    try:
-        return _run(config)
-    except (ValueError, OSError) as error:
-        return failed("run", error, "give another run.dir")
+    return finding_of("run", lambda: _run(config), "give another run.dir")
 
 
-def _run(config: Config) -> Finding:
-    import torch
-
-    from train.build import engine_template
-    from train.checkpointing.checkpoint import newest_checkpoint, read_facts
-    from train.distributed.consistency import manifest_digest
-    from train.run_folder import changed_config, changed_inputs, found_before, read_summary
-
+def _run(config: Config) -> str | Finding:
     folder = Path(config.run.dir)
     if not (folder / "config.yaml").exists():
-        return Finding("run", True, f"{folder} is new")
+        return f"{folder} is new"
     config = found_before(folder, config)
     changes = changed_config(folder, config)
     # The shipped JSON depends on whether there are GPUs, which this machine may lack.
@@ -66,54 +233,3 @@ def _run(config: Config) -> Finding:
     if changes:
         goes_on += ", with another configuration:\n" + "\n".join(changes)
     return Finding("run", True, goes_on, "\n".join(passed_over))
-
-
-def _engine(config: Config, world_size: int) -> str:
-    import torch
-
-    from launch.planner.memory import engine_settings
-    from train.build import engine_config_for, engine_template
-    from train.engine_config import default_engine_config
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = engine_settings(engine_config_for(config, engine_template(config, device), world_size))
-    source = config.deepspeed.config or f"ds_configs/{default_engine_config(device).name} (the default here)"
-    return f"{source}: ZeRO stage {settings.stage}, {settings.precision}"
-
-
-def _steps(config: Config, world_size: int) -> str:
-    from train.build import load_manifest
-    from train.data.pipeline import build_run_data, build_schedule
-
-    by_size = replace(config, data=replace(config.data, verify="size"))
-    data = build_run_data(by_size, load_manifest(config.data.shards), world_size=world_size)
-    schedule = build_schedule(config, data.total_steps)
-    passes = data.epochs_before(data.total_steps)
-    return f"{data.total_steps:,}, {passes:.2f} passes over the shards; warm-up {schedule['warmup_steps']:,} of them"
-
-
-def _student(config: Config) -> str:
-    import torch
-
-    from train.build import load_manifest
-    from train.models.build import build_student, check_sequence_length, count_parameters, teacher_names
-    from train.models.families import family_of
-    from train.models.teacher import load_teacher
-    from train.objective.build import build_objective
-
-    student = build_student(config, load_manifest(config.data.shards))
-    teacher = None
-    if config.objective.needs_teacher:
-        teacher = load_teacher(
-            teacher_names(config),
-            dtype=torch.bfloat16,  # compared by shape alone
-            weights=config.model.teacher_weights,
-            output_hidden_states=config.objective.layer_cosine_weight > 0,
-        )
-    build_objective(config.objective, student, teacher)
-    check_sequence_length(student, config.data.sequence_length)
-    family = family_of(student)
-    return (
-        f"{family.model_type}, {family.num_layers(student)} layers of width {family.width(student)}, "
-        f"{count_parameters(student):,} parameters"
-    )

@@ -1,7 +1,9 @@
-"""In ssh's place: runs the command on this machine, as another host, and lies where FAULTS (JSON, by host) says so.
+"""In ssh's place: runs the command on this machine, as another host, and answers falsely where FAULTS (JSON, by host)
+says so.
 
 {"hostb": {"shards": "/other", "clock": 120, "package": ["torch", "2.0.0"], "disk": 0.01}, "hostc": "unreachable"}
-{"hostb": {"alive": 0}}                     what `ssh -G` says of ServerAliveInterval
+{"hostb": {"blind": true}}                  it does not see a file that is written elsewhere
+{"hostb": {"alive": 0}}                     ServerAliveInterval by `ssh -G`
 {"hostb": {"forget": ["HF_TOKEN"]}}         variables that do not arrive, as with sshd; all others do
 """
 
@@ -9,9 +11,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-import threading
 from typing import Any
 
 
@@ -25,46 +27,22 @@ def main() -> int:
     if question:
         print(f"user root\nserveraliveinterval {faults.get('alive', 15)}")
         return 0
-    process = subprocess.Popen(
-        ["sh", "-c", command],
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        bufsize=1,
-        env={name: value for name, value in os.environ.items() if name not in faults.get("forget", [])},
-    )
-    asked: list[dict[str, Any]] = []
-    threading.Thread(target=forward, args=(process, faults, asked), daemon=True).start()
-    assert process.stdout is not None
-    print("Welcome to", host, flush=True)  # as a login shell may
-    for line in process.stdout:
-        answer = json.loads(line)
-        if asked and "answer" in answer:
-            answer["answer"] = lie(asked.pop(0)["do"], answer["answer"], faults)
-        print(json.dumps(answer), flush=True)
-    return process.wait()
+    if "shards" in faults:
+        command = re.sub(r"--shards=\S+", f"--shards={faults['shards']}", command)
+    environment = {name: value for name, value in os.environ.items() if name not in faults.get("forget", [])}
+    done = subprocess.run(["sh", "-c", command], text=True, stdout=subprocess.PIPE, env=environment)
+    print("Welcome to", host)  # as a login shell may
+    for line in done.stdout.splitlines():
+        print(json.dumps(altered(json.loads(line), faults)))
+    return done.returncode
 
 
-def forward(process: subprocess.Popen[str], faults: dict[str, Any], asked: list[dict[str, Any]]) -> None:
-    assert process.stdin is not None
-    for line in sys.stdin:
-        request = json.loads(line)
-        asked.append(request)
-        if request["do"] == "facts" and "shards" in faults:
-            request["shards"] = faults["shards"]
-        print(json.dumps(request), file=process.stdin, flush=True)
-    process.stdin.close()
-
-
-def lie(question: str, answer: Any, faults: dict[str, Any]) -> Any:
-    if question == "time":
-        return answer + faults.get("clock", 0)
-    if question == "see":
-        return answer and not faults.get("blind", False)
-    if question == "facts":
-        if "package" in faults:
-            name, version = faults["package"]
-            answer["versions"][name] = version
+def altered(answer: dict[str, Any], faults: dict[str, Any]) -> dict[str, Any]:
+    for stamp in ("started_at", "ended_at"):
+        answer[stamp] += faults.get("clock", 0)
+    if "versions" in answer:
+        answer["seen"] = answer["seen"] and not faults.get("blind", False)
+        answer["versions"].update([faults["package"]] if "package" in faults else [])
         if "disk" in faults and "free_gib" in answer["run_folder"]:
             answer["run_folder"]["free_gib"] = faults["disk"]
     return answer

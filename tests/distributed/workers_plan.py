@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import deepspeed
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
-from tests.distributed.plan_sizes import SIZES, Size
+from launch.planner.models import describe
 from train.config import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.distributed.world import import_deepspeed
@@ -24,6 +24,27 @@ from train.loop.trainer import DistillationModule
 from train.models.students import make_student
 from train.models.teacher import Teacher
 from train.objective.distillation import DistillationLoss
+
+
+@dataclass(frozen=True)
+class Size:
+    """A four- or twelve-layer teacher, and the micro batch of its student."""
+
+    vocabulary: int
+    width: int
+    inner: int
+    heads: int
+    layers: int
+    length: int
+    micro: int
+    masked: int
+    bucket: int
+
+
+SIZES = {
+    "small": Size(211, 32, 128, 4, 4, length=24, micro=3, masked=4, bucket=6000),
+    "base": Size(30522, 768, 3072, 12, 12, length=128, micro=2, masked=19, bucket=50_000_000),
+}
 
 
 def make_teacher(kind: str, size: Size) -> PreTrainedModel:
@@ -142,13 +163,12 @@ def measure(
     student = make_student(teacher_model)
     teacher = Teacher([teacher_model])
     module = DistillationModule(student, DistillationLoss(ObjectiveConfig()))
-    parameters = sum(p.numel() for p in module.parameters())
     optimizer = Lamb(module.named_parameters(), lr=1e-3)
     config = engine_config(precision, stage, accumulation, size)
     engine, *_ = import_deepspeed().initialize(model=module, optimizer=optimizer, config=config)
     optimizer.bind(engine)
     batch, zero = make_batch(size), engine.optimizer
-    found: dict[str, Any] = {"parameters": parameters, "config": config}
+    found: dict[str, Any] = {"config": config}
     for _ in range(2):
         with CountedBytes() as counted, PeakBytes(before) as peak:
             for micro in range(accumulation):
@@ -166,7 +186,15 @@ def measure(
         "peak": peak.peak,
         "reduced": counted.reduced,
         "gathered": counted.gathered,
-        "shape": asdict(student_shape(student)),
+        "student": asdict(describe(student)),
+        "teacher": asdict(describe(teacher_model)),
+        "step": {
+            "num_masked": size.masked,
+            "micro_batch_size": size.micro,
+            "sequence_length": size.length,
+            "accumulation": accumulation,
+            "world_size": dist.get_world_size(),
+        },
     }
     gc.collect()
     return found
@@ -176,12 +204,6 @@ def gc_gradients(zero: Any) -> int:
     """Bytes of the accumulated gradients just before the optimizer takes them."""
     groups = [tensor for group in zero.averaged_gradients.values() for tensor in (group or [])]
     return bytes_of([t for t in groups if not getattr(t, "_zero_padding", False) or t.numel() > 64])
-
-
-def student_shape(student: PreTrainedModel) -> Any:
-    from launch.planner.shapes import model_from_config
-
-    return model_from_config("student", student.config.to_dict())
 
 
 def measure_all(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:

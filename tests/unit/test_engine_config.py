@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from tests.paths import ROOT
-from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
+from train.engine_config import (
+    default_engine_config,
+    engine_settings,
+    read_engine_config,
+    resolve_engine_config,
+)
 
 NUMBERS: dict[str, Any] = {
     "global_batch_size": 4096,
@@ -96,3 +101,13 @@ def test_default_by_device() -> None:
 def test_an_unknown_section_is_refused(key: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"unknown section '{key}'; {message}"):
         resolve_engine_config({key: {}, "zero_optimization": {"stage": 2}}, **NUMBERS)
+
+
+def test_settings_of_the_shipped_json() -> None:
+    settings = [
+        engine_settings(read_engine_config(ROOT / "ds_configs" / f"{name}.json"))
+        for name in ("fp16", "bf16", "cpu")
+    ]
+    assert [s.precision for s in settings] == ["fp16", "bf16", "fp32"]
+    assert [(s.bytes_per_element, s.accumulation_bytes) for s in settings] == [(2, 4), (2, 4), (4, 4)]
+    assert all(s.stage == 2 and s.reduce_bucket_size == 50_000_000 for s in settings)

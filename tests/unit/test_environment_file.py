@@ -1,4 +1,4 @@
-"""cluster.env: what users write, and what they are told."""
+"""cluster.env: what users may write, and the messages otherwise."""
 
 from __future__ import annotations
 
@@ -7,39 +7,40 @@ from pathlib import Path
 import pytest
 
 from train.environment_file import load_environment_file, parse_environment
+from train.errors import UserError
 
 
 def test_comments_quotes_and_export_are_fine() -> None:
-    text = "# don't\n\n  A=1\nexport B='x y=z'  # why\nC=\nD=a#b E=2\n"
-    assert parse_environment(text) == {"A": "1", "B": "x y=z", "C": "", "D": "a#b", "E": "2"}
+    text = "# don't\n\n  A=1\nexport B='x y=z'  # why\nC=\nD=a#b$A\nE = 2\n"
+    assert parse_environment(text) == {"A": "1", "B": "x y=z", "C": "", "D": "a#b$A", "E": "2"}
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("A = 1", "cluster.env, line 2: 'A' is not NAME=value"),
-        ("A='1", 'line 2: no closing quotation in "A=\'1"'),
-        ("export A", "line 2: 'A' is not NAME=value"),
+        ("A=1 B=2", "cluster.env, line 2: 'A=1 B=2' is not NAME=value; quote a value with blanks"),
+        ('A=x"y z"', "line 2: 'A=x\"y z\"' is not NAME=value"),
+        ("A='1", 'line 2: "A=\'1" is not NAME=value'),
+        ("export A", "line 2: 'export A' is not NAME=value"),
+        ("2A=1", "line 2: '2A=1' is not NAME=value"),
         ("RANK=0", "RANK is the launcher's to set"),
         ("LD_LIBRARY_PATH=/x", "LD_LIBRARY_PATH has no effect here"),
     ],
 )
 def test_a_bad_line_is_named(line: str, message: str) -> None:
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(UserError) as refused:
         parse_environment(f"# first\n{line}\n")
     assert message in str(refused.value)
 
 
 def test_what_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "cluster.env").write_bytes("A=1\n".encode("utf-16"))
-    with pytest.raises(
-        ValueError, match=r"/cluster\.env is not UTF-8 \(byte 0xff at offset 0\); save it as UTF-8"
-    ):
+    with pytest.raises(UserError, match=r"/cluster\.env is not UTF-8 \(byte 0xff at offset 0\); save it as"):
         load_environment_file({}, tmp_path)
     (tmp_path / "cluster.env").unlink()
     (tmp_path / "cluster.env").mkdir()
     with pytest.raises(
-        ValueError, match=r"/cluster\.env is a folder; rename it: ranks read a file of NAME=value"
+        UserError, match=r"/cluster\.env is a folder; rename it: ranks read a file of NAME=value"
     ):
         load_environment_file({}, tmp_path)
 

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 from data_prep.shard_format.manifest import Manifest
-from launch.planner.memory import EngineSettings, engine_settings, partition_size
 from train.config import Config
 from train.data.masking import MaskedBatch
 from train.data.order import fitting_world_sizes
 from train.distributed.world import World
+from train.engine_config import EngineSettings, engine_settings, partition_size
 from train.errors import UserError
 from train.loop.trainer import DistillationModule
 from train.models.build import TeacherFolder, build_student, build_teacher, count_parameters

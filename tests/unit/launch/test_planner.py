@@ -12,8 +12,9 @@ import pytest
 from launch.plan import main
 from launch.planner.cost import PUBLISHED_RUNS, Machines, StepTime, Traffic, step_time
 from launch.planner.hardware import GPUS, find_gpu
-from launch.planner.memory import EngineSettings
-from launch.planner.shapes import PUBLISHED
+from launch.planner.models import PUBLISHED
+from train.engine_config import EngineSettings
+from train.errors import UserError
 from train.models.flops import FlopsPerToken
 
 ENGINE = EngineSettings(2, 2, 4, 50_000_000, overlap=True, precision="fp16")
@@ -162,6 +163,7 @@ def test_too_large_a_micro_batch_is_said_with_one_that_fits(capsys: pytest.Captu
         (["--mfu", "1.5"], "give a number up to 1"),
         (["--price", "-1"], "--price -1.0: give a number above 0"),
         (["--model.teacher=nobody/knows"], "nothing is downloaded here"),
+        (["--model.layer_map=[0,12]"], "names layers .12. that the teacher does not have"),
         (["--tokens", "1e9", "--shards", "x"], "^--tokens 1e\\+09 and --shards x: only one can say"),
         (["--tokens", "1e9", "--data.shards=x"], "^--tokens 1e\\+09 and --shards x: only one can say"),
         (["--shards", "x", "--data.shards", "y"], "^--shards x and --shards y: only one can say"),
@@ -180,7 +182,7 @@ def test_too_large_a_micro_batch_is_said_with_one_that_fits(capsys: pytest.Captu
     ],
 )
 def test_refusals(words: list[str], message: str) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(UserError, match=message):
         main(words)
 
 
@@ -222,6 +224,8 @@ def test_the_largest_numbers_are_planned(words: list[str]) -> None:
             "has hidden_size=None, num_attention_heads=0, where",
         ),
         ({"type_vocab_size": -1}, "has type_vocab_size=-1, where"),
+        ({"pad_token_id": None}, "has pad_token_id=None, where"),
+        ({"num_attention_heads": 5}, "describes no bert (The hidden size (768) is not a multiple of"),
     ],
 )
 def test_a_teachers_config_that_describes_no_model_is_named(
@@ -244,9 +248,7 @@ def test_shards_that_are_named_and_not_there(
     """Never the published corpus in their place, but what is asked for by --tokens, and said."""
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text("data: {shards: none}")
-    with pytest.raises(
-        FileNotFoundError, match=r"(?s)holds no manifest\.json.*or plan without shards: --tokens N"
-    ):
+    with pytest.raises(UserError, match=r"(?s)holds no manifest\.json.*or plan without shards: --tokens N"):
         main(words)
     assert main(["--config", "r.yaml", "--tokens", "5e9"]) == 0
     assert "corpus: 5e9 tokens (--tokens, not none)" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,23 +11,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
+from launch.cli import parse_config
 from launch.planner.memory import (
-    EngineSettings,
-    Objective,
+    Step,
     activation_bytes,
-    engine_settings,
     gradient_bytes,
     head_bytes,
-    largest_fitting_micro_batch,
     logits_chunk_bytes,
     model_state_bytes,
     teacher_bytes,
 )
-from launch.planner.shapes import PUBLISHED, model_from_config, named_model, num_parameters, student_of
+from launch.planner.models import PUBLISHED, describe, models_of, named_model
 from train.config import ObjectiveConfig
 from train.data.masking import MaskedBatch
+from train.engine_config import EngineSettings
 from train.models.families import family_of
-from train.models.flops import shape_of, training_flops_per_token
+from train.models.flops import training_flops_per_token
 from train.models.students import make_student
 from train.models.teacher import Teacher
 from train.objective.distillation import DistillationLoss
@@ -53,8 +54,22 @@ def make_models(kind: str, width: int = 32, inner: int = 128, layers: int = 4) -
     return teacher, make_student(teacher)
 
 
-def planned(model: PreTrainedModel) -> Any:
-    return model_from_config("model", model.config.to_dict())
+def step_of(student: Any, teachers: Any, micro: int, length: int, masked: int, **objective: Any) -> Step:
+    """A step in fp32 on one CPU, where dropout masks have the activations' format."""
+    return Step(
+        student=describe(student),
+        teachers=tuple(map(describe, teachers)),
+        objective=ObjectiveConfig(**objective),
+        num_masked=masked,
+        engine=EngineSettings(2, 4, 4, reduce_bucket_size=100, overlap=False, precision="fp32"),
+        world_size=1,
+        micro_batch_size=micro,
+        sequence_length=length,
+        accumulation=1,
+        teacher_bytes_per_element=4,
+        on_gpu=False,
+        dropout_mask_bytes=4,
+    )
 
 
 def make_batch(micro: int, length: int, masked: int) -> MaskedBatch:
@@ -64,28 +79,25 @@ def make_batch(micro: int, length: int, masked: int) -> MaskedBatch:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parameters_of_built_models(kind: str) -> None:
-    teacher, student = make_models(kind)
-    for model, shape in ((teacher, planned(teacher)), (student, student_of(planned(teacher)))):
-        assert num_parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
-    assert student_of(planned(teacher)) == planned(student)
-
-
-@pytest.mark.parametrize("name", ["google-bert/bert-base-uncased", "FacebookAI/roberta-large"])
-def test_published_shapes_are_what_transformers_builds(name: str) -> None:
-    with torch.device("meta"):
-        model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**PUBLISHED[name]))
-    assert num_parameters(named_model(name)) == sum(parameter.numel() for parameter in model.parameters())
+@pytest.mark.parametrize("layer_map", ["every_other", [0, 1, 3], "random"])
+def test_planned_models_are_the_built_ones(kind: str, layer_map: Any, tmp_path: Path) -> None:
+    teacher, _ = make_models(kind)
+    teacher.save_pretrained(tmp_path)
+    student, teachers = models_of(
+        parse_config([f"--model.teacher={tmp_path}", f"--model.layer_map={layer_map}"], "")
+    )
+    assert {parameter.device.type for parameter in student.parameters()} == {"meta"}
+    assert describe(student) == describe(make_student(teacher, layer_map=layer_map))
+    assert [describe(each) for each in teachers] == [describe(teacher)]
 
 
 def test_published_sizes() -> None:
-    # What transformers counts in the hub's checkpoints with their MLM heads.
-    assert num_parameters(named_model("google-bert/bert-base-uncased")) == 109_514_298
-    assert num_parameters(named_model("FacebookAI/roberta-base")) == 124_697_433
-    # 66,985,530 parameters with the MLM head, from BERT-base and from its own config.
-    student = student_of(named_model("google-bert/bert-base-uncased"))
-    assert num_parameters(student) == 66_985_530
-    assert student == named_model("distilbert/distilbert-base-uncased")
+    """What transformers counts in the hub's checkpoints with their MLM heads."""
+    assert describe(named_model("google-bert/bert-base-uncased")).parameters == 109_514_298
+    assert describe(named_model("FacebookAI/roberta-base")).parameters == 124_697_433
+    student, _ = models_of(parse_config([], ""))
+    assert describe(student) == describe(named_model("distilbert/distilbert-base-uncased"))
+    assert describe(student).parameters == 66_985_530
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,9 +116,8 @@ def test_flops_of_a_real_step(kind: str, kd_positions: str) -> None:
             student, batch, teacher(batch.input_ids)
         ).loss
         loss.backward()
-    ours = training_flops_per_token(
-        shape_of(student), [shape_of(teacher_model)], length, masked, kd_positions
-    )
+    shapes = [describe(model).shape for model in (student, teacher_model)]
+    ours = training_flops_per_token(shapes[0], shapes[1:], length, masked, kd_positions)
     assert ours.total * micro * length == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
@@ -142,7 +153,7 @@ def test_activations_of_the_encoder(
     """Within 1 % of what autograd saves, the last layer's output (which the formula counts too) added."""
     _, student = make_models(kind, width, inner, layers)
     measured = saved_bytes(student, make_batch(micro, length, 2), None, None) + micro * length * width * 4
-    predicted = activation_bytes(planned(student), micro, length, bytes_per_element=4, dropout_mask_bytes=4)
+    predicted = activation_bytes(step_of(student, [], micro, length, 2))
     assert predicted == pytest.approx(measured, rel=0.01)
 
 
@@ -153,21 +164,23 @@ def test_activations_of_head_and_objective(kd_positions: str) -> None:
     batch, teacher = make_batch(micro, length, masked), Teacher([teacher_model])
     loss = DistillationLoss(ObjectiveConfig(kd_positions=kd_positions))
     measured = saved_bytes(student, batch, teacher(batch.input_ids), loss) + micro * length * 64 * 4
-    shape, objective = planned(student), Objective(kd_positions, masked, mlm=True, cosine=True)
-    predicted = activation_bytes(shape, micro, length, 4, 4) + head_bytes(shape, objective, micro, length, 4)
+    step = step_of(student, [teacher_model], micro, length, masked, kd_positions=kd_positions)
+    predicted = activation_bytes(step) + head_bytes(step)
     assert predicted == pytest.approx(measured, rel=0.003)
 
 
-@pytest.mark.parametrize(("soft_targets", "rows"), [("all", 4 * 64), ("masked", 4 * 10), ("none", 0)])
-def test_what_teachers_hold(soft_targets: str, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("objective", "rows"),
+    [({}, 4 * 64), ({"kd_positions": "masked"}, 4 * 10), ({"kd_weight": 0.0}, 0)],
+)
+def test_what_teachers_hold(objective: dict[str, Any], rows: int) -> None:
     """Weights; last hidden states of all tokens, decoder inputs of those whose logits are compared."""
     models = [make_models("bert", 64, 256)[0], make_models("bert", 32)[0]]
     output = Teacher(models)(make_batch(4, 64, 10).input_ids)
     outputs = [member.last_hidden for member in output.members]
     outputs += [decoder.features for decoder in output.decoder_inputs(torch.arange(rows))]
     parameters = [parameter for model in models for parameter in model.parameters()]
-    objective = Objective(soft_targets, 10, mlm=True, cosine=True)
-    assert teacher_bytes(tuple(map(planned, models)), objective, 4, 64, 4) == {
+    assert teacher_bytes(step_of(models[0], models, 4, 64, 10, **objective)) == {
         "teacher weights": sum(parameter.nbytes for parameter in parameters),
         "teacher outputs": sum(tensor.nbytes for tensor in outputs),
     }
@@ -183,57 +196,30 @@ def test_logits_chunk(kd_weight: float, monkeypatch: pytest.MonkeyPatch) -> None
     loss = DistillationLoss(ObjectiveConfig(kd_weight=kd_weight))
     loss(student, batch, teacher(batch.input_ids))
     buffers = loss._workspace.tensors.values()
-    objective = Objective("all" if kd_weight else "none", 40, mlm=True, cosine=True)
-    assert logits_chunk_bytes(planned(student), objective, 4, 64, 4, on_gpu=False) == sum(
-        buffer.numel() * buffer.element_size() for buffer in buffers
-    )
+    step = step_of(student, [teacher_model], 4, 64, 40, kd_weight=kd_weight)
+    assert logits_chunk_bytes(step) == sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 
 
 def test_state_by_hand() -> None:
     """BERT-base on 4 ranks: padded to a multiple of 8."""
-    shape = model_from_config("x", {**PUBLISHED["google-bert/bert-base-uncased"]})
-    engine = EngineSettings(
-        stage=2,
-        bytes_per_element=2,
-        accumulation_bytes=4,
-        reduce_bucket_size=100,
-        overlap=True,
-        precision="fp16",
-    )
-    state = model_state_bytes(shape, 4, engine)
+    engine = EngineSettings(2, 2, 4, reduce_bucket_size=100, overlap=True, precision="fp16")
+    fp32 = step_of(named_model("google-bert/bert-base-uncased"), [], 1, 512, 77)
+    step = replace(fp32, engine=engine, world_size=4, accumulation=4)
     shard = -(-109_514_298 // 8) * 2
-    assert state == {
+    assert model_state_bytes(step) == {
         "student weights": 4 * shard * 2,
         "fp32 master (shard)": shard * 4,
         "LAMB moments (shard)": shard * 8,
     }
-    assert gradient_bytes(shape, 4, engine, 4) == {
+    assert gradient_bytes(step) == {
         "gradients, fp32 accumulation": shard * 4,
         "gradient buckets": 2 * 100 * 2 + 100 * 2 + 30_522 * 768 * 2,
     }
 
     # Of one format, the new gradients lie beside the accumulated ones; whole tensors at both borders are kept.
-    fp32 = EngineSettings(2, 4, 4, reduce_bucket_size=100, overlap=False, precision="fp32")
     kept = 4 * (shard + 2 * 768 * 3072)
-    once, twice = (gradient_bytes(shape, 4, fp32, n)["gradients, fp32 accumulation"] for n in (1, 8))
-    assert (once, twice) == (kept, 2 * kept)
-
-
-def test_settings_of_the_shipped_json() -> None:
-    from train.engine_config import ROOT, read_engine_config
-
-    settings = [
-        engine_settings(read_engine_config(ROOT / "ds_configs" / f"{n}.json"))
-        for n in ("fp16", "bf16", "cpu")
-    ]
-    assert [s.precision for s in settings] == ["fp16", "bf16", "fp32"]
-    assert [(s.bytes_per_element, s.accumulation_bytes) for s in settings] == [(2, 4), (2, 4), (4, 4)]
-    assert all(s.stage == 2 and s.reduce_bucket_size == 50_000_000 for s in settings)
-
-
-def test_largest_fitting_micro_batch() -> None:
-    assert largest_fitting_micro_batch({1: 10, 2: 20, 4: 40}, 25) == 2
-    assert largest_fitting_micro_batch({1: 10}, 5) is None
+    steps = [replace(fp32, world_size=4, accumulation=count) for count in (1, 8)]
+    assert [gradient_bytes(each)["gradients, fp32 accumulation"] for each in steps] == [kept, 2 * kept]
 
 
 def main() -> None:
@@ -242,20 +228,21 @@ def main() -> None:
         config = AutoConfig.for_model(**PUBLISHED[name], attention_probs_dropout_prob=0.0)
         model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
         student, teacher, batch = make_student(model), Teacher([model]), make_batch(1, 128, 19)
-        sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, student)]
-        shapes = [named_model(name), student_of(named_model(name))]
-        print(name, "parameters of teacher and student:", sizes, [num_parameters(shape) for shape in shapes])
+        planned_student, _ = models_of(parse_config([f"--model.teacher={name}"], ""))
+        for built, plan in ((model, named_model(name)), (student, planned_student)):
+            print(name, "parameters:", describe(built).parameters, describe(plan).parameters)
         math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
         with math, FlopCounterMode(display=False) as counter:
             DistillationLoss(ObjectiveConfig())(student, batch, teacher(batch.input_ids)).loss.backward()
-        objective = Objective("all", 19, mlm=True, cosine=True)
-        flops = training_flops_per_token(shapes[1].shape, [shapes[0].shape], 128, 19, "all").total
+        shapes = [describe(student).shape, describe(model).shape]
+        flops = training_flops_per_token(shapes[0], shapes[1:], 128, 19, "all").total
         print("  MFLOPs per token:", counter.get_total_flops() / 128e6, flops / 1e6)
         kept = (
             saved_bytes(student, batch, teacher(batch.input_ids), DistillationLoss(ObjectiveConfig()))
             + 128 * 768 * 4
         )
-        ours = activation_bytes(shapes[1], 1, 128, 4, 4) + head_bytes(shapes[1], objective, 1, 128, 4)
+        step = step_of(student, [model], 1, 128, 19)
+        ours = activation_bytes(step) + head_bytes(step)
         print("  MB saved for the backward pass:", kept / 1e6, ours / 1e6)
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
-import time
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,14 @@ from huggingface_hub.utils import logging as hub_logging
 
 from launch import doctor
 from launch.cli import parse_config
-from launch.preflight import probe as doctor_probe
+from launch.preflight import probe
 from launch.preflight.checks import (
     Finding,
     check_all_reduce,
     check_clocks,
+    check_code,
     check_disk,
-    check_equal,
+    check_env_files,
     check_gpus,
     check_keep_alive,
     check_memory,
@@ -33,10 +38,11 @@ from launch.preflight.checks import (
     check_versions,
     watched_variables,
 )
-from launch.preflight.hosts import Host, HostEntry, UnreachableError, keep_alive_s, read_hostfile
-from launch.preflight.local_checks import CPU_TOKENS, check_teacher, needed_disk_gib
-from launch.preflight.recipe_checks import check_recipe
+from launch.preflight.host_checks import check_network, read_env_files
+from launch.preflight.hosts import Host, UnreachableError, ask, keep_alive_s, read_hostfile
+from launch.preflight.recipe_checks import CPU_TOKENS, check_recipe, check_teacher, needed_disk_gib
 from tests.distributed.pretraining import small_settings
+from tests.paths import ROOT
 from train.distributed.rendezvous import free_port
 
 GPU = {"name": "NVIDIA A100", "driver": "550.54", "memory": "81920 MiB", "used": "0 MiB"}
@@ -49,6 +55,7 @@ HEALTHY: dict[str, Any] = {
     "shards": {"digest": "aaaa", "shards": 3},
     "teachers": {"/t": "bbbb"},
     "variables": {},
+    "clock_ahead_s": (-0.01, 0.4),
 }
 SLOTS = {"a": 2, "b": 2}
 
@@ -59,27 +66,26 @@ def hosts(**changed: Any) -> dict[str, dict[str, Any]]:
 
 
 def judge(name: str, answers: dict[str, dict[str, Any]]) -> Finding:
-    (finding,) = {
+    return {
         "versions": lambda: check_versions(answers),
-        "code": lambda: [check_equal(answers, "code", "code", "copy it")],
+        "code": lambda: check_code(answers),
         "gpus": lambda: check_gpus(answers, SLOTS),
-        "memory": lambda: [check_memory(answers, SLOTS)],
-        "shards": lambda: [check_shards(answers, "/shards")],
-        "teachers": lambda: [check_teachers(answers)],
-        "run_folder": lambda: [check_run_folder(answers, "/run")],
-        "disk": lambda: [check_disk(answers, 5.0, "/run")],
+        "memory": lambda: check_memory(answers, SLOTS),
+        "shards": lambda: check_shards(answers, "/shards"),
+        "teachers": lambda: check_teachers(answers),
+        "run_folder": lambda: check_run_folder(answers, "/run"),
+        "disk": lambda: check_disk(answers, 5.0, "/run"),
+        "clock_ahead_s": lambda: check_clocks(answers),
     }[name]()
-    return finding
 
 
-@pytest.mark.parametrize(
-    "check", ["versions", "code", "gpus", "memory", "shards", "teachers", "run_folder", "disk"]
-)
-def test_healthy(check: str) -> None:
-    finding = judge(check, hosts())
-    assert finding.ok
-    assert finding.remedy == ""
-    assert finding.result
+def test_healthy() -> None:
+    for check in ("versions", "code", "gpus", "memory", "shards", "teachers", "run_folder", "clock_ahead_s"):
+        found = judge(check, hosts())
+        assert (found.ok, found.remedy) == (True, "")
+        assert found.result
+    disk = judge("disk", hosts())
+    assert (disk.ok, disk.result) == (True, "100.0 GiB free, 5.0 needed")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +103,9 @@ def test_healthy(check: str) -> None:
             "first host: 3.11.7",
             "Python",
         ),
-        ("code", {"code": "ffff"}, "b: ffff, on a 0123456789ab", "copy it"),
+        ("code", {"code": "ffff"}, "b: ffff, on a 0123456789ab", "copy this folder to it"),
+        ("clock_ahead_s", {"clock_ahead_s": (-3.5, -2.5)}, "b: -2.5 s", "chronyd"),
+        ("clock_ahead_s", {"clock_ahead_s": (3.0, 4.0)}, "b: +3.0 s", "chronyd"),
         ("gpus", {"gpus": [GPU]}, "b: 1 x NVIDIA A100, 81920 MiB, driver 550.54 for 2 slots", "nvidia-smi"),
         ("gpus", {"gpus": [{**GPU, "driver": "535.1"}] * 2}, "driver 535.1; first host: 2 x", "drivers"),
         ("gpus", {"gpus": []}, "b: no GPU; first host", "equal GPUs"),
@@ -129,17 +137,14 @@ def test_faults(check: str, changed: dict[str, Any], seen: str, remedy: str) -> 
 
 
 def test_first_host_at_fault() -> None:
-    """What the first host lacks is told of it, and does not hide what the others have."""
+    """What the first host lacks is its fault, and does not hide what the others have."""
     answers = {"a": {**HEALTHY, "shards": {"error": "no manifest"}}, "b": HEALTHY}
     assert "a: no manifest" in judge("shards", answers).result
     assert "data_prep/write_shards.py" in judge("shards", {"a": answers["a"]}).remedy
 
 
-def test_clocks() -> None:
-    assert check_clocks({"a": (0.001, 0.0005), "b": (3.0, 2.0)}).ok  # too slow an answer to tell
-    finding = check_clocks({"a": (0.0, 0.0), "b": (-3.0, 0.5)})
-    assert not finding.ok
-    assert finding.result == "b: -3.0 s"
+def test_an_answer_too_slow_to_judge_a_clock_by() -> None:
+    assert judge("clock_ahead_s", hosts(clock_ahead_s=(-4.0, 0.5))).ok
 
 
 def test_variables_that_do_not_arrive() -> None:
@@ -147,16 +152,19 @@ def test_variables_that_do_not_arrive() -> None:
     assert watched_variables(own, remote_shards=False) == ["GLOO_SOCKET_IFNAME", "HF_HOME"]
     assert watched_variables({**own, "AWS_PROFILE": "x"}, remote_shards=True)[0] == "AWS_PROFILE"
     answers = hosts(variables={"HF_HOME": "/cache", "GLOO_SOCKET_IFNAME": None})
-    answers["a"]["variables"] = {"HF_HOME": "/cache", "GLOO_SOCKET_IFNAME": "eth0"}
-    files, lost = check_variables(own, {}, answers, ["b"])
-    assert files.ok
+    over_ssh = {"b": answers["b"]}
+    lost = check_variables(own, {}, over_ssh)
     assert lost.result == "GLOO_SOCKET_IFNAME on b"
     assert "cluster.env" in lost.remedy
-    listed = check_variables(own, {"f": "GLOO_SOCKET_IFNAME=eth0\n"}, answers, ["b"])
-    assert all(finding.ok for finding in listed)
-    assert [f.check for f in check_variables(own, {"f": "\n"}, answers, []) if not f.ok] == [".deepspeed_env"]
+    assert check_variables(own, {"f": "GLOO_SOCKET_IFNAME=eth0\n"}, over_ssh).ok
     answers["b"]["variables"] = {"error": "/here/cluster.env is a folder"}
-    assert check_variables({}, {}, answers, ["a", "b"])[1].result == "b: /here/cluster.env is a folder"
+    assert check_variables({}, {}, answers).result == "b: /here/cluster.env is a folder"
+
+
+def test_deepspeeds_own_file_of_variables() -> None:
+    assert check_env_files({}).result == "none"
+    assert check_env_files({"f": "A=1\n"}) == Finding(".deepspeed_env", True, "f")
+    assert check_env_files({"f": "A=1\n\n# why\n"}).result == "f, line 2: ''; f, line 3: '# why'"
 
 
 def test_ssh_that_does_not_look_is_a_warning(tmp_path: Path) -> None:
@@ -214,14 +222,14 @@ def test_hostfiles_refused(text: str, message: str, tmp_path: Path) -> None:
 
 def test_hostfile(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("# mine\n\na slots=8\nb slots=4 # smaller\n")
-    assert read_hostfile(str(tmp_path / "hosts")) == [HostEntry("a", 8), HostEntry("b", 4)]
+    assert read_hostfile(str(tmp_path / "hosts")) == [Host("a", 8), Host("b", 4)]
     (tmp_path / "windows").write_bytes(
         b"a\tslots=8\r\n\r\n  10.0.0.2   slots=4 max_slots=8\r\nfd00::3 slots=1#c"
     )
     assert read_hostfile(str(tmp_path / "windows")) == [
-        HostEntry("a", 8),
-        HostEntry("10.0.0.2", 4),
-        HostEntry("fd00::3", 1),
+        Host("a", 8),
+        Host("10.0.0.2", 4),
+        Host("fd00::3", 1),
     ]
     with pytest.raises(ValueError, match="No such file"):
         doctor.main(["--hostfile", str(tmp_path / "none")])
@@ -257,15 +265,7 @@ def test_env_file_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "variables").write_bytes(b"A=\xff\n")
     monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "variables"))
     with pytest.raises(ValueError, match=r"/variables is not UTF-8 \(byte 0xff at offset 2\)"):
-        doctor.read_env_files()
-
-
-def test_listener_refuses_what_is_no_port() -> None:
-    listener = doctor_probe.Listener()
-    try:
-        assert listener.open(65536) == {"error": "no port: give a number from 1 to 65535"}
-    finally:
-        listener.close()
+        read_env_files()
 
 
 @pytest.mark.parametrize(
@@ -283,20 +283,62 @@ def test_listener_refuses_what_is_no_port() -> None:
 def test_code_is_all_that_a_run_needs(changed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A byte more in any of them is other code; what Python leaves beside them is not."""
     for name in ("data_prep", "train", "launch", "ds_configs"):
-        shutil.copytree(doctor_probe.ROOT / name, tmp_path / name)
-    before = doctor_probe.code_digest()
-    monkeypatch.setattr(doctor_probe, "ROOT", tmp_path)
+        shutil.copytree(probe.ROOT / name, tmp_path / name)
+    before = probe.code_digest()
+    monkeypatch.setattr(probe, "ROOT", tmp_path)
     (tmp_path / "train" / "left.pyc").write_bytes(b"compiled")
-    assert doctor_probe.code_digest() == before
+    assert probe.code_digest() == before
     with (tmp_path / changed).open("a") as file:
         file.write("\n")
-    assert doctor_probe.code_digest() != before
+    assert probe.code_digest() != before
 
 
-def test_every_fact_is_judged(tmp_path: Path) -> None:
-    request = {"run_dir": str(tmp_path), "shards": str(tmp_path), "teachers": [], "variables": []}
-    answered = doctor_probe.facts({**request, "folder": str(tmp_path)})
-    assert answered.keys() == {*HEALTHY, "address", "hostname"}  # where the ranks meet, or start
+def test_a_host_without_packages_still_answers(tmp_path: Path) -> None:
+    """Every fact is there: had, missing, or why it could not be had."""
+    words = ["-S", "-m", "launch.preflight.probe", "facts", "--port", str(free_port())]
+    words += [word for flag in ("--run-dir", "--shards", "--folder") for word in (flag, str(tmp_path))]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    answered = json.loads(done.stdout)
+    more = {"address", "hostname", "port", "seen", "started_at", "ended_at"}
+    assert answered.keys() == (HEALTHY.keys() - {"clock_ahead_s"}) | more
+    assert answered["versions"]["torch"] == "missing"
+    assert "No module named" in answered["variables"]["error"]
+    assert answered["port"] == {}
+
+
+def test_a_port_in_use_and_one_that_no_host_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "CONNECT_TIMEOUT_S", 0.3)
+    with socket.create_server(("", 0)) as busy:
+        assert probe.check_free(busy.getsockname()[1]) == {"error": "Address already in use"}
+    port = free_port()
+    assert probe.check_free(port) == {}
+    assert probe.connect("127.0.0.1", port) == ("Connection refused", False)
+    assert not probe.accept_all(port, 1)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(probe.accept_all, port, 2)
+        others = [pool.submit(probe.connect, "127.0.0.1", port) for _ in range(2)]
+        assert first.result()
+        assert [other.result() for other in others] == [(None, True)] * 2
+        # The third does not come.
+        first = pool.submit(probe.accept_all, port, 2)
+        assert probe.connect("127.0.0.1", port) == (None, False)
+        assert not first.result()
+
+
+def test_a_host_behind_a_firewall_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks are not waited for."""
+    found = {
+        "a": {"port": None, "ranks": []},
+        "b": {"port": "No route to host", "ranks": []},
+        "c": UnreachableError("gone"),
+    }
+    monkeypatch.setattr("launch.preflight.host_checks.ask_all", lambda *_: found)
+    options = doctor.build_parser().parse_args([])
+    facts = {"a": {"port": {}, "address": "10.0.0.1", "gpus": []}}
+    (port,) = check_network([Host(name, 1) for name in found], ["ssh"], facts, options)
+    assert (port.check, port.ok) == ("port", False)
+    assert port.result == "b to 10.0.0.1, port 29500: No route to host; c: gone"
+    assert "open all ports between the hosts" in port.remedy
 
 
 def test_disk_is_for_every_checkpoint_that_is_kept(tmp_path: Path) -> None:
@@ -344,11 +386,9 @@ def test_teacher_that_overflows_at_a_late_token(teacher_folder: str, tmp_path: P
     assert "infinite or NaN logits in float16" in finding.result
 
 
-def test_cluster_env_counts_as_a_ranks_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cluster_env_counts_as_a_ranks_environment(tmp_path: Path) -> None:
     (tmp_path / "cluster.env").write_text("# for all hosts\nexport HF_HOME=/there\nHF_TOKEN=file\n")
-    monkeypatch.delenv("HF_HOME", raising=False)
-    monkeypatch.setenv("HF_TOKEN", "shell")
-    found = doctor_probe.variables(["HF_HOME", "HF_TOKEN", "HF_NONE"], tmp_path)
+    found = probe.variables(["HF_HOME", "HF_TOKEN", "HF_NONE"], tmp_path, {"HF_TOKEN": "shell"})
     assert found == {"HF_HOME": "/there", "HF_TOKEN": "shell", "HF_NONE": None}
 
 
@@ -379,29 +419,23 @@ def test_this_machine_with_a_run_folder_in_a_file(
     assert "19 checks, 2 failed" in said
 
 
-def test_a_probe_that_dies_with_a_question_unread_is_a_row_and_no_crash(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "limit_s", "message"),
+    [
+        ("echo Permission denied >&2; exit 255", 30, "Permission denied"),
+        ("exit 3", 30, "ended with code 3"),
+        ("echo '{broken'; echo what >&2", 30, "what"),
+        ("exec 1<&-; exec sleep 30", 1, "no answer within 1 s"),  # it outlives its probe
+    ],
+)
+def test_a_host_without_an_answer(script: str, limit_s: float, message: str, tmp_path: Path) -> None:
     ssh = tmp_path / "ssh"
-    ssh.write_text("#!/bin/sh\necho '{}'\nexec 0<&-\nsleep 0.3\n")
+    ssh.write_text(f"#!/bin/sh\n{script}\n")
     ssh.chmod(0o755)
-    host = Host(HostEntry("node1", 1), [str(ssh)])
-    host.start()
-    time.sleep(0.1)
-    with pytest.raises(UnreachableError):
-        host.ask("time", wait_s=5)
-    host.close()
-
-
-def test_an_ssh_that_outlives_its_probe_is_a_row_and_no_crash(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("launch.preflight.hosts.END_TIMEOUT_S", 0.2)
-    ssh = tmp_path / "ssh"
-    ssh.write_text("#!/bin/sh\nexec 1<&-\nexec sleep 30\n")
-    ssh.chmod(0o755)
-    host = Host(HostEntry("node1", 1), [str(ssh)])
-    with pytest.raises(UnreachableError):
-        host.start()
-    host.close()
+    with pytest.raises(UnreachableError, match=message):
+        ask("node1", [str(ssh)], ["facts"], limit_s)
+    with pytest.raises(UnreachableError, match="no-such-ssh: No such file"):
+        ask("node1", ["no-such-ssh"], ["facts"], limit_s)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +463,7 @@ def test_a_recipe_that_would_be_refused(
     settings: list[str], check: str, message: str, shards_folder: str, teacher_folder: str
 ) -> None:
     words = [*small_settings(shards_folder, teacher_folder), *settings]
-    assert needed_disk_gib(parse_config(words, "")) >= 1  # of which it does not tell
+    assert needed_disk_gib(parse_config(words, "")) >= 1  # another check refuses it
     findings = {finding.check: finding for finding in check_recipe(parse_config(words, ""), 1)}
     assert [name for name, finding in findings.items() if not finding.ok] == [check]
     assert re.search(message, f"{findings[check].result}; {findings[check].remedy}")

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from data_prep.shard_format.manifest import Manifest
-from launch.planner.memory import engine_settings
 from train.config import Config, DataConfig, TrainingConfig
 from train.data.order import check_fit
 from train.distributed.world import World
-from train.engine_config import ROOT, read_engine_config
+from train.engine_config import ROOT, engine_settings, read_engine_config
 from train.loop.micro_batch import candidates, engine_bytes, find_micro_batch_size, largest_fitting
 from train.run_folder import found_before, write_configs
 
