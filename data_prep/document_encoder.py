@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from data_prep.shard_format.manifest import TokenizerInfo, token_dtype
 from data_prep.sources.texts import digest, pieces_of, utf8
@@ -63,7 +64,6 @@ class Encoder:
     """Tokenises documents in batches; made from text, so that it can be sent to other processes."""
 
     def __init__(self, backend: str, info: TokenizerInfo) -> None:
-        from tokenizers import Tokenizer
 
         content = json.loads(backend)
         self._tokenizer: Any = _ready(Tokenizer.from_str(backend))

@@ -10,6 +10,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from data_prep.shard_format.files import write_text
 
 PUBLISH_S = 0.5
@@ -32,7 +34,6 @@ class Progress:
         self._bar: Any = None
 
     def show_bar(self, total: int, unit: str) -> None:
-        from tqdm import tqdm
 
         self._bar = tqdm(
             total=total or None,

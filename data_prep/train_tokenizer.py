@@ -20,6 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
+
 from data_prep.error_messages import exit_code, explain
 from data_prep.shard_format.errors import UserError
 from data_prep.sources.formats import FORMATS, document_of
@@ -57,7 +60,6 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
     Raises:
         UserError: the texts are too few for any vocabulary, or `vocab_size` too small for their letters.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizer
 
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -114,7 +116,6 @@ def corpus(units: list[Unit], options: ReadOptions, num_processes: int) -> Itera
 
     Documentation is parsed on `num_processes` processes; other formats read faster than the trainer counts.
     """
-    from tqdm import tqdm
 
     total = sum(unit.bytes for unit in units)
     started = time.monotonic()

@@ -17,6 +17,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tqdm import tqdm
+
 from data_prep.error_messages import exit_code, explain
 from data_prep.shard_format.errors import MissingFile, UserError
 from data_prep.shard_format.manifest import (
@@ -94,7 +96,6 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
     Raises:
         UserError: the first thing that is wrong.
     """
-    from tqdm import tqdm
     from transformers import AutoTokenizer
 
     manifest = Manifest.load(folder)

@@ -36,6 +36,7 @@ from launch.cli import parse_config, run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words
 from train.distributed.signals import STOPPED_AFTER_SAVING
 from train.errors import UserError
+from train.run_folder import hold
 
 FINETUNE = "--finetune."
 FINETUNING_SEEDS = 5
@@ -57,7 +58,6 @@ def main(arguments: Sequence[str]) -> int:
     from launch.ablation.variants import chosen_variants, variants_of
     from train.distributed.world import quiet_libraries
     from train.models.build import teacher_names
-    from train.run_folder import hold
 
     quiet_libraries()
     variants, left_out = variants_of(base, teacher_layers(base), options.full_seeds)

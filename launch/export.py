@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.shard_format.files import new_folder
 from launch.cli import run_main
 from train.errors import UserError
+from train.run_folder import read_summary
 
 if TYPE_CHECKING:
     from train.export.onnx_export import OnnxFile
@@ -95,7 +96,6 @@ def read_texts(path: Path) -> list[str]:
 def write_folder(source: Path, out: Path, folder: Path) -> str:
     """Write a run's or a checkpoint's student to `folder`; what was done, `out` being the name it will have."""
     from train.export.hugging_face import export_checkpoint, find_checkpoint
-    from train.run_folder import read_summary
 
     checkpoint = find_checkpoint(source)
     difference = export_checkpoint(checkpoint, folder, read_summary(checkpoint.parent.parent))

@@ -26,8 +26,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataclasses import replace
+
 from launch.cli import run_main
 from launch.tables import text_table
+from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
 from train.errors import UserError
 from train.finetuning.results import macro_average
 from train.finetuning.settings import Job, settings_for
@@ -177,9 +180,7 @@ def one_gpu(environment: MutableMapping[str, str]) -> None:
 
 def run_jobs(jobs: Sequence[Job], seeds: Sequence[int], out: Path) -> int:
     """Check all, then run one after another, then print the table."""
-    from dataclasses import replace
 
-    from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
     from train.distributed.world import let_deepspeed_say, quiet_libraries
     from train.finetuning.runs import check_task, run_task
     from train.finetuning.training import Stopped

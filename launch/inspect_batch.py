@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import parse_config, run_main
 from train.config import Config
+from train.data.order import check_fit
 from train.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,7 +122,6 @@ def rebuild(config: Config, step: int, world_size: int, micro_batch_size: int | 
     """
     from train.build import load_manifest
     from train.data.masking import MaskedBatch
-    from train.data.order import check_fit
     from train.data.pipeline import build_run_data
 
     manifest = load_manifest(config.data.shards)

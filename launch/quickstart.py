@@ -25,7 +25,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tqdm import tqdm
+
 from data_prep.shard_format.files import write_json
+from data_prep.shard_format.manifest import Manifest
+from data_prep.sources.installed_docs import installed_doc_files, read_docstrings
+from data_prep.sources.records import Reading, ReadOptions, SourceFile
 from launch.cli import run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words, run_stage
 from train.errors import BAD_USAGE, UserError
@@ -124,7 +129,6 @@ def stages(out: Path, scale: float, source: str) -> list[Stage]:
 
 def make_shards(corpus: str | Path, out: Path) -> None:
     """Shards of the corpus, with enough held out to score on."""
-    from data_prep.shard_format.manifest import Manifest
 
     words = ["--tokenizer", out / "tokenizer", "--out", out / "shards", "--shard-tokens", 1_000_000]
     # A text file is cut at its blank lines: as one document it would be all held out or not at all.
@@ -141,9 +145,6 @@ def make_shards(corpus: str | Path, out: Path) -> None:
 
 def write_corpus(path: Path) -> None:
     """The documents of the source `installed-docs` as JSON lines, in a fixed order; appears whole or not."""
-    from tqdm import tqdm
-
-    from data_prep.sources.installed_docs import installed_doc_files
 
     files = installed_doc_files()
     partial = path.with_suffix(".partial")
@@ -167,8 +168,6 @@ def write_corpus(path: Path) -> None:
 
 
 def _documents_of(file: object) -> list[str]:
-    from data_prep.sources.installed_docs import read_docstrings
-    from data_prep.sources.records import Reading, ReadOptions, SourceFile
 
     assert isinstance(file, SourceFile)
     return [record.payload for record in read_docstrings(file, ReadOptions(), Reading())]

@@ -27,8 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.shard_format.files import write_json, write_text
 from launch.cli import parse_config, run_main
+from launch.reporting.inputs import named_folders, read_ablation, read_inference, read_model_scores
 from train.errors import UserError
+from train.run_folder import provenance
 
 if TYPE_CHECKING:
     from launch.reporting.comparison import ComparedModel
@@ -39,7 +42,6 @@ def main(arguments: Sequence[str]) -> int:
     """Parse, read, compare, write, print."""
     options = parse(arguments)
     # After the command line: torch and transformers take seconds, which --help shall not.
-    from data_prep.shard_format.files import write_json, write_text
     from launch.reporting.loss_curves import plot_losses
     from launch.reporting.page import as_html, as_markdown
     from launch.reporting.tables import heldout_text
@@ -102,12 +104,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def read(options: argparse.Namespace) -> Report:
     """All that was given but the models themselves; UserError where it does not fit together."""
-    from launch.reporting.inputs import named_folders, read_ablation, read_inference, read_model_scores
     from launch.reporting.loss_curves import read_curve
     from launch.reporting.page import Report
     from launch.reporting.runs import read_run_facts
     from launch.reporting.scores import reference_of
-    from train.run_folder import provenance
 
     refuse_unclear_names([*options.runs, *options.curves])
     scores = named_folders(options.scores, "--scores")

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.cli import run_main
 from train.errors import UserError
+from train.finetuning.squad import questions as squad_data
+from train.finetuning.squad import scores as squad_scores
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,8 +46,6 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.threshold is not None and options.null_scores is None:
         raise UserError("--threshold compares with null scores: give --null-scores FILE too")
-    from train.finetuning.squad import questions as squad_data
-    from train.finetuning.squad import scores as squad_scores
 
     questions = squad_data.read_squad(options.questions)
     predictions = squad_data.read_predictions(options.predictions)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,6 @@ class Table:
 
         In a table without numbers the first two columns, such as a host and a check, are not broken.
         """
-        from rich.console import Console  # slow to import, and no command needs it for its --help
-        from rich.table import Table as RichTable
 
         has_numbers = any(column.is_number for column in self.columns)
         table = RichTable(title=self.title or None, title_justify="left")

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, BinaryIO
 
+import zstandard
+
 from data_prep.shard_format.errors import UserError
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -73,7 +75,6 @@ class _ZstdFile(io.RawIOBase):
     """zstandard's own stream_reader takes a file that is cut short for a whole one; this does not."""
 
     def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
 
         self._error = zstandard.ZstdError
         self._new_frame = zstandard.ZstdDecompressor().decompressobj

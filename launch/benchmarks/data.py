@@ -13,6 +13,7 @@ Times leave out imports and loading the tokenizer, for all alike; "cpu s" is wha
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import shutil
@@ -21,10 +22,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format.files import write_json
+from data_prep.sources.streams import open_stream
 from data_prep.write_shards import load_tokenizer
 from launch.benchmarks import options
 from train.errors import UserError
@@ -75,10 +78,6 @@ def _first_documents(corpus: str, count: int, folder: str) -> str:
     """The first `count` lines, packed as before where that is gzip: unpacking is part of the work."""
     if not count:
         return corpus
-    import gzip
-    from itertools import islice
-
-    from data_prep.sources.streams import open_stream
 
     path = os.path.join(folder, "corpus.jsonl.gz")
     with open_stream(corpus) as opened, gzip.open(path, "wb", compresslevel=6) as file:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from data_prep.shard_format.manifest import Manifest, TokenizerInfo
 from train.config import Config
@@ -186,7 +187,6 @@ def build_masker(config: Config, manifest: Manifest, sequence_length: int | None
 
 
 def _continuations(config: Config, tokenizer: TokenizerInfo) -> np.ndarray:
-    from transformers import AutoTokenizer
 
     pieces = AutoTokenizer.from_pretrained(tokenizer_source(config)).convert_ids_to_tokens(
         list(range(tokenizer.vocab_size))

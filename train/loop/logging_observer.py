@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -132,6 +133,5 @@ def _memory_gib(device: torch.device) -> float:
     """Peak memory of this rank: allocated on its GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,17 +36,11 @@ NO_FOLDER = "--json: '/none/figures.json': there is no folder /none; make it fir
         ("data --corpus {tmp}/c --tokenizer t --json /none/figures.json", NO_FOLDER),
     ],
 )
-def test_bad_options(
-    words: str,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_bad_options(words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c").touch()
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.replace("{tmp}", str(tmp_path)).split()])
+    arguments = words.replace("{tmp}", str(tmp_path)).split()
     with pytest.raises(SystemExit) as ended:
-        benchmark.main()
+        benchmark.main(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -55,19 +48,16 @@ def test_bad_options(
 def test_a_tokenizer_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "c").touch()
     words = ["data", "--corpus", str(tmp_path / "c"), "--tokenizer", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
     with pytest.raises(ValueError, match="no tokenizer that loads in this folder"):
-        benchmark.main()
+        benchmark.main(words)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", ["lamb", "inference"])
-def test_a_gpu_that_is_not_there(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", name, "--device", "cuda"])
+def test_a_gpu_that_is_not_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [name, "--device", "cuda"]
     with pytest.raises(SystemExit) as ended:
-        benchmark.main()
+        benchmark.main(words)
     assert ended.value.code == 2
     assert "--device: torch sees no GPU here; give cpu" in capsys.readouterr().err
 

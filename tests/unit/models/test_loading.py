@@ -1,0 +1,147 @@
+"""Loading masked language models: every refusal, and silence."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+)
+
+from data_prep.shard_format.manifest import tokenizer_info
+from tests.unit.models.test_families import MODELS, SIZES
+from train.errors import UserError
+from train.models.families import family_of
+from train.models.loading import check_vocabulary, folder_fingerprint, load_masked_lm, load_with_saved_head
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_missing_head_is_refused_in_every_family(name, tmp_path):
+    model = MODELS[name]()
+    encoder = getattr(model, family_of(model).encoder)
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has no MLM head: .* missing from its weights.*its config.json names"
+    ):
+        load_masked_lm(str(tmp_path))
+    model.save_pretrained(tmp_path)
+    load_masked_lm(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [BertForSequenceClassification, BertModel])
+def test_a_classifier_is_no_teacher(kind, tmp_path):
+    kind(BertConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"no MLM head: cls.predictions.bias.*names {kind.__name__}"):
+        load_masked_lm(str(tmp_path))
+
+
+def test_one_missing_tensor_is_refused(teacher_folder, tmp_path):
+    folder = Path(shutil.copytree(teacher_folder, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    for name, message in (
+        (
+            "cls.predictions.transform.dense.bias",
+            "no MLM head: cls.predictions.transform.dense.bias is missing",
+        ),
+        (
+            "bert.encoder.layer.1.output.dense.weight",
+            "incomplete: bert.encoder.layer.1.output.dense.weight is",
+        ),
+    ):
+        kept = {key: value for key, value in weights.items() if key != name}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            load_masked_lm(str(folder))
+
+
+@pytest.mark.parametrize(
+    "key", ["bert.encoder.layer.0.attention.self.relative.weight", "classifier.layers.9.weight"]
+)
+def test_weights_that_nobody_asks_for_are_none_of_a_lost_layer(teacher_folder, tmp_path, key):
+    folder = Path(shutil.copytree(teacher_folder, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, key: torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
+    assert load_masked_lm(str(folder)).config.num_hidden_layers == 4
+    assert load_with_saved_head(folder).config.num_hidden_layers == 4
+
+
+def test_other_broken_folders_are_refused(teacher_folder, tmp_path):
+    with pytest.raises(UserError, match="there is no model folder"):
+        load_masked_lm(str(tmp_path / "nothing"))
+    folder = Path(shutil.copytree(teacher_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 65}))
+    with pytest.raises(
+        ValueError, match=r"layer.0.intermediate.dense.bias has shape \(64,\), by its config.json \(65,\)"
+    ):
+        load_masked_lm(str(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match=r"its weights have 4 layers, its config.json 2"):
+        load_masked_lm(str(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"its weights cannot be read: "):
+        load_masked_lm(str(folder))
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match=r"its weights cannot be read: "):
+        load_masked_lm(str(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "electra"}))
+    with pytest.raises(ValueError, match="model type 'electra' is not supported"):
+        load_masked_lm(str(folder))
+
+
+def test_loading_prints_no_table_and_no_bar(tmp_path, capfd):
+    BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path)
+    capfd.readouterr()
+    with pytest.raises(ValueError):
+        load_masked_lm(str(tmp_path))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_vocabularies_that_differ_from_the_shards_are_refused(teacher_folder, tokenizer_folder):
+    info = tokenizer_info(AutoTokenizer.from_pretrained(tokenizer_folder))
+    config = load_masked_lm(teacher_folder).config
+    fingerprint = folder_fingerprint(teacher_folder)
+    check_vocabulary("t", config, fingerprint, info)
+    check_vocabulary("t", config, None, info)
+    with pytest.raises(
+        ValueError, match=r"t has another tokenizer than the shards.*write the shards with --tokenizer t"
+    ):
+        check_vocabulary("t", config, "0" * 64, info)
+    larger = dataclasses.replace(info, vocab_size=info.vocab_size + 1)
+    with pytest.raises(
+        ValueError, match=f"vocabulary of {info.vocab_size} tokens.*one of {info.vocab_size + 1}"
+    ):
+        check_vocabulary("t", config, None, larger)
+    moved = dataclasses.replace(info, pad_id=9)
+    with pytest.raises(ValueError, match="t has pad_token_id 0, the shards' tokenizer 9"):
+        check_vocabulary("t", config, None, moved)
+    padded = copy.deepcopy(config)
+    padded.vocab_size += 8
+    check_vocabulary("t", padded, fingerprint, info)
+    with pytest.raises(ValueError, match="vocabulary of"):
+        check_vocabulary("t", padded, None, info)
+
+
+def test_no_tokenizer_no_fingerprint(tmp_path):
+    assert folder_fingerprint(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', '{"added_tokens": [], "model": 3}'])
+def test_a_tokenizer_that_cannot_be_read_is_said(content, teacher_folder, tmp_path, caplog):
+    folder = Path(shutil.copytree(teacher_folder, tmp_path / "model"))
+    (folder / "tokenizer.json").write_text(content)
+    assert folder_fingerprint(str(folder)) is None
+    assert "its tokenizer cannot be compared" in caplog.text
