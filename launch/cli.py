@@ -94,7 +94,7 @@ def run_main(main: Callable[[Sequence[str]], int], one_job: bool = False) -> Non
         elif os.environ.get("HALFLING_TRACEBACK") or not _is_plain(error):
             raise
         else:
-            if not (one_job and _is_left_to_rank_0(error)):
+            if not (one_job and _is_left_to_another_rank(error)):
                 print(f"error: {error}", file=sys.stderr, flush=True)
             code = exit_code(error)
     except SystemExit as ended:  # argparse's, after --help or bad usage
@@ -128,8 +128,9 @@ def _is_plain(error: Exception) -> bool:
     return isinstance(error, BAD_PATHS) or error.filename is not None or error.errno in DISK_ERRORS
 
 
-def _is_left_to_rank_0(error: Exception) -> bool:
-    """Whether rank 0 prints the same. Before the ranks join, all judge the same command line and run folder.
+def _is_left_to_another_rank(error: Exception) -> bool:
+    """Whether another rank prints the same. Before the ranks join, all judge the same command line and run folder, but
+    each host may have its own files: the first rank of every host prints.
 
     The launchers of DeepSpeed and torchrun end all ranks of a host with the first that ends, mpirun those of all hosts:
     there another rank waits for its end, and prints where it goes on, since rank 0 is then without the error.
@@ -140,8 +141,10 @@ def _is_left_to_rank_0(error: Exception) -> bool:
         ranks = discover_ranks(os.environ)
     except UserError:
         return False
-    if ranks.rank == 0 or ranks.launcher in ("srun", "environment"):
-        return ranks.rank != 0
+    if ranks.local_rank == 0:
+        return False
+    if ranks.launcher in ("srun", "environment"):
+        return True
     time.sleep(SECONDS_FOR_RANK_0)
     on_host_of_rank_0 = ranks.rank == ranks.local_rank
     return ranks.launcher != "mpirun" and not on_host_of_rank_0
