@@ -44,8 +44,8 @@ class Command(NamedTuple):
     text: str
 
 
-class ParsedError(Exception):
-    """A command line was taken by its parser: nothing more of the command is run."""
+class ParsedError(BaseException):
+    """A command line was taken by its parser: nothing more of the command is run. No command may catch it."""
 
 
 def code_of(page: Path) -> Iterator[str]:
@@ -103,6 +103,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / "R.yaml").write_text("optimizer: {lr: 0.002}\n")
     (tmp_path / "hosts").write_text("localhost slots=2\n")
+    (tmp_path / "simplewiki.jsonl.gz").touch()
     (tmp_path / "mytexts").mkdir()
     for name in ("one", "two"):
         text = (
