@@ -37,7 +37,7 @@ def _ascii_is_easy(content: dict[str, Any]) -> bool:
 
     BERT's spends 40 % of the tokenizer's time on taking off accents and parting Chinese characters, which
     ASCII has none of (control characters, which it removes, are left to it). Its pre-tokeniser parts at line
-    breaks, so that lines may be told apart. Added words would have to be normalised too: not with these.
+    breaks, so that lines can be distinguished. Added words would have to be normalised too: not with these.
     """
     normalizer, pre_tokenizer = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
     return (

@@ -1,7 +1,7 @@
 """Train a WordPiece vocabulary on a corpus of one's own, and save it as a Hugging Face tokenizer folder.
 
 The result is a BERT tokenizer: it loads with AutoTokenizer, puts [CLS] before and [SEP] after a text, and
-lower-cases unless told otherwise.
+lower-cases unless --cased.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Confi
     for name, least in (("step", 0), ("world_size", 1), ("show", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')}={getattr(options, name)}: give at least {least}")
-    # A micro batch of 1 fits every batch. One of the whole batch does, too, and tells a 1 that was given,
+    # A micro batch of 1 fits every batch. One of the whole batch does, too, and distinguishes a 1 that was given,
     # here or in a recipe, from the default.
     config = parse_config(["--training.micro_batch_size=1", *words], __doc__ or "")
     options.micro_batch_size = config.training.micro_batch_size

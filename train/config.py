@@ -461,7 +461,7 @@ class RunConfig:
     """Steps in a row with a non-finite gradient after which the run stops."""
 
     spike_deviations: float = 6.0
-    """A step whose loss is so many standard deviations above the median of the 200 before is told, with its
+    """A step whose loss is so many standard deviations above the median of the 200 before is reported, with its
     sequences in spikes.jsonl; 0: none."""
 
     profile_steps: int = 0

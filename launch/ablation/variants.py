@@ -64,7 +64,7 @@ def variants_of(
     Args:
         config: the full recipe; it must have a teacher.
         teacher_layers: of the first teacher, from which the student's layers come.
-        full_seeds: how many seeds the full recipe is trained with; further ones tell how large chance is.
+        full_seeds: how many seeds the full recipe is trained with; further ones show how large chance is.
     Returns:
         Variants in the order of the table, the full recipe first; {name: reason} of those that are left out.
     """

@@ -29,6 +29,7 @@ from data_prep.shard_format.manifest import Manifest, ShardInfo, TokenizerInfo, 
 from data_prep.shard_pass import HISTOGRAM_NAME
 from launch.benchmarks import options
 from launch.benchmarks.machine import hardware
+from train.config import DataConfig
 from train.data.loader import BatchLoader
 from train.data.order import fitting_world_sizes
 from train.data.shards import read_shard, shard_tokens
@@ -37,6 +38,7 @@ H200_TOKENS_PER_S = 1e6  # about what one H200 trains on at BERT-base size
 DOCUMENTS_PER_SAMPLE_TAR = 20_000
 LATE_STEP = 10_000
 SEED = 0
+LANES = DataConfig().lanes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +150,7 @@ def _loader(args: argparse.Namespace, shards: str, manifest: Manifest, **options
         "sequence_length": args.sequence_length,
         "global_batch_size": args.global_batch_size,
         "micro_batch_size": args.micro_batch_size,
+        "lanes": LANES,
         "seed": SEED,
         **options,
     }
@@ -179,7 +182,7 @@ def _first_batches(args: argparse.Namespace, shards: str) -> dict[str, dict[str,
 
     Medians over the rounds; round i starts i steps later, because where a step's windows lie varies.
     """
-    sizes = fitting_world_sizes(args.global_batch_size, micro_batch_size=args.micro_batch_size)
+    sizes = fitting_world_sizes(args.global_batch_size, LANES, micro_batch_size=args.micro_batch_size)
     places = [(world, step) for world in (1, 8) if world in sizes for step in (0, LATE_STEP)]
     times: dict[tuple[int, int], list[tuple[float, float]]] = {place: [] for place in places}
     for offset in range(2 * args.rounds):

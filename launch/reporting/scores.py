@@ -180,11 +180,11 @@ def _mnli(models: Sequence[ModelScores]) -> str:
     sets = {tuple(model.tasks["mnli"].dev_examples) for model in models if "mnli" in model.tasks}
     if not sets:
         return ""
-    told = [
+    sizes_by_set = [
         "mean of both dev sets" if len(names) > 1 else f"the {names[0]} dev set alone"
         for names in sorted(sets)
     ]
-    return f"{' or '.join(told)} for MNLI, "
+    return f"{' or '.join(sizes_by_set)} for MNLI, "
 
 
 def _sizes(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[str]:
@@ -197,10 +197,10 @@ def _sizes(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[str]:
                 by_size.setdefault(_size(model.tasks[task]), []).append(model.name)
                 if SPLIT_OFF in model.tasks[task].dev_examples:
                     stand_ins.append(f"{TASKS[task].title} of {model.name}")
-        told = [
+        sizes_by_set = [
             size if len(by_size) == 1 else f"{size} ({', '.join(names)})" for size, names in by_size.items()
         ]
-        sizes.append(f"{TASKS[task].title} {' or '.join(told)}")
+        sizes.append(f"{TASKS[task].title} {' or '.join(sizes_by_set)}")
     notes = [f"Examples of ours, training and dev: {'; '.join(sizes)}."]
     if stand_ins:
         notes.append(

@@ -85,7 +85,7 @@ class BatchLoader:
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
-        lanes: int = 64,
+        lanes: int,
         rank: int = 0,
         world_size: int = 1,
         verify: str = "size",

@@ -47,7 +47,7 @@ def windows_per_shard(tokens: Sequence[int], sequence_length: int) -> tuple[int,
     return tuple(count // content for count in tokens)
 
 
-def num_lanes(global_batch_size: int, lanes: int = 64) -> int:
+def num_lanes(global_batch_size: int, lanes: int) -> int:
     """K, the largest divisor of the global batch not above `lanes`: recipe numbers alone decide it."""
     if global_batch_size < 1 or lanes < 1:
         raise UserError(
@@ -56,9 +56,7 @@ def num_lanes(global_batch_size: int, lanes: int = 64) -> int:
     return max(k for k in range(1, min(lanes, global_batch_size) + 1) if global_batch_size % k == 0)
 
 
-def fitting_world_sizes(
-    global_batch_size: int, lanes: int = 64, micro_batch_size: int | None = None
-) -> list[int]:
+def fitting_world_sizes(global_batch_size: int, lanes: int, micro_batch_size: int | None = None) -> list[int]:
     """World sizes, ascending, that can serve the global batch: divisors of the number of lanes, and with
     `micro_batch_size` only those at which it divides a rank's share of the batch."""
     k = num_lanes(global_batch_size, lanes)
@@ -118,7 +116,7 @@ class DataOrder:
     """
 
     def __init__(
-        self, windows_per_shard: Sequence[int], global_batch_size: int, seed: int, lanes: int = 64
+        self, windows_per_shard: Sequence[int], global_batch_size: int, seed: int, lanes: int
     ) -> None:
         if not 0 <= seed < 2**64:
             raise UserError(f"data.seed is {seed}: it must be at least 0 and below 2**64")

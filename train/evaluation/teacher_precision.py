@@ -1,4 +1,4 @@
-"""Is a teacher in half precision still the teacher? One batch tells, before days of training."""
+"""Is a teacher in half precision still the teacher? Asked of one batch, before days of training."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def require_onnx() -> None:
 
 
 def open_session(path: Path, num_threads: int | None = None) -> Any:
-    """An ONNX Runtime session on the CPU; torch's number of threads unless told otherwise."""
+    """An ONNX Runtime session on the CPU; torch's number of threads unless given."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(ERRORS)

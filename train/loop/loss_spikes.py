@@ -25,7 +25,7 @@ class Spike(NamedTuple):
     median: float
     """Of the steps before; NaN where there is none."""
     deviation: float
-    """Standard deviation of the steps before, as their median absolute deviation tells it."""
+    """Standard deviation of the steps before, estimated by their median absolute deviation."""
 
 
 class SpikeDetector:

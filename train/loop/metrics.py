@@ -127,7 +127,7 @@ class RunEvents:
             self._warned = True
 
 
-# The first word of a key tells TensorBoard's group, where the key does not need to say it again.
+# The first word of a key is TensorBoard's group, where the key does not need to say it again.
 NAMED_GROUPS = ("loss", "share", "heldout", "time", "startup")
 GROUPS = {
     "teacher": "heldout",

@@ -73,7 +73,7 @@ class Clock:
         return seconds
 
     def where(self) -> str:
-        """Changes with every section: tells a watcher that the main thread moves on, and where it is."""
+        """Changes with every section: shows a watcher that the main thread moves on, and where it is."""
         return f"{self.current} (section {self.entered})"
 
     def _enter(self, name: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.config import DataConfig
 from train.data import order as order_module
 from train.data.order import (
     DataOrder,
@@ -23,6 +24,8 @@ from train.data.order import (
 )
 
 WORLD_SIZES = (1, 2, 4, 8)
+
+LANES = DataConfig().lanes
 
 
 @st.composite
@@ -122,7 +125,7 @@ def test_a_boundary_costs_one_more_reading(order: DataOrder, epoch: int, world_s
 
 
 def test_epochs_reshuffle_shards_documents_and_windows() -> None:
-    order = DataOrder([40] * 50, 64, seed=7)
+    order = DataOrder([40] * 50, 64, seed=7, lanes=LANES)
     for draw in (
         lambda epoch: order._shard_order(epoch)[0],
         lambda epoch: order.document_permutation(epoch, 3, 50),
@@ -134,7 +137,10 @@ def test_epochs_reshuffle_shards_documents_and_windows() -> None:
     # The three of one epoch, and those of two seeds, are different permutations as well.
     assert (order.document_permutation(0, 3, 40) != order.window_permutation(0, 3)).mean() > 0.8
     assert (order.window_permutation(0, 3) != order.window_permutation(0, 4)).mean() > 0.8
-    assert (DataOrder([40] * 50, 64, seed=8).window_permutation(0, 3) != order.window_permutation(0, 3)).any()
+    assert (
+        DataOrder([40] * 50, 64, seed=8, lanes=LANES).window_permutation(0, 3)
+        != order.window_permutation(0, 3)
+    ).any()
 
 
 def test_a_permutation_is_uniform_and_never_changes() -> None:
@@ -153,14 +159,14 @@ def test_a_late_step_costs_no_more_than_the_first(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         order_module, "permutation", lambda *arguments: drawn.append(arguments[3]) or permutation(*arguments)
     )
-    order = DataOrder([1000] * 100, 4096, seed=0)
+    order = DataOrder([1000] * 100, 4096, seed=0, lanes=LANES)
     late = 10**12 * order.steps_per_epoch + 3
     order.micro_batches(late, 0, 8, 32)
     assert drawn == [10**12]
 
 
 def test_lanes_are_the_largest_divisor() -> None:
-    assert [num_lanes(batch) for batch in (4096, 48, 100, 97, 1, 130)] == [64, 48, 50, 1, 1, 26]
+    assert [num_lanes(batch, LANES) for batch in (4096, 48, 100, 97, 1, 130)] == [64, 48, 50, 1, 1, 26]
     assert num_lanes(4096, 8) == 8
     assert fitting_world_sizes(4096, 64) == [1, 2, 4, 8, 16, 32, 64]
     assert fitting_world_sizes(4096, 64, micro_batch_size=128) == [1, 2, 4, 8, 16, 32]
@@ -194,20 +200,20 @@ def test_a_world_size_that_does_not_fit_is_told_which_do() -> None:
 
 def test_what_cannot_be_ordered_is_refused() -> None:
     with pytest.raises(ValueError, match=r"hold 7 windows, fewer than one batch of 8: add text, or lower"):
-        DataOrder([3, 4], 8, seed=0)
+        DataOrder([3, 4], 8, seed=0, lanes=LANES)
     with pytest.raises(ValueError, match=r"hold 0 windows"):
-        DataOrder([], 8, seed=0)
+        DataOrder([], 8, seed=0, lanes=LANES)
     with pytest.raises(ValueError, match=r"data\.seed is -1"):
-        DataOrder([8], 8, seed=-1)
+        DataOrder([8], 8, seed=-1, lanes=LANES)
     with pytest.raises(ValueError, match="step is -1"):
-        DataOrder([8], 8, seed=0).position(-1)
+        DataOrder([8], 8, seed=0, lanes=LANES).position(-1)
     with pytest.raises(ValueError, match=r"step is 9223372036854775808: .* end below 2\*\*63"):
-        DataOrder([8], 8, seed=0).runs(2**63, 0)
-    assert DataOrder([8], 8, seed=0).runs(2**63 - 1, 0)
+        DataOrder([8], 8, seed=0, lanes=LANES).runs(2**63, 0)
+    assert DataOrder([8], 8, seed=0, lanes=LANES).runs(2**63 - 1, 0)
     with pytest.raises(ValueError, match=r"data\.sequence_length is 2"):
         windows_per_shard([100], 2)
     with pytest.raises(ValueError, match="must be at least 1"):
-        num_lanes(0)
+        num_lanes(0, LANES)
     assert windows_per_shard([100, 13, 0], 12) == (10, 1, 0)
 
 
@@ -231,7 +237,7 @@ class Interrupted(DataOrder):
 
 
 def test_threads_may_share_an_order() -> None:
-    order = Interrupted([3, 5, 2, 9], 4, seed=0)
+    order = Interrupted([3, 5, 2, 9], 4, seed=0, lanes=LANES)
     order.busy = False
     for step in (0, 5, 1, 10, 404):
-        assert order.runs(step, 1) == DataOrder([3, 5, 2, 9], 4, seed=0).runs(step, 1)
+        assert order.runs(step, 1) == DataOrder([3, 5, 2, 9], 4, seed=0, lanes=LANES).runs(step, 1)

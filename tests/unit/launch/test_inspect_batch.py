@@ -69,7 +69,7 @@ def test_the_digest_is_the_batchs_alone(shards: str, capsys: pytest.CaptureFixtu
 def test_the_digest_is_of_what_training_sees(shards: str, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = Manifest.load(shards)
     loader = BatchLoader(
-        shards, manifest, sequence_length=16, global_batch_size=32, micro_batch_size=8, seed=0
+        shards, manifest, sequence_length=16, global_batch_size=32, micro_batch_size=8, seed=0, lanes=64
     )
     masker = Masker(manifest.tokenizer, 16, 0, histogram=np.ones(manifest.tokenizer.vocab_size))
     masked = [masker(b.input_ids, b.window_ids, b.epoch) for b in loader.batches(7, 8)]

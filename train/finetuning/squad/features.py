@@ -132,9 +132,9 @@ def make_windows(
         )
     contexts = list(dict.fromkeys(question.context for question in questions))
     number = {context: index for index, context in enumerate(contexts)}
-    told = list(dict.fromkeys(question.question.strip() for question in questions))
-    encoded = list(_encoded(tokenizer, [*contexts, *told], watch))
-    asked = dict(zip(told, (ids for ids, _ in encoded[len(contexts) :]), strict=True))
+    distinct = list(dict.fromkeys(question.question.strip() for question in questions))
+    encoded = list(_encoded(tokenizer, [*contexts, *distinct], watch))
+    asked = dict(zip(distinct, (ids for ids, _ in encoded[len(contexts) :]), strict=True))
 
     ids: list[Ints] = []
     rows: list[tuple[int, ...]] = []

@@ -89,13 +89,13 @@ def score_v2(
         UserError: no questions; predictions without a null score where there should be one for each.
     """
     # An answer of which normalising leaves nothing counts as none; the splits go by the answers as they were given.
-    told = {
+    answered = {
         key: [answer for answer in answers if normalise(answer)] or [""] for key, answers in golds.items()
     }
     with_answer = [key for key, answers in golds.items() if answers]
     without = [key for key, answers in golds.items() if not answers]
-    exact = _best(exact_match, told, predictions)
-    f1 = _best(f1_v2, told, predictions)
+    exact = _best(exact_match, answered, predictions)
+    f1 = _best(f1_v2, answered, predictions)
     thresholded = exact, f1
     if null_scores is not None:
         lacking = [key for key in exact if key not in null_scores]
