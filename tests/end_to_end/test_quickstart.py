@@ -106,7 +106,7 @@ def test_losses_are_the_golden_ones(finished: tuple[Path, str]) -> None:
     if os.environ.get("HALFLING_WRITE_GOLDEN"):
         GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())
-    # The same on a Xeon under AVX-512, AVX2 and SSE4.1: with the oldest instructions 1.6e-7 off after the teacher's last step.
+    # On a Xeon under AVX-512, AVX2 and SSE4.1; the latter is 1.6e-7 off at the teacher's last step.
     for name, values in golden.items():
         assert losses[name] == pytest.approx(values, rel=1e-5), name
 
