@@ -216,7 +216,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{side} {commit}: running", flush=True)
             try:
                 found[side] = results_of(
-                    check_out(commit, folder / side / "checkout"), folder / side / "work"
+                    check_out(commit, folder / side / "checkout"), folder / side / "runs"
                 )
             except CommandFailedError as error:
                 print(f"error: at {side} {commit}: {error}", file=sys.stderr)

@@ -92,7 +92,7 @@ def test_equal_commits(repository: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert compare_commits.main([base, "--keep", str(tmp_path / "kept")]) == 0
     # 3 files, 3 batches, and of three runs 25 losses and a tensor.
     assert f"equal to the last bit: {3 + 3 + 3 * 26} results" in capsys.readouterr().out
-    assert (tmp_path / "kept/head/work/resumed/summary.json").exists()
+    assert (tmp_path / "kept/head/runs/resumed/summary.json").exists()
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
