@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -145,3 +146,13 @@ def test_a_tokenizer_that_cannot_be_read_is_said(content, teacher_folder, tmp_pa
     (folder / "tokenizer.json").write_text(content)
     assert folder_fingerprint(str(folder)) is None
     assert "its tokenizer cannot be compared" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(teacher_folder, tmp_path, value):
+    model = load_masked_lm(teacher_folder)
+    name, weight = next(iter(model.named_parameters()))
+    weight.data[0, 0] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{re.escape(name)} holds NaN or infinity"):
+        load_masked_lm(str(tmp_path))
