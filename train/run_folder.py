@@ -23,13 +23,14 @@ from typing import Any
 
 import yaml
 
-from data_prep.shard_format.files import try_lock, write_json, write_text
+from data_prep.shard_format.files import read_json, try_lock, write_json, write_text
 from train.config import Config
 from train.errors import UserError, one_line
 from train.versions import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 STOPPING = ", stopping"
+RESTORE = "restore it, or give another run.dir"
 WATCHING = ("checkpoint.", "run.", "deepspeed.log_level", "data.verify", "data.cache_dir")
 """Keys that say how a run is watched or continued, not what it computes or how it is scored."""
 FREE_TO_CHANGE = (*WATCHING, "evaluation.")
@@ -108,7 +109,7 @@ def changed_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> list[str]:
     path = run_dir / "inputs.json"
     if not path.exists():
         return []
-    before = _read_tree(path, json.loads)
+    before = read_json(path, RESTORE)
     return [f"other contents of {name}" for name, value in inputs.items() if before.get(name) != value]
 
 
@@ -128,7 +129,9 @@ def found_before(run_dir: Path, config: Config) -> Config:
     path = run_dir / "config.yaml"
     if config.training.micro_batch_size != "auto" or not path.exists():
         return config
-    found = _read_tree(path, yaml.safe_load).get("training", {}).get("micro_batch_size", "auto")
+    found = _read_yaml(path).get("training", {}).get("micro_batch_size", "auto")
+    if found != "auto" and not (type(found) is int and found > 0):
+        raise UserError(f"{path} is damaged (training.micro_batch_size: {found!r}); {RESTORE}")
     return dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=found))
 
 
@@ -138,7 +141,7 @@ def changed_config(run_dir: Path, config: Config) -> list[str]:
     path = run_dir / "config.yaml"
     if not path.exists():
         return []
-    return differing_keys(_read_tree(path, yaml.safe_load), as_tree(config), FREE_TO_CHANGE)
+    return differing_keys(_read_yaml(path), as_tree(config), FREE_TO_CHANGE)
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:
@@ -168,19 +171,18 @@ def refuse_changes(config: Config, changes: Sequence[str]) -> None:
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """The final figures, or None where the run has not finished."""
     with contextlib.suppress(FileNotFoundError):
-        return _read_tree(run_dir / "summary.json", json.loads)
+        return read_json(run_dir / "summary.json", RESTORE)
     return None
 
 
-def _read_tree(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """What a run has left in a file; UserError naming it where it is damaged."""
-    remedy = "restore it, or give another run.dir"
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a configuration that a run has left; UserError naming it where it is damaged."""
     try:
-        tree = parse(path.read_text())
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error, 200)}); {remedy}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} is damaged (it holds no keys); {remedy}")
+        tree = yaml.safe_load(path.read_text())
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error, 200)}); {RESTORE}") from None
+    if not (isinstance(tree, dict) and all(isinstance(section, dict) for section in tree.values())):
+        raise UserError(f"{path} is damaged (it does not hold sections of keys); {RESTORE}")
     return tree
 
 

@@ -51,6 +51,37 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def parse_json(text: str | bytes, where: str, remedy: str) -> Any:
+    """The value of a JSON text that something else may have damaged.
+
+    Args:
+        where: what the text is, for the message: a file, and a line where it holds several texts.
+        remedy: what the user can do, for its end.
+    Raises:
+        UserError: it is no JSON, no UTF-8, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:  # UnicodeDecodeError and numbers of thousands of digits too
+        reason = " ".join(str(error).split())[:200]
+    raise UserError(f"{where} is damaged ({reason}); {remedy}")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The keys of a JSON file, refused in one message where it is damaged; see `parse_json`.
+
+    Raises:
+        UserError: also where it holds a list or a single value.
+        OSError: it cannot be opened.
+    """
+    tree = parse_json(path.read_bytes(), str(path), remedy)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is damaged (it holds no keys); {remedy}")
+    return tree
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes its place at `path` when the block ends without an error.

@@ -63,14 +63,20 @@ class Panel:
 def read_curve(run_dir: Path) -> Curve:
     """Losses that are numbers; a row whose loss overflowed has no point."""
     rows = read_rows(run_dir)
-    tokens_at = {row["step"]: row["tokens"] for row in rows if "tokens" in row} | {0: 0}
+    tokens_at = {row["step"]: row["tokens"] for row in rows if _finite(row.get("tokens"))} | {0: 0}
     heldout = [
         (float(tokens_at[row["step"]]), row["heldout_mlm_loss"])
         for row in rows
         if _finite(row.get("heldout_mlm_loss")) and row["step"] in tokens_at
     ]
-    training = [(float(row["tokens"]), row["loss_mlm"]) for row in rows if _finite(row.get("loss_mlm"))]
-    teacher = [row["teacher_heldout_mlm_loss"] for row in rows if "teacher_heldout_mlm_loss" in row]
+    training = [
+        (float(tokens_at[row["step"]]), row["loss_mlm"])
+        for row in rows
+        if _finite(row.get("loss_mlm")) and row["step"] in tokens_at
+    ]
+    teacher = [
+        row["teacher_heldout_mlm_loss"] for row in rows if _finite(row.get("teacher_heldout_mlm_loss"))
+    ]
     return Curve(run_dir.name, heldout, training, teacher[0] if teacher else None)
 
 

@@ -14,12 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.shard_format.files import write_text
+from data_prep.shard_format.files import read_json, write_text
 from tests.paths import ROOT
 from train.config import CheckpointConfig, Config, OptimizerConfig, RunConfig
 from train.distributed.signals import StopRequest
+from train.errors import UserError
 from train.loop.metrics import RunEvents
-from train.run_folder import changed_config, changed_inputs, hold, refuse_changes, write_configs
+from train.run_folder import (
+    changed_config,
+    changed_inputs,
+    found_before,
+    hold,
+    read_summary,
+    refuse_changes,
+    write_configs,
+)
 
 
 def test_changed_config_is_shown_and_refused(tmp_path: Path) -> None:
@@ -63,6 +72,43 @@ def test_resolved_config_parses_back(tmp_path: Path) -> None:
     config = dataclasses.replace(Config(), optimizer=OptimizerConfig(clamp=(0.5, 2.0)))
     write_configs(tmp_path, config, {}, {})
     assert parse_config(["--config", str(tmp_path / "config.yaml")], "") == config
+
+
+DAMAGED_JSON = [
+    "",
+    "{",
+    "[1]",
+    "null",
+    "7",
+    '{"a": NaNN}',
+    "[" * 100_000,
+    '{"a": ' * 100_000,
+    "9" * 5000,
+    "\0",
+]
+
+
+@pytest.mark.parametrize("text", [*DAMAGED_JSON, b"\xff\xfe{", b'{"a": "\x80"}'], ids=range(12))
+def test_damaged_json_is_one_message(text: str | bytes, tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(UserError, match=r"summary.json is damaged \(.*\); make it again") as raised:
+        read_json(path, "make it again")
+    assert len(str(raised.value)) < 500 + len(str(path))
+    with pytest.raises(UserError, match=r"summary.json is damaged \(.*\); restore it, or give"):
+        read_summary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["training: null", "training: 3", "- a", "training: {micro_batch_size: word}", "[" * 5000, "a: [1"],
+)
+def test_a_damaged_recipe_is_one_message(text: str, tmp_path: Path) -> None:
+    """With sections that are none, and nested too deeply."""
+    (tmp_path / "config.yaml").write_text(text)
+    training = dataclasses.replace(Config().training, micro_batch_size="auto")
+    with pytest.raises(UserError, match=r"config.yaml is damaged \(.*\); restore it, or give another"):
+        found_before(tmp_path, dataclasses.replace(Config(), training=training))
 
 
 def test_a_folder_is_held_by_one_job(tmp_path: Path) -> None:

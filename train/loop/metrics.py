@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from data_prep.shard_format.files import write_text
+from data_prep.shard_format.files import parse_json, write_text
+from train.errors import UserError
 
 PLAIN_LINE_EVERY_S = 15.0
 # What this module writes; other .jsonl files in the folder are the user's.
@@ -168,17 +169,26 @@ def _json_line(values: Mapping[str, Any]) -> str:
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, oldest first; a line that a kill cut short is left out."""
-    return _read(run_dir / "metrics.jsonl")
+    """The rows of metrics.jsonl, oldest first: a step, and numbers or None by name.
+
+    A line that is no such row is left out: a kill may cut one short, a power cut fill one with zeros. Empty where the
+    file is gone.
+    """
+    rows = _read(run_dir / "metrics.jsonl")
+    return [row for row in rows if all(_is_figure(value) for value in row.values())]
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(UserError):
+            row = parse_json(line, str(path), "")
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
     return rows
 
 

@@ -30,6 +30,16 @@ def test_rows_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"]) for row in read_rows(tmp_path)] == [(2, 2.0), (4, 4.0), (6, 60.0)]
 
 
+def test_a_line_that_is_no_row_is_left_out(tmp_path: Path) -> None:
+    assert read_rows(tmp_path) == []  # no file
+    damaged = ["7", "null", "[]", "{}", '{"step": "2"}', '{"step": 2, "loss": "3"}', "[" * 100_000, "\0" * 20]
+    lines = ['{"step": 1, "loss": 5.0}', *damaged, '{"step": 4, "loss": null}']
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"step": 5, "\xff": 1}\n')
+    assert read_rows(tmp_path) == [{"step": 1, "loss": 5.0}, {"step": 4, "loss": None}]
+    RunEvents(tmp_path, "run", 4, 10).close()
+    assert read_rows(tmp_path) == [{"step": 1, "loss": 5.0}, {"step": 4, "loss": None}]
+
+
 def test_a_start_at_step_0_writes_its_row_anew(tmp_path: Path) -> None:
     for loss in (5.0, 6.0):  # killed before the first checkpoint, then started again
         events = RunEvents(tmp_path, "run", 0, 10)
