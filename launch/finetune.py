@@ -1,6 +1,6 @@
 """Fine-tune an encoder on GLUE, IMDb or SQuAD and score it: what a student is worth, in the papers' own tables.
 
-    python launch/finetune.py --model runs/quickstart/student/student --task sst2 rte --data glue --out scores --seeds 3
+    python launch/finetune.py --model runs/quickstart/student/model --task sst2 rte --data glue --out scores --seeds 3
 
 The model is any folder with an encoder and its tokenizer (teacher or student, BERT, DistilBERT, RoBERTa, ...) or a name
 on the hub. The data are local files in their usual layouts, or come from the hub (no --data). Each seed is another new

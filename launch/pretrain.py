@@ -6,8 +6,8 @@
 
 Settings are filled in this order: the published recipe (the defaults shown below), --config files,
 --section.key=value. Run again after a kill, and the run goes on from its newest complete checkpoint. The run
-folder (run.dir) receives metrics.jsonl, tensorboard/, checkpoints/, the Hugging Face folder student/ and
-summary.json.
+folder (run.dir) receives metrics.jsonl, tensorboard/, checkpoints/, the Hugging Face folder model/ (and a
+link student to it, where there was a teacher) and summary.json.
 
 Exit codes: 0 done; 2 bad usage, configuration or input; 75 stopped by a signal after saving, run again to
 continue; 1 anything else.

@@ -34,7 +34,7 @@ from data_prep.sources.records import Reading, ReadOptions, SourceFile
 from launch.cli import run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words, run_stage
 from train.errors import BAD_USAGE, UserError
-from train.run_folder import hold
+from train.run_folder import final_model, hold
 
 VOCABULARY = 8000
 SEQUENCE_LENGTH = 64
@@ -98,10 +98,13 @@ def stages(out: Path, scale: float, source: str) -> list[Stage]:
     def pretrain(name: str) -> Callable[[], None]:
         steps = max(20, round(STEPS[name] * scale))
         words = [f"--run.dir={out / name}", f"--data.shards={shards}", f"--training.max_steps={steps}"]
-        if name != "teacher":
-            words.append(f"--model.teacher={out / 'teacher' / 'student'}")
         recipe = ROOT / "launch" / "recipes" / f"quickstart-{name}.yaml"
-        return lambda: _deepspeed("launch/pretrain.py", "--config", recipe, *words)
+
+        def train() -> None:
+            teacher = [] if name == "teacher" else [f"--model.teacher={final_model(out / 'teacher')}"]
+            _deepspeed("launch/pretrain.py", "--config", recipe, *words, *teacher)
+
+        return train
 
     def command(*words: object) -> Callable[[], None]:
         return lambda: _run(python, *words)

@@ -43,7 +43,7 @@ TEACHER = [
     *("--objective.kd_weight=0", "--objective.cosine_weight=0", "--training.max_steps=4"),
 ]
 STUDENT = [
-    *("--model.teacher=teacher/student", "--model.layer_map=every_other", f"--training.max_steps={STEPS}"),
+    *("--model.layer_map=every_other", f"--training.max_steps={STEPS}"),
     *(f"--checkpoint.every_steps={MIDDLE}", "--checkpoint.keep_last=3", "--evaluation.every_steps=8"),
     "--run.log_every_steps=1",
 ]
@@ -95,9 +95,10 @@ def results_of(checkout: Path, work: Path) -> Results:
         )
         results[f"batch of step {step}"] = output.split("digest: ")[1].split()[0]
     command(checkout, work, "launch/pretrain.py", *TRAINING, *TEACHER, "--run.dir=teacher")
-    command(checkout, work, "launch/pretrain.py", *TRAINING, *STUDENT, "--run.dir=undisturbed", ranks=2)
+    student = [*TRAINING, *STUDENT, f"--model.teacher={final_model(Path('teacher'), work)}"]
+    command(checkout, work, "launch/pretrain.py", *student, "--run.dir=undisturbed", ranks=2)
     cut_off_after_middle(work / "undisturbed", work / "resumed")
-    command(checkout, work, "launch/pretrain.py", *TRAINING, *STUDENT, "--run.dir=resumed", ranks=2)
+    command(checkout, work, "launch/pretrain.py", *student, "--run.dir=resumed", ranks=2)
     for run in ("teacher", "undisturbed", "resumed"):
         results.update({f"{run}: {name}": value for name, value in results_of_run(work / run).items()})
     return results
@@ -154,9 +155,14 @@ def results_of_run(run: Path) -> Results:
                 results[f"step {row['step']} {name}"] = float(value).hex()
     from safetensors.numpy import load_file
 
-    for name, tensor in load_file(run / "student" / "model.safetensors").items():
+    for name, tensor in load_file(final_model(run) / "model.safetensors").items():
         results[f"weights {name}"] = digest(tensor.tobytes())
     return results
+
+
+def final_model(run: Path, work: Path = Path()) -> Path:
+    """Where a run in the folder `work` has left its model: commits before November 2026 called every one a student."""
+    return run / ("model" if (work / run / "model").is_dir() else "student")
 
 
 def digest(content: bytes) -> str:

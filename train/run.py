@@ -35,12 +35,16 @@ from train.loop.profiling import profiling
 from train.loop.startup_timing import StartupReport, StartupTimer
 from train.loop.timing import Clock
 from train.loop.trainer import Observer
-from train.models.build import count_parameters
+from train.models.build import count_parameters, teacher_names
 from train.run_folder import (
+    MODEL,
+    STUDENT,
+    SUMMARY,
     changed_config,
     changed_inputs,
     found_before,
     hold,
+    link_student,
     provenance,
     read_summary,
     refuse_changes,
@@ -112,6 +116,7 @@ def _open_run(parts: Parts, inputs: Inputs, state: TrainState) -> Events:
     """Write what describes the run, and open where its rows go."""
     run_dir = Path(parts.config.run.dir)
     write_configs(run_dir, parts.config, parts.engine_config, inputs.as_record())
+    (run_dir / SUMMARY).unlink(missing_ok=True)  # of a run that had ended, and now goes on with more steps
     save_student_description(run_dir, parts.student, parts.tokenizer_source)
     return RunEvents(run_dir, run_dir.name, state.step, parts.trainer.total_steps)
 
@@ -154,12 +159,14 @@ def _train(
 
 
 def finish(parts: Parts, run_dir: Path) -> None:
-    """Leave RUN/student/ and RUN/summary.json; rank 0 alone calls this."""
+    """Leave RUN/model/, after a distillation RUN/student, and RUN/summary.json; rank 0 alone calls this."""
     summary = summarise(parts, run_dir)
     checkpoint = newest_checkpoint(run_dir / "checkpoints", print)
     assert checkpoint is not None
-    export_checkpoint(checkpoint, run_dir / "student", summary)
-    write_json(run_dir / "summary.json", summary)
+    export_checkpoint(checkpoint, run_dir / MODEL, summary)
+    if teacher_names(parts.config) or (run_dir / STUDENT).exists():
+        link_student(run_dir)
+    write_json(run_dir / SUMMARY, summary)
 
 
 def summarise(parts: Parts, run_dir: Path) -> dict[str, Any]:

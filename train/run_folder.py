@@ -4,7 +4,7 @@ RUN/config.yaml  RUN/ds_config.json   resolved configs, with the versions and th
 RUN/inputs.json                       digest of the shards' manifest, DeepSpeed's JSON as it was given
 RUN/metrics.jsonl  RUN/tensorboard/   train/loop/metrics.py
 RUN/checkpoints/step-NNNNNNNN/        train/checkpointing/checkpoint.py
-RUN/student/                          train/export/hugging_face.py
+RUN/model/                            train/export/hugging_face.py; RUN/student is a link to it after a distillation
 RUN/summary.json                      final figures
 """
 
@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from train.errors import UserError, one_line
 from train.versions import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
+MODEL, STUDENT, SUMMARY = "model", "student", "summary.json"
 STOPPING = ", stopping"
 RESTORE = "restore it, or give another run.dir"
 WATCHING = ("checkpoint.", "run.", "deepspeed.log_level", "data.verify", "data.cache_dir")
@@ -171,8 +173,32 @@ def refuse_changes(config: Config, changes: Sequence[str]) -> None:
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """The final figures, or None where the run has not finished."""
     with contextlib.suppress(FileNotFoundError):
-        return read_json(run_dir / "summary.json", RESTORE)
+        return read_json(run_dir / SUMMARY, RESTORE)
     return None
+
+
+def final_model(run_dir: Path) -> Path:
+    """Where a run's final Hugging Face folder is, or will be: RUN/model, or RUN/student in runs made before November
+    2026, which had no other."""
+    before = run_dir / STUDENT
+    return before if before.is_dir() and not (run_dir / MODEL).is_dir() else run_dir / MODEL
+
+
+def link_student(run_dir: Path) -> None:
+    """Let RUN/student be a relative link to RUN/model, in place of what is there: a folder of an older version holds
+    the weights of an earlier end.
+
+    Called once RUN/model is whole: a kill in between leaves no link, and the next start makes it.
+    """
+    link, partial = run_dir / STUDENT, run_dir / f".{STUDENT}.partial"
+    try:
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(MODEL, target_is_directory=True)
+        if not link.is_symlink():
+            shutil.rmtree(link, ignore_errors=True)
+        partial.replace(link)
+    except OSError as error:  # of a file system without links; the run itself is whole
+        print(f"{link} cannot be a link to {MODEL}/: {error.strerror}; use {run_dir / MODEL}", flush=True)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from launch.tables import text_table
 from train.config import Config
 from train.distributed.signals import STOPPED_AFTER_SAVING
 from train.errors import BAD_USAGE
-from train.run_folder import provenance
+from train.run_folder import final_model, provenance
 
 
 class StoppedError(Exception):
@@ -140,7 +140,7 @@ def finetune_all(job: Job) -> None:
         print(f"[scores {number}/{len(todo)}] {variant.name}: {', '.join(job.tasks)}{left}", flush=True)
         run_dir = job.out / variant.name
         command = [sys.executable, str(ROOT / "launch" / "finetune.py"), *job.finetuning]
-        code = _run(job, [*command, "--model", str(run_dir / "student"), "--out", str(run_dir / "scores")])
+        code = _run(job, [*command, "--model", str(final_model(run_dir)), "--out", str(run_dir / "scores")])
         if code:
             job.fail(variant, f"fine-tuning: {reason_of(code)}")
 

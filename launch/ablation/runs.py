@@ -20,7 +20,7 @@ from train.distributed.consistency import manifest_digest
 from train.errors import UserError
 from train.finetuning.results import read_scores
 from train.models.build import teacher_config, teacher_names
-from train.run_folder import as_tree, changed_inputs, differing_keys, found_before, read_summary
+from train.run_folder import as_tree, changed_inputs, differing_keys, final_model, found_before, read_summary
 
 AS_FULL = "heldout_as_full.json"
 
@@ -33,7 +33,7 @@ def teacher_layers(config: Config) -> int:
 
 def is_finished(run_dir: Path) -> bool:
     """Whether the run has reached its end and left its student."""
-    return read_summary(run_dir) is not None and (run_dir / "student" / "config.json").exists()
+    return read_summary(run_dir) is not None and (final_model(run_dir) / "config.json").exists()
 
 
 def refuse_other_runs(out: Path, variants: Sequence[Variant], config_of: Callable[[Variant], Config]) -> None:
@@ -90,7 +90,7 @@ def results_of(out: Path, variants: Sequence[Variant], full: Config, tasks: Sequ
         score = scorer(found_before(out / FULL, full))
         for name, path in paths.items():
             if not path.exists():
-                write_json(path, score(out / name / "student"))
+                write_json(path, score(final_model(out / name)))
     heldout |= {name: json.loads(path.read_text()) for name, path in paths.items()}
     return [_result(out / variant.name, variant, heldout[variant.name], tasks) for variant in variants]
 

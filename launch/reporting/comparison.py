@@ -18,6 +18,7 @@ from train.build import heldout_scoring
 from train.config import Config
 from train.errors import UserError
 from train.models.build import build_student, count_parameters, teacher_names
+from train.run_folder import final_model
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,12 @@ def compare(run_dirs: Sequence[Path], configs: Sequence[Config]) -> list[Compare
     manifest, evaluation, teacher = heldout_scoring(config, "cpu")
     models: dict[str, PreTrainedModel] = {"teacher": teacher.models[0]}
     for run_dir, run_config in zip(run_dirs, configs, strict=True):
-        if not (run_dir / "student").is_dir():
-            raise UserError(f"{run_dir} is not finished: it holds no student/ yet")
+        folder = final_model(run_dir)
+        if not folder.is_dir():
+            raise UserError(f"{run_dir} is not finished: it holds no {folder.name}/ yet")
         if teacher_names(run_config) and run_config.model.layer_map != "random":
             models[f"{run_dir.name} before training"] = build_student(run_config, manifest).eval()
-        models[run_dir.name] = AutoModelForMaskedLM.from_pretrained(run_dir / "student").eval()
+        models[run_dir.name] = AutoModelForMaskedLM.from_pretrained(folder).eval()
     speeds = sentences_per_second(list(models.values()), config.data.sequence_length)
     compared = []
     for (name, model), speed in zip(models.items(), speeds, strict=True):

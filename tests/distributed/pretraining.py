@@ -112,8 +112,8 @@ def ranks_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def weights(run_dir: Path) -> bytes:
-    """The exported student's file."""
-    return (run_dir / "student" / "model.safetensors").read_bytes()
+    """The final model's file."""
+    return (run_dir / "model" / "model.safetensors").read_bytes()
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -61,6 +61,6 @@ def test_two_ranks_equal_one_process_doing_the_whole_batch(settings: list[str], 
     assert [row["tokens"] for row in two] == [step * 4096 * 8 for step in range(1, STEPS + 1)]
     for key in ("loss", "loss_kd", "loss_mlm", "loss_cos", "grad_norm", "trust_ratio_median"):
         assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=1e-5), key
-    whole, shared = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("one", "two"))
+    whole, shared = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
     for name, expected in whole.items():
         torch.testing.assert_close(shared[name], expected, rtol=0, atol=1e-6, msg=name)

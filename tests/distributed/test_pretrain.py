@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -30,7 +31,16 @@ from train.loop.metrics import read_rows
 
 def test_run_folder(undisturbed: Path) -> None:
     left = {path.name for path in undisturbed.iterdir()}
-    assert {"config.yaml", "ds_config.json", "metrics.jsonl", "tensorboard", "checkpoints", "student"} <= left
+    assert {
+        "config.yaml",
+        "ds_config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "model",
+        "student",
+    } <= left
+    assert os.readlink(undisturbed / "student") == "model"
     rows = read_rows(undisturbed)
     logged = [row for row in rows if "loss" in row]
     assert [row["step"] for row in logged] == list(range(4, STEPS + 1, 4))
@@ -102,7 +112,7 @@ def test_kill_of_a_rank_then_same_command_ends_bit_for_bit(
     victim.send_signal(signal.SIGKILL)
     code, output = finish(job)
     assert code != 0, output
-    assert not (run_dir / "student").exists()
+    assert not (run_dir / "model").exists()
     code, output = finish(start(settings, run_dir, 2))
     assert code == 0, output
     assert f"continuing from {run_dir}/checkpoints/step-" in output

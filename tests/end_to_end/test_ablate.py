@@ -60,7 +60,7 @@ def test_goes_on_where_it_was_killed(finished: tuple[Path, str]) -> None:
     out, output = finished
     assert "[1/2] full: the recipe as it is (nothing changed) - done before" in output
     assert "[2/2] no-kd: without the soft targets (objective.kd_weight=0.0)" in output
-    assert (out / "no-kd" / "student" / "model.safetensors").exists()
+    assert (out / "no-kd" / "model" / "model.safetensors").exists()
 
 
 def test_one_thing_is_different(finished: tuple[Path, str]) -> None:

@@ -23,8 +23,10 @@ from train.loop.metrics import RunEvents
 from train.run_folder import (
     changed_config,
     changed_inputs,
+    final_model,
     found_before,
     hold,
+    link_student,
     read_summary,
     refuse_changes,
     write_configs,
@@ -160,3 +162,35 @@ def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("fcntl.flock", no_locks)
     with pytest.raises(ValueError, match=r"\.lock cannot be locked \(Function not implemented\).*-o flock"):
         hold(tmp_path).__enter__()
+
+
+def test_the_final_model_is_model_and_student_a_link_to_it(tmp_path: Path) -> None:
+    assert final_model(tmp_path) == tmp_path / "model"  # a run that has not ended
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text("old")
+    assert final_model(tmp_path) == tmp_path / "student"  # of an older version
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("new")
+    assert final_model(tmp_path) == tmp_path / "model"  # gone on with, killed before the link
+    (tmp_path / ".student.partial").symlink_to("model")  # killed in between
+    for _ in range(2):
+        link_student(tmp_path)
+        assert os.readlink(tmp_path / "student") == "model"
+        assert (tmp_path / "student" / "config.json").read_text() == "new"
+    assert not (tmp_path / ".student.partial").is_symlink()
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert (moved / "student" / "config.json").read_text() == "new"
+
+
+def test_a_file_system_without_links_costs_the_link_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    link_student(tmp_path)
+    assert (
+        f"cannot be a link to model/: Operation not permitted; use {tmp_path}/model"
+        in capsys.readouterr().out
+    )

@@ -142,6 +142,13 @@ def _absolute(name: str) -> str:
     return os.path.abspath(name) if os.path.exists(name) else name
 
 
+def _resolved(option: Any) -> Any:
+    """Paths without links: RUN/student is RUN/model."""
+    if isinstance(option, list):
+        return [_resolved(entry) for entry in option]
+    return os.path.realpath(option) if isinstance(option, str) and os.path.isabs(option) else option
+
+
 def _refuse_changes(folder: Path, options: Mapping[str, Any]) -> None:
     """UserError where the folder was begun with other options; contents that are not known yet are not compared."""
     path = folder / OPTIONS
@@ -158,7 +165,7 @@ def _refuse_changes(folder: Path, options: Mapping[str, Any]) -> None:
         if key.startswith("contents.")
         else f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in compared
-        if before.get(key) != now.get(key)
+        if _resolved(before.get(key)) != _resolved(now.get(key))
     ]
     if changes:
         raise UserError(

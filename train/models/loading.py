@@ -230,7 +230,7 @@ def check_encoder(name: str) -> Any:
     """
     folder = Path(name)
     if folder.is_dir():
-        remedy = "give the Hugging Face folder of a model, such as RUN/student"
+        remedy = "give the Hugging Face folder of a model, such as RUN/model"
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} has no config.json; {remedy}")
         if not any((folder / file).is_file() for file in TOKENIZER_FILES):

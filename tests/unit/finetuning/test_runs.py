@@ -119,6 +119,8 @@ def test_finished_seeds_are_not_trained_again(taught: Path, model: str, data: Pa
     job, said = job_for(tmp_path / "out", model, "sst2", data, *QUICK)
     assert run_task(job, range(2))["task"] == "sst2"
     assert said == ["sst2: seeds 0 to 1 finished before"]
+    (tmp_path / "link").symlink_to(model)  # as RUN/student is to RUN/model
+    assert run_task(job_for(tmp_path / "out", str(tmp_path / "link"), "sst2", data, *QUICK)[0], range(2))
     (tmp_path / "out/sst2/scores.json").unlink()  # killed just before it was written
     scores = run_task(job, range(3))
     assert list(scores["seeds"]) == ["0", "1", "2"]

@@ -263,8 +263,8 @@ class Stages:
         run_dir = Path(next(word for word in command if word.startswith("--run.dir=")).partition("=")[2])
         code = self.codes.get(run_dir.name, 0)
         if code == 0:
-            (run_dir / "student").mkdir(parents=True)
-            (run_dir / "student" / "config.json").write_text("{}")
+            (run_dir / "model").mkdir(parents=True)
+            (run_dir / "model" / "config.json").write_text("{}")
             summary = {"steps": 300, "tokens": 1228800, "tokens_per_s": 9.0, "heldout": HELDOUT}
             summary["heldout_before"] = {**HELDOUT, "teacher_heldout_mlm_loss": 4.7}
             summary["parameters"] = {"student": 1461952, "teacher": 1858752}
@@ -327,7 +327,7 @@ def test_tasks_are_scored_with_finetune(
     assert Path(command[1]) == ROOT / "launch" / "finetune.py"
     run_dir = tmp_path / "out" / "no-kd"
     flags = ["--task", "SST-2", "--seeds", "3", "--data", str(tmp_path), "--max-train-examples=50"]
-    assert command[2:] == [*flags, "--model", str(run_dir / "student"), "--out", str(run_dir / "scores")]
+    assert command[2:] == [*flags, "--model", str(run_dir / "model"), "--out", str(run_dir / "scores")]
     assert not any("max-train-examples" in word for word in called.commands[0])
     saved = json.loads((tmp_path / "out" / "ablation.json").read_text())["variants"]
     assert [row["scores"] for row in saved] == [{"sst2": 61.0}, {"sst2": 61.0}]
