@@ -16,6 +16,7 @@ from train.checkpointing.checkpoint import COMPLETE, newest_checkpoint, read_fac
 from train.distributed.world import import_deepspeed
 from train.errors import RunError, UserError
 from train.models.build import count_parameters
+from train.models.encoder_config import write_length_limit
 from train.models.loading import load_masked_lm
 
 # Inside each checkpoint: the student's config.json and its tokenizer.
@@ -28,6 +29,7 @@ def save_student_description(run_dir: Path, student: PreTrainedModel, tokenizer_
     folder = description_folder(run_dir)
     student.config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(folder)
+    write_length_limit(folder, student.config)
 
 
 def description_folder(run_dir: Path) -> Path:
@@ -91,6 +93,7 @@ def export_checkpoint(checkpoint: Path, out: Path, summary: Mapping[str, Any] | 
     with new_folder(out) as folder:
         student.save_pretrained(folder, safe_serialization=True)
         AutoTokenizer.from_pretrained(checkpoint / DESCRIPTION).save_pretrained(folder)
+        write_length_limit(folder, student.config)
         (folder / "README.md").write_text(model_card(student, checkpoint, summary))
         difference = _largest_difference(student, load_masked_lm(str(folder)).eval())
         if difference != 0:

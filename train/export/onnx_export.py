@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from train.errors import UserError, one_line
 from train.export.onnx_check import Check, check_fp32, compare, open_session, require_onnx
+from train.models.encoder_config import write_length_limit
 from train.models.heads import (
     BATCH,
     SEQUENCE,
@@ -138,6 +139,7 @@ def export_onnx(
     for name in ("config.json", *TOKENIZER_FILES):
         if (folder / name).exists() and not (out / name).exists():
             shutil.copyfile(folder / name, out / name)
+    write_length_limit(out, model.config)
     trace(model, out / FP32_NAME)
     files = [_described(model, out / FP32_NAME, check_fp32(model, out / FP32_NAME))]
     if int8:

@@ -15,6 +15,7 @@ from train.errors import NonFiniteError
 from train.finetuning.settings import Job
 from train.finetuning.training import TrainingSet, fit
 from train.models.build import count_parameters
+from train.models.encoder_config import write_length_limit
 from train.models.loading import load_with_new_head
 
 
@@ -63,6 +64,7 @@ class TaskRunner(ABC):
             )
         model.save_pretrained(out)
         self.tokenizer.save_pretrained(out)
+        write_length_limit(out, model.config)
         return {
             **self.score(outputs, out),
             "seconds": time.monotonic() - started,

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from data_prep.shard_format.files import read_json, write_json
 from train.errors import UserError, one_line
 from train.models.families import max_positions
 
@@ -48,6 +49,15 @@ def longest_input(config: Any, tokenizer: Any) -> int:
     longest = int(tokenizer.model_max_length)
     positions = max_positions(config)
     return longest if positions is None else min(longest, positions)
+
+
+def write_length_limit(folder: Path, config: Any) -> None:
+    """Let the tokenizer in a model's folder cut texts (`truncation=True`) at what the model takes: its own limit may be
+    that of another model. Called wherever a model leaves this project with a tokenizer."""
+    positions, path = max_positions(config), folder / "tokenizer_config.json"
+    if positions is not None:
+        settings = read_json(path, "restore it") if path.exists() else {}
+        write_json(path, {**settings, "model_max_length": positions})
 
 
 def takes_token_types(model: PreTrainedModel) -> bool:

@@ -135,6 +135,9 @@ def test_int8_is_smaller_and_near(kind: str, exported: dict[str, Path]) -> None:
 def test_folder_is_what_a_runtime_expects(exported: dict[str, Path]) -> None:
     out = exported["classifier"] / "out"
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} < {path.name for path in out.iterdir()}
+    assert (
+        AutoTokenizer.from_pretrained(out).model_max_length == 64
+    )  # of the model; the tokenizer came with 512
     assert not list(exported["classifier"].glob(".*"))
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 

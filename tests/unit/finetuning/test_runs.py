@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.tiny_tasks import job_for, save_encoder, sentences, write_pairs, write_sst2
 from train.errors import NonFiniteError, UserError
@@ -107,6 +107,8 @@ def test_seeds_leave_models_and_scores(taught: Path, model: str, data: Path) -> 
         "seed-1",
     }
     loaded = AutoModelForSequenceClassification.from_pretrained(taught / "sst2" / "seed-0")
+    tokenizer = AutoTokenizer.from_pretrained(taught / "sst2" / "seed-0")
+    assert tokenizer.model_max_length == loaded.config.max_position_embeddings < 512
     assert loaded.config.id2label == {0: "negative", 1: "positive"}
     assert sum(weight.numel() for weight in loaded.parameters()) == scores["parameters"]
     assert scores["seeds"]["0"]["examples_per_s"] > 0
