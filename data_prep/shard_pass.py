@@ -18,7 +18,7 @@ from data_prep.bucket_files import Bucket, open_bucket
 from data_prep.job import Job, describe_sources
 from data_prep.placement import Documents, Plan, ShardPlan, order_and_deduplicate, plan_shards
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.files import new_file, write_text
+from data_prep.shard_format.files import new_file, new_folder, write_array, write_text
 from data_prep.shard_format.manifest import (
     SPLITS,
     TOKENIZER_FOLDER,
@@ -120,7 +120,7 @@ class ShardPass:
                 counts = np.zeros(self._job.tokenizer.vocab_size, dtype=np.int64)
                 for block in blocks_of(documents):  # one by one, each would cost a pass over the vocabulary
                     count_tokens(counts, np.concatenate(block) if len(block) > 1 else block[0])
-                np.save(self._job.records / f"{shard.name}.npy", counts.astype(np.uint32))
+                write_array(self._job.records / f"{shard.name}.npy", counts.astype(np.uint32))
             # Before the shard takes its place: a shard without a record would be made again.
             write_text(self._job.records / f"{shard.name}.json", json.dumps(asdict(info)))
         return info
@@ -187,18 +187,20 @@ def finish(job: Job, plan: Plan, save_tokenizer: Any) -> Manifest:
         splits[shard.split].append(info)
         if shard.split == "train":
             histogram += np.load(job.records / f"{shard.name}.npy")
-    np.save(out / HISTOGRAM_NAME, histogram)
-    save_tokenizer(out / TOKENIZER_FOLDER)
+    write_array(out / HISTOGRAM_NAME, histogram)
+    with new_folder(out / TOKENIZER_FOLDER) as folder:
+        save_tokenizer(folder)
     heads = bucket_heads(job)
     read = [0] * len(job.sources)
     for head in heads:
         read[head["source"]] += head["read"]
-    num_bad = write_skipped(str(out / SKIPPED_NAME), heads)
+    num_bad = write_skipped(out / SKIPPED_NAME, heads)
     described = describe_sources(job.sources)
     manifest = Manifest(
         tokenizer=job.tokenizer,
         splits={split: tuple(infos) for split, infos in splits.items()},
         token_histogram=HISTOGRAM_NAME,
+        token_histogram_sha256=hashlib.sha256((out / HISTOGRAM_NAME).read_bytes()).hexdigest(),
         sources=tuple({**source, "documents": read[index]} for index, source in enumerate(described)),
         options=json.loads(json.dumps(job.options.recorded())),
         skipped={

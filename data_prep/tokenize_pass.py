@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import gc
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from data_prep.document_encoder import Encoder
 from data_prep.job import Job
 from data_prep.placement import order_and_deduplicate
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.files import write_text
+from data_prep.shard_format.files import new_file, write_text
 from data_prep.sources.formats import FORMATS, document_of
 from data_prep.sources.records import Reading, Record, SourceFile
 from data_prep.sources.resolve import Unit, chunk_bytes, make_units
@@ -193,13 +191,12 @@ def bucket_heads(job: Job) -> list[dict[str, Any]]:
     return [read_head(path) for path in job.bucket_paths()]
 
 
-def write_skipped(path: str, heads: list[dict[str, Any]]) -> int:
+def write_skipped(path: Path, heads: list[dict[str, Any]]) -> int:
     """Name the records that were left out, one JSON object per line; no file where there is none."""
     bad = [record for head in heads for record in head["bad"]]
     if bad:
-        with open(path, "w") as file:
+        with new_file(path) as file:
             file.writelines(json.dumps(record) + "\n" for record in bad)
     else:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
+        path.unlink(missing_ok=True)
     return len(bad)

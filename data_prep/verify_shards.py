@@ -111,7 +111,7 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
             counts = check_shard(folder / shard.name, shard, manifest)
             histogram += counts if split == "train" else 0
             bar.update(shard.bytes)
-    _check_histogram(folder / manifest.token_histogram, histogram)
+    _check_histogram(folder / manifest.token_histogram, histogram, manifest.token_histogram_sha256)
     if not (folder / TOKENIZER_FOLDER).is_dir():
         raise MissingFile(f"{folder / TOKENIZER_FOLDER} is missing; {REMEDY}")
     try:
@@ -124,17 +124,19 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
     return manifest, tokenizer
 
 
-def _check_histogram(path: Path, expected: np.ndarray) -> None:
+def _check_histogram(path: Path, expected: np.ndarray, sha256: str | None) -> None:
     if not path.exists():
         raise MissingFile(f"{path} is missing; {REMEDY}")
+    with open(path, "rb") as file:
+        data = file.read(expected.nbytes + 1024)  # its header is shorter
     try:
-        with open(path, "rb") as file:
-            data = file.read(expected.nbytes + 1024)  # its header is shorter
         found = npy_array(memoryview(data), "it", expected.dtype)
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}); {REMEDY}") from None
     if not np.array_equal(found, expected):
         raise UserError(f"{path} does not count the tokens of the train split; {REMEDY}")
+    if sha256 not in (None, hashlib.sha256(data).hexdigest()):
+        raise UserError(f"{path} is altered: its sha256 is not the manifest's; {REMEDY}")
 
 
 def passages(folder: Path, manifest: Manifest, tokenizer: Any, count: int) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,13 @@ def write_tiny_shards(
         for split, count in (("train", shards), ("heldout", heldout))
     }
     manifest = Manifest(TOKENIZER, splits, "histogram.npy")
-    np.save(folder / manifest.token_histogram, np.arange(TOKENIZER.vocab_size, dtype=np.int64) ** 2)
+    return with_histogram(folder, manifest, np.arange(TOKENIZER.vocab_size, dtype=np.int64) ** 2)
+
+
+def with_histogram(folder: Path, manifest: Manifest, counts: np.ndarray) -> Manifest:
+    """The manifest, saved, with these made-up counts of tokens beside it."""
+    path = folder / manifest.token_histogram
+    np.save(path, counts)
+    manifest = replace(manifest, token_histogram_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     manifest.save(folder)
     return manifest

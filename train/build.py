@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from data_prep.shard_format.manifest import Manifest
 from train.config import Config
+from train.data.corpus import corpus_digests
 from train.data.loader import heldout_windows
 from train.data.masking import Masker
 from train.data.order import check_fit, windows_per_shard
@@ -50,6 +51,8 @@ class Inputs:
     """DeepSpeed's JSON as it was given."""
     found: Manifest | UserError | OSError
     """The shards' manifest, or why it cannot be read: raised only when all ranks have been compared."""
+    corpus: dict[str, str]
+    """Digests of the manifest and of the token histogram, by name."""
 
     @property
     def manifest(self) -> Manifest:
@@ -57,13 +60,8 @@ class Inputs:
             raise self.found
         return self.found
 
-    @property
-    def digest(self) -> str:
-        """Of the manifest; "unreadable" where there is none."""
-        return self.found.digest() if isinstance(self.found, Manifest) else "unreadable"
-
     def as_record(self) -> dict[str, Any]:
-        return {"data.shards": self.digest, "deepspeed.config": self.engine}
+        return {**self.corpus, "deepspeed.config": self.engine}
 
 
 def read_inputs(config: Config, device: str) -> Inputs:
@@ -76,7 +74,7 @@ def read_inputs(config: Config, device: str) -> Inputs:
         found: Manifest | UserError | OSError = load_manifest(config.data.shards)
     except (UserError, OSError) as error:
         found = error
-    return Inputs(engine_template(config, device), found)
+    return Inputs(engine_template(config, device), found, corpus_digests(config.data.shards, found))
 
 
 @dataclass

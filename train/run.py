@@ -84,7 +84,7 @@ def run(config: Config) -> int:
         on_first_rank(world, lambda: stop.when_asked(opened.enter_context(hold(run_dir))))
         say = functools.partial(print, flush=True) if world.is_first else lambda message: None
         checkpoint = choose_checkpoint(run_dir / "checkpoints", say)
-        check_same_on_all_ranks(start_up_facts(config, inputs.digest), world)
+        check_same_on_all_ranks(start_up_facts(config, inputs.corpus), world)
         universal = needs_conversion(checkpoint, world.world_size)
         parts = assemble(config, inputs, world, clock=clock, startup=startup, load_universal=universal)
         if config.training.micro_batch_size == "auto":

@@ -106,13 +106,14 @@ def changed_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> list[str]:
     """A line for each input that is not what the run was started with.
 
     Args:
-        inputs: name -> JSON value: the shards' digest, DeepSpeed's JSON; kept in RUN/inputs.json by `write_configs`.
+        inputs: name -> JSON value: the corpus's digests, DeepSpeed's JSON; kept in RUN/inputs.json by `write_configs`.
     """
     path = run_dir / "inputs.json"
     if not path.exists():
         return []
     before = read_json(path, RESTORE)
-    return [f"other contents of {name}" for name, value in inputs.items() if before.get(name) != value]
+    # Runs of before November 2026 have not recorded the token histogram.
+    return [f"other contents of {name}" for name, value in inputs.items() if before.get(name, value) != value]
 
 
 def write_configs(

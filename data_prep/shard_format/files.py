@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from data_prep.shard_format.errors import UserError
 
 
@@ -34,10 +36,18 @@ def new_file(path: Path, binary: bool = False, shared: bool = False) -> Iterator
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # as of a write to a disk that is full
+            error.filename = str(path)
         raise
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Put `array` at `path` as an .npy file, in one step."""
+    with new_file(path, binary=True) as file:
+        np.save(file, array)
 
 
 def write_text(path: Path, text: str) -> None:

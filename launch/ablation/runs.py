@@ -16,7 +16,7 @@ from launch.ablation.table import METRICS, Result, Scale
 from launch.ablation.variants import FREE_TO_DIFFER, FULL, Variant
 from train.build import heldout_scoring
 from train.config import Config
-from train.distributed.consistency import manifest_digest
+from train.data.corpus import read_corpus_digests
 from train.errors import UserError
 from train.finetuning.results import read_scores
 from train.models.build import teacher_config, teacher_names
@@ -41,9 +41,7 @@ def refuse_other_runs(out: Path, variants: Sequence[Variant], config_of: Callabl
     begun = [variant for variant in variants if (out / variant.name / "config.yaml").exists()]
     if not begun:
         return
-    inputs = {
-        "data.shards": manifest_digest(config_of(begun[0]).data.shards)
-    }  # no variant changes the shards
+    inputs = read_corpus_digests(config_of(begun[0]).data.shards)  # no variant changes the shards
     for variant in begun:
         run_dir, config = out / variant.name, config_of(variant)
         before = yaml.safe_load((run_dir / "config.yaml").read_text())

@@ -251,10 +251,10 @@ def _random_shards(folder: Path, shards: int = 8, tokens: int = 4_000_000) -> st
         content, name = file.getvalue(), f"train-{index:06d}.tar"
         (folder / name).write_bytes(content)
         infos.append(ShardInfo(name, len(content), hashlib.sha256(content).hexdigest(), documents, total))
-    np.save(
-        folder / HISTOGRAM_NAME, np.ones(tokenizer.vocab_size, dtype=np.int64)
-    )  # nobody smooths by it here
-    Manifest(tokenizer, {"train": tuple(infos), "heldout": ()}, HISTOGRAM_NAME).save(folder)
+    histogram = folder / HISTOGRAM_NAME
+    np.save(histogram, np.ones(tokenizer.vocab_size, dtype=np.int64))  # nobody smooths by it here
+    sha256 = hashlib.sha256(histogram.read_bytes()).hexdigest()
+    Manifest(tokenizer, {"train": tuple(infos), "heldout": ()}, HISTOGRAM_NAME, sha256).save(folder)
     return str(folder)
 
 

@@ -17,9 +17,9 @@ from launch.preflight.checks import Finding
 from train.build import engine_config_for, engine_template, load_manifest
 from train.checkpointing.checkpoint import newest_checkpoint, read_facts
 from train.config import Config
+from train.data.corpus import read_corpus_digests
 from train.data.order import check_fit
 from train.data.pipeline import build_run_data, build_schedule
-from train.distributed.consistency import manifest_digest
 from train.engine_config import default_engine_config, engine_settings
 from train.errors import UserError, one_line
 from train.evaluation.teacher_precision import check_teacher_precision
@@ -217,7 +217,7 @@ def _run(config: Config) -> str | Finding:
     # The shipped JSON depends on whether there are GPUs, which this machine may lack.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = {"deepspeed.config": engine_template(config, device)} if config.deepspeed.config else {}
-    changes += changed_inputs(folder, {"data.shards": manifest_digest(config.data.shards), **inputs})
+    changes += changed_inputs(folder, {**read_corpus_digests(config.data.shards), **inputs})
     if changes and not config.checkpoint.allow_changed_config:
         return Finding(
             "run",

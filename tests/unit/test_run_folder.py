@@ -54,6 +54,8 @@ def test_changed_inputs_are_found(tmp_path: Path) -> None:
     assert changed_inputs(tmp_path, inputs) == []  # a new folder
     write_configs(tmp_path, Config(), {}, inputs)
     assert changed_inputs(tmp_path, inputs) == []
+    more = {**inputs, "data.token_histogram": "not recorded by older code"}
+    assert changed_inputs(tmp_path, more) == []
     others = {"data.shards": "another", "deepspeed.config": {"a": 2}}
     assert changed_inputs(tmp_path, others) == [
         "other contents of data.shards",

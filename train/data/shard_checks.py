@@ -14,7 +14,7 @@ from data_prep.shard_format.manifest import Manifest, ShardInfo, shard_url
 from data_prep.shard_format.remote import file_size, folder_sizes, is_remote
 from train.data.prefetch import ReadAhead
 from train.data.shard_cache import ShardCache
-from train.data.shards import check_size, read_shard, shard_tokens, unreadable
+from train.data.shards import check_size, read_histogram, read_shard, shard_tokens, unreadable
 from train.errors import UserError
 
 Item = TypeVar("Item")
@@ -39,8 +39,8 @@ def check_shards(
 
     Sizes are compared without reading the shards, by every rank, where they can be asked for. verify="full" also
     reads rank r's share of the shards, every world_size-th from the r-th on: sha256, and what `shard_tokens` asks
-    of the tokens (data_prep/verify_shards.py asks more). All ranks together read the corpus once; a bad shard is
-    found by one of them.
+    of the tokens (data_prep/verify_shards.py asks more); and the token histogram. All ranks together read
+    the corpus once; a bad shard is found by one of them.
 
     Memory with verify="full": up to _READER_THREADS shards at a time, each with its file, its tokens and a byte
     for every token: about 2.5 times the size of a shard, 160 MB for the usual shards of 8 MB.
@@ -66,6 +66,7 @@ def check_shards(
             shard_tokens(data, shard, manifest.tokenizer)
 
         _for_each(read, chosen[rank::world_size], _READER_THREADS)
+        read_histogram(shards, manifest)  # small: by every rank
 
 
 def check_shard_sizes(shards: str, infos: Sequence[ShardInfo]) -> None:

@@ -29,6 +29,8 @@ REMEDY = "fetch or write the shards again; data_prep/verify_shards.py checks the
 _OVERHEAD_PER_DOCUMENT = 4096
 _TAR_TRAILER = 64 * 1024
 _LONGEST_NPY_HEADER = 256
+UNREADABLE = "unreadable"
+"""In place of a digest."""
 
 
 def read_shard(
@@ -62,14 +64,17 @@ def read_shard(
 
 
 def read_histogram(shards: str, manifest: Manifest) -> np.ndarray:
-    """(V,) int64 >= 0: how often each token stands in the train split.
+    """(V,) int64 >= 0: how often each token stands in the train split. It decides which tokens are masked.
 
     Raises:
-        UserError: the file is missing, cannot be read, or holds something else.
+        UserError: the file is missing, cannot be read, or is not the one that the manifest was written with: by its
+            sha256, or, where an older manifest has none, by the number of tokens that it counts.
     """
     url, size = shard_url(shards, manifest.token_histogram), manifest.tokenizer.vocab_size
     what = f"token histogram {manifest.token_histogram}"
     data = _read(what, url, 8 * size + _LONGEST_NPY_HEADER)
+    if manifest.token_histogram_sha256 not in (None, hashlib.sha256(data).hexdigest()):
+        raise UserError(f"{what} at {url} was altered, its sha256 is not the manifest's: {REMEDY}")
     try:
         counts = npy_array(memoryview(data), "it", np.dtype("<i8"))
     except UserError as error:
@@ -79,7 +84,30 @@ def read_histogram(shards: str, manifest: Manifest) -> np.ndarray:
             f"{what} at {url} has {len(counts)} counts, the lowest {counts.min(initial=0)}: "
             f"it must have {size}, none below 0; {REMEDY}"
         )
+    if manifest.token_histogram_sha256 is None:
+        _check_total(counts, manifest, f"{what} at {url}")
     return counts
+
+
+def _check_total(counts: np.ndarray, manifest: Manifest, what: str) -> None:
+    total, tokens = sum(counts.tolist()), sum(shard.tokens for shard in manifest.splits["train"])
+    if total != tokens:
+        raise UserError(
+            f"{what} was altered, it counts {total} tokens where the train split has {tokens}: {REMEDY}"
+        )
+
+
+def histogram_digest(shards: str, manifest: Manifest) -> str:
+    """sha256 of the token histogram that `read_histogram` accepts; UNREADABLE where it accepts none.
+
+    Where the manifest has it, nothing is read: `read_histogram` compares.
+    """
+    if manifest.token_histogram_sha256 is not None:
+        return manifest.token_histogram_sha256
+    try:
+        return hashlib.sha256(read_histogram(shards, manifest).tobytes()).hexdigest()
+    except (UserError, OSError):
+        return UNREADABLE
 
 
 def check_size(shard: ShardInfo, size: int, url: str) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from data_prep.shard_format.manifest import Manifest
 from train.config import Config
 from train.distributed.world import World
 from train.errors import BAD_USAGE, ReportedElsewhereError, RunError, UserError, exit_code
@@ -19,23 +18,15 @@ from train.run_folder import flatten, provenance
 Result = TypeVar("Result")
 
 
-def manifest_digest(shards: str) -> str:
-    """Digest of the shards' manifest; "unreadable" where there is none, of which the build says more."""
-    try:
-        return Manifest.load(shards).digest()
-    except (OSError, UserError):
-        return "unreadable"
-
-
-def start_up_facts(config: Config, shards_digest: str) -> dict[str, str]:
+def start_up_facts(config: Config, corpus: Mapping[str, str]) -> dict[str, str]:
     """What must be the same on every rank, by name.
 
     Args:
-        shards_digest: as `manifest_digest` gives it.
+        corpus: the digests of train/data/corpus.py.
     """
     return {
         **{key: json.dumps(value) for key, value in flatten(dataclasses.asdict(config)).items()},
-        f"manifest of {config.data.shards}": shards_digest,
+        **{f"{name} in {config.data.shards}": digest for name, digest in corpus.items()},
         **provenance(),
     }
 

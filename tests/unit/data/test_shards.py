@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import re
 import tarfile
 import time
@@ -19,11 +20,19 @@ from hypothesis import strategies as st
 
 from data_prep.shard_format.manifest import Manifest, ShardInfo
 from tests.loopback_stores import served
-from tests.tiny_shards import SEP, TOKENIZER, put_file, random_documents, shard_of, write_tiny_shards
+from tests.tiny_shards import (
+    SEP,
+    TOKENIZER,
+    put_file,
+    random_documents,
+    shard_of,
+    with_histogram,
+    write_tiny_shards,
+)
 from train.data.prefetch import ReadAhead
 from train.data.shard_cache import ShardCache
 from train.data.shard_checks import check_shard_sizes, check_shards
-from train.data.shards import read_histogram, read_shard, shard_tokens
+from train.data.shards import histogram_digest, read_histogram, read_shard, shard_tokens
 
 
 def test_every_way_to_write_a_folder_leads_to_its_files(
@@ -128,7 +137,8 @@ def test_ranks_share_the_reading_of_all_shards(copy: tuple[Path, Manifest], tmp_
     shards = [shard.name for split in manifest.splits.values() for shard in split]
     for method, times in (("GET", 1), ("HEAD", 3)):
         asked = [line.split()[1][1:] for line in store.requests if line.startswith(method)]
-        assert sorted(asked) == sorted(shards * times)
+        histogram = [manifest.token_histogram] * 3 if method == "GET" else []  # every rank loads it
+        assert sorted(asked) == sorted([*shards * times, *histogram])
     altered(folder / shards[1])
     for rank in (0, 2):
         check_shards(str(folder), manifest, "full", rank=rank, world_size=3)
@@ -160,10 +170,40 @@ def test_ranks_share_the_reading_of_all_shards(copy: tuple[Path, Manifest], tmp_
 def test_a_bad_histogram_is_told(
     tmp_path: Path, manifest: Manifest, content: Callable[[], bytes] | None, message: str
 ) -> None:
+    manifest = replace(manifest, token_histogram_sha256=None)
     if content is not None:
         (tmp_path / manifest.token_histogram).write_bytes(content())
     with pytest.raises(ValueError, match=r"token histogram histogram\.npy at .*" + message):
         read_histogram(str(tmp_path), manifest)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_histogram_with_any_bit_flipped_is_refused(tmp_path: Path, recorded: bool) -> None:
+    """By its sha256; in a manifest from before there was one, by the number of tokens that it counts."""
+    manifest = write_tiny_shards(tmp_path, shards=1, documents=4)
+    tokens = sum(shard.tokens for shard in manifest.splits["train"])
+    counts = np.full(64, tokens // 64)
+    counts[7] += tokens - counts.sum()
+    manifest = with_histogram(tmp_path, manifest, counts)
+    if not recorded:
+        manifest = replace(manifest, token_histogram_sha256=None)
+        manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+    assert read_histogram(str(tmp_path), manifest).tolist() == counts.tolist()
+    digest = histogram_digest(str(tmp_path), manifest)
+    assert len(digest) == 64
+    path = tmp_path / manifest.token_histogram
+    whole = path.read_bytes()
+    for position in random.Random(0).sample(range(8 * len(whole)), 200):
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"token histogram histogram\.npy at .*write the shards again"):
+            read_histogram(str(tmp_path), manifest)
+        with pytest.raises(ValueError, match=r"token histogram histogram\.npy at"):
+            check_shards(str(tmp_path), manifest, verify="full")
+    path.write_bytes(whole)
+    check_shards(str(tmp_path), manifest, verify="full")
 
 
 @pytest.mark.parametrize("name", ["a;touch pwned.tar", "$(id).tar", "a b.tar", "../x.tar", "-rf.tar", ""])

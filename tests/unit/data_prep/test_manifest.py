@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.manifest import Manifest, ShardInfo, TokenizerInfo
 
 TOKENIZER = TokenizerInfo("f" * 64, 64, 0, 1, 2, 3, 4, (0, 1, 2, 3, 4))
@@ -80,9 +81,37 @@ def test_a_field_of_another_kind_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "text", [pytest.param("[" * 100_000, id="deep"), "[]", "3", "null", '"x"', "{}", '{"version": 1}']
+    "text",
+    [
+        pytest.param("[" * 100_000, id="deep"),
+        pytest.param("9" * 5000, id="digits"),
+        "[]",
+        "3",
+        "null",
+        '"x"',
+        "{}",
+        '{"version": 1}',
+    ],
 )
 def test_other_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match="is not a manifest of shards"):
         Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["sources", "options"])
+def test_what_is_nested_deeply_has_a_digest_or_is_refused(tmp_path: Path, field: str) -> None:
+    """The depth at which the digest's encoder gives up is not the parser's."""
+    refused = 0
+    for depth in (100, *range(400, 1000, 5)):
+        nested = '{"a":' * depth + "1" + "}" * depth
+        content = json.dumps({**json.loads(MANIFEST.to_json()), field: "HERE"})
+        content = content.replace('"HERE"', f"[{nested}]" if field == "sources" else nested)
+        (tmp_path / "manifest.json").write_text(content)
+        try:
+            manifest = Manifest.load(tmp_path)
+        except UserError:
+            refused += 1
+        else:
+            assert len(manifest.digest()) == 64
+    assert 0 < refused < 120

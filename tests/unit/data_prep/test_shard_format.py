@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,48 @@ def test_manifest_survives_saving(tmp_path: Path) -> None:
     assert loaded.digest() == MANIFEST.digest()
     assert Manifest.load(f"file:{tmp_path}").digest() == MANIFEST.digest()
     assert dataclasses.replace(MANIFEST, options={"seed": 1}).digest() != MANIFEST.digest()
+
+
+def test_the_canonical_text_is_what_json_makes_of_the_fields() -> None:
+    """It is written by a template; digests of manifests from before there was a token_histogram_sha256 stay."""
+    shards = tuple(dataclasses.replace(SHARD, name=f"{i}.tar", tokens=i + 3) for i in range(3))
+    for splits in (MANIFEST.splits, {"train": shards, "heldout": shards[:2]}, {"train": (), "heldout": ()}):
+        for extra in (
+            {},
+            {"options": {'a "splits": null,\n "b': ["é", None, 0.5]}, "sources": ({"splits": None},)},
+        ):
+            manifest = dataclasses.replace(MANIFEST, splits=splits, **extra)
+            content = dataclasses.asdict(manifest)
+            assert content.pop("token_histogram_sha256") is None
+            assert manifest.to_json() == json.dumps(content, indent=1, sort_keys=True) + "\n"
+            content["token_histogram_sha256"] = "a" * 64
+            guarded = dataclasses.replace(manifest, token_histogram_sha256="a" * 64)
+            assert guarded.to_json() == json.dumps(content, indent=1, sort_keys=True) + "\n"
+    assert MANIFEST.digest() == "c8dbfd6e8b636aa79e0c23686f462d5916f4982f23842e6c48d46f72dc266ff5"
+
+
+def test_a_manifest_in_other_clothes_is_the_same(tmp_path: Path) -> None:
+    MANIFEST.save(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert Manifest.load(tmp_path) == MANIFEST
+    assert Manifest.load(tmp_path).digest() == MANIFEST.digest()
+
+
+def test_a_manifest_of_many_shards_opens_fast(tmp_path: Path) -> None:
+    """A million in less than 3 s of a CPU, of which Python's JSON parser alone takes 1.3; so did 18 s before."""
+    shards = tuple(dataclasses.replace(SHARD, name=f"train-{i:06d}.tar") for i in range(8_000))
+    dataclasses.replace(MANIFEST, splits={"train": shards, "heldout": ()}).save(tmp_path)
+    times: dict[str, list[float]] = {"plain": [], "ours": []}
+    for _ in range(3):
+        for name, read in (
+            ("plain", lambda: json.loads((tmp_path / "manifest.json").read_bytes())),
+            ("ours", lambda: Manifest.load(tmp_path).digest()),
+        ):
+            start = time.process_time()
+            read()
+            times[name].append(time.process_time() - start)
+    assert min(times["ours"]) < 5 * min(times["plain"])
 
 
 def test_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:

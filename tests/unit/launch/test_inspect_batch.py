@@ -16,7 +16,7 @@ import torch
 from data_prep.shard_format.manifest import Manifest, tokenizer_info
 from launch import inspect_batch
 from tests.paths import ROOT
-from tests.tiny_shards import write_tiny_shards
+from tests.tiny_shards import with_histogram, write_tiny_shards
 from train.data.loader import BatchLoader
 from train.data.masking import MaskedBatch, Masker
 
@@ -33,8 +33,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> s
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     info = tokenizer_info(tokenizer)
     assert (info.cls_id, info.sep_id, info.mask_id) == (2, 3, 4)  # as write_tiny_shards has it
-    replace(manifest, tokenizer=info).save(folder)
-    np.save(folder / manifest.token_histogram, np.ones(info.vocab_size, dtype=np.int64))
+    with_histogram(folder, replace(manifest, tokenizer=info), np.ones(info.vocab_size, dtype=np.int64))
     tokenizer.save_pretrained(folder / "tokenizer")
     return str(folder)
 
