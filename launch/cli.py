@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import jsonargparse
 
@@ -52,17 +53,7 @@ def parse_config(arguments: Sequence[str], description: str) -> Config:
         UserError: unknown key, ill-typed or impossible value; the message names it.
         SystemExit: after `--help`.
     """
-    parser = jsonargparse.ArgumentParser(
-        description=description,
-        exit_on_error=False,
-        default_env=False,
-        prog=os.path.basename(sys.argv[0]),
-        formatter_class=_Help,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML recipe; later ones override earlier ones.")
-    parser.add_argument("--profile", action="store_true", help="Short for --run.profile_steps=3.")
-    parser.add_class_arguments(Config, None)
+    parser = _config_parser(description, os.path.basename(sys.argv[0]))
     # The deepspeed launcher adds --local_rank; the environment's LOCAL_RANK says the same.
     kept = [argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))]
     try:
@@ -74,6 +65,22 @@ def parse_config(arguments: Sequence[str], description: str) -> Config:
     if namespace.profile and not config.run.profile_steps:
         return replace(config, run=replace(config.run, profile_steps=PROFILE_STEPS))
     return config
+
+
+@cache  # most of the time goes into reading the docstrings of train/config.py; an ablation parses ten times
+def _config_parser(description: str, prog: str) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        description=description,
+        exit_on_error=False,
+        default_env=False,
+        prog=prog,
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML recipe; later ones override earlier ones.")
+    parser.add_argument("--profile", action="store_true", help="Short for --run.profile_steps=3.")
+    parser.add_class_arguments(Config, None)
+    return parser
 
 
 def run_main(main: Callable[[Sequence[str]], int], one_job: bool = False) -> None:
