@@ -9,15 +9,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from data_prep import write_shards
 from tests.distributed.pretraining import finish, small_settings, start
-from tests.paths import ROOT
 
 # Random examples are for people at work; a machine that judges a change must judge it twice alike.
 hypothesis.settings.register_profile("same-every-time", derandomize=True)
@@ -99,10 +97,9 @@ def shards_folder(
     folder = tmp_path_factory.mktemp("corpus")
     text = folder / "documents.txt"
     text.write_text("\n".join(documents) + "\n")
-    command = [sys.executable, "data_prep/write_shards.py", str(text), "--txt-documents", "line"]
-    command += ["--tokenizer", tokenizer_folder, "--out", str(folder / "shards")]
-    command += ["--shard-tokens", "5000", "--heldout-fraction", "0.1"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    arguments = [str(text), "--txt-documents", "line", "--tokenizer", tokenizer_folder]
+    arguments += ["--out", str(folder / "shards"), "--shard-tokens", "5000", "--heldout-fraction", "0.1"]
+    assert write_shards.main([*arguments, "--processes", "1"]) == 0
     return str(folder / "shards")
 
 
