@@ -7,12 +7,13 @@ order, depend on the set of documents alone, and duplicates are found without a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from data_prep.bucket_files import HELDOUT_BIT
+from data_prep.chosen_heldout import choose_heldout, left_for_training
 
 MIN_SHARDS = 8
 MIN_SHARD_TOKENS = 2048
@@ -39,6 +40,8 @@ class Plan:
     documents: int
     tokens: int
     duplicates: int
+    pieces: Mapping[bytes, int] = field(default_factory=dict)
+    """What is held out by choice (data_prep/chosen_heldout.py); empty where chance has held out documents."""
 
 
 def order_and_deduplicate(keys: np.ndarray, digests: np.ndarray) -> np.ndarray:
@@ -62,20 +65,30 @@ def num_shards(tokens: int, shard_tokens: int, at_least: int) -> int:
     return max(-(-tokens // shard_tokens), min(at_least, max(1, tokens // MIN_SHARD_TOKENS)))
 
 
-def plan_shards(read: Callable[[], Iterable[Documents]], shard_tokens: int) -> Plan:
+def plan_shards(
+    read: Callable[[], Iterable[Documents]], shard_tokens: int, heldout_fraction: float = 0.0
+) -> Plan:
     """Cut the documents into shards of equal size, to within one document.
 
     Args:
-        read: gives the documents in parts, part by part in ascending ranges of keys; called twice.
+        read: gives the documents in parts, part by part in ascending ranges of keys; called twice or three times.
         shard_tokens: tokens per shard, the separators included.
+        heldout_fraction: above 0, something is held out even where no document's key says so.
     """
     tokens = {"train": 0, "heldout": 0}
     read_documents = kept_documents = 0
     for part in read():
         read_documents += len(part[0])
-        for split, _, lengths in _kept(part):
+        for split, _, _, lengths in _kept(part):
             kept_documents += len(lengths)
             tokens[split] += int(lengths.sum())
+    all_tokens = sum(tokens.values())
+    pieces: dict[bytes, int] = {}
+    if heldout_fraction > 0 and kept_documents and not tokens["heldout"]:
+        train = ((digests, lengths) for part in read() for _, _, digests, lengths in _kept(part))
+        pieces, tokens["heldout"] = choose_heldout(train, all_tokens, kept_documents, heldout_fraction)
+        # A document of which a part stays has a separator more.
+        tokens["train"] += sum(cut > 0 for cut in pieces.values()) - tokens["heldout"]
     counts = {
         "train": num_shards(tokens["train"], shard_tokens, MIN_SHARDS),
         "heldout": num_shards(tokens["heldout"], shard_tokens, 1),
@@ -84,7 +97,10 @@ def plan_shards(read: Callable[[], Iterable[Documents]], shard_tokens: int) -> P
     before = {"train": 0, "heldout": 0}
     last = {"train": -1, "heldout": -1}
     for part in read():
-        for split, keys, lengths in _kept(part):
+        for split, keys, digests, lengths in _kept(part):
+            keys, lengths = left_for_training(pieces, keys, digests, lengths)
+            if not len(keys):
+                continue
             starts = before[split] + np.cumsum(lengths) - lengths
             shard = starts * counts[split] // tokens[split]
             new = np.flatnonzero(np.diff(shard, prepend=last[split]))
@@ -92,17 +108,20 @@ def plan_shards(read: Callable[[], Iterable[Documents]], shard_tokens: int) -> P
             before[split] += int(lengths.sum())
             last[split] = int(shard[-1])
     shards = [shard for split in ("train", "heldout") for shard in _ranges(split, lows[split])]
-    return Plan(tuple(shards), kept_documents, sum(tokens.values()), read_documents - kept_documents)
+    if pieces:  # from the keys of all: the pieces alone are taken
+        shards.append(ShardPlan("heldout-000000.tar", "heldout", _START["train"], _END["train"]))
+    return Plan(tuple(shards), kept_documents, all_tokens, read_documents - kept_documents, pieces)
 
 
-def _kept(part: Documents) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _kept(part: Documents) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """Split, keys, digests and lengths."""
     keys, digests, lengths = part
     kept = order_and_deduplicate(keys, digests)
-    keys, lengths = keys[kept], lengths[kept]
+    keys, digests, lengths = keys[kept], digests[kept], lengths[kept]
     middle = int(np.searchsorted(keys, HELDOUT_BIT))
     for split, side in (("train", slice(None, middle)), ("heldout", slice(middle, None))):
         if len(keys[side]):
-            yield split, keys[side], lengths[side]
+            yield split, keys[side], digests[side], lengths[side]
 
 
 def _ranges(split: str, lows: list[int]) -> Iterator[ShardPlan]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.bucket_files import Bucket, open_bucket
+from data_prep.chosen_heldout import chosen_rows
 from data_prep.job import Job, describe_sources
 from data_prep.placement import Documents, Plan, ShardPlan, order_and_deduplicate, plan_shards
 from data_prep.shard_format.errors import UserError
@@ -63,7 +64,7 @@ def make_plan(job: Job) -> Plan:
             keys, digests, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
             yield keys, digests, lengths
 
-    plan = plan_shards(read_parts, job.options.shard_tokens)
+    plan = plan_shards(read_parts, job.options.shard_tokens, job.options.heldout_fraction)
     if not any(shard.split == "train" for shard in plan.shards):
         raise UserError(
             f"all {plan.documents:,} documents fall to the held-out split; lower --heldout-fraction "
@@ -129,10 +130,13 @@ class ShardPass:
         """The shard's documents, each once, in order."""
         buckets = [open_bucket(path) for path in self._job.bucket_paths()]
         parts = [bucket.between(shard.low, shard.high) for bucket in buckets]
+        digests = np.concatenate([bucket.digests[part] for bucket, part in zip(buckets, parts, strict=True)])
         order = order_and_deduplicate(
-            np.concatenate([bucket.keys[part] for bucket, part in zip(buckets, parts, strict=True)]),
-            np.concatenate([bucket.digests[part] for bucket, part in zip(buckets, parts, strict=True)]),
+            np.concatenate([bucket.keys[part] for bucket, part in zip(buckets, parts, strict=True)]), digests
         )
+        pieces = self._plan.pieces
+        if pieces and shard.split == "heldout":
+            order = order[chosen_rows(pieces, digests[order])]
         # Other copies of a document stay unread: its shard may be where a thousand of them meet.
         kept = np.sort(order)
         documents: dict[int, np.ndarray] = {}
@@ -145,7 +149,15 @@ class ShardPass:
                 start, end = int(starts[index - before]), int(ends[index - before])
                 documents[index] = np.array(bucket.tokens[start:end])
             before += len(ends)
-        return [documents[index] for index in order.tolist()]
+        ordered = [(pieces.get(digests[index].tobytes()), documents[index]) for index in order.tolist()]
+        if pieces and shard.split == "heldout":
+            return [document[cut:] for cut, document in ordered]
+        # What stays of a document gets the separator that went with its end.
+        return [
+            document if cut is None else np.append(document[:cut], document[-1:])
+            for cut, document in ordered
+            if cut != 0
+        ]
 
 
 class _Hashed:

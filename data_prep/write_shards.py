@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.error_messages import exit_code, explain
 from data_prep.job import Job, JobOptions
+from data_prep.placement import Plan
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest, tokenizer_info
 from data_prep.shard_pass import SKIPPED_NAME, ShardPass, finish, make_plan
@@ -65,8 +66,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=0.01,
         metavar="F",
-        help="of the documents, chosen by their digests: the choice does not move when sources are added "
-        "(default 0.01)",
+        help="of the documents, chosen by their digests: the choice does not move when sources are added; where "
+        "this takes none, a few documents, or the ends of some large ones (default 0.01)",
     )
     parser.add_argument(
         "--min-tokens", type=int, default=8, metavar="N", help="drop shorter documents (default 8)"
@@ -168,8 +169,17 @@ def run_job(team: Team, options: JobOptions) -> Manifest:
         job = Job(options, tuple(sources), info, tokenizer.backend_tokenizer.to_str(), run)
         team.run(TokenizePass(job))
         plan = make_plan(job)
+        if plan.pieces:
+            print(f"{out}: {heldout_note(plan)}", flush=True)
         team.run(ShardPass(job, plan))
         return finish(job, plan, tokenizer.save_pretrained)
+
+
+def heldout_note(plan: Plan) -> str:
+    """What is held out where chance has held out nothing."""
+    whole = sum(cut == 0 for cut in plan.pieces.values())
+    what = f"{whole:,} documents are" if whole else f"the ends of {len(plan.pieces):,} documents are"
+    return f"by chance no document fell to the held-out split; {what} held out, so that there is something to score on"
 
 
 def summary(manifest: Manifest, out: str, elapsed_s: float | None) -> str:
@@ -190,7 +200,7 @@ def summary(manifest: Manifest, out: str, elapsed_s: float | None) -> str:
     if manifest.skipped["bad_records"]:
         lines.append(f"the bad records are named in {Path(out, SKIPPED_NAME)}")
     if not manifest.splits["heldout"]:
-        lines.append("note: no document fell to the held-out split; raise --heldout-fraction to evaluate")
+        lines.append("note: nothing is held out, so that no model can be scored; see --heldout-fraction")
     lines.append(f"next: python data_prep/verify_shards.py {out}")
     return "\n".join(lines)
 

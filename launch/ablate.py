@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from launch import finetune
 from launch.cli import parse_config, run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words
+from train.data.corpus import without_heldout_windows
 from train.distributed.signals import STOPPED_AFTER_SAVING
 from train.errors import UserError
 from train.run_folder import hold
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     from launch.ablation.job import Job, StoppedError, listed, run
     from launch.ablation.runs import refuse_other_runs, teacher_layers
     from launch.ablation.variants import chosen_variants, variants_of
+    from train.build import load_manifest
     from train.distributed.world import quiet_libraries
     from train.models.build import teacher_names
 
@@ -82,6 +84,11 @@ def main(arguments: Sequence[str]) -> int:
     if options.list:
         print(listed(job))
         return 0
+    missing = without_heldout_windows(
+        base.data.shards, load_manifest(base.data.shards), base.data.sequence_length
+    )
+    if missing is not None:
+        raise UserError(f"every variant would be trained and none could be scored: {missing}")
     with hold(options.out):
         refuse_other_runs(options.out, variants, job.config_of)
         try:

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from data_prep.shard_format.manifest import Manifest
 from train.config import Config
-from train.data.corpus import corpus_digests
+from train.data.corpus import corpus_digests, num_heldout_windows
 from train.data.loader import heldout_windows
 from train.data.masking import Masker
-from train.data.order import check_fit, windows_per_shard
+from train.data.order import check_fit
 from train.data.pipeline import RunData, build_masker, build_run_data, build_schedule
 from train.distributed.world import World, import_deepspeed
 from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
@@ -223,8 +223,7 @@ def build_heldout(
     config: Config, manifest: Manifest, masker: Masker, world: World
 ) -> HeldoutEvaluation | None:
     """The evaluation on fixed held-out windows; None where the corpus has none."""
-    tokens = [shard.tokens for shard in manifest.splits["heldout"]]
-    if not sum(windows_per_shard(tokens, config.data.sequence_length)):
+    if not num_heldout_windows(manifest, config.data.sequence_length):
         return None
     input_ids, window_ids = heldout_windows(
         config.data.shards,

@@ -16,6 +16,7 @@ from train.checkpointing.checkpoint import Checkpointer, Retention, newest_check
 from train.checkpointing.resume import choose_checkpoint, load_checkpoint, needs_conversion
 from train.checkpointing.state import TrainState
 from train.config import Config
+from train.data.corpus import without_heldout_windows
 from train.distributed.consistency import (
     as_on_first_rank,
     check_same_on_all_ranks,
@@ -85,6 +86,11 @@ def run(config: Config) -> int:
         say = functools.partial(print, flush=True) if world.is_first else lambda message: None
         checkpoint = choose_checkpoint(run_dir / "checkpoints", say)
         check_same_on_all_ranks(start_up_facts(config, inputs.corpus), world)
+        nothing_held_out = without_heldout_windows(
+            config.data.shards, inputs.manifest, config.data.sequence_length
+        )
+        if nothing_held_out is not None:
+            say(f"warning: {nothing_held_out}")
         universal = needs_conversion(checkpoint, world.world_size)
         parts = assemble(config, inputs, world, clock=clock, startup=startup, load_universal=universal)
         if config.training.micro_batch_size == "auto":

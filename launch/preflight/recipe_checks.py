@@ -17,7 +17,7 @@ from launch.preflight.checks import Finding
 from train.build import engine_config_for, engine_template, load_manifest
 from train.checkpointing.checkpoint import newest_checkpoint, read_facts
 from train.config import Config
-from train.data.corpus import read_corpus_digests
+from train.data.corpus import num_heldout_windows, read_corpus_digests, without_heldout_windows
 from train.data.order import check_fit
 from train.data.pipeline import build_run_data, build_schedule
 from train.engine_config import default_engine_config, engine_settings
@@ -165,6 +165,7 @@ def check_recipe(config: Config, world_size: int) -> list[Finding]:
     return [
         finding_of("engine", lambda: _engine(config, world_size), "see ds_configs/ for JSONs that work"),
         finding_of("steps", lambda: _steps(config, world_size), "make more shards, or give a smaller batch"),
+        finding_of("held-out text", lambda: _heldout(config), "make the shards again"),
         finding_of("student", lambda: _student(config), keys),
     ]
 
@@ -182,6 +183,15 @@ def _steps(config: Config, world_size: int) -> str:
     schedule = build_schedule(config, data.total_steps)
     passes = data.epochs_before(data.total_steps)
     return f"{data.total_steps:,}, {passes:.2f} passes over the shards; warm-up {schedule['warmup_steps']:,} of them"
+
+
+def _heldout(config: Config) -> str | Finding:
+    manifest, length = load_manifest(config.data.shards), config.data.sequence_length
+    missing = without_heldout_windows(config.data.shards, manifest, length)
+    if missing is None:
+        return f"{num_heldout_windows(manifest, length):,} windows of {length} tokens"
+    what, _, remedy = missing.partition("; ")
+    return Finding("held-out text", True, what, remedy)
 
 
 def _student(config: Config) -> str:

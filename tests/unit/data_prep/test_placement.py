@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.bucket_files import HELDOUT_BIT, document_keys, open_bucket, write_bucket
-from data_prep.placement import Documents, num_shards, order_and_deduplicate, plan_shards
+from data_prep.chosen_heldout import left_for_training
+from data_prep.placement import Documents, ShardPlan, num_shards, order_and_deduplicate, plan_shards
 
 
 def digests_of(names: list[int]) -> np.ndarray:
@@ -77,6 +78,50 @@ def test_heldout_does_not_move_with_seed_or_sources() -> None:
     np.testing.assert_array_equal(more, heldout)
     larger = document_keys(digests_of(names), 0, 0.1) >= HELDOUT_BIT
     assert (larger | ~heldout).all(), "a larger held-out part holds the smaller one"
+
+
+@pytest.mark.parametrize(
+    ("count", "scale", "whole", "share"),
+    [(1, 4, False, 0.1), (1, 1000, False, 0.01), (5, 4000, False, 0.01), (60, 1, True, 0.1), (400, 20, True, 0.01)],
+)  # fmt: skip
+def test_something_is_held_out_where_chance_takes_nothing(
+    count: int, scale: int, whole: bool, share: float
+) -> None:
+    """Whole documents, or of few large ones the ends; it depends on the set of documents alone."""
+    keys, digests, lengths = documents_of(list(range(count)), heldout=0)
+    lengths = lengths * scale
+    tokens = int(lengths.sum())
+    plans = [
+        plan_shards(lambda: [(keys[order], digests[order], lengths[order])], 100_000, 0.01)  # noqa: B023
+        for order in (np.arange(count), np.arange(count)[::-1])
+    ]
+    assert plans[0] == plans[1]
+    half = np.uint64(1 << 62)
+    sides = [keys < half, keys >= half]
+    parts = plan_shards(lambda: [(keys[s], digests[s], lengths[s]) for s in sides], 100_000, 0.01)
+    assert parts == plans[0]
+    other = plan_shards(lambda: [(document_keys(digests, 7, 0), digests, lengths)], 100_000, 0.01)
+    assert other.pieces == plans[0].pieces, "not moved by the seed"
+    pieces = plans[0].pieces
+    size = {digests[i].tobytes(): int(lengths[i]) for i in range(count)}
+    held = sum(size[digest] - cut for digest, cut in pieces.items())
+    assert all((cut == 0) is whole for cut in pieces.values())
+    assert share / 2 <= held / tokens <= 0.2
+    assert held >= 64
+    *train, heldout = plans[0].shards
+    assert heldout == ShardPlan("heldout-000000.tar", "heldout", 0, 1 << 63)
+    left = {int(k): int(n) for k, n in zip(*left_for_training(pieces, keys, digests, lengths), strict=True)}
+    assert sum(left.values()) == tokens - held + sum(cut > 0 for cut in pieces.values())
+    sizes = [sum(n for key, n in left.items() if shard.low <= key < shard.high) for shard in train]
+    assert sum(sizes) == sum(left.values())
+    assert min(sizes) > 0
+
+
+def test_nothing_is_chosen_where_chance_holds_out_or_nothing_is_wanted() -> None:
+    documents = documents_of(list(range(300)))
+    assert plan_shards(lambda: [documents], 10_000, 0.2) == plan_shards(lambda: [documents], 10_000)
+    keys, digests, lengths = documents_of(list(range(300)), heldout=0)
+    assert not plan_shards(lambda: [(keys, digests, lengths)], 10_000, 0).pieces
 
 
 def test_every_shard_is_a_fair_sample_of_ordered_input() -> None:

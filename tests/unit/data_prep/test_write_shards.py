@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import random
 import re
 import shutil
 import tarfile
@@ -99,6 +100,30 @@ def test_bytes_do_not_depend_on_order_or_packing_of_the_inputs(
     first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
     assert first.pop("manifest.json") != second.pop("manifest.json"), "it names its sources"
     assert first == second
+
+
+@pytest.mark.parametrize("books", [1, 3])
+def test_of_few_large_documents_the_ends_are_held_out(
+    tmp_path: Path, tokenizer_folder: str, books: int, capsys: pytest.CaptureFixture
+) -> None:
+    """No token is lost, and the training tokens are those that the histogram counts."""
+    for number in range(books):
+        words = random.Random(number).choices(
+            ["teacher", "student", "reads", "large", "model"], k=4500 + number
+        )
+        (tmp_path / f"{number}.txt").write_text(" ".join(words))
+    common = [tmp_path, "--tokenizer", tokenizer_folder]
+    assert make(*common, "--out", tmp_path / "none", "--heldout-fraction", 0) == 0
+    assert "note: nothing is held out" in capsys.readouterr().out
+    out = tmp_path / "out"
+    assert make(*common, "--out", out) == 0
+    assert f"the ends of {books} documents are held out" in capsys.readouterr().out
+    train, heldout = documents_in(out), documents_in(out, "heldout")
+    assert len(train) == len(heldout) == books
+    for whole in documents_in(tmp_path / "none"):
+        assert [whole] == [t + h for t in train for h in heldout if t + h == whole]
+    assert 0.05 < sum(map(len, heldout)) / sum(map(len, train)) < 0.12
+    assert verify_shards.main([str(out)]) == 0
 
 
 def test_seed_moves_documents_but_not_the_split(tmp_path: Path, good: list) -> None:

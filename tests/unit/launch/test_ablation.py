@@ -17,6 +17,7 @@ from launch.ablation.table import Ablation, Result, Scale, as_json, as_markdown,
 from launch.ablation.variants import FREE_TO_DIFFER, FULL, PUBLISHED, Variant, chosen_variants, variants_of
 from launch.cli import parse_config
 from tests.paths import ROOT
+from tests.tiny_shards import write_tiny_shards
 from train.config import Config
 from train.errors import UserError
 from train.finetuning.results import write_scores
@@ -233,11 +234,12 @@ def test_the_figure_is_a_png(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def words(tmp_path: Path, teacher_folder: str) -> list[str]:
+def words(tmp_path: Path, teacher_folder: str, shards_folder: str) -> list[str]:
     out = str(tmp_path / "out")
     return [
         *QUICKSTART,
         f"--model.teacher={teacher_folder}",
+        f"--data.shards={shards_folder}",
         "--out",
         out,
         "--ranks",
@@ -295,6 +297,19 @@ def test_a_failed_variant_is_named_and_the_others_are_kept(
     assert ablate.main(words) == 0
     assert len(again.commands) == 2
     assert "[1/8] full: the recipe as it is (nothing changed) - done before" in capsys.readouterr().out
+
+
+def test_a_corpus_that_holds_nothing_out_is_refused_before_anything_is_trained(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_shards(tmp_path / "shards", heldout=0)
+    none = stages(monkeypatch)
+    message = (
+        r"none could be scored: .*/shards holds out no window of 64 tokens .*with a larger --heldout-fraction"
+    )
+    with pytest.raises(UserError, match=message):
+        ablate.main([*words, f"--data.shards={tmp_path}/shards"])
+    assert none.commands == []
 
 
 def test_nothing_is_trained_after_the_full_recipe_has_failed(

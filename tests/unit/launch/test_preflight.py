@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import torch
 from huggingface_hub.utils import logging as hub_logging
 
+from data_prep.shard_format.manifest import Manifest
 from launch import doctor
 from launch.cli import parse_config
 from launch.preflight import probe
@@ -479,6 +481,23 @@ def test_a_recipe_that_would_be_refused(
 def test_a_recipe_that_would_be_taken(settings: list[str], shards_folder: str, teacher_folder: str) -> None:
     words = [*small_settings(shards_folder, teacher_folder), *settings]
     assert [f.result for f in check_recipe(parse_config(words, ""), 1) if not f.ok] == []
+
+
+def test_a_corpus_that_holds_nothing_out_is_a_warning(
+    shards_folder: str, teacher_folder: str, tmp_path: Path
+) -> None:
+    settings = small_settings(shards_folder, teacher_folder)
+    findings = {finding.check: finding for finding in check_recipe(parse_config(settings, ""), 1)}
+    assert re.fullmatch(r"\d+ windows of \d+ tokens", findings["held-out text"].result)
+    manifest = Manifest.load(shards_folder)
+    without = tmp_path / "shards"
+    shutil.copytree(shards_folder, without)
+    dataclasses.replace(manifest, splits={**manifest.splits, "heldout": ()}).save(without)
+    settings = small_settings(str(without), teacher_folder)
+    findings = {finding.check: finding for finding in check_recipe(parse_config(settings, ""), 1)}
+    assert findings["held-out text"].ok
+    assert "holds out no window of" in findings["held-out text"].result
+    assert "--heldout-fraction" in findings["held-out text"].remedy
 
 
 def test_a_recipe_whose_micro_batch_is_found_on_the_gpus(shards_folder: str, teacher_folder: str) -> None:
