@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data_prep.shard_format.files import write_text
+from data_prep.shard_format.terminal import progress_bar
 
 PUBLISH_S = 0.5
 
@@ -35,14 +33,7 @@ class Progress:
 
     def show_bar(self, total: int, unit: str) -> None:
 
-        self._bar = tqdm(
-            total=total or None,
-            desc=self._name,
-            unit=unit,
-            unit_scale=True,
-            dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 5.0,
-        )
+        self._bar = progress_bar(total=total or None, desc=self._name, unit=unit, unit_scale=True)
 
     def already_done(self, amount: int) -> None:
         """What an earlier run has left: it moves the bar, but is not counted in its rates."""

@@ -21,10 +21,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from tqdm import tqdm
 
 from data_prep.error_messages import exit_code, explain
 from data_prep.shard_format.errors import UserError
+from data_prep.shard_format.terminal import progress_bar
 from data_prep.sources.formats import FORMATS, document_of
 from data_prep.sources.records import (
     MAX_DOCUMENT_MB,
@@ -119,8 +119,7 @@ def corpus(units: list[Unit], options: ReadOptions, num_processes: int) -> Itera
 
     total = sum(unit.bytes for unit in units)
     started = time.monotonic()
-    bar = tqdm(total=total or None, desc="reading", unit="B", unit_scale=True, dynamic_ncols=True)
-    bar.mininterval = 0.2 if sys.stderr.isatty() else 5.0
+    bar = progress_bar(total=total or None, desc="reading", unit="B", unit_scale=True)
     documents = 0
     with multiprocessing.get_context("spawn").Pool(num_processes, initializer=gc.disable) as pool, bar:
         # Syntax trees are many objects and no cycles: collecting garbage would double the time.

@@ -17,8 +17,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
 from data_prep.error_messages import exit_code, explain
 from data_prep.shard_format.errors import MissingFile, UserError
 from data_prep.shard_format.manifest import (
@@ -32,6 +30,7 @@ from data_prep.shard_format.manifest import (
     token_dtype,
     tokenizer_fingerprint,
 )
+from data_prep.shard_format.terminal import progress_bar
 
 REMEDY = "remove the folder and run write_shards.py again"
 
@@ -106,7 +105,7 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
         raise UserError(f"{folder} holds {strangers[0]}, which the manifest does not name; {REMEDY}")
     histogram = np.zeros(manifest.tokenizer.vocab_size, dtype=np.int64)
     total = sum(shard.bytes for _, shard in shards)
-    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+    with progress_bar(total=total, desc="verifying", unit="B", unit_scale=True) as bar:
         for split, shard in shards:
             counts = check_shard(folder / shard.name, shard, manifest)
             histogram += counts if split == "train" else 0

@@ -25,10 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tqdm import tqdm
-
 from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import Manifest
+from data_prep.shard_format.terminal import progress_bar
 from data_prep.sources.installed_docs import installed_doc_files, read_docstrings
 from data_prep.sources.records import Reading, ReadOptions, SourceFile
 from launch.cli import run_main
@@ -153,13 +152,7 @@ def write_corpus(path: Path) -> None:
     partial = path.with_suffix(".partial")
     documents = characters = 0
     with partial.open("w") as out, multiprocessing.Pool(os.cpu_count()) as pool:
-        bar = tqdm(
-            total=sum(file.bytes for file in files),
-            unit="B",
-            unit_scale=True,
-            desc="reading",
-            mininterval=0.2 if sys.stderr.isatty() else 5.0,
-        )
+        bar = progress_bar(total=sum(file.bytes for file in files), unit="B", unit_scale=True, desc="reading")
         for file, texts in zip(files, pool.imap(_documents_of, files, chunksize=16), strict=True):
             for text in texts:
                 out.write(json.dumps({"text": text}) + "\n")

@@ -6,10 +6,13 @@ import html
 import io
 import itertools
 import re
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -36,25 +39,58 @@ class Table:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
 
-    def as_text(self) -> str:
-        """Title, table and notes, at most 118 characters a line in the table, without spaces at the lines' ends.
+    def as_text(self, width: int | None = None) -> str:
+        """Title, table and notes, without spaces at the lines' ends.
 
-        In a table without numbers the first two columns, such as a host and a check, are not broken.
+        Columns of numbers that do not fit follow below, in a second block with the rows' names; neighbours with the
+        same group stay together. In a table without numbers, words are broken, but not in the first two columns, such
+        as a host and a check.
+
+        Args:
+            width: characters a line in the table; None for those of the terminal, 118 at most.
         """
-
-        has_numbers = any(column.is_number for column in self.columns)
-        table = RichTable(title=self.title or None, title_justify="left")
-        for index, column in enumerate(self.columns):
-            table.add_column(
-                column.heading,
-                justify="right" if column.is_number else "left",
-                no_wrap=not has_numbers and index < 2,
-            )
-        for row in self.rows:
-            table.add_row(*row)
+        width = width or text_width()
         text = io.StringIO()
-        Console(width=118, file=text, highlight=False, markup=False).print(table)
+        console = Console(width=width, file=text, highlight=False, markup=False)
+        has_numbers = any(column.is_number for column in self.columns)
+        for number, block in enumerate(self._blocks(width) if has_numbers else [range(len(self.columns))]):
+            title = self.title if number == 0 else ""
+            table = RichTable(title=title or None, title_justify="left")
+            for index in block:
+                column = self.columns[index]
+                table.add_column(
+                    column.heading,
+                    justify="right" if column.is_number else "left",
+                    no_wrap=not has_numbers and index < 2,
+                )
+            for row in self.rows:
+                table.add_row(*(row[index] for index in block))
+            console.print(table)
         return "\n".join([*(line.rstrip() for line in text.getvalue().splitlines()), *self.notes])
+
+    def _blocks(self, width: int) -> list[list[int]]:
+        """The columns' numbers by block, the first in each."""
+        between = 3  # a space on both sides, and a rule
+        taken = (
+            [
+                between
+                + max(cell_len(line) for cell in (column.heading, *cells) for line in cell.split("\n"))
+                for column, cells in zip(self.columns, zip(*self.rows, strict=True), strict=True)
+            ]
+            if self.rows
+            else [between + cell_len(column.heading) for column in self.columns]
+        )
+        blocks, used = [[0]], 1 + taken[0]
+        for _, members in itertools.groupby(
+            range(1, len(taken)), lambda index: self.columns[index].group or index
+        ):
+            group = list(members)
+            if used + sum(taken[index] for index in group) > width and len(blocks[-1]) > 1:
+                blocks.append([0])
+                used = 1 + taken[0]
+            blocks[-1] += group
+            used += sum(taken[index] for index in group)
+        return blocks
 
     def as_markdown(self, escape: Callable[[str], str] = str) -> str:
         """Table and notes, without the title, whose level the document decides.
@@ -112,13 +148,30 @@ class Table:
         return " ".join(filter(None, names))
 
 
+def text_width() -> int:
+    """Characters a line on this terminal, 118 at most; 118 where the output is no terminal and COLUMNS is not set.
+
+    A terminal that says it has 0 columns gets 80.
+    """
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return max(40, min(118, shutil.get_terminal_size((80 if is_terminal else 118, 24)).columns))
+
+
 def text_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", right: bool = True
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str = "",
+    right: bool = True,
+    width: int | None = None,
 ) -> str:
-    """A table for a terminal; the first column stands to the left, the others to the right, or `right=False`, to the
-    left as well."""
+    """A table for a terminal, as `Table.as_text` makes it.
+
+    Args:
+        right: the columns but the first, which names the row, stand to the right; else to the left.
+    """
     found = [Column(heading, is_number=right and index > 0) for index, heading in enumerate(columns)]
-    return Table(title, found, rows).as_text()
+    return Table(title, found, rows).as_text(width)
 
 
 def markdown_escaped(text: str) -> str:

@@ -29,6 +29,7 @@ from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
 from train.distributed.world import join_world
 from train.export.hugging_face import description_folder, export_checkpoint, save_student_description
 from train.loop.checkpoint_observer import Checkpointing, StoppedAfterSavingError
+from train.loop.closing_summary import closing_lines
 from train.loop.logging_observer import Logging
 from train.loop.metrics import Events, NoEvents, RunEvents, read_rows
 from train.loop.observers import Evaluating, Overflows
@@ -43,6 +44,7 @@ from train.run_folder import (
     SUMMARY,
     changed_config,
     changed_inputs,
+    final_model,
     found_before,
     hold,
     link_student,
@@ -105,6 +107,7 @@ def run(config: Config) -> int:
         # Decided by rank 0: another host may see an older state of a shared folder.
         if as_on_first_rank(state.step >= parts.trainer.total_steps and read_summary(run_dir) is not None):
             say(f"{run_dir} is finished: {state.step} steps; give another run.dir to start anew")
+            on_first_rank(world, lambda: _say_summary(run_dir))
             return 0
         events = on_first_rank(world, lambda: _open_run(parts, inputs, state)) or NoEvents()
         opened.callback(events.close)
@@ -114,6 +117,7 @@ def run(config: Config) -> int:
             events.say(str(stopped))
             return STOPPED_AFTER_SAVING
         on_first_rank(world, lambda: finish(parts, run_dir))
+    on_first_rank(world, lambda: _say_summary(run_dir))
     dist.destroy_process_group()
     return 0
 
@@ -173,6 +177,12 @@ def finish(parts: Parts, run_dir: Path) -> None:
     if teacher_names(parts.config) or (run_dir / STUDENT).exists():
         link_student(run_dir)
     write_json(run_dir / SUMMARY, summary)
+
+
+def _say_summary(run_dir: Path) -> None:
+    summary = read_summary(run_dir)
+    assert summary is not None
+    print("\n".join(closing_lines(run_dir, final_model(run_dir), summary)), flush=True)
 
 
 def summarise(parts: Parts, run_dir: Path) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def as_text(ablation: Ablation) -> str:
     """The tables for a terminal."""
     columns = [Column("variant", is_number=False)]
     for heading, _, _ in METRICS.values():
-        columns += [Column(heading), Column("to full")]
+        columns += [Column(heading, group=heading), Column("to full", group=heading)]
     rows = [
         [
             result.name,

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from data_prep.shard_format.files import write_json
+from data_prep.shard_format.terminal import progress_bar
 from launch.benchmarks import options
 from launch.benchmarks.inference_models import (
     MAX_TEXTS,
@@ -131,7 +131,7 @@ def measure(
     """
     times: Times = {}
     runtimes = list(contenders[0].runs)
-    bar = tqdm(total=len(workloads), unit="workload", desc="measuring", mininterval=5.0, leave=False)
+    bar = progress_bar(total=len(workloads), unit="workload", desc="measuring", leave=False)
     for number, workload in enumerate(workloads):
         on_device = {
             name: [{key: tensor.to(device) for key, tensor in one.items()} for one in batches]

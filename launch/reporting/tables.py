@@ -67,11 +67,11 @@ def heldout_table(compared: Sequence[ComparedModel]) -> Table:
 
 
 def heldout_text(compared: Sequence[ComparedModel]) -> str:
-    """The same for a terminal, without the KL."""
+    """The same for a terminal of any width and report.txt, without the KL."""
     headings = ["model", "parameters", "MLM loss (nats)", "perplexity", "accuracy"]
     headings += ["top-1 agreement\nwith teacher", "sentences/s\n(CPU)"]
     table = heldout_table(compared)
-    return text_table(headings, [[*row[:6], row[7]] for row in table.rows], title=table.title)
+    return text_table(headings, [[*row[:6], row[7]] for row in table.rows], title=table.title, width=80)
 
 
 def size_table(speeds: InferenceFile) -> Table:

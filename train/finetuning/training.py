@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from data_prep.shard_format.files import write_json
+from data_prep.shard_format.terminal import progress_bar
 from train.errors import NonFiniteError
 from train.finetuning.batches import EpochBatches, Features
 from train.finetuning.settings import Job, MayStop
@@ -243,15 +242,8 @@ class _Checkpoints(TrainerCallback):
 
 
 def _bar(name: str, total: int, initial: int = 0) -> Any:
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=name,
-        unit=" examples",
-        unit_scale=True,
-        dynamic_ncols=True,
-        leave=False,
-        mininterval=0.2 if sys.stderr.isatty() else 5.0,
+    return progress_bar(
+        total=total, initial=initial, desc=name, unit=" examples", unit_scale=True, leave=False
     )
 
 

@@ -22,9 +22,17 @@ import torch
 from tqdm import tqdm
 
 from data_prep.shard_format.files import parse_json, write_text
+from data_prep.shard_format.terminal import progress_bar
 from train.errors import UserError
 
 PLAIN_LINE_EVERY_S = 15.0
+BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+BAR_FIGURES = {
+    "loss": "loss {:.4g}",
+    "heldout_mlm_loss": "held-out {:.4g}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+}
+"""Few enough characters for 80 columns."""
 # What this module writes; other .jsonl files in the folder are the user's.
 RECORDS = ("metrics", "spikes")
 
@@ -206,24 +214,26 @@ class _Progress:
         self._name, self._first, self._total = name, step, total_steps
         self._start = time.monotonic()
         self._last_line = 0.0
-        self._bar = tqdm(
+        self._shown: dict[str, float] = {}
+        self._bar = progress_bar(
             desc=name,
             initial=step,
             total=total_steps,
-            unit="step",
+            bar_format=BAR,
             disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
         )
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        shown = {key: values[key] for key in ("loss", "heldout_mlm_loss") if key in values}
-        if "tokens_per_s" in values:
-            shown["tokens_per_s"] = values["tokens_per_s"]
+        news = {key: values[key] for key in BAR_FIGURES if key in values}
+        # A row holds some of them: the bar keeps the newest of each.
+        self._shown |= news
+        shown = {key: self._shown[key] for key in BAR_FIGURES if key in self._shown}
         if not self._bar.disable:
-            self._bar.set_postfix({key: f"{value:,.4g}" for key, value in shown.items()}, refresh=False)
+            figures = ", ".join(BAR_FIGURES[key].format(value) for key, value in shown.items())
+            self._bar.set_postfix_str(figures, refresh=False)
             with contextlib.suppress(OSError):
                 self._bar.update(step - self._bar.n)
-        elif shown and (time.monotonic() - self._last_line > PLAIN_LINE_EVERY_S or step == self._total):
+        elif news and (time.monotonic() - self._last_line > PLAIN_LINE_EVERY_S or step == self._total):
             self._last_line = time.monotonic()
             figures = "  ".join(f"{key} {value:,.4g}" for key, value in shown.items())
             self.say(f"{self._name}: step {step}/{self._total}  {figures}  {self._time_left(step)}")

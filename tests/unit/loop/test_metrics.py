@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -153,3 +159,29 @@ def test_a_lost_terminal_costs_lines_only(
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # what is left in the buffer
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("columns", [0, 80])
+def test_the_bar_keeps_its_figures_on_a_terminal_of_any_width(
+    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of other figures (start-up times, held-out scores) do not empty it; 0 columns is what some terminals say."""
+    reader, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(terminal, "w", buffering=1) as screen:
+        monkeypatch.setattr("sys.stderr", screen)
+        events = RunEvents(tmp_path, "run", 0, 3)
+        events.row(2, {"loss": 3.25, "tokens_per_s": 12345.0})
+        events.row(3, {"heldout_mlm_loss": 4.5})
+        events.row(3, {"startup_imports": 2.0})
+        events.close()
+        monkeypatch.undo()
+    shown = ""
+    with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+        while True:
+            shown += os.read(reader, 100_000).decode(errors="replace")
+    os.close(reader)
+    last = re.split(r"[\r\n]+", shown.rstrip())[-1]
+    assert "3/3" in last
+    assert "loss 3.25, held-out 4.5, 12,345 tokens/s" in last
+    assert len(last) <= 80

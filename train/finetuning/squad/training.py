@@ -6,18 +6,17 @@ without the answer is taught to point at [CLS], which in SQuAD 2.0 is also what 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 
 from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import tokenizer_fingerprint
+from data_prep.shard_format.terminal import progress_bar
 from train.errors import UserError
 from train.finetuning.batches import Features, Padding
 from train.finetuning.readers import hub_name
@@ -215,16 +214,7 @@ class _Reader:
 
         def watch(batches: Iterable[Any]) -> Iterable[Any]:
             name = f"{job.task.name} tokens of the {what}"
-            every_s = 0.2 if sys.stderr.isatty() else 5.0
-            return tqdm(
-                batches,
-                desc=name,
-                unit=" batches",
-                leave=False,
-                dynamic_ncols=True,
-                delay=1.0,
-                mininterval=every_s,
-            )
+            return progress_bar(batches, desc=name, unit=" batches", leave=False, delay=1.0)
 
         made = make_windows(questions, self.tokenizer, self.max_length, self.doc_stride, watch)
         if made.cut_questions:

@@ -1,0 +1,40 @@
+"""What a run says when it has ended: five lines of its summary.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def closing_lines(run_dir: Path, model: Path, summary: Mapping[str, Any]) -> list[str]:
+    """Loss, held-out loss, agreement with the teacher, speed, and where the model is and what to do with it.
+
+    Args:
+        model: the final Hugging Face folder.
+        summary: of RUN/summary.json, also of older versions.
+    """
+    before, last = summary["heldout_before"], summary["heldout"]
+    heldout, agreement = "not measured: the shards hold no held-out windows", "not measured"
+    if "heldout_mlm_loss" in last:
+        others = [f"{before['heldout_mlm_loss']:.4f} before training"]
+        if "teacher_heldout_mlm_loss" in before:
+            others.append(f"teacher {before['teacher_heldout_mlm_loss']:.4f}")
+        heldout = f"{last['heldout_mlm_loss']:.4f} nats a masked token ({', '.join(others)})"
+    if "heldout_top1_agreement" in last:
+        agreement = (
+            f"{last['heldout_top1_agreement']:.1%} of held-out masked tokens guessed as the teacher does"
+        )
+    if not summary["teacher"]:
+        agreement = "no teacher"
+        use = f"distil it with --model.teacher={model}"
+    else:
+        use = f"beside its teacher: python launch/report.py {run_dir} --out {run_dir / 'report'}"
+    loss = "not logged" if summary["loss"] is None else f"{summary['loss']:.4f}"
+    return [
+        f"training loss  {loss} after {summary['steps']:,} steps, {summary['tokens']:,} tokens",
+        f"held-out loss  {heldout}",
+        f"agreement      {agreement}",
+        f"speed          {summary['tokens_per_s']:,.0f} tokens/s (median)",
+        f"model          {model}; {use}",
+    ]
