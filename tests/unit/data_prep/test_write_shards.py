@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import gzip
 import hashlib
 import io
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
 from transformers import AutoTokenizer
 
 from data_prep import document_encoder, shard_pass, verify_shards, write_shards
@@ -253,19 +256,22 @@ def test_ascii_lines_are_tokenised_as_the_tokenizer_does(
     tokenizer_folder: str, text: str, lowercase: bool
 ) -> None:
     """Against the tokenizer as it is: the short cut around its normaliser must not be seen."""
-    from tokenizers.normalizers import BertNormalizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    tokenizer.backend_tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
-    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), tokenizer_info(tokenizer))
+    encoder, backend = encoder_and_backend(tokenizer_folder, lowercase)
     try:
         text.encode()
     except UnicodeEncodeError:
         return
     (found,) = encoder.encode([normalised(text)])
+    assert found.tokens[:-1].tolist() == backend.encode(normalised(text), add_special_tokens=False).ids
+
+
+@functools.cache
+def encoder_and_backend(tokenizer_folder: str, lowercase: bool) -> tuple[Encoder, Tokenizer]:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.backend_tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), tokenizer_info(tokenizer))
     tokenizer.backend_tokenizer.encode_special_tokens = True
-    expected = tokenizer.backend_tokenizer.encode(normalised(text), add_special_tokens=False).ids
-    assert found.tokens[:-1].tolist() == expected
+    return encoder, tokenizer.backend_tokenizer
 
 
 # ------------------------------------------------------------------------------------------------ failures

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from transformers import (
 )
 
 from launch.export import main
-from tests.paths import ROOT
 from train.export import onnx_export
 from train.models.loading import load_masked_lm, load_with_saved_head
 from train.models.students import make_student
@@ -151,18 +148,18 @@ def test_a_tied_embedding_stands_in_the_file_once(exported: dict[str, Path]) -> 
     assert sum(len(tensor.raw_data) for tensor in stored) < weights + embedding / 2
 
 
-def test_command_is_quiet_and_says_the_differences(exported: dict[str, Path], tmp_path: Path) -> None:
+def test_command_says_the_differences(
+    exported: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("the student reads the shard\nthe teacher learns fast\n\n")
-    command = [sys.executable, "launch/export.py", str(exported["classifier"] / "model"), str(tmp_path / "o")]
-    done = subprocess.run(
-        [*command, "--onnx", "--int8", "--texts", str(texts)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "text-classification: input_ids, attention_mask -> logits" in done.stdout
-    assert "beside torch on 5 shapes up to 64 tokens, with and without padding" in done.stdout
-    assert "beside torch on 2 sentences: outputs differ by" in done.stdout
-    assert "the first choice is the same in 100.0%" in done.stdout
+    words = [str(exported["classifier"] / "model"), str(tmp_path / "o"), "--onnx", "--int8"]
+    assert main([*words, "--texts", str(texts)]) == 0
+    said = capsys.readouterr().out
+    assert "text-classification: input_ids, attention_mask -> logits" in said
+    assert "beside torch on 5 shapes up to 64 tokens, with and without padding" in said
+    assert "beside torch on 2 sentences: outputs differ by" in said
+    assert "the first choice is the same in 100.0%" in said
 
 
 def test_regression_has_no_first_choice(

@@ -34,10 +34,8 @@ def the_same_threads_afterwards() -> Iterator[None]:
 
 
 @pytest.fixture
-def built_anew() -> Iterator[None]:
-    lamb_native.build.cache_clear()
-    yield
-    lamb_native.build.cache_clear()
+def built_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lamb_native, "build", lamb_native.build.__wrapped__)
 
 
 def native() -> lamb_native.NativeKernel:
@@ -158,20 +156,21 @@ def test_runs_on_the_threads_of_torch() -> None:
 
 
 @needs_compiler
-@pytest.mark.usefixtures("built_anew")
 def test_a_compiler_without_openmp_gives_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All forms of the passes then take the shares of one thread, although torch has three."""
     compiler = tmp_path / "cc"
     compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
     compiler.chmod(0o755)
     torch.set_num_threads(3)
+    kernels = [native()]
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(lamb_native, "build", lamb_native.build.__wrapped__)
+    kernels.append(native())
     for both in (lamb_native.NativeKernel.both_passes, Kernel.both_passes):
         outcomes = []
-        for command in ("cc", str(compiler)):
-            monkeypatch.setenv("CC", command)
-            lamb_native.build.cache_clear()
+        for kernel in kernels:
             parts, rules, adapted = example()
-            ratios = both(native(), parts, rules, adapted, None, None)
+            ratios = both(kernel, parts, rules, adapted, None, None)
             outcomes.append([ratios, *(part.p for part in parts)])
         for with_threads, alone in zip(*outcomes, strict=True):
             torch.testing.assert_close(alone, with_threads, rtol=0, atol=0, equal_nan=True)
@@ -236,6 +235,9 @@ def test_what_cc_may_be(
     built_anew: None, command: str, works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A path with blanks, a command with options; what fails or builds something else leaves no kernel."""
+    short = tmp_path / "short.c"
+    short.write_text("void lamb_first(void) {} void lamb_second(void) {} void lamb_both(void) {}")
+    monkeypatch.setattr(lamb_native, "SOURCE", short)
     (tmp_path / "two words").mkdir()
     (tmp_path / "two words" / "cc").symlink_to(str(shutil.which("cc")))
     stranger = tmp_path / "stranger"  # builds a library without our functions

@@ -5,8 +5,6 @@ from __future__ import annotations
 import html.parser
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from launch.reporting.inputs import read_ablation, read_inference, read_model_sc
 from launch.reporting.loss_curves import COLORS, Curve, plot_losses, read_curve, svg_charts, teacher_loss
 from launch.reporting.runs import device_of, read_run_facts
 from launch.reporting.scores import retention
-from tests.paths import ROOT
 from train.config import Config, DataConfig, ModelConfig
 from train.errors import UserError
 from train.finetuning.tasks import SPLIT_OFF
@@ -133,8 +130,12 @@ def ablation_json() -> dict[str, Any]:
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """The text files of a finished run of two processes."""
-    folder = tmp_path / "runs" / "student"
+    return finished_run(tmp_path)
+
+
+def finished_run(parent: Path) -> Path:
+    """The text files of a run of two processes."""
+    folder = parent / "runs" / "student"
     folder.mkdir(parents=True)
     rows: list[dict[str, Any]] = [
         {"step": 0, "heldout_mlm_loss": 5.5, "teacher_heldout_mlm_loss": 4.5},
@@ -150,11 +151,11 @@ def run_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def everything(tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of all inputs; the models' scoring stands in for itself, since it needs models."""
+    tmp_path = tmp_path_factory.mktemp("everything")
     model = ComparedModel("student", 66_000, 4.75, 0.25, 0.5, 0.125, 1234.4)
-    monkeypatch.setattr(launch.report, "compare_runs", lambda runs: [model])
     teacher = write_scores(
         tmp_path / "t",
         cola=scores("cola", 0.0),
@@ -171,11 +172,12 @@ def everything(tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
     )
     (tmp_path / "i.json").write_text(json.dumps(inference_json()))
     (tmp_path / "a.json").write_text(json.dumps(ablation_json()))
-    words = [str(run_folder), "--out", str(tmp_path / "out")]
+    words = [str(finished_run(tmp_path)), "--out", str(tmp_path / "out")]
     words += ["--scores", f"teacher={teacher}", f"{NASTY}={student}"]
-    assert (
-        main([*words, "--inference", str(tmp_path / "i.json"), "--ablation", str(tmp_path / "a.json")]) == 0
-    )
+    words += ["--inference", str(tmp_path / "i.json"), "--ablation", str(tmp_path / "a.json")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch.report, "compare_runs", lambda runs: [model])
+        assert main(words) == 0
     return tmp_path / "out"
 
 
@@ -422,13 +424,6 @@ def test_device(run_folder: Path) -> None:
     assert device_of(cuda, {}) == "device not recorded"
     assert device_of({**cuda, "device": "cpu"}, {"bf16": {"enabled": True}}) == "CPU"
     assert device_of({**cuda, "device": "cuda:0"}, {}) == "GPU"
-
-
-def test_command_is_quiet(tmp_path: Path) -> None:
-    folder = write_scores(tmp_path / "s", sst2=scores("sst2", 90.0))
-    command = [sys.executable, "launch/report.py", "--out", str(tmp_path / "out"), "--scores", f"a={folder}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_folder_of_no_task_is_named_and_a_task_stands_there_once(tmp_path: Path) -> None:
