@@ -15,6 +15,7 @@ continue; 1 anything else.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +28,12 @@ from launch.cli import parse_config, run_main
 def main(arguments: Sequence[str]) -> int:
     """Parse, wire, run."""
     config = parse_config(arguments, __doc__ or "")
-    # Only now the seconds that torch and DeepSpeed take to import: --help and a mistyped flag answer at once.
+    # Only now the seconds that torch and DeepSpeed take to import: --help and a mistyped flag answer at once. A tenth
+    # of them would go into looking for garbage, of which imports make none.
+    gc.disable()
     from train.run import run
 
+    gc.enable()
     return run(config)
 
 

@@ -112,8 +112,10 @@ def _set_torch_variables(world: World, ranks: Ranks) -> tuple[str, int]:
 
 
 def _num_threads(world: World) -> int:
-    """This rank's share of the host's cores, and no more than Slurm or mpirun bound it to."""
-    return max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // world.local_size))
+    """This rank's share of the host's cores; no more than Slurm or mpirun bound it to, or OMP_NUM_THREADS says."""
+    share = min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // world.local_size)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(share, int(asked)) if asked.isdecimal() else share)
 
 
 class _AtLeast(logging.Filter):
@@ -150,10 +152,28 @@ def import_deepspeed(log_level: str | None = None) -> Any:
     import deepspeed.ops
 
     let_deepspeed_say()  # and sets its logger's level then
+    _import_muon()
     # On a CPU this op would be compiled for about a minute at the first start, and every rank would leave 66 MiB in
     # /dev/shm for good; gloo does without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon without torch's compiler.
+
+    Every engine imports it and none here uses it; its functions are decorated with torch.compile, which would load the
+    compiler: two seconds of each rank's start.
+    """
+    name = "TORCHDYNAMO_DISABLE"  # torch reads it at each torch.compile; the teacher's comes later
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def quiet_libraries() -> None:

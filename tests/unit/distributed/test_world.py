@@ -25,6 +25,7 @@ from train.distributed.world import (
     COLLECTIVE_TIMEOUT,
     World,
     _device,
+    _num_threads,
     _set_torch_variables,
     import_deepspeed,
     let_deepspeed_say,
@@ -247,6 +248,31 @@ def test_each_local_rank_has_a_gpu_or_is_told() -> None:
         _device(discover_ranks(TORCH), 1)
 
 
+@pytest.mark.parametrize(
+    ("asked", "local_size", "threads"),
+    [
+        (None, 1, 4),
+        (None, 2, 3),
+        (None, 8, 1),
+        ("1", 1, 1),
+        ("2", 2, 2),
+        ("9", 2, 3),
+        ("0", 2, 1),
+        ("2,4", 2, 3),
+    ],
+)
+def test_threads_of_a_rank(
+    asked: str | None, local_size: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of six cores, four of which Slurm has bound this rank to."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert _num_threads(World(0, 0, local_size, local_size, "cpu")) == threads
+
+
 LEVELS = ["debug", "info", "warning", "error"]
 
 
@@ -278,7 +304,8 @@ def test_deepspeed_says_what_it_was_let_say(log_level: str, heard: list[str]) ->
 
 def test_what_is_set_inside_torch_and_deepspeed_takes_effect() -> None:
     """None of it has a public way: DeepSpeed's own level is overruled when it is imported, gloo has patience after the
-    ranks have met, and an op is not compiled."""
+    ranks have met, an op is not compiled, and torch's compiler is not loaded by what an engine asks of its optimizer.
+    """
     script = (
         "import logging; from train.distributed.world import import_deepspeed, join_world; import_deepspeed('info'); "
         "print('say', logging.getLogger('DeepSpeed').isEnabledFor(logging.INFO)); "
@@ -286,9 +313,17 @@ def test_what_is_set_inside_torch_and_deepspeed_takes_effect() -> None:
         "group = dist.distributed_c10d._get_default_group(); "
         "print('say', group._get_backend(torch.device('cpu')).options._timeout.total_seconds()); "
         "from deepspeed.ops import __compatible_ops__; from deepspeed.ops.op_builder.all_ops import ALL_OPS; "
-        "print('say', 'deepspeed_shm_comm' in ALL_OPS, __compatible_ops__['deepspeed_shm_comm'])"
+        "print('say', 'deepspeed_shm_comm' in ALL_OPS, __compatible_ops__['deepspeed_shm_comm']); "
+        "import os, sys; from deepspeed.runtime.zero.utils import is_zero_supported_optimizer as ask; ask(None); "
+        "found = ['deepspeed.runtime.zero.muon.muon_optimizer', 'torch._inductor.compile_fx']; "
+        "print('say', *(name in sys.modules for name in found), 'TORCHDYNAMO_DISABLE' in os.environ)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("say")]
-    assert said == [["True"], [str(COLLECTIVE_TIMEOUT.total_seconds())], ["True", "False"]]
+    assert said == [
+        ["True"],
+        [str(COLLECTIVE_TIMEOUT.total_seconds())],
+        ["True", "False"],
+        ["True", "False", "False"],
+    ]
