@@ -20,6 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.shard_format.required_packages import require_packages
+
+require_packages()
+
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from data_prep.error_messages import exit_code, explain

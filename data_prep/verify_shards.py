@@ -13,9 +13,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_prep.shard_format.required_packages import require_packages
+
+require_packages()
+
+import numpy as np
 
 from data_prep.error_messages import exit_code, explain
 from data_prep.shard_format.errors import MissingFile, UserError

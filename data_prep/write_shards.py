@@ -16,10 +16,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.shard_format.required_packages import require_packages
+
+require_packages()
+
 from data_prep.error_messages import exit_code, explain
 from data_prep.job import Job, JobOptions
 from data_prep.placement import Plan
 from data_prep.shard_format.errors import UserError
+from data_prep.shard_format.hub import require_hub
 from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest, tokenizer_info
 from data_prep.shard_pass import SKIPPED_NAME, ShardPass, finish, make_plan
 from data_prep.sources.records import MAX_DOCUMENT_MB, check_max_document_mb, text_fields
@@ -139,6 +144,7 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         UserError: there is none, in one line where transformers has ten.
     """
+    from huggingface_hub import try_to_load_from_cache
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -146,6 +152,10 @@ def load_tokenizer(name: str) -> Any:
     logging.set_verbosity_error()  # it warns of texts longer than the model; shards hold whole documents
     if not os.path.isdir(name) and (os.path.exists(name) or name.startswith((".", "/", "~"))):
         raise UserError(f"--tokenizer {name}: not a folder with a Hugging Face tokenizer")
+    if not os.path.isdir(name):
+        require_hub(
+            f"--tokenizer {name}", lambda: isinstance(try_to_load_from_cache(name, "tokenizer.json"), str)
+        )
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to

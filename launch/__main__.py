@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.shard_format.required_packages import require_packages
+
+require_packages()
+
 from launch.cli import run_main
 from launch.stages import AGAIN, LAUNCHER, QUIET, run_until_stopped
 from train.distributed.signals import STOPPED_AFTER_SAVING

@@ -31,6 +31,10 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from data_prep.shard_format.required_packages import require_packages
+
+require_packages()
+
 from launch import finetune
 from launch.cli import parse_config, run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words
@@ -166,7 +170,6 @@ def _finetuning(
             raise UserError(f"{FINETUNE}* has no effect without --tasks; name tasks, or remove it")
         return [], []
     from launch.ablation.variants import FULL
-    from train.finetuning.runs import check_task
 
     if options.seeds is not None and options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: give at least 1")
@@ -176,10 +179,8 @@ def _finetuning(
     parser = finetune.parser()
     parser.error = _refuse_flag  # type: ignore[method-assign]
     parsed = parser.parse_args([*flags, "--model", stand_in, "--out", str(options.out / FULL / "scores")])
-    tasks = finetune.tasks_of(parsed.task)
-    for task in tasks:
-        check_task(finetune.job_of(task, parsed))
-    return [task.name for task in tasks], flags
+    jobs = [finetune.job_of(task, parsed) for task in finetune.tasks_of(parsed.task)]
+    return [job.task.name for job in finetune.jobs_with_data(jobs, parsed.task)], flags
 
 
 def _refuse_flag(message: str) -> NoReturn:

@@ -16,6 +16,10 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.shard_format.required_packages import require_packages
+
+require_packages()
+
 from launch.benchmarks import data
 from launch.cli import run_main
 

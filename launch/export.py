@@ -22,6 +22,10 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.shard_format.required_packages import require_packages
+
+require_packages()
+
 from data_prep.shard_format.files import new_folder
 from launch.cli import run_main
 from train.errors import UserError

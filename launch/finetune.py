@@ -26,6 +26,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.shard_format.required_packages import require_packages
+
+require_packages()
+
 from dataclasses import replace
 
 from launch.cli import run_main
@@ -34,7 +38,7 @@ from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
 from train.errors import UserError
 from train.finetuning.results import macro_average
 from train.finetuning.settings import Job, settings_for
-from train.finetuning.tasks import GLUE, TASKS, Settings, Task, task_named
+from train.finetuning.tasks import GLUE, TASKS, NoTrainingSetError, Settings, Task, task_named
 
 COLUMNS = ("task", "metrics", "score,\nmedian", "lowest to\nhighest", "seeds", "train", "dev", "seconds")
 
@@ -52,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="TASK",
-        help=f"{', '.join(TASKS)}; glue for all nine of GLUE",
+        help=f"{', '.join(TASKS)}, or as papers spell them (SST-2); glue: all of GLUE that --data holds",
     )
     made.add_argument(
         "--data", metavar="DIR", help="folder of the task, or of all tasks; hub:NAME[:CONFIG]; default: hub"
@@ -133,7 +137,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.seeds < 1:
         raise UserError(f"--seeds is {options.seeds}; give at least 1")
     one_gpu(os.environ)
-    return run_jobs(jobs, range(options.seeds), options.out)
+    return run_jobs(jobs_with_data(jobs, options.task), range(options.seeds))
 
 
 def tasks_of(names: Sequence[str]) -> list[Task]:
@@ -178,17 +182,43 @@ def one_gpu(environment: MutableMapping[str, str]) -> None:
     environment["CUDA_VISIBLE_DEVICES"] = first
 
 
-def run_jobs(jobs: Sequence[Job], seeds: Sequence[int], out: Path) -> int:
-    """Check all, then run one after another, then print the table."""
+def jobs_with_data(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
+    """Check all before the first begins; of `glue`, leave out aloud what --data lacks.
 
+    Args:
+        names: --task as given.
+    Raises:
+        UserError: data or models do not fit, or a task that is named itself has no data.
+    """
     from train.distributed.world import let_deepspeed_say, quiet_libraries
-    from train.finetuning.runs import check_task, run_task
-    from train.finetuning.training import Stopped
+    from train.finetuning.runs import check_task
 
     quiet_libraries()
     let_deepspeed_say("error")  # accelerate imports it
+    named = {task.name for task in tasks_of([name for name in names if name.lower() != "glue"])}
+    kept = []
     for job in jobs:
-        check_task(job)
+        try:
+            check_task(job)
+        except NoTrainingSetError as error:
+            if job.task.name in named:
+                raise
+            print(f"{job.task.name} is left out: {error}", flush=True)
+        else:
+            kept.append(job)
+    if not kept:
+        raise UserError(
+            f"{jobs[0].data} holds none of the tasks of GLUE; give --data the folder of glue_data"
+        )
+    return kept
+
+
+def run_jobs(jobs: Sequence[Job], seeds: Sequence[int]) -> int:
+    """Run one after another, then print the table."""
+
+    from train.finetuning.runs import run_task
+    from train.finetuning.training import Stopped
+
     results = []
     with StopRequest() as stop:
         try:
@@ -198,7 +228,7 @@ def run_jobs(jobs: Sequence[Job], seeds: Sequence[int], out: Path) -> int:
             print(f"{stopped}; run the same command again to go on", file=sys.stderr)
             return STOPPED_AFTER_SAVING
     print(table_of(results))
-    print(f"scores: {out}/TASK/scores.json")
+    print(f"scores: {', '.join(str(job.folder / 'scores.json') for job in jobs)}")
     return 0
 
 
@@ -226,7 +256,9 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
         rows.append(
             (f"GLUE ({num_glue} of {len(GLUE)})", "macro average", f"{macro_average(scores):.1f}", *[""] * 5)
         )
-    return text_table(COLUMNS, rows, title="Dev scores in points of 0 to 100")
+    text = text_table(COLUMNS, rows, title="Dev scores in points of 0 to 100")
+    absent = [name for name in GLUE if name not in scores]
+    return f"{text}\nGLUE's average is without {', '.join(absent)}" if num_glue > 1 and absent else text
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.shard_format.required_packages import require_packages
+
+require_packages()
+
 from launch.cli import parse_config, run_main
 from train.config import Config
 from train.data.order import check_fit

@@ -19,6 +19,10 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.shard_format.required_packages import require_packages
+
+require_packages()
+
 from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import MANIFEST_NAME
 from launch.cli import parse_config, run_main

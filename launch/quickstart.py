@@ -25,6 +25,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from data_prep.shard_format.required_packages import require_packages
+
+require_packages()
+
 from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import Manifest
 from data_prep.shard_format.terminal import progress_bar
@@ -212,6 +216,12 @@ def _run_stage(number: str, stage: Stage, done: Path) -> bool:
 def _refuse_other_options(out: Path, options: dict[str, object]) -> None:
     """Stages made with other options must not be mixed."""
     path = out / "options.json"
+    # It appears with the end of the first stage.
+    strangers = [
+        name for name in sorted(os.listdir(out)) if not name.startswith((".", "corpus", "tokenizer"))
+    ]
+    if strangers and not path.exists():
+        raise UserError(f"{out} holds {strangers[0]}, which is not the quickstart's: give another --out")
     if path.exists() and (before := json.loads(path.read_text())) != options:
         raise UserError(
             f"{out} was started with {before}: use that again, remove the folder, or give another --out"

@@ -27,6 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.shard_format.required_packages import require_packages
+
+require_packages()
+
 from data_prep.shard_format.files import write_json, write_text
 from launch.cli import parse_config, run_main
 from launch.reporting.inputs import named_folders, read_ablation, read_inference, read_model_scores

@@ -313,8 +313,9 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """What changes over the steps: learning rate (linear warm-up, then polynomial decay that would reach 0 one
-    step after the last) and sequence length."""
+    """Learning rate and sequence length over the steps.
+
+    The rate warms up linearly, then decays as a polynomial that would reach 0 one step after the last."""
 
     warmup_steps: int | None = None
     """Steps of linear warm-up; null: 1/40 of all steps (You et al. 2020, table 4, at a batch of 4K)."""

@@ -20,7 +20,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -72,25 +72,10 @@ def hold(
     Raises:
         UserError: another process holds the folder, or it cannot be made or locked.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be used as a folder: {error.strerror}; choose another") from None
-    name = f"process {os.getpid()} on {platform.node()}"
-    with (folder / ".lock").open("a+") as lock:
-        started, said = time.monotonic(), False
-        while not try_lock(lock):
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            stopping = holder.endswith(STOPPING)
-            if time.monotonic() - started > (wait_s if stopping else wait_if_not_stopping_s):
-                raise UserError(
-                    f"{folder} is in use by another job ({holder}): wait for its end, stop it, or choose another folder"
-                )
-            if stopping and not said:
-                print(f"waiting for another job ({holder}) to leave {folder}", flush=True)
-                said = True
-            time.sleep(0.2)
+    path, name = folder / ".lock", f"process {os.getpid()} on {platform.node()}"
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    is_new = not path.exists()
+    with _locked(folder, wait_s, wait_if_not_stopping_s) as lock:
 
         def write(text: str) -> None:
             if not lock.closed:  # asked after the end
@@ -99,7 +84,44 @@ def hold(
                 lock.flush()
 
         write(name)
-        yield lambda: write(name + STOPPING)
+        try:
+            yield lambda: write(name + STOPPING)
+        except BaseException:  # a refused job leaves nothing behind
+            if is_new:
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                for each in missing:
+                    each.rmdir()
+            raise
+
+
+def _locked(folder: Path, wait_s: float, wait_if_not_stopping_s: float) -> IO[str]:
+    """FOLDER/.lock, locked, in a folder that is made where it is missing; see `hold`."""
+    started, said = time.monotonic(), False
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be used as a folder: {error.strerror}; choose another"
+            ) from None
+        lock = (folder / ".lock").open("a+")
+        while not try_lock(lock):
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            stopping = holder.endswith(STOPPING)
+            if time.monotonic() - started > (wait_s if stopping else wait_if_not_stopping_s):
+                lock.close()
+                raise UserError(
+                    f"{folder} is in use by another job ({holder}): wait for its end, stop it, or choose another folder"
+                )
+            if stopping and not said:
+                print(f"waiting for another job ({holder}) to leave {folder}", flush=True)
+                said = True
+            time.sleep(0.2)
+        if os.fstat(lock.fileno()).st_nlink:
+            return lock
+        lock.close()  # its job was refused, and has removed it
 
 
 def changed_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_prep.shard_format.errors import UserError
+from data_prep.shard_format.hub import require_hub
 from data_prep.sources.records import Reading, ReadOptions, Record, SourceFile, no_such_field
 from data_prep.sources.streams import DamagedFile, open_stream, plain_name
 from data_prep.sources.text_files import text_of
@@ -147,6 +148,7 @@ def _stream(name: str) -> Any:
     config = parts[1] if len(parts) > 1 else None
     split = parts[2] if len(parts) > 2 else "train"
     quiet_hub()
+    require_hub(name)
     try:
         return datasets.load_dataset(parts[0], config, split=split, streaming=True)
     except Exception as error:

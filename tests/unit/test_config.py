@@ -162,3 +162,10 @@ def test_help_tells_defaults_and_meaning(capsys: pytest.CaptureFixture[str]) -> 
     text = " ".join(capsys.readouterr().out.split())
     assert "Peak learning rate (You et al. 2020" in text
     assert "default: 0.00177" in text
+
+
+def test_the_headings_of_help_are_whole() -> None:
+    """Help shows the first line of each section's docstring, and a colon."""
+    for section in vars(Config()).values():
+        heading = type(section).__doc__.strip().splitlines()[0]
+        assert heading.endswith("."), heading

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -9,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -196,3 +198,37 @@ def test_a_file_system_without_links_costs_the_link_alone(
         f"cannot be a link to model/: Operation not permitted; use {tmp_path}/model"
         in capsys.readouterr().out
     )
+
+
+def test_a_refused_job_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="wrong"), hold(tmp_path / "runs" / "mine"):
+        raise UserError("wrong")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "theirs").write_text("kept")
+    with pytest.raises(UserError, match="wrong"), hold(tmp_path):
+        raise UserError("wrong")
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+    with hold(tmp_path):  # done
+        pass
+    with pytest.raises(UserError, match="wrong"), hold(tmp_path):
+        raise UserError("wrong")
+    assert (tmp_path / ".lock").exists(), "it is of the job before"
+
+
+def test_a_job_that_waited_for_a_refused_one_holds_the_folder(tmp_path: Path) -> None:
+    """The file that it waited for is gone: a third must not find the folder free."""
+    folder, refused, waits = tmp_path / "run", threading.Event(), threading.Event()
+
+    def first() -> None:
+        with contextlib.suppress(UserError), hold(folder):
+            waits.set()
+            refused.wait(5)
+            raise UserError("wrong")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    waits.wait(5)
+    threading.Timer(0.3, refused.set).start()
+    with hold(folder), pytest.raises(UserError, match="in use by another job"):
+        hold(folder, wait_if_not_stopping_s=0.1).__enter__()
+    thread.join()

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.shard_format.hub import require_hub
 from train.errors import UserError, one_line
 from train.finetuning.examples import Examples, Table, examples_of
-from train.finetuning.tasks import SPLIT_OFF, Task
+from train.finetuning.tasks import SPLIT_OFF, NoTrainingSetError, Task
 
 ENDINGS = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
 MALFORMED_SHARE = 0.01
@@ -59,7 +60,7 @@ def find_files(task: Task, data: str) -> Files:
         if train is not None:
             break
     else:
-        raise UserError(
+        raise NoTrainingSetError(
             f"no training set of {task.title} in {data}: looked for train{'|'.join(ENDINGS)} there and in "
             f"{'|'.join(task.folders)}/"
         )
@@ -244,6 +245,8 @@ def read_splits(
 
     name, config = hub
     hub_logging.set_verbosity_error()  # without a network it warns a dozen times before it gives up
+    cache = Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___"))
+    require_hub(f"the dataset {name}", cache.exists)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:

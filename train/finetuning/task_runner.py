@@ -67,7 +67,7 @@ class TaskRunner(ABC):
         write_length_limit(out, model.config)
         return {
             **self.score(outputs, out),
-            "seconds": time.monotonic() - started,
+            "seconds": fitted.seconds_before + time.monotonic() - started,
             "examples_per_s": fitted.examples_per_s * self.train_examples / len(self.data.examples),
         }
 

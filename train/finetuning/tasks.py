@@ -23,6 +23,10 @@ SPLIT_OFF = "split off train"
 """Name of a dev set that is a part of the training set, for want of one: its scores are not the published ones."""
 
 
+class NoTrainingSetError(UserError):
+    """A folder of tasks lacks one of them."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Numbers that the scores depend on; all are written into scores.json. UserError for one that cannot be."""

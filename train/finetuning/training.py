@@ -27,6 +27,8 @@ from train.finetuning.batches import EpochBatches, Features
 from train.finetuning.settings import Job, MayStop
 
 COMPLETE = "complete.json"
+SECONDS = "seconds.json"
+"""In a checkpoint: what the seed has taken so far, over all its starts."""
 EVAL_BATCH_SIZE = 64
 WORTH_SAVING_S = 30.0
 """A seed that took less to train is not saved for the sake of its evaluation."""
@@ -52,10 +54,12 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What training took, in this process (a resumed seed counts from where it went on)."""
+    """What training took."""
 
-    seconds: float
+    seconds_before: float
+    """In the starts before this one that it went on from."""
     examples_per_s: float
+    """In this process."""
 
 
 def fit(model: PreTrainedModel, data: TrainingSet, job: Job, seed: int, work: Path) -> Fitted:
@@ -88,11 +92,12 @@ def fit(model: PreTrainedModel, data: TrainingSet, job: Job, seed: int, work: Pa
     trainer = _FineTuner(model, arguments, data, batches)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_EpochOf(batches))
-    trainer.add_callback(_Checkpoints(job.checkpoint_seconds, job.stop))
+    checkpoint = newest_whole_checkpoint(work, job.say)
+    started, seconds_before = time.monotonic(), _seconds_of(checkpoint)
+    trainer.add_callback(_Checkpoints(job.checkpoint_seconds, job.stop, started - seconds_before))
     name = f"{job.task.name} seed {seed}"
     trainer.add_callback(_TrainingBar(name, num_examples, settings.batch_size))
-    checkpoint = newest_whole_checkpoint(work, job.say)
-    started, first_step = time.monotonic(), 0
+    first_step = 0
     if checkpoint is not None:
         first_step = int(checkpoint.name.rpartition("-")[2])
         job.say(f"{name}: going on from step {first_step:,} of {num_steps:,}")
@@ -105,7 +110,7 @@ def fit(model: PreTrainedModel, data: TrainingSet, job: Job, seed: int, work: Pa
             f"{name}: the weights are no numbers any more; give a lower --learning-rate than {settings.learning_rate:g}"
         )
     seconds = time.monotonic() - started
-    return Fitted(seconds, (state.global_step - first_step) * num_examples / len(batches) / seconds)
+    return Fitted(seconds_before, (state.global_step - first_step) * num_examples / len(batches) / seconds)
 
 
 def predict(
@@ -147,6 +152,13 @@ def newest_whole_checkpoint(work: Path, say: Callable[[str], None]) -> Path | No
         say(f"{path} is not whole; the one before it is used, if there is one")
         shutil.rmtree(path)
     return None
+
+
+def _seconds_of(checkpoint: Path | None) -> float:
+    """0 without a checkpoint, or with one of before November 2026."""
+    if checkpoint is None or not (checkpoint / SECONDS).exists():
+        return 0.0
+    return float(json.loads((checkpoint / SECONDS).read_text()))
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -218,8 +230,8 @@ class _EpochOf(TrainerCallback):
 class _Checkpoints(TrainerCallback):
     """Asks Trainer for a checkpoint when it is time, or when a signal came, and then also for the end."""
 
-    def __init__(self, every_s: float, stop: MayStop | None) -> None:
-        self._every_s, self._stop = every_s, stop
+    def __init__(self, every_s: float, stop: MayStop | None, started: float) -> None:
+        self._every_s, self._stop, self._started = every_s, stop, started
         self._last = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -235,6 +247,7 @@ class _Checkpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        write_json(checkpoint / SECONDS, time.monotonic() - self._started)
         files = [path for path in checkpoint.rglob("*") if path.is_file()]
         sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
         write_json(checkpoint / COMPLETE, sizes)

@@ -6,10 +6,12 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from data_prep.shard_format.files import read_json, write_json
+from data_prep.shard_format.hub import require_hub
 from train.errors import UserError, one_line
 from train.models.families import max_positions
 
@@ -22,6 +24,10 @@ def read_config(name: str | Path) -> Any:
     """
     if str(name).startswith((".", "/", "~")) and not Path(name).is_dir():
         raise UserError(f"there is no model folder {name}; give a Hugging Face folder or a name on the hub")
+    if not Path(name).exists():
+        require_hub(
+            f"the model {name}", lambda: isinstance(try_to_load_from_cache(str(name), "config.json"), str)
+        )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -176,7 +176,12 @@ def test_a_stopped_seed_goes_on_as_if_it_had_not_been(
         optimizer.write_bytes(optimizer.read_bytes()[:-100])
     elif damage == "unfinished":
         (newest / "complete.json").unlink()
+    for checkpoint in work.iterdir():  # as long to read as an hour of training
+        seconds = checkpoint / "seconds.json"
+        assert 0 < float(seconds.read_text()) < 1000
+        seconds.write_text(f"{float(seconds.read_text()) + 3600:019.15f}"[: seconds.stat().st_size])
     scores = run_task(job, range(1))
+    assert 3600 < scores["seeds"]["0"]["seconds"] < 4600
     step = 17 if damage == "none" else 16
     assert f"sst2 seed 0: going on from step {step} of 48" in said
     assert any("checkpoint-17 is not whole" in line for line in said) == (damage != "none")

@@ -182,6 +182,15 @@ def test_report_refuses_what_is_no_run_and_names_that_clash(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_quickstart_refuses_a_folder_of_another_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(
+        UserError, match=r"holds checkpoints, which is not the quickstart's: give another --out"
+    ):
+        quickstart.main(["--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
 def test_quickstart_refuses_too_little_text(tmp_path: Path, tokenizer_folder: str) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -1,0 +1,40 @@
+"""Says how to get this project's packages where they are missing, before an import fails. Standard library alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def require_packages() -> None:
+    """End the command with one line and exit code 2 where packages of requirements.txt are not installed."""
+    missing = [name for name in required() if not _is_installed(name)]
+    if not missing:
+        return
+    others = f" and {len(missing) - 1} more packages are" if len(missing) > 1 else " is"
+    remedy = f"pip install -r {ROOT / 'requirements.txt'}"
+    if (ROOT / ".venv").is_dir() and Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
+        remedy = f"type `source {ROOT / '.venv/bin/activate'}` first, or {remedy}"
+    print(f"error: {missing[0]}{others} not installed for {sys.executable}: {remedy}", file=sys.stderr)
+    sys.exit(2)
+
+
+def required() -> Iterator[str]:
+    """Names in requirements.txt; which of several versions of one is wanted does not matter here."""
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if found := re.match(r"[\w-]+", line):
+            yield found[0]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:  # or put there without its metadata
+        return importlib.util.find_spec(name.replace("-", "_")) is not None
+    return True
