@@ -39,6 +39,7 @@ from launch import finetune
 from launch.cli import parse_config, run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words
 from train.data.corpus import without_heldout_windows
+from train.distributed.device import kind_here, unused_gpus
 from train.distributed.signals import STOPPED_AFTER_SAVING
 from train.errors import UserError
 from train.run_folder import hold
@@ -66,6 +67,9 @@ def main(arguments: Sequence[str]) -> int:
     from train.models.build import teacher_names
 
     quiet_libraries()
+    on_cpu = options.hostfile is None and kind_here() == "cpu"
+    if on_cpu and (remark := unused_gpus(os.environ, "cpu")):
+        print(f"warning: {remark}", file=sys.stderr, flush=True)
     variants, left_out = variants_of(base, teacher_layers(base), options.full_seeds)
     if options.variants is not None:
         variants = chosen_variants(variants, left_out, _names(options.variants))
@@ -77,8 +81,8 @@ def main(arguments: Sequence[str]) -> int:
         base=base,
         variants=variants,
         left_out=left_out,
-        launcher=_launcher(options),
-        environment=dict(os.environ) if _has_gpu() or options.hostfile else cpu_environment(),
+        launcher=_launcher(options, on_cpu),
+        environment=cpu_environment() if on_cpu else dict(os.environ),
         finetuning=finetuning,
         tasks=tasks,
         finetuning_seeds=options.seeds or FINETUNING_SEEDS,
@@ -187,16 +191,8 @@ def _refuse_flag(message: str) -> NoReturn:
     raise UserError(f"{FINETUNE}KEY=VALUE, which becomes --KEY=VALUE of launch/finetune.py: {message}")
 
 
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-
-
-def _launcher(options: argparse.Namespace) -> Callable[[], list[str]]:
-    ranks = options.ranks
-    if ranks is None and options.hostfile is None and not _has_gpu():
-        ranks = RANKS
+def _launcher(options: argparse.Namespace, on_cpu: bool) -> Callable[[], list[str]]:
+    ranks = RANKS if options.ranks is None and on_cpu else options.ranks
     return lambda: deepspeed_words(ranks, options.hostfile)
 
 

@@ -17,6 +17,7 @@ from train.data.loader import heldout_windows
 from train.data.masking import Masker
 from train.data.order import check_fit
 from train.data.pipeline import RunData, build_masker, build_run_data, build_schedule
+from train.distributed.device import engine_arguments
 from train.distributed.world import World, import_deepspeed
 from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
 from train.errors import UserError
@@ -138,7 +139,7 @@ def assemble(
     startup.ended("student")
     cost = _compute_cost(config, data, student, teacher, world.device)
     at_start = {**engine_config, "checkpoint": {"load_universal": True}} if load_universal else engine_config
-    engine = start_engine(config, DistillationModule(student, objective), at_start)
+    engine = start_engine(config, DistillationModule(student, objective), at_start, world.device)
     startup.ended("engine")
     parts = Parts(
         config=config,
@@ -268,9 +269,13 @@ def heldout_scoring(config: Config, device: str) -> tuple[Manifest, HeldoutEvalu
     return manifest, evaluation, teacher
 
 
-def start_engine(config: Config, module: DistillationModule, engine_config: dict[str, Any]) -> Any:
+def start_engine(
+    config: Config, module: DistillationModule, engine_config: dict[str, Any], device: str
+) -> Any:
     """DeepSpeed's engine with LAMB bound to it.
 
+    Args:
+        device: this rank's, "cpu" or "cuda:1".
     Raises:
         UserError: what Lamb refuses of the recipe's optimizer section or of the engine's JSON, and what DeepSpeed's
             own check of the JSON does.
@@ -291,7 +296,9 @@ def start_engine(config: Config, module: DistillationModule, engine_config: dict
         raise UserError(str(error)) from error
     deepspeed = import_deepspeed(config.deepspeed.log_level)
     try:
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config)
+        engine, *_ = deepspeed.initialize(
+            engine_arguments(device), model=module, optimizer=optimizer, config=engine_config
+        )
     except pydantic.ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError(f"deepspeed.config: DeepSpeed refuses {faults}") from None

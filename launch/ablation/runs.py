@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from transformers import AutoModelForMaskedLM
 
@@ -17,6 +16,7 @@ from launch.ablation.variants import FREE_TO_DIFFER, FULL, Variant
 from train.build import heldout_scoring
 from train.config import Config
 from train.data.corpus import read_corpus_digests
+from train.distributed.device import kind_here
 from train.errors import UserError
 from train.finetuning.results import read_scores
 from train.models.build import teacher_config, teacher_names
@@ -99,7 +99,7 @@ def scorer(config: Config) -> Callable[[Path], dict[str, float]]:
     Raises:
         UserError: the shards hold no held-out windows.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = kind_here()
     _, evaluation, teacher = heldout_scoring(config, device)
 
     def score(student: Path) -> dict[str, float]:

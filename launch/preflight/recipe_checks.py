@@ -20,6 +20,7 @@ from train.config import Config
 from train.data.corpus import num_heldout_windows, read_corpus_digests, without_heldout_windows
 from train.data.order import check_fit
 from train.data.pipeline import build_run_data, build_schedule
+from train.distributed.device import kind_here
 from train.engine_config import default_engine_config, engine_settings
 from train.errors import UserError, one_line
 from train.evaluation.teacher_precision import check_teacher_precision
@@ -139,7 +140,7 @@ def check_teacher(config: Config) -> list[Finding]:
 
 
 def _compare(config: Config, name: str) -> str:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = kind_here()
     # fp16 also where only a CPU is at hand: it is what the GPUs of the run will compute in.
     dtype = TEACHER_DTYPES[config.model.teacher_dtype] or torch.float16
     ask_hub(name)
@@ -171,7 +172,7 @@ def check_recipe(config: Config, world_size: int) -> list[Finding]:
 
 
 def _engine(config: Config, world_size: int) -> str:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = kind_here()
     settings = engine_settings(engine_config_for(config, engine_template(config, device), world_size))
     source = config.deepspeed.config or f"ds_configs/{default_engine_config(device).name} (the default here)"
     return f"{source}: ZeRO stage {settings.stage}, {settings.precision}"
@@ -225,7 +226,7 @@ def _run(config: Config) -> str | Finding:
     config = found_before(folder, config)
     changes = changed_config(folder, config)
     # The shipped JSON depends on whether there are GPUs, which this machine may lack.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = kind_here()
     inputs = {"deepspeed.config": engine_template(config, device)} if config.deepspeed.config else {}
     changes += changed_inputs(folder, {**read_corpus_digests(config.data.shards), **inputs})
     if changes and not config.checkpoint.allow_changed_config:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
+from train.distributed.collective_errors import cause_of, is_from_a_collective
 from train.distributed.store import HOST_KEY
 from train.errors import LostRankError, RendezvousError, ReportedElsewhereError
 
@@ -95,7 +96,7 @@ class Heartbeat:
                 self._store.compare_set(rank, "", "\n".join(beat))
         except (OSError, dist.DistError) as error:
             raise RendezvousError(
-                f"{self._me} lost rank 0 while the job started ({_first_line(error)}); run again"
+                f"{self._me} lost rank 0 while the job started ({cause_of(error)}); run again"
             ) from None
         self._thread.start()
         if not self._world.is_first:
@@ -111,14 +112,14 @@ class Heartbeat:
             self._stop()
             return
         fault: Exception = error
-        if _is_from_a_collective(error):
-            fault = LostRankError(self._explain(_first_line(error)))
+        if is_from_a_collective(error):
+            fault = LostRankError(self._explain(cause_of(error)))
         reports, self._failed = self._is_first_to_report(), True
         self._stop()
         if not reports:
             raise ReportedElsewhereError from fault
         if fault is not error:
-            raise fault from None
+            raise fault from error
 
     def _stop(self) -> None:
         self._ended.set()
@@ -237,14 +238,3 @@ class Watch:
             places = ", ".join(f"rank {rank} in {beat.place}" for rank, beat in enumerate(self._beats))
             return f"no rank has moved on for {hang_timeout_s:.0f} s: {places}; the odd one out is the one to look at"
         return None
-
-
-def _is_from_a_collective(error: Exception) -> bool:
-    """torch's own errors, or gloo's, which are RuntimeErrors that begin with the place in its source."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "third_party/gloo/" in str(error)
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

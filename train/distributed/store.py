@@ -16,7 +16,8 @@ from datetime import timedelta
 import psutil
 import torch.distributed as dist
 
-from train.errors import RankError, RendezvousError, ReportedElsewhereError
+from train.distributed.collective_errors import cause_of
+from train.errors import RankError, RendezvousError, ReportedElsewhereError, UserError
 
 # Between the first rank's and the last rank's arrival: a slow file system takes minutes to import torch.
 WAIT_S = 600.0
@@ -58,6 +59,50 @@ def join_store(rank: int, world_size: int, address: str, port: int, wait_s: floa
     if interface:
         _try_connections(store, rank, world_size, interface.split(",")[0], wait)
     return store
+
+
+def compare_devices(store: dist.Store, rank: int, world_size: int, kind: str, uuid: str) -> None:
+    """All ranks compute on the same kind of device, and none shares its GPU: NCCL would hang, or say neither.
+
+    Args:
+        kind: "cuda" or "cpu".
+        uuid: of the GPU.
+    Raises:
+        UserError: otherwise; on rank 0, and as ReportedElsewhereError on the others.
+    """
+    keys = [f"halfling-device/{number}" for number in range(world_size)]
+    names = [HOST_KEY.format(number) for number in range(world_size)]
+    try:
+        store.set(keys[rank], f"{kind} {uuid}")
+        store.wait(keys, timedelta(seconds=WAIT_S))
+        devices, hosts = ([value.decode() for value in store.multi_get(asked)] for asked in (keys, names))
+    except dist.DistError as error:
+        raise RendezvousError(
+            f"rank {rank} on {platform.node()} lost another rank while the job started ({cause_of(error)}); run again"
+        ) from error
+    kinds = [device.split()[0] for device in devices]
+    if len(set(kinds)) > 1:
+        odd = kinds.index("cpu")
+        raise _reported_by_rank_0(
+            rank,
+            UserError(
+                f"rank {odd} on {hosts[odd]} computes on the CPU, rank {kinds.index('cuda')} on "
+                f"{hosts[kinds.index('cuda')]} on a GPU: run launch/doctor.py on {hosts[odd]}, or set DS_ACCELERATOR "
+                "to the same on every host (cluster.env)"
+            ),
+        )
+    if kind == "cpu":
+        return
+    for number, device in enumerate(devices):
+        first = devices.index(device)
+        if first < number:
+            raise _reported_by_rank_0(
+                rank,
+                UserError(
+                    f"ranks {first} and {number} on {hosts[number]} have the same GPU ({device.split()[1]}): start one "
+                    "rank per GPU (--gpus-per-node=N and --ntasks-per-node=N in Slurm, slots= in the hostfile)"
+                ),
+            )
 
 
 def _port_in_use(address: str, port: int) -> str:
@@ -140,7 +185,7 @@ def _missing(store: dist.Store, keys: list[str], rank: int, wait_s: float) -> Ex
     return _reported_by_rank_0(rank, error)
 
 
-def _reported_by_rank_0(rank: int, error: RendezvousError) -> Exception:
+def _reported_by_rank_0(rank: int, error: Exception) -> Exception:
     """Rank 0, whose store answers, meets the same error."""
     if rank == 0:
         return error

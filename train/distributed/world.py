@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,9 +15,11 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from train.distributed.collective_errors import cause_of, is_from_a_collective
+from train.distributed.device import device_of, num_visible_gpus, unused_gpus
 from train.distributed.discovery import Ranks, discover_ranks
 from train.distributed.rendezvous import interface_towards, rendezvous
-from train.distributed.store import WAIT_S, join_store
+from train.distributed.store import WAIT_S, compare_devices, join_store
 from train.errors import RankError, RendezvousError
 
 # The last resort: train/distributed/heartbeat.py ends a job with a lost or stuck rank long before, and names the rank.
@@ -34,42 +37,42 @@ class World:
     device: str
 
     @property
+    def kind(self) -> str:
+        """ "cuda" or "cpu"."""
+        return self.device.partition(":")[0]
+
+    @property
     def is_first(self) -> bool:
         return self.rank == 0
-
-
-def _device(ranks: Ranks, num_visible: int) -> str:
-    """The local rank's GPU. Where Slurm or MPI shows each task a GPU of its own, that one is number 0."""
-    if num_visible == 0:
-        return "cpu"
-    own = num_visible == 1 and ranks.launcher in ("srun", "mpirun")
-    if ranks.local_rank >= num_visible and not own:
-        raise RankError(
-            f"{ranks.local_size} ranks on {platform.node()}, but only {num_visible} GPUs are visible to local rank "
-            f"{ranks.local_rank}: start one rank per GPU (slots= in the hostfile, --ntasks-per-node in Slurm)"
-        )
-    return "cuda:0" if own else f"cuda:{ranks.local_rank}"
 
 
 def join_world(log_level: str = "error") -> World:
     """Discover this process's rank and join the process group: NCCL on GPUs, gloo elsewhere.
 
     Raises:
-        RankError: contradicting variables, a taken port, a host name that nobody knows.
+        RankError: contradicting variables, too few GPUs, a taken port, a host name that nobody knows.
+        UserError: ranks share a GPU, or some have none.
         RendezvousError: a rank did not come.
     """
     ranks = discover_ranks(os.environ)
-    device = _device(ranks, torch.cuda.device_count())
+    device = device_of(ranks, os.environ, num_visible_gpus(), platform.node())
     world = World(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_size, device)
+    if world.local_rank == 0 and (remark := unused_gpus(os.environ, device)):
+        print(f"warning: {platform.node()}: {remark}", file=sys.stderr, flush=True)
     address, port = _set_torch_variables(world, ranks)
     if world.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(_num_threads(world))
     else:
         torch.cuda.set_device(world.device)
     backend = "gloo" if world.device == "cpu" else "nccl"
+    if backend == "nccl" and not dist.is_nccl_available():
+        raise RankError(
+            f"torch {torch.__version__} on {platform.node()} has no NCCL, by which ranks on GPUs communicate: install "
+            "a build that has it (pip's for Linux do), or set DS_ACCELERATOR=cpu"
+        )
     deepspeed = import_deepspeed(log_level)
     store = join_store(world.rank, world.world_size, address, port)
+    compare_devices(store, world.rank, world.world_size, world.kind, _uuid(world.device))
     _connect(backend, store, world)
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
@@ -84,11 +87,13 @@ def _connect(backend: str, store: dist.Store, world: World) -> None:
         dist.init_process_group(
             backend, store=store, rank=world.rank, world_size=world.world_size, timeout=soon
         )
-    except RuntimeError as error:  # torch's errors of stores and connections
+    except RuntimeError as error:
+        if not is_from_a_collective(error):
+            raise
         raise RendezvousError(
-            f"rank {world.rank} on {platform.node()} lost another rank while the job started "
-            f"({str(error).splitlines()[0]}); run again"
-        ) from None
+            f"rank {world.rank} on {platform.node()} lost another rank while the job started ({cause_of(error)}); run "
+            "again"
+        ) from error
     if soon != COLLECTIVE_TIMEOUT:
         dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
 
@@ -103,6 +108,7 @@ def _set_torch_variables(world: World, ranks: Ranks) -> tuple[str, int]:
         LOCAL_SIZE=str(world.local_size),
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
+        DS_ACCELERATOR=world.kind,
     )
     if world.local_size < world.world_size and "GLOO_SOCKET_IFNAME" not in os.environ:
         interface = interface_towards(address)
@@ -112,10 +118,16 @@ def _set_torch_variables(world: World, ranks: Ranks) -> tuple[str, int]:
 
 
 def _num_threads(world: World) -> int:
-    """This rank's share of the host's cores; no more than Slurm or mpirun bound it to, or OMP_NUM_THREADS says."""
-    share = min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // world.local_size)
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(share, int(asked)) if asked.isdecimal() else share)
+    """OMP_NUM_THREADS, or this rank's share of the host's cores and no more than Slurm or mpirun bound it to."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is by nesting depth
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // world.local_size))
+
+
+def _uuid(device: str) -> str:
+    """The GPU itself, whatever number it has; "" for a CPU."""
+    return "" if device == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
 
 
 class _AtLeast(logging.Filter):
