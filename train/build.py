@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pydantic
 import torch
 from transformers import PreTrainedModel
 
@@ -19,8 +18,9 @@ from train.data.order import check_fit
 from train.data.pipeline import RunData, build_masker, build_run_data, build_schedule
 from train.distributed.device import engine_arguments
 from train.distributed.world import World, import_deepspeed
+from train.engine_check import check_engine_config
 from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
-from train.errors import UserError
+from train.errors import UserError, one_line
 from train.evaluation.heldout import HeldoutEvaluation
 from train.evaluation.teacher_precision import check_teacher_precision
 from train.lamb import Lamb
@@ -120,6 +120,10 @@ def assemble(
     manifest = inputs.manifest
     folders = open_teachers(config, manifest.tokenizer)
     if config.training.micro_batch_size == "auto":
+        any_size = replace(config, training=replace(config.training, micro_batch_size=1))
+        engine_config_for(
+            any_size, inputs.engine, world.world_size
+        )  # refused before models are made to measure
         config = find_micro_batch_size(config, manifest, world, inputs.engine, folders)
     engine_config = engine_config_for(config, inputs.engine, world.world_size)
     data = build_run_data(
@@ -207,9 +211,13 @@ def engine_template(config: Config, device: str) -> dict[str, Any]:
 
 
 def engine_config_for(config: Config, template: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """DeepSpeed's JSON with the recipe's numbers filled in."""
+    """DeepSpeed's JSON with the recipe's numbers filled in.
+
+    Raises:
+        UserError: what this trainer or DeepSpeed refuses of it.
+    """
     training = config.training
-    return resolve_engine_config(
+    resolved = resolve_engine_config(
         template,
         global_batch_size=training.global_batch_size,
         micro_batch_size=training.settled_micro_batch_size,
@@ -217,7 +225,10 @@ def engine_config_for(config: Config, template: dict[str, Any], world_size: int)
             training.global_batch_size, config.data.lanes, world_size, training.settled_micro_batch_size
         ),
         gradient_clipping=training.gradient_clipping,
+        source=config.deepspeed.config,
     )
+    check_engine_config(resolved, config.deepspeed.config)
+    return resolved
 
 
 def build_heldout(
@@ -277,8 +288,8 @@ def start_engine(
     Args:
         device: this rank's, "cpu" or "cuda:1".
     Raises:
-        UserError: what Lamb refuses of the recipe's optimizer section or of the engine's JSON, and what DeepSpeed's
-            own check of the JSON does.
+        UserError: what Lamb refuses of the recipe's optimizer section or of the engine's JSON, and what DeepSpeed
+            does, such as fp16 on a CPU.
     """
     settings = config.optimizer
     try:
@@ -299,9 +310,9 @@ def start_engine(
         engine, *_ = deepspeed.initialize(
             engine_arguments(device), model=module, optimizer=optimizer, config=engine_config
         )
-    except pydantic.ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"deepspeed.config: DeepSpeed refuses {faults}") from None
+    except (AssertionError, ValueError) as error:  # combinations that its configuration class lets through
+        name = f"={config.deepspeed.config!r}" if config.deepspeed.config else ""
+        raise UserError(f"deepspeed.config{name}: DeepSpeed refuses it: {one_line(error)}") from error
     try:
         optimizer.bind(engine)
     except ValueError as error:

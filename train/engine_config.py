@@ -32,28 +32,37 @@ RECIPE_OWNS = {
     "steps_per_print": "run.log_every_steps",
 }
 
-# Sections of DeepSpeed's JSON that mean something in this trainer; DeepSpeed itself passes unknown ones over.
-ENGINE_OWNS = (
-    "activation_checkpointing",
-    "bf16",
-    "checkpoint",
-    "comms_logger",
-    "communication_data_type",
-    "compile",
-    "data_types",
-    "disable_python_gc",
-    "dump_state",
-    "flops_profiler",
-    "fp16",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "torch_autocast",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
+OBJECT, BOOL, POSITIVE, DTYPE = (
+    'an object such as {"enabled": true}',
+    "true or false",
+    "a number above 0",
+    "fp16, bf16 or fp32",
 )
+LARGEST_BUCKET = 10**12
+_DTYPES = ("fp16", "float16", "half", "bf16", "bfloat16", "bfloat", "fp32", "float32", "float")
+# Sections of DeepSpeed's JSON that mean something in this trainer, and what they hold; DeepSpeed itself passes unknown
+# ones over, and reads those that are no objects as they come.
+ENGINE_OWNS = {
+    "activation_checkpointing": OBJECT,
+    "bf16": OBJECT,
+    "checkpoint": OBJECT,
+    "comms_logger": OBJECT,
+    "communication_data_type": DTYPE,
+    "compile": OBJECT,
+    "data_types": OBJECT,
+    "disable_python_gc": BOOL,
+    "dump_state": BOOL,
+    "flops_profiler": OBJECT,
+    "fp16": OBJECT,
+    "gradient_predivide_factor": POSITIVE,
+    "memory_breakdown": BOOL,
+    "prescale_gradients": BOOL,
+    "torch_autocast": OBJECT,
+    "wall_clock_breakdown": BOOL,
+    "zero_allow_untested_optimizer": BOOL,
+    "zero_force_ds_cpu_optimizer": BOOL,
+    "zero_optimization": OBJECT,
+}
 
 
 def default_engine_config(device_type: str) -> Path:
@@ -62,23 +71,38 @@ def default_engine_config(device_type: str) -> Path:
 
 
 def read_engine_config(path: str | Path) -> dict[str, Any]:
-    """The JSON object of a file; UserError where there is none."""
+    """The JSON object of a file.
+
+    Raises:
+        UserError: no such file, no JSON object, a key twice.
+    """
+    where = f"deepspeed.config={str(path)!r}"
     try:
-        config = json.loads(Path(path).read_text())
+        config = json.loads(Path(path).read_text("utf-8"), object_pairs_hook=_object, parse_constant=_refuse)
     except FileNotFoundError:
         shipped = ", ".join(
             f"ds_configs/{file.name}" for file in sorted((ROOT / "ds_configs").glob("*.json"))
         )
-        raise UserError(
-            f"deepspeed.config={str(path)!r}: no such file; this project ships {shipped}"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"deepspeed.config={str(path)!r} is not JSON: {error}") from None
+        raise UserError(f"{where}: no such file; this project ships {shipped}") from None
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply; see ds_configs/ for JSONs that work") from None
+    except ValueError as error:  # no JSON, no UTF-8, a number of thousands of digits
+        raise UserError(f"{where} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise UserError(
-            f"deepspeed.config={str(path)!r} holds a {type(config).__name__}; a JSON object is needed"
-        )
+        raise UserError(f"{where} holds a {type(config).__name__}; a JSON object is needed")
     return config
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON's")
 
 
 def resolve_engine_config(
@@ -88,6 +112,7 @@ def resolve_engine_config(
     micro_batch_size: int,
     gradient_accumulation_steps: int,
     gradient_clipping: float,
+    source: str | Path | None = None,
 ) -> dict[str, Any]:
     """`template` with every "auto" filled in, ready for deepspeed.initialize.
 
@@ -95,10 +120,12 @@ def resolve_engine_config(
         template: the parsed JSON; not changed.
         global_batch_size, micro_batch_size: sequences.
         gradient_clipping: largest global gradient norm; 0 for none.
+        source: the JSON's file, to be named.
     Raises:
-        UserError: an unknown section, a literal where the recipe decides, a ZeRO stage above 2, or an "auto"
-            left over.
+        UserError: an unknown section, one that holds what it cannot, a literal where the recipe decides, a ZeRO stage
+            above 2, or an "auto" left over.
     """
+    where = f"deepspeed.config={str(source)!r}" if source else "deepspeed.config"
     values = {
         "train_batch_size": global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -111,36 +138,44 @@ def resolve_engine_config(
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise UserError(f"deepspeed.config: unknown section {key!r}; {hint}")
+            raise UserError(f"{where}: unknown section {key!r}; {hint}")
     resolved = copy.deepcopy(template)
     for key, owner in {**RECIPE_OWNS, **REPLACED}.items():
         if resolved.get(key, "auto") != "auto":
             raise UserError(
-                f'deepspeed.config: {key}={resolved[key]!r} belongs to {owner}; write "auto" there or leave it out'
+                f'{where}: {key}={resolved[key]!r} belongs to {owner}; write "auto" there or leave it out'
             )
     for key in REPLACED:
         resolved.pop(key, None)
     resolved.update(values)
     if left := _left_over(resolved):
-        raise UserError(f'deepspeed.config: nothing fills in "auto" at {", ".join(left)}; give a value there')
-    zero = resolved.get("zero_optimization")
-    if not isinstance(zero, dict):
-        raise UserError(
-            f'deepspeed.config: zero_optimization={zero!r}; give an object such as {{"stage": 2}}'
-        )
-    for key in ("fp16", "bf16", "data_types"):
-        if not isinstance(resolved.get(key, {}), dict):
-            raise UserError(
-                f'deepspeed.config: {key}={resolved[key]!r}; give an object such as {{"enabled": true}}'
-            )
+        raise UserError(f'{where}: nothing fills in "auto" at {", ".join(left)}; give a value there')
+    zero: Any = resolved.setdefault("zero_optimization", None)
+    for key, needed in ENGINE_OWNS.items():
+        if key in resolved and not _holds(resolved[key], needed):
+            raise UserError(f"{where}: {key}={resolved[key]!r}; give {needed}")
     # DeepSpeed keeps a list of the optimizer classes it knows; LAMB's state is its own.
     resolved["zero_allow_untested_optimizer"] = True
-    stage = zero.get("stage", 0)
+    stage, bucket = zero.get("stage", 0), zero.get("reduce_bucket_size", 1)
     if stage not in (1, 2):
+        raise UserError(f"{where}: zero_optimization.stage={stage!r}; this trainer runs stages 1 and 2")
+    dtype = resolved.get("data_types", {}).get("grad_accum_dtype")
+    if not _holds(dtype, DTYPE):
+        raise UserError(f"{where}: data_types.grad_accum_dtype={dtype!r}; give {DTYPE}")
+    if not _holds(bucket, POSITIVE) or bucket > LARGEST_BUCKET:
         raise UserError(
-            f"deepspeed.config: zero_optimization.stage={stage!r}; this trainer runs stages 1 and 2"
+            f"{where}: zero_optimization.reduce_bucket_size={bucket!r}; give {POSITIVE}, up to {LARGEST_BUCKET:,}"
         )
     return resolved
+
+
+def _holds(value: Any, needed: str) -> bool:
+    if needed is OBJECT:
+        return isinstance(value, dict)
+    if needed is DTYPE:  # with DeepSpeed's other names for them
+        return value is None or (isinstance(value, str) and value in _DTYPES)
+    number = isinstance(value, (int, float))
+    return number and (value in (0, 1) if needed is BOOL else value > 0)
 
 
 def _left_over(value: Any, path: str = "") -> list[str]:

@@ -18,7 +18,7 @@ FOUNDATION = ("config", "engine_config", "environment_file", "errors", "run_fold
 LAYERS = (
     {*FOUNDATION, "lamb"},
     {"distributed", "models"},
-    {"data"},
+    {"data", "engine_check"},
     {"objective"},
     {"checkpointing", "evaluation", "finetuning"},
     {"export", "loop"},
