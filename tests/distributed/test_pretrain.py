@@ -237,11 +237,11 @@ def test_a_checkpoint_of_another_model_is_refused(
 
 def test_what_deepspeed_refuses_is_one_message(settings: list[str], tmp_path: Path) -> None:
     engine = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
-    engine["zero_optimization"]["reduce_bucket_size"] = "many"
+    engine["zero_optimization"]["allgather_bucket_size"] = "many"
     (tmp_path / "ds.json").write_text(json.dumps(engine))
     code, output = finish(start_alone(settings, tmp_path / "run", f"--deepspeed.config={tmp_path}/ds.json"))
     assert code == 2, output
-    assert "error: deepspeed.config: DeepSpeed refuses reduce_bucket_size" in output
+    assert "/ds.json': DeepSpeed refuses zero_optimization.allgather_bucket_size='many': " in output
     assert "Traceback" not in output
 
 

@@ -173,7 +173,7 @@ def measure(
         with CountedBytes() as counted, PeakBytes(before) as peak:
             for micro in range(accumulation):
                 taught = teacher(batch.input_ids)
-                engine.backward(engine(batch, taught).loss)
+                engine.backward(engine(batch, taught)["loss"])
                 if micro == accumulation - 1:
                     held = gc_gradients(zero)
                 engine.step()

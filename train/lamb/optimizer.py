@@ -7,6 +7,7 @@ checkpoints and zero_to_fp32 carry.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -55,8 +56,8 @@ class Lamb(torch.optim.Optimizer):
         bias_correction: correct both moments for their start at zero.
         mode: "decoupled", or "deepspeed" for the formula of DeepSpeed's own FusedLamb: all tensors decayed
             and adapted, ratio clamped to [0.01, 10] unless `clamp` says otherwise, bias correction outside it.
-        fused: a kernel where there is one (Triton on CUDA; C loops on a CPU, built on first use when there is
-            a compiler), plain torch operations elsewhere. True insists, False declines.
+        fused: a kernel where there is one (Triton on CUDA, if it can launch; C loops on a CPU, built on first use
+            when there is a compiler), plain torch operations elsewhere. True insists, False declines.
             Ranks that are not bound choose each for itself: give False where some lack a compiler and
             replicas must not differ by rounding.
     Raises:
@@ -308,7 +309,7 @@ def choose_kernel(fused: bool | None, kind: Kind, on_all_ranks: Callable[[bool],
         where = "here" if kernel is None else "on another rank"
         raise ValueError(
             f"fused=True, but there is no fused LAMB for {dtype} on {device.type} {where}: it takes fp32 and a C "
-            "compiler (CPU) or Triton (CUDA); leave fused at None for plain torch operations"
+            "compiler (CPU) or Triton with a C compiler and Python's headers (CUDA); leave fused at None for plain torch operations"
         )
     return EagerKernel()
 
@@ -320,8 +321,14 @@ def _fused_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
         return native.NativeKernel(library)
     if device.type == "cuda":
         try:
-            from .triton_kernels import TritonKernel  # optional: not every torch brings Triton
-        except ImportError:
-            return None
-        return TritonKernel()
+            from .triton_kernels import started_kernel  # optional: not every torch brings Triton
+
+            return started_kernel(device)
+        except Exception as error:  # of Triton, a compiler, the linker, the driver, a full or read-only disk
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            warnings.warn(
+                f"LAMB runs in plain torch operations on this GPU, more slowly: Triton cannot start its kernels "
+                f"({reason}); it needs a C compiler and Python's headers (apt install gcc python3-dev)",
+                stacklevel=2,
+            )
     return None

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 
 from .parameters import TensorRule
-from .update import Buffers, Kernel, fragments_of
+from .update import Buffers, Coefficients, Kernel, fragments_of
+from .zero_layout import Fragment
 
 BLOCK = 4096
 SUM_BLOCK = 1024
@@ -110,6 +111,26 @@ def _second_kernel(rows, scalars, blocks, ratios, BLOCK: tl.constexpr):
     )
     factor = tl.load(scalar + 6) * tl.load(ratios + tl.load(row + 5)) + zeros
     tl.store(p_at, tl.fma(-factor, u, p), mask=inside)
+
+
+def started_kernel(device: torch.device) -> TritonKernel:
+    """A kernel whose every launch has been tried: Triton compiles its driver and the kernels at the first one, for which
+    it needs a C compiler and Python's headers, and a folder to keep them in.
+
+    Raises:
+        Exception: whatever Triton, the compilers or the driver raise.
+    """
+    kernel, rules = TritonKernel(), [TensorRule("", decay=True, adapt=True)]
+    p, g, m, v = torch.ones(4, BLOCK, device=device).unbind()
+    c = Coefficients(beta1=0.9, beta2=0.9, stretch=1.0, shift=1.0, weight_decay=0.1, step_size=0.1)
+    buffers = [Buffers(p, g, m, v, (Fragment(0, 0, BLOCK),), c)]
+    sums = torch.zeros(1, 2, dtype=torch.float64, device=device)
+    for grad_norm in (None, torch.ones((), device=device)):
+        kernel.first_pass(buffers, rules, sums, grad_norm)
+    kernel.second_pass(buffers, rules, torch.ones(1, device=device))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return kernel
 
 
 class TritonKernel(Kernel):

@@ -5,13 +5,13 @@ A row that a kill falls into is the same as an undisturbed run's: the sums so fa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from train.checkpointing.state import LossWindow
-from train.objective.distillation import LossTerms
 
 
 class Means(NamedTuple):
@@ -33,13 +33,15 @@ class LossSums:
         self._by_step: dict[int, list[torch.Tensor]] = {}
         self._finite: torch.Tensor | None = None
 
-    def add(self, step: int, terms: LossTerms) -> None:
-        """Count one micro batch of a step."""
-        for name, value in terms.as_dict().items():
+    def add(self, step: int, terms: Mapping[str, torch.Tensor]) -> None:
+        """Count one micro batch of a step; `terms` by name, "loss" among them."""
+        for name, value in terms.items():
+            value = value.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value.float()
         self._count += 1
-        self._by_step.setdefault(step, []).append(terms.loss.detach())
-        finite = torch.isfinite(terms.loss.detach())
+        loss = terms["loss"].detach()
+        self._by_step.setdefault(step, []).append(loss)
+        finite = torch.isfinite(loss)
         self._finite = finite if self._finite is None else self._finite & finite
 
     def take(self) -> Means:

@@ -129,7 +129,7 @@ def _trial(
             input_ids, positions, input_ids.gather(1, positions), torch.ones_like(positions, dtype=torch.bool)
         )
         try:
-            module(masked, teacher(input_ids) if teacher else None).loss.backward()
+            module(masked, teacher(input_ids) if teacher else None)["loss"].backward()
         except torch.cuda.OutOfMemoryError:
             return False
         return torch.cuda.max_memory_allocated(world.device) <= usable

@@ -35,10 +35,15 @@ class DistillationModule(nn.Module):
         masked: MaskedBatch,
         taught: TeacherOutput | None,
         num_masked_tokens: torch.Tensor | None = None,
-    ) -> LossTerms:
-        """The loss terms of one micro batch; see DistillationLoss.forward for `num_masked_tokens`."""
+    ) -> dict[str, torch.Tensor]:
+        """The terms of one micro batch by their names in metrics.jsonl; "loss" has a gradient. See
+        DistillationLoss.forward for `num_masked_tokens`.
+
+        A dict, because the engine's backward pass prepares itself in hooks on the tensors of what forward returns: it
+        looks into tuples, lists and dicts (DeepSpeed 0.19, runtime/engine.py and utils.py).
+        """
         terms: LossTerms = self.objective(self.student, masked, taught, num_masked_tokens=num_masked_tokens)
-        return terms
+        return {**terms.as_dict(), "loss": terms.loss}
 
 
 class Observer(Protocol):
@@ -91,7 +96,7 @@ class Trainer:
                     taught = self.teacher(masked.input_ids) if self.teacher else None
                 with clock.section("student"):
                     terms = engine(masked, taught, num_masked_tokens)
-                    engine.backward(terms.loss)
+                    engine.backward(terms["loss"])
                 with clock.section("optimizer"):
                     engine.step()
                 self.losses.add(step, terms)

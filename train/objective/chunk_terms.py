@@ -126,8 +126,14 @@ def tempered_logits(inputs: DecoderInputs, scale: float, out: torch.Tensor) -> t
     return out.mul_(scale) if scale != 1 else out
 
 
-def product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
-    """out (+)= left @ right; half-precision operands give fp32 sums."""
+def product(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    out: torch.Tensor,
+    accumulate: bool = False,
+    factor: torch.Tensor | None = None,
+) -> None:
+    """out (+)= left @ right; half-precision operands give fp32 sums, multiplied by `factor` where there is one."""
     if left.dtype == out.dtype:
         if accumulate:
             out.addmm_(left, right)
@@ -135,6 +141,8 @@ def product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, accumula
             torch.mm(left, right, out=out)
         return
     part = torch.mm(left, right, out_dtype=out.dtype)
+    if factor is not None:
+        part.mul_(factor)
     if accumulate:
         out += part
     else:

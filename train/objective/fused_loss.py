@@ -22,8 +22,10 @@ from train.objective.token_selection import SelectedTokens
 CPU_BUFFER_BYTES = 32 * 2**20
 GPU_BUFFER_BYTES = 256 * 2**20
 HALF_SCALE = 64.0
-"""Lifts the small entries of a half-precision logit gradient out of fp16's subnormals; the largest, weights
-of the terms times T times this, stay far below fp16's 65,504, and products are summed in fp32."""
+"""Lifts the small entries of a half-precision logit gradient out of fp16's subnormals; products are summed in fp32."""
+HALF_LIMIT = 32_768.0
+"""Below fp16's largest number, 65,504. The gradients of KD and MLM are at most kd T + mlm times HALF_SCALE, those of MSE
+have no bound: where this could be passed, each chunk is scaled to stay below it."""
 
 
 @dataclass(frozen=True)
@@ -172,14 +174,30 @@ class _Pass:
             gradient = chunk_terms(chunk, values)
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
-            operand = gradient if weight.dtype == dtype else gradient.to(weight.dtype)
+            operand, factor = self._operand(gradient, weight.dtype)
             if grad_features is not None:
-                product(operand, weight, grad_features[rows])
+                product(operand, weight, grad_features[rows], factor=factor)
             if grad_weight is not None:
-                product(operand.t(), chunk.student.features, grad_weight, accumulate=start > 0)
+                product(operand.t(), chunk.student.features, grad_weight, start > 0, factor)
         values[:3] *= unit
         values[3] /= (self.tokens.row_weights > 0).sum().clamp_min(1)
         return values, (grad_features, grad_weight, grad_bias), unit
+
+    def _operand(
+        self, gradient: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The gradient (rows, V) in the dtype of the products, and what these are to be multiplied with, or None.
+
+        No loss scale helps against an overflow here: it arrives in the backward pass. Overwrites `gradient`.
+        """
+        weights = self.weights
+        bound = HALF_SCALE * (weights.kd * weights.temperature + weights.mlm)
+        if dtype != torch.float16 or (weights.mse == 0 and bound <= HALF_LIMIT):
+            return gradient.to(dtype), None
+        smallest, largest = gradient.aminmax()
+        room = HALF_LIMIT / torch.maximum(largest, -smallest)
+        power = room.log2().floor().clamp_max(0.0).exp2()  # of two, so that nothing is rounded
+        return gradient.mul_(power).to(dtype), 1 / power
 
     def _dropped_rows(self) -> torch.Tensor:
         """(N, 1) bool, True for rows that count in no mean (padding)."""

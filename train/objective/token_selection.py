@@ -62,7 +62,9 @@ def select_tokens(
     weights = torch.zeros(batch * length + 1, dtype=torch.float64, device=device)
     weights[slot] = masked_mean
     is_masked = torch.zeros(batch * length + 1, dtype=torch.uint8, device=device)
-    is_masked[slot] = 1
+    is_masked.index_fill_(
+        0, slot, 1
+    )  # a host scalar assigned by index would be copied to the GPU, and waited for
     order = torch.argsort(is_masked[:-1], descending=True, stable=True)
     first = order[: flat.numel()]
     keep = keep_weights(masked.input_ids, attention_mask, num_tokens)

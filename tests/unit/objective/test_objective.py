@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.config import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.errors import UserError
 from train.evaluation.scores import heldout_statistics, heldout_sums
+from train.loop.trainer import DistillationModule
 from train.models.families import DecoderInputs
 from train.models.students import make_student
 from train.models.teacher import Teacher
@@ -598,8 +600,14 @@ def test_chunks_have_equal_sizes():
 
 
 @pytest.mark.parametrize("denominator", [40, 10**7])
-def test_half_precision_products_neither_underflow_nor_overflow(denominator, monkeypatch):
+@pytest.mark.parametrize(
+    "weights",
+    [{}, {"mse": 1.0}, {"mse": 30.0}, {"mse": 3000.0}, {"kd": 0.0, "mlm": 0.0, "mse": 300.0}, {"kd": 1000.0}],
+    ids=str,
+)
+def test_half_precision_products_neither_underflow_nor_overflow(denominator, weights, monkeypatch):
     """A GPU's path on the CPU: operands in fp16, sums in fp32; a global batch's count makes weights tiny."""
+    weights = VocabularyWeights(**{"temperature": 2.0, "kd": 5.0, "mlm": 2.0, **weights})
     multiply = torch.mm
 
     def summed_in_fp32(left, right, out_dtype=None, out=None):
@@ -616,7 +624,10 @@ def test_half_precision_products_neither_underflow_nor_overflow(denominator, mon
     count = tokens // 7
 
     def run(dtype, scale):
-        leaves = [t.to(dtype).requires_grad_() for t in (student.features, student.weight, student.bias)]
+        leaves = [
+            t.detach().clone().to(dtype).requires_grad_()
+            for t in (student.features, student.weight, student.bias)
+        ]
         terms = vocabulary_loss(
             DecoderInputs(*leaves),
             [DecoderInputs(*(t.to(dtype) for t in (teacher.features, teacher.weight, teacher.bias)))],
@@ -625,14 +636,16 @@ def test_half_precision_products_neither_underflow_nor_overflow(denominator, mon
                 torch.arange(count) % 300,
                 torch.full((count,), 1 / denominator, dtype=torch.float64),
             ),
-            VocabularyWeights(2.0, kd=5.0, mlm=2.0),
+            weights,
             chunk_tokens=15,
         )
         (terms.loss * scale).backward()
         return terms.loss.item(), [leaf.grad.double() / scale for leaf in leaves]
 
-    loss, found = run(torch.float16, 2.0**6 * denominator)
     expected, wanted = run(torch.float64, 1.0)
+    # A loss scale as the engine would have come to: what is left to overflow does so in the products' operands.
+    largest = max(float(gradient.abs().max()) for gradient in wanted)
+    loss, found = run(torch.float16, min(2.0**6 * denominator, 2.0 ** math.floor(math.log2(2**14 / largest))))
     assert loss == pytest.approx(expected, rel=2e-3)
     for own, other in zip(found, wanted, strict=True):
         assert (own - other).norm() < 5e-3 * other.norm()
@@ -678,3 +691,33 @@ def test_the_gradient_of_a_tied_weight_is_autograds(batch, terms, is_tied):
     assert own.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert (own[name] - gradient).abs().max() <= 1e-10 * max(1.0, gradient.abs().max()), name
+
+
+def test_no_host_scalar_is_assigned_by_index(batch):
+    """On a GPU `t[index] = 1` copies the 1 from the host, and waits."""
+    by_index = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.index_put_.default:
+                by_index.append(args[2].dim())
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        select_tokens(batch, None, all_positions=True)
+    assert by_index == [1, 1]
+
+
+def test_the_engine_s_backward_prologue_runs(batch, models):
+    """DeepSpeed hangs it on the tensors that it finds in what forward returns."""
+    from deepspeed.runtime.utils import register_output_backward_hooks
+
+    teacher, student = models
+    terms = DistillationModule(student, objective_of())(batch, Teacher([teacher])(batch.input_ids))
+    names = ["loss", "loss_kd", "loss_mlm", "loss_cos", "top1_agreement"]
+    assert list(terms) == names
+    assert [terms[name].requires_grad for name in names] == [True, False, False, False, False]
+    calls = []
+    register_output_backward_hooks(terms, lambda: calls.append("prologue"), lambda gradient: gradient)
+    terms["loss"].backward()
+    assert calls == ["prologue"]
