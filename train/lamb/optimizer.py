@@ -309,7 +309,7 @@ def choose_kernel(fused: bool | None, kind: Kind, on_all_ranks: Callable[[bool],
         where = "here" if kernel is None else "on another rank"
         raise ValueError(
             f"fused=True, but there is no fused LAMB for {dtype} on {device.type} {where}: it takes fp32 and a C "
-            "compiler (CPU) or Triton with a C compiler and Python's headers (CUDA); leave fused at None for plain torch operations"
+            "compiler, on CUDA Triton and Python's headers too; leave fused at None for plain torch operations"
         )
     return EagerKernel()
 

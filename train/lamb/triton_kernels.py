@@ -114,8 +114,8 @@ def _second_kernel(rows, scalars, blocks, ratios, BLOCK: tl.constexpr):
 
 
 def started_kernel(device: torch.device) -> TritonKernel:
-    """A kernel whose every launch has been tried: Triton compiles its driver and the kernels at the first one, for which
-    it needs a C compiler and Python's headers, and a folder to keep them in.
+    """A kernel whose every launch has been tried: Triton compiles its driver and the kernels at the first one, with a C
+    compiler and Python's headers, into a folder that it keeps.
 
     Raises:
         Exception: whatever Triton, the compilers or the driver raise.

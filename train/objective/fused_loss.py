@@ -24,8 +24,8 @@ GPU_BUFFER_BYTES = 256 * 2**20
 HALF_SCALE = 64.0
 """Lifts the small entries of a half-precision logit gradient out of fp16's subnormals; products are summed in fp32."""
 HALF_LIMIT = 32_768.0
-"""Below fp16's largest number, 65,504. The gradients of KD and MLM are at most kd T + mlm times HALF_SCALE, those of MSE
-have no bound: where this could be passed, each chunk is scaled to stay below it."""
+"""Below fp16's largest number, 65,504. The gradients of KD and MLM are at most kd T + mlm times HALF_SCALE, that of MSE
+has no bound: where this could be passed, each chunk is scaled to stay below it."""
 
 
 @dataclass(frozen=True)
