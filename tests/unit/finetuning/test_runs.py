@@ -160,14 +160,23 @@ def test_other_contents_are_refused_by_name(tmp_path: Path, taught: Path, data: 
         run_task(job_for(tmp_path / "out", other, "sst2", tmp_path / "data", *QUICK)[0], range(2))
 
 
-@pytest.mark.parametrize("damage", ["none", "truncated", "unfinished"])
-def test_a_stopped_seed_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, taught: Path, model: str, data: Path, damage: str
-) -> None:
-    """Stopped in the second of four epochs; it ends with the weights of the run that was not stopped, bit for bit."""
-    job, said = job_for(tmp_path, model, "sst2", data, *QUICK, "--checkpoint-seconds", "0")
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, model: str, data: Path) -> Path:
+    """OUT of a seed that was stopped in the second of four epochs."""
+    out = tmp_path_factory.mktemp("stopped")
+    job, _ = job_for(out, model, "sst2", data, *QUICK, "--checkpoint-seconds", "0")
     with pytest.raises(Stopped, match="sst2 seed 0: stopped at step 17 of 48, saved"):
         run_task(dataclasses.replace(job, stop=StopAfter(17)), range(1))
+    return out
+
+
+@pytest.mark.parametrize("damage", ["none", "truncated", "unfinished"])
+def test_a_stopped_seed_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, taught: Path, stopped: Path, model: str, data: Path, damage: str
+) -> None:
+    """It ends with the weights of the run that was not stopped, bit for bit."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    job, said = job_for(tmp_path, model, "sst2", data, *QUICK)
     work = tmp_path / "sst2" / ".seed-0"
     assert sorted(path.name for path in work.iterdir()) == ["checkpoint-16", "checkpoint-17"]
     newest = work / "checkpoint-17"
