@@ -99,13 +99,14 @@ def svg_charts(curves: Sequence[Curve]) -> list[Markup]:
 
     Colours are variables of the page's style sheet, and text is text.
     """
+    panels = [panel for panel in _panels(curves) if any(panel.points(curve) for curve in curves)]
+    if not panels:
+        return []
     import matplotlib
     from matplotlib.figure import Figure
 
     charts = []
-    for panel in _panels(curves):
-        if not any(panel.points(curve) for curve in curves):
-            continue
+    for panel in panels:
         settings = {
             "svg.fonttype": "none",
             "svg.hashsalt": panel.title,

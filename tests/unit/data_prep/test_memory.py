@@ -32,7 +32,7 @@ def test_memory_per_byte_of_the_longest_document(
     monkeypatch.setattr(document_encoder, "LONG", 1 << 14)
     monkeypatch.setattr(blocks, "_SLICE", 1 << 14)
     monkeypatch.setattr(texts, "PIECE", 1 << 13)
-    documents = [f"\U0001f600 {number}" + "a, " * (LIMIT // 3 - 4) for number in range(10, 14)]
+    documents = [f"\U0001f600 {number}" + "a, " * (LIMIT // 3 - 4) for number in range(10, 13)]
     assert LIMIT - 8 < len(documents[0].encode()) <= LIMIT
     path = tmp_path / f"a{ending}"
     if ending == ".parquet":
