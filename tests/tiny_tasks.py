@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,15 @@ from train.finetuning.tasks import task_named
 FILLERS = [word for word in WORDS if word not in ("fast", "slow")]
 
 
-def save_encoder(folder: Path, family: str = "bert", tokenizer: Any = None, seed: int = 0) -> str:
-    """A random masked language model of two layers and width 32, with its tokenizer."""
+def save_encoder(
+    folder: Path,
+    family: str = "bert",
+    tokenizer: Any = None,
+    seed: int = 0,
+    num_layers: int = 2,
+    num_positions: int = 66,
+) -> str:
+    """A random masked language model of width 32, with its tokenizer."""
     import torch
     import transformers
 
@@ -25,14 +32,17 @@ def save_encoder(folder: Path, family: str = "bert", tokenizer: Any = None, seed
     tokenizer = tokenizer or (byte_pairs() if family == "roberta" else wordpiece())
     common = {
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": 66,
+        "max_position_embeddings": num_positions,
         "pad_token_id": tokenizer.pad_token_id,
     }
     if family == "distilbert":
-        config: Any = transformers.DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=4, **common)
+        config: Any = transformers.DistilBertConfig(
+            dim=32, hidden_dim=64, n_layers=num_layers, n_heads=4, **common
+        )
         kind: Any = transformers.DistilBertForMaskedLM
     else:
-        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+        shape["num_hidden_layers"] = num_layers
         if family == "roberta":
             shape["type_vocab_size"] = 1
         name = {"bert": "Bert", "roberta": "Roberta"}[family]
@@ -87,3 +97,18 @@ def job_for(out: Path, model: str, task: str, data: Path | str | None, *flags: s
     said: list[str] = []
     job = job_of(task_named(task), parser().parse_args(words))
     return dataclasses.replace(job, say=said.append), said
+
+
+class StopAfter:
+    """Asked to stop from the n-th time on that somebody looks."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    @property
+    def requested(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+    def when_asked(self, act: Callable[[], None]) -> None:
+        pass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.tiny_tasks import job_for, save_encoder, sentences, write_pairs, write_sst2
+from tests.tiny_tasks import StopAfter, job_for, save_encoder, sentences, write_pairs, write_sst2
 from train.errors import NonFiniteError, UserError
 from train.finetuning import batches, classification
 from train.finetuning.batches import Padding, epoch_batches
@@ -43,21 +42,6 @@ def taught(tmp_path_factory: pytest.TempPathFactory, model: str, data: Path) -> 
     job, _ = job_for(out, model, "sst2", data, *QUICK)
     run_task(job, range(2))
     return out
-
-
-class StopAfter:
-    """Asked to stop from the n-th time on that somebody looks."""
-
-    def __init__(self, looks: int) -> None:
-        self.looks = looks
-
-    @property
-    def requested(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
-
-    def when_asked(self, act: Callable[[], None]) -> None:
-        pass
 
 
 def weights(out: Path, task: str = "sst2", seed: int = 0) -> dict[str, torch.Tensor]:

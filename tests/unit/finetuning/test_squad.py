@@ -5,16 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from launch.finetune import job_of, parser
 from launch.score_squad import main as score
 from tests.conftest import WORDS
+from tests.tiny_tasks import StopAfter, job_for, save_encoder
 from tests.unit.finetuning.squad_tokenizers import byte_pairs, wordpiece
 from train.errors import UserError
 from train.finetuning.runs import check_task, run_task
@@ -50,17 +49,6 @@ def squad(path: Path, count: int, share_impossible: float = 0.0, seed: int = 0) 
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time to a second thread."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
@@ -72,41 +60,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def saved(folder: Path, model: Any, tokenizer: Any) -> str:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    import torch
-    from transformers import BertConfig, BertForMaskedLM
-
-    torch.manual_seed(0)
-    tokenizer = wordpiece()
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **shape))
-    return saved(tmp_path_factory.mktemp("bert"), model, tokenizer)
+    return save_encoder(tmp_path_factory.mktemp("bert"), num_positions=32)
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> str:
-    import torch
-    from transformers import DistilBertConfig, DistilBertForMaskedLM
-
-    torch.manual_seed(1)
-    tokenizer = wordpiece()
-    config = DistilBertConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=32, dim=32, n_layers=1, n_heads=4, hidden_dim=64
+    return save_encoder(
+        tmp_path_factory.mktemp("student"), "distilbert", seed=1, num_layers=1, num_positions=32
     )
-    return saved(tmp_path_factory.mktemp("student"), DistilBertForMaskedLM(config), tokenizer)
 
 
 def job(model: str, data: Path | str, out: Path, *more: str, task: str = "squad") -> Job:
-    arguments = ["--model", model, "--task", task, "--data", str(data), "--out", str(out)]
-    arguments += ["--learning-rate", "2e-3", "--epochs", "1", "--batch-size", "8", *more]
-    return job_of(task_named(task), parser().parse_args(arguments))
+    """Whose `say` prints nothing."""
+    return job_for(
+        out, model, task, data, "--learning-rate", "2e-3", "--epochs", "1", "--batch-size", "8", *more
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -225,21 +195,6 @@ def test_a_batch_is_what_the_stock_tokenizer_gives() -> None:
         length = own.stop - own.start
         assert batch["soft_spans"][row, :, :length].tolist() == soft[:, own].tolist()
         assert not batch["soft_spans"][row, :, length:].any()
-
-
-class StopAfter:
-    """Asks for a stop at the n-th question whether it does."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
-
-    def when_asked(self, act: Callable[[], None]) -> None:
-        pass
 
 
 def test_stopped_and_continued_is_the_same(student: str, data: Path, tmp_path: Path) -> None:
@@ -390,7 +345,9 @@ def test_a_teacher_of_another_tokenizer_is_refused(student: str, data: Path, tmp
     tokenizer = byte_pairs()
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=40, **shape)
-    teacher = saved(tmp_path / "teacher", RobertaForQuestionAnswering(config), tokenizer)
+    RobertaForQuestionAnswering(config).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    teacher = str(tmp_path / "teacher")
     with pytest.raises(UserError, match=r"--teacher .*teacher has another tokenizer than .*student"):
         check_task(job(student, data, tmp_path, "--teacher", teacher))
     wordpiece(words=WORDS[::-1]).save_pretrained(tmp_path / "teacher")  # as many tokens, in another order

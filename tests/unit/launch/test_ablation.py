@@ -312,22 +312,26 @@ def test_a_corpus_that_holds_nothing_out_is_refused_before_anything_is_trained(
     assert none.commands == []
 
 
-def test_nothing_is_trained_after_the_full_recipe_has_failed(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("codes", "code", "num_trained", "said"),
+    [
+        ({"full": 2}, 2, 1, "without the full recipe there is nothing to compare with"),
+        ({"no_cosine": 75}, 75, 3, "run the same command again to go on"),
+    ],
+)
+def test_what_ends_an_ablation_at_once(
+    codes: dict[str, int],
+    code: int,
+    num_trained: int,
+    said: str,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    trained = stages(monkeypatch, full=2)
-    assert ablate.main(words) == 2
-    assert len(trained.commands) == 1
-    assert "without the full recipe there is nothing to compare with" in capsys.readouterr().err
-
-
-def test_a_stop_ends_the_ablation_with_75(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trained = stages(monkeypatch, no_cosine=75)
-    assert ablate.main(words) == 75
-    assert len(trained.commands) == 3
-    assert "run the same command again to go on" in capsys.readouterr().err
+    trained = stages(monkeypatch, **codes)
+    assert ablate.main(words) == code
+    assert len(trained.commands) == num_trained
+    assert said in capsys.readouterr().err
 
 
 def test_tasks_are_scored_with_finetune(
