@@ -23,6 +23,7 @@ import numpy as np
 
 from data_prep.error_messages import exit_code, explain
 from data_prep.shard_format.errors import MissingFile, UserError
+from data_prep.shard_format.files import refuse_pipe
 from data_prep.shard_format.manifest import (
     SPLITS,
     TOKENIZER_FOLDER,
@@ -49,6 +50,7 @@ def check_shard(path: Path, info: ShardInfo, manifest: Manifest) -> np.ndarray:
     """
     if not path.exists():
         raise MissingFile(f"{path} is missing; {REMEDY}")
+    refuse_pipe(path)
     size = path.stat().st_size
     if size != info.bytes:
         raise UserError(f"{path} has {size:,} bytes, the manifest says {info.bytes:,}; {REMEDY}")
@@ -130,6 +132,7 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
 def _check_histogram(path: Path, expected: np.ndarray, sha256: str | None) -> None:
     if not path.exists():
         raise MissingFile(f"{path} is missing; {REMEDY}")
+    refuse_pipe(path)
     with open(path, "rb") as file:
         data = file.read(expected.nbytes + 1024)  # its header is shorter
     try:

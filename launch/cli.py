@@ -98,7 +98,7 @@ def run_main(main: Callable[[Sequence[str]], int], one_job: bool = False) -> Non
     except (UserError, RunError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _reader_has_left():
             code = 128 + signal.SIGPIPE
-        elif os.environ.get("HALFLING_TRACEBACK") or not _is_plain(error):
+        elif os.environ.get("HALFLING_TRACEBACK") or not is_plain(error):
             raise
         else:
             if not (one_job and _is_left_to_another_rank(error)):
@@ -128,7 +128,7 @@ def _load_environment() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def _is_plain(error: Exception) -> bool:
+def is_plain(error: Exception) -> bool:
     """Whether its text alone is enough; of OSErrors, those about a path or a full disk."""
     if not isinstance(error, OSError):
         return True

@@ -243,7 +243,6 @@ def build_heldout(
         config.data.sequence_length,
         config.evaluation.max_windows,
         cache_dir=config.data.cache_dir,
-        verify=config.data.verify,
     )
     return HeldoutEvaluation(
         input_ids,

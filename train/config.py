@@ -126,7 +126,7 @@ class DataConfig:
     number of ranks is the largest divisor of the global batch size up to this."""
 
     verify: Literal["size", "full"] = "size"
-    """What is checked before training: the size of every shard, or its sha256 as well."""
+    """What is checked before training: the size of every shard, or its sha256 as well, which each reading checks."""
 
     cache_dir: str | None = None
     """Folder in which shards from URLs are kept; null: they are read anew in every epoch."""

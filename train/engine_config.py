@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.shard_format.files import read_file
 from train.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +79,7 @@ def read_engine_config(path: str | Path) -> dict[str, Any]:
     """
     where = f"deepspeed.config={str(path)!r}"
     try:
-        config = json.loads(Path(path).read_text("utf-8"), object_pairs_hook=_object, parse_constant=_refuse)
+        config = json.loads(read_file(path), object_pairs_hook=_object, parse_constant=_refuse)
     except FileNotFoundError:
         shipped = ", ".join(
             f"ds_configs/{file.name}" for file in sorted((ROOT / "ds_configs").glob("*.json"))

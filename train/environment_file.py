@@ -22,6 +22,7 @@ from pathlib import Path
 
 from dotenv.parser import parse_stream
 
+from data_prep.shard_format.files import read_file
 from train.errors import UserError
 
 FILE = "cluster.env"
@@ -34,11 +35,12 @@ def load_environment_file(environment: MutableMapping[str, str] = os.environ, fo
 
     Raises:
         UserError: a line that is not NAME=value, a variable that would have no effect, no UTF-8, a folder.
+        OSError: it cannot be read.
     """
     path = folder / FILE
     if path.is_dir():
         raise UserError(f"{path} is a folder; rename it: ranks read a file of NAME=value lines of that name")
-    if path.is_file():
+    if path.exists() or path.is_symlink():  # a link to nothing is a fault, no file is none
         for name, value in parse_environment(read_utf8(path, str(path)), str(path)).items():
             environment.setdefault(name, value)
 
@@ -75,11 +77,11 @@ def read_utf8(path: Path, name: str) -> str:
     Args:
         name: what a message calls it, such as the flag that gave it.
     Raises:
-        UserError: it is not UTF-8.
+        UserError: it is not UTF-8, or a named pipe.
         OSError: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path).decode()
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(

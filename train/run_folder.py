@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import yaml
 
-from data_prep.shard_format.files import read_json, try_lock, write_json, write_text
+from data_prep.shard_format.files import read_file, read_json, try_lock, write_json, write_text
 from train.config import Config
 from train.errors import UserError, one_line
 from train.versions import installed_versions
@@ -227,7 +227,7 @@ def link_student(run_dir: Path) -> None:
 def _read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a configuration that a run has left; UserError naming it where it is damaged."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(read_file(path))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is damaged ({one_line(error, 200)}); {RESTORE}") from None
     if not (isinstance(tree, dict) and all(isinstance(section, dict) for section in tree.values())):

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def refuse_pipe(path: str | os.PathLike[str]) -> None:
+    """UserError for a named pipe, for whose writer a reader would wait for ever; those of a shell's <(...) have one.
+
+    Raises:
+        OSError: there is nothing.
+    """
+    if stat.S_ISFIFO(os.stat(path).st_mode) and not str(path).startswith(("/dev/fd/", "/proc/self/fd/")):
+        raise UserError(f"{path} is a named pipe; put the file itself there")
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The content of a file; UserError as `refuse_pipe`, OSError where it cannot be opened."""
+    refuse_pipe(path)
+    return Path(path).read_bytes()
+
+
 def parse_json(text: str | bytes, where: str, remedy: str) -> Any:
     """The value of a JSON text that something else may have damaged.
 
@@ -83,10 +100,10 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The keys of a JSON file, refused in one message where it is damaged; see `parse_json`.
 
     Raises:
-        UserError: also where it holds a list or a single value.
+        UserError: also where it holds a list or a single value, or is a named pipe.
         OSError: it cannot be opened.
     """
-    tree = parse_json(path.read_bytes(), str(path), remedy)
+    tree = parse_json(read_file(path), str(path), remedy)
     if not isinstance(tree, dict):
         raise UserError(f"{path} is damaged (it holds no keys); {remedy}")
     return tree

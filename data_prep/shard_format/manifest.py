@@ -60,6 +60,7 @@ __all__ = [
     "ShardInfo",
     "TokenizerInfo",
     "blocks_of",
+    "check_token_ids",
     "count_tokens",
     "is_remote",
     "npy_array",
@@ -208,6 +209,9 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 # ---------------------------------------------------------------------------------------------- tokenizer
 
 
+_HIGHEST_TOKEN_ID = 10_000_000
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 over what decides a Hugging Face fast tokenizer's ids: 64 hex digits.
 
@@ -249,11 +253,20 @@ def _special_ids(tokenizer: Any) -> dict[str, int | None]:
     return {name: getattr(tokenizer, f"{name}_token_id") for name in names}
 
 
+def check_token_ids(tokenizer: Any) -> None:
+    """UserError for an id that no vocabulary has: `tokenizers` would walk up to it, for minutes."""
+    entry, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    if highest > _HIGHEST_TOKEN_ID:
+        raise UserError(
+            f"its token {entry!r} has the id {highest}; ids go up to {_HIGHEST_TOKEN_ID:,}: write it again"
+        )
+
+
 def tokenizer_info(tokenizer: Any) -> TokenizerInfo:
     """The record of a Hugging Face fast tokenizer for the manifest.
 
     Raises:
-        UserError: it lacks one of the tokens that masked language modelling needs.
+        UserError: it lacks one of the tokens that masked language modelling needs, or has an id far too high.
     """
     ids = _special_ids(tokenizer)
     missing = [f"{name}_token" for name in ("pad", "unk", "cls", "sep", "mask") if ids[name] is None]
@@ -264,6 +277,7 @@ def tokenizer_info(tokenizer: Any) -> TokenizerInfo:
             "data_prep/train_tokenizer.py"
         )
     _backend(tokenizer)
+    check_token_ids(tokenizer)
     return TokenizerInfo(
         fingerprint=tokenizer_fingerprint(tokenizer),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,

@@ -18,6 +18,7 @@ from concurrent.futures import Future, wait
 from typing import IO, Any, TypeVar
 
 from data_prep.shard_format.errors import UserError
+from data_prep.shard_format.files import refuse_pipe
 
 Result = TypeVar("Result")
 
@@ -70,9 +71,10 @@ def read_bytes(url: str, limit: int | None = None) -> bytearray:
         FileNotFoundError: it is not there.
         TimeoutError: nothing came for STALL_S.
         OSError: it cannot be read; the text has the reason.
-        UserError: the scheme is not read, or its package is not installed.
+        UserError: the scheme is not read, its package is not installed, or a named pipe is there.
     """
     if not is_remote(url):
+        refuse_pipe(url)
         with open(url, "rb") as file:
             return _read(file, limit)
     filesystem = _filesystem_of(url)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from data_prep.shard_format.files import read_file
 from train.errors import UserError
 from train.finetuning.results import FILE
 from train.finetuning.tasks import TASKS, task_named
@@ -203,7 +204,7 @@ def read_inference(path: Path) -> InferenceFile:
 def _read(path: Path, kind: type[Figures]) -> Figures:
     """A checked JSON file; the first thing that is wrong with it becomes a UserError that names the file."""
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(read_file(path))
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except ValidationError as invalid:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, PositiveInt, ValidationError, field_validator
+
+from data_prep.shard_format.checks import first_problem
+from data_prep.shard_format.files import read_json
 from train.errors import UserError
 from train.loop.metrics import read_rows
-from train.run_folder import read_summary
+from train.run_folder import RESTORE, read_summary
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -45,19 +50,59 @@ def read_run_facts(run_dir: Path) -> RunFacts:
     summary = read_summary(run_dir)
     if summary is None:
         raise UserError(f"{run_dir} is not finished: it holds no summary.json yet; run it to its end")
-    engine = json.loads((run_dir / "ds_config.json").read_text())
-    per_step = engine["train_micro_batch_size_per_gpu"] * engine["gradient_accumulation_steps"]
+    engine = read_json(run_dir / "ds_config.json", RESTORE)
+    found = _checked(run_dir / "summary.json", summary, _Summary)
+    sizes = _checked(run_dir / "ds_config.json", engine, _Sizes)
+    per_step = sizes.train_micro_batch_size_per_gpu * sizes.gradient_accumulation_steps
     return RunFacts(
         name=run_dir.name,
-        student_parameters=summary["parameters"]["student"],
-        teacher_parameters=summary["parameters"].get("teacher"),
-        steps=summary["steps"],
-        tokens=summary["tokens"],
+        student_parameters=found.parameters["student"],
+        teacher_parameters=found.parameters.get("teacher"),
+        steps=found.steps,
+        tokens=found.tokens,
         seconds=training_seconds(read_rows(run_dir)),
-        num_processes=max(1, engine["train_batch_size"] // per_step),
+        num_processes=max(1, sizes.train_batch_size // per_step),
         device=device_of(summary, engine),
-        global_batch_size=engine["train_batch_size"],
+        global_batch_size=sizes.train_batch_size,
     )
+
+
+class _Summary(BaseModel, strict=True):
+    """What is taken of summary.json."""
+
+    parameters: dict[str, PositiveInt]
+    steps: PositiveInt
+    tokens: PositiveInt
+    device: str = ""
+    versions: dict[str, str] = {}
+
+    @field_validator("parameters")
+    @classmethod
+    def _has_student(cls, parameters: dict[str, int]) -> dict[str, int]:
+        if "student" not in parameters:
+            raise ValueError("there is no 'student'")
+        return parameters
+
+
+class _Precision(BaseModel):
+    enabled: bool = False
+
+
+class _Sizes(BaseModel, strict=True):
+    """What is taken of ds_config.json."""
+
+    train_batch_size: PositiveInt
+    train_micro_batch_size_per_gpu: PositiveInt
+    gradient_accumulation_steps: PositiveInt
+    fp16: _Precision = _Precision()
+    bf16: _Precision = _Precision()
+
+
+def _checked(path: Path, content: dict[str, Any], kind: type[Kind]) -> Kind:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged ({first_problem(error)}); {RESTORE}") from None
 
 
 def training_seconds(rows: Sequence[dict[str, Any]]) -> float:
@@ -76,4 +121,4 @@ def device_of(summary: dict[str, Any], engine: dict[str, Any]) -> str:
         return "GPU" if str(summary["device"]).startswith("cuda") else "CPU"
     if any(engine.get(kind, {}).get("enabled") for kind in ("fp16", "bf16")):
         return "GPU"
-    return "CPU" if "+cpu" in summary["versions"]["torch"] else "device not recorded"
+    return "CPU" if "+cpu" in summary.get("versions", {}).get("torch", "") else "device not recorded"

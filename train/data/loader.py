@@ -65,8 +65,8 @@ class BatchLoader:
 
     Args:
         shards: folder or URL of the shards.
-        verify: "size" compares file sizes at the start; "full" also sha256, at the start (of this rank's
-            share of the shards, see check_shards) and at each reading.
+        verify: "size" compares file sizes at the start, "full" also sha256 (of this rank's share of the shards, see
+            check_shards). Each reading compares both.
         check_at_start: False where another loader has just checked the same shards.
         pin_memory: page-locked micro batches, for copies to the current CUDA device that do not wait.
         cache_dir: folder in which shards that are not local are kept; None reads them anew each time.
@@ -106,7 +106,7 @@ class BatchLoader:
                 shards, manifest, verify, splits=(split,), rank=rank, world_size=world_size, cache=self._cache
             )
         self._shards, self._infos, self._tokenizer = shards, infos, manifest.tokenizer
-        self._verify, self._pin_memory = verify, pin_memory
+        self._pin_memory = pin_memory
         self._sequence_length = sequence_length
         self._micro_batch_size = micro_batch_size
 
@@ -163,7 +163,7 @@ class BatchLoader:
     def _prepare(self, key: tuple[int, int]) -> _EpochShard:
         epoch, shard = key
         info = self._infos[shard]
-        data = read_shard(self._shards, info, verify=self._verify, cache=self._cache)
+        data = read_shard(self._shards, info, cache=self._cache)
         tokens = shard_tokens(data, info, self._tokenizer)
         del data
         bounds = document_bounds(tokens, self._tokenizer.sep_id)
@@ -179,13 +179,11 @@ def heldout_windows(
     sequence_length: int,
     max_windows: int,
     *,
-    verify: str = "size",
     cache_dir: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fixed windows for evaluation, spread evenly over the held-out split: documents in their stored order.
 
     Args:
-        verify: "full" compares the sha256 of every shard that a window comes from.
         cache_dir: as in BatchLoader.
     Returns:
         input_ids (N, sequence_length) int32, window_ids (N,) int64, N = min(max_windows, windows there are).
@@ -208,9 +206,7 @@ def heldout_windows(
     for info, number in zip(infos, windows, strict=True):
         inside = (ids >= first) & (ids < first + number)
         if inside.any():
-            content = shard_tokens(
-                read_shard(shards, info, verify=verify, cache=cache), info, manifest.tokenizer
-            )
+            content = shard_tokens(read_shard(shards, info, cache=cache), info, manifest.tokenizer)
             chosen = cut_windows(content, sequence_length - FRAME_TOKENS)[ids[inside] - first]
             framed = np.empty((len(chosen), sequence_length), dtype=np.int32)
             frame_windows(chosen, framed, manifest.tokenizer.cls_id, manifest.tokenizer.sep_id)

@@ -62,7 +62,7 @@ def check_shards(
     if verify == "full":
 
         def read(shard: ShardInfo) -> None:
-            data = read_shard(shards, shard, verify="full", cache=cache)
+            data = read_shard(shards, shard, cache=cache)
             shard_tokens(data, shard, manifest.tokenizer)
 
         _for_each(read, chosen[rank::world_size], _READER_THREADS)

@@ -33,28 +33,24 @@ UNREADABLE = "unreadable"
 """In place of a digest."""
 
 
-def read_shard(
-    shards: str, shard: ShardInfo, *, verify: str = "size", cache: ShardCache | None = None
-) -> bytearray:
-    """The whole file of a shard.
+def read_shard(shards: str, shard: ShardInfo, *, cache: ShardCache | None = None) -> bytearray:
+    """The whole file of a shard. Its sha256 takes some milliseconds, and a shard lasts for minutes.
 
     Args:
-        cache: where shards that are not local are kept; one there whose size (with verify="full", whose sha256)
-            is not the manifest's is read anew.
+        cache: where shards that are not local are kept; one there whose sha256 is not the manifest's is read anew.
     Raises:
-        UserError: it is missing, cannot be read or kept, or its size (with verify="full" its sha256) is not the
-            manifest's.
+        UserError: it is missing, cannot be read or kept, or its size or sha256 is not the manifest's.
     """
     url = shard_url(shards, shard.name)
     if not is_remote(url):
         cache = None
     if cache is not None:
         kept = cache.get(shard)
-        if kept is not None and (verify != "full" or _has_sha256(kept, shard)):
+        if kept is not None and _has_sha256(kept, shard):
             return kept
     data = _read(f"shard {shard.name}", url, shard.bytes)
     check_size(shard, len(data), url)
-    if verify == "full" and not _has_sha256(data, shard):
+    if not _has_sha256(data, shard):
         raise UserError(
             f"shard {shard.name} at {url} was altered, its sha256 is not the manifest's: {REMEDY}"
         )

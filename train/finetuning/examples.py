@@ -86,7 +86,7 @@ def examples_of(task: Task, table: Table, labelled: bool = True) -> Examples:
         UserError: no rows, no such column (with those there are), a text or label that cannot be, with its row.
     """
     if not len(table.rows):
-        raise UserError(f"{table.where} holds no examples")
+        raise UserError(f"{table.where} holds no examples; fetch it again")
     texts = [_text_column(task, table, names) for names in task.texts]
     if labelled:
         labels = _labels(task, table)
@@ -102,7 +102,7 @@ def _text_column(task: Task, table: Table, names: Sequence[str]) -> list[str]:
     texts = table.columns[_column(task, table, names)]
     for row, text in zip(table.rows, texts, strict=True):
         if not isinstance(text, str):
-            raise UserError(f"{table.where}, row {row}: {names[0]} is {text!r}, not a text")
+            raise UserError(f"{table.where}, row {row}: {names[0]} is {text!r}, not a text; mend it")
     return list(texts)
 
 

@@ -8,13 +8,13 @@ dates. Both kinds of row must be seen, and counted aloud.
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.shard_format.files import parse_json, refuse_pipe
 from data_prep.shard_format.hub import require_hub
 from train.errors import UserError, one_line
 from train.finetuning.examples import Examples, Table, examples_of
@@ -23,6 +23,7 @@ from train.finetuning.tasks import SPLIT_OFF, NoTrainingSetError, Task
 ENDINGS = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
 MALFORMED_SHARE = 0.01
 """GLUE's own QQP has a few broken rows; more than this share is a wrong file."""
+MEND = "mend it, or fetch the file again"
 HUB = "hub:"
 Say = Callable[[str], None]
 
@@ -135,7 +136,7 @@ def read_table(task: Task, path: Path, say: Say, headerless: bool = True) -> Tab
         return _read_class_folders(task, path)
     rows = list(_lines(path))
     if not rows:
-        raise UserError(f"{path} is empty")
+        raise UserError(f"{path} is empty; fetch it again")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return _json_table(path, rows)
     return _tsv_table(path, rows, task.headerless if headerless else None, say)
@@ -158,6 +159,7 @@ def _plain(name: str) -> str:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number, line) of each that is not blank; only "\\n" ends one: texts hold other separators of Unicode."""
     number = 0
+    refuse_pipe(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, content in enumerate(file, start=1):
@@ -180,7 +182,7 @@ def _tsv_table(path: Path, lines: Sequence[tuple[int, str]], names: Sequence[str
         if num_bad > MALFORMED_SHARE * len(rows):
             raise UserError(
                 f"{path}: {num_bad:,} of {len(rows):,} rows do not have the {len(names)} columns {', '.join(names)}; "
-                f"the first is row {bad}"
+                f"the first is row {bad}; {MEND}"
             )
         say(f"{path}: {num_bad:,} rows without {len(names)} columns are left out; the first is row {bad}")
     columns = {name: [cells[index] for _, cells in good] for index, name in enumerate(names)}
@@ -190,12 +192,9 @@ def _tsv_table(path: Path, lines: Sequence[tuple[int, str]], names: Sequence[str
 def _json_table(path: Path, lines: Sequence[tuple[int, str]]) -> Table:
     records = []
     for row, line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, row {row}: no JSON: {error}") from None
+        record = parse_json(line, f"{path}, row {row}", MEND)
         if not isinstance(record, dict):
-            raise UserError(f"{path}, row {row}: not a JSON object with named fields")
+            raise UserError(f"{path}, row {row}: not a JSON object with named fields; {MEND}")
         records.append(record)
     columns = {name: [record.get(name) for record in records] for name in records[0]}
     return Table(columns, str(path), [row for row, _ in lines])

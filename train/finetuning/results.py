@@ -6,14 +6,13 @@ GLUE (Wang et al. 2019, arXiv:1804.07461, section 5) makes one number of a task 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.shard_format.files import write_json
+from data_prep.shard_format.files import read_json, write_json
 from train.errors import UserError
 from train.finetuning.tasks import GLUE
 from train.run_folder import provenance
@@ -47,7 +46,7 @@ def read_scores(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / FILE
     try:
-        scores = json.loads(path.read_text())
+        scores = read_json(path, "")
         is_whole = "task" in scores and all(map(_has_score, (scores["median"], *scores["seeds"].values())))
     except FileNotFoundError:
         return None
@@ -66,7 +65,7 @@ def read_seed_scores(folder: Path) -> dict[str, float]:
     """
     path = folder / FILE
     try:
-        scores = json.loads(path.read_text())
+        scores = read_json(path, "")
         is_whole = _has_score(scores)
     except (ValueError, KeyError, TypeError):
         is_whole = False

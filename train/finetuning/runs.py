@@ -8,7 +8,6 @@ OUT/TASK/scores.json        train/finetuning/results.py
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.shard_format.files import new_folder, write_json
+from data_prep.shard_format.files import new_folder, read_json, write_json
 from train.errors import UserError
 from train.finetuning import classification
 from train.finetuning.results import FILE, read_scores, read_seed_scores, write_scores
@@ -154,10 +153,7 @@ def _refuse_changes(folder: Path, options: Mapping[str, Any]) -> None:
     path = folder / OPTIONS
     if not path.exists():
         return
-    try:
-        before = _flat(json.loads(path.read_text()))
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete {folder} or give another --out") from None
+    before = _flat(read_json(path, f"delete {folder} or give another --out"))
     now = _flat(options)
     compared = [key for key in {**before, **now} if key in now or not key.startswith("contents.")]
     changes = [

@@ -9,7 +9,9 @@ with its soft label alone (Bucila et al. 2006: an ensemble labels, a small model
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 
-from data_prep.shard_format.files import new_file
+from data_prep.shard_format.files import new_file, read_file
 from train.errors import UserError
 from train.finetuning.examples import NO_LABEL
 
@@ -118,24 +120,25 @@ def teacher_outputs(
     Args:
         folder: OUT/TASK.
         contents: digests of all that the outputs depend on.
-        shape: of the outputs; a file of another, or one that is not whole, is written anew.
+        shape: of the outputs; a file of another, or one that does not begin with the sha256 of its numbers, is
+            written anew.
     Raises:
         UserError: some output is no number.
     """
     name = hashlib.sha256(chr(0).join(contents).encode()).hexdigest()[:32]
-    path = folder / "soft-labels" / f"{name}.npy"
-    try:
-        outputs = np.load(path, allow_pickle=False)
-        if outputs.shape == shape:
-            return outputs
-    except (OSError, ValueError, EOFError):
-        pass
-    outputs = compute()
+    path = folder / "soft-labels" / f"{name}.fp32"
+    with contextlib.suppress(OSError, UserError):
+        kept = read_file(path)
+        numbers = memoryview(kept)[hashlib.sha256().digest_size :]
+        if kept.startswith(hashlib.sha256(numbers).digest()) and len(numbers) == 4 * math.prod(shape):
+            return np.frombuffer(numbers, "<f4").reshape(shape).copy()
+    outputs = compute().astype("<f4", copy=False)
     if not np.isfinite(outputs).all():
         raise UserError(f"teacher {teacher}: its outputs are no numbers; give another")
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path, binary=True) as file:
-        np.save(file, outputs, allow_pickle=False)
+        content = outputs.tobytes()
+        file.write(hashlib.sha256(content).digest() + content)
     return outputs
 
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from data_prep.shard_format.files import parse_json, write_text
+from data_prep.shard_format.files import parse_json, read_file, write_text
 from data_prep.shard_format.terminal import progress_bar
 from train.errors import UserError
 
@@ -192,7 +192,7 @@ def _is_figure(value: Any) -> bool:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in read_file(path).splitlines() if path.exists() else ():
         with contextlib.suppress(UserError):
             row = parse_json(line, str(path), "")
             if isinstance(row, dict) and type(row.get("step")) is int:

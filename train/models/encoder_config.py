@@ -10,7 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from data_prep.shard_format.files import read_json, write_json
+from data_prep.shard_format.files import read_json, refuse_pipe, write_json
 from data_prep.shard_format.hub import require_hub
 from train.errors import UserError, one_line
 from train.models.families import max_positions
@@ -70,3 +70,10 @@ def takes_token_types(model: PreTrainedModel) -> bool:
     """Whether token types distinguish the two texts of a pair."""
     known = inspect.signature(model.forward).parameters
     return "token_type_ids" in known and (getattr(model.config, "type_vocab_size", 0) or 0) > 1
+
+
+def refuse_pipes(name: str | Path) -> None:
+    """UserError for a named pipe among the files of a folder: transformers would wait for its writer."""
+    for path in Path(name).iterdir() if Path(name).is_dir() else ():
+        if path.exists():
+            refuse_pipe(path)

@@ -23,9 +23,9 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from data_prep.shard_format.manifest import TokenizerInfo, tokenizer_fingerprint
+from data_prep.shard_format.manifest import TokenizerInfo, check_token_ids, tokenizer_fingerprint
 from train.errors import UserError, one_line
-from train.models.encoder_config import read_config, read_encoder_config
+from train.models.encoder_config import read_config, read_encoder_config, refuse_pipes
 from train.models.families import FAMILIES, family_of_type
 from train.models.heads import head_of_class
 
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors.index.json", "*.bin.index.json")
+COPY_AGAIN = "copy the folder again"
 POOLER = "pooler."
 """Not every head has one: where a model's is missing, a new head draws its own."""
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
@@ -154,7 +155,7 @@ def _load(
             )
     # safetensors, pickle and torch have an error each for a damaged file.
     except Exception as error:
-        raise UserError(f"{name}: its weights cannot be read: {one_line(error)}") from None
+        raise UserError(f"{name}: its weights cannot be read: {one_line(error)}; {COPY_AGAIN}") from None
     absent = {key for key in info["missing_keys"] if optional is not None and optional in key}
     missing = sorted(set(info["missing_keys"]) - absent)
     if without_head is not None and (message := without_head(model, missing)) is not None:
@@ -262,22 +263,42 @@ def load_tokenizer(name: str, config: Any) -> Any:
 
 def _read_tokenizer(name: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        refuse_pipes(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        check_token_ids(tokenizer)
+        return tokenizer
     # Of a broken file come KeyErrors, and bare Exceptions from tokenizers.
     except Exception as error:
-        raise UserError(f"{name}: its tokenizer cannot be read: {one_line(error)}") from None
+        raise UserError(f"{name}: its tokenizer cannot be read: {one_line(error)}; {COPY_AGAIN}") from None
 
 
 def folder_fingerprint(path_or_hub: str) -> str | None:
-    """Fingerprint of the tokenizer beside a model; None where there is none that can be compared."""
+    """Fingerprint of the tokenizer beside a model; None where there is none that can be compared.
+
+    Raises:
+        UserError: the folder has one, and it cannot be read.
+    """
     folder = Path(path_or_hub)
     if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES[:3]):
         return None
     try:
-        return tokenizer_fingerprint(_read_tokenizer(path_or_hub))
-    except Exception as error:
-        logger.warning("%s: its tokenizer cannot be compared: %s", path_or_hub, one_line(error))
+        tokenizer = _read_tokenizer(path_or_hub)
+    except UserError as error:
+        if folder.is_dir():
+            raise UserError(
+                f"{error}, or take its tokenizer's files out to go on without comparing them"
+            ) from None
+        _say_not_compared(path_or_hub, error)
         return None
+    try:
+        return tokenizer_fingerprint(tokenizer)
+    except UserError as error:  # it has no `tokenizers` backend
+        _say_not_compared(path_or_hub, error)
+        return None
+
+
+def _say_not_compared(name: str, reason: UserError) -> None:
+    logger.warning("%s: its tokenizer cannot be compared: %s", name, one_line(reason))
 
 
 def check_vocabulary(name: str, config: Any, fingerprint: str | None, tokenizer: TokenizerInfo) -> None:

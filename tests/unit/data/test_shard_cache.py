@@ -32,27 +32,20 @@ def test_a_shard_is_fetched_once_and_named_by_its_content(
     for _ in range(3):
         assert bytes(read_shard(store.url, shard, cache=cache)) == content
     assert len(store.requests) == 1
-    read_shard(store.url, replace(shard, sha256="0" * 64), cache=cache)
-    assert {entry.name for entry in tmp_path.iterdir()} == {
-        f"{'0' * 16}-{shard.name}",
-        f"{shard.sha256[:16]}-{shard.name}",
-    }
-    assert len(store.requests) == 2
+    assert [entry.name for entry in tmp_path.iterdir()] == [f"{shard.sha256[:16]}-{shard.name}"]
+    assert cache.get(replace(shard, sha256="0" * 64)) is None
 
 
-@pytest.mark.parametrize("verify", ["size", "full"])
 def test_a_damaged_file_is_fetched_again_at_once(
-    folder: Path, manifest: Manifest, store: Store, tmp_path: Path, verify: str
+    folder: Path, manifest: Manifest, store: Store, tmp_path: Path
 ) -> None:
-    """Cut short, too long, and (with its sha256 compared) of other content."""
+    """Cut short, too long, of other content."""
     shard = manifest.splits["train"][0]
     cache, content = ShardCache(str(tmp_path)), (folder / shard.name).read_bytes()
-    damages = [content[:-1], b"", content + b"x"]
-    if verify == "full":
-        damages.append(bytes(len(content)))
+    damages = [content[:-1], b"", content + b"x", bytes(len(content))]
     for damaged in damages:
         cache.path(shard).write_bytes(damaged)
-        assert bytes(read_shard(store.url, shard, verify=verify, cache=cache)) == content
+        assert bytes(read_shard(store.url, shard, cache=cache)) == content
         assert cache.path(shard).read_bytes() == content
     assert len(store.requests) == len(damages)
 
@@ -67,7 +60,7 @@ def test_what_is_wrong_at_its_source_is_not_kept(manifest: Manifest, store: Stor
         (replace(shard, name="none.tar"), r"none\.tar at http\S+ is missing"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_shard(store.url, wrong, cache=cache, verify="full")
+            read_shard(store.url, wrong, cache=cache)
     assert not (tmp_path / "cache").exists()
 
 
@@ -117,6 +110,6 @@ def test_a_folder_that_cannot_be_used_is_an_error(
 
     monkeypatch.setattr(os, "fsync", full)
     cache = ShardCache(str(tmp_path / "full"))
-    with pytest.raises(ValueError, match=r"No space left on device\): make room there, or choose another"):
+    with pytest.raises(ValueError, match=r"No space left on device.*\): make room there, or choose another"):
         read_shard(store.url, shard, cache=cache)
     assert list((tmp_path / "full").iterdir()) == []

@@ -148,7 +148,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "dev.jsonl").write_text('{"sentence": 3, "label": 1}\n')
     refused("sst2", tmp_path, "dev.jsonl, row 1: sentence is 3, not a text")
     (tmp_path / "dev.jsonl").write_text('{"sentence": "a"\n')
-    refused("sst2", tmp_path, "dev.jsonl, row 1: no JSON")
+    refused("sst2", tmp_path, "dev.jsonl, row 1 is damaged .*; mend it")
     (tmp_path / "dev.tsv").write_bytes(b"sentence\tlabel\nok\t1\n\xff\t1\n")
     refused("sst2", tmp_path, "dev.tsv, row 3: not UTF-8")
     (tmp_path / "dev.tsv").unlink()

@@ -288,7 +288,7 @@ def test_an_ensemble_labels_and_the_student_learns(
     assert calls[3:] == ["sst2 dev"]  # the labels are kept
     logits = sorted((tmp_path / "out/sst2/soft-labels").iterdir())
     assert len(logits) == 2
-    assert np.load(logits[0]).shape == (96, 2)
+    assert logits[0].stat().st_size == 32 + 4 * 96 * 2
     logits[0].write_bytes(logits[0].read_bytes()[:99])
     with_labels, _ = job_for(tmp_path / "both", student, "sst2", data, *flags, "--epochs", "1")
     assert run_task(with_labels, range(1))["train_examples"] == 192

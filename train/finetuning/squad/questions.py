@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
+from data_prep.shard_format.files import read_file
 from train.errors import UserError
 from train.finetuning.examples import sampled
-from train.finetuning.readers import data_folder, hub_name, read_splits
+from train.finetuning.readers import MEND, data_folder, hub_name, read_splits
 from train.finetuning.settings import Job
 from train.finetuning.tasks import Task
 
@@ -146,7 +147,7 @@ def read_predictions(path: Path) -> dict[str, str]:
 
 def read_null_scores(path: Path) -> dict[str, float]:
     """{question id: how sure the system is that there is no answer}, as evaluate-v2.0.py's --na-prob-file."""
-    return _read_json(path, TypeAdapter(dict[str, float]), "null scores, {question id: number}")
+    return _read_json(path, TypeAdapter(dict[str, FiniteFloat]), "null scores, {question id: number}")
 
 
 def has_unanswerable(questions: Sequence[Question]) -> bool:
@@ -251,15 +252,15 @@ def questions_digest(questions: Sequence[Question]) -> str:
 def _read_json(path: Path, kind: TypeAdapter[Any], what: str) -> Any:
     """The content of a .json or .json.gz file; UserError, with the place, for one that is not `what`."""
     try:
-        content = path.read_bytes()
+        content = read_file(path)
         content = gzip.decompress(content) if content.startswith(GZIP) else content
         return kind.validate_json(content, strict=True)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path} is not a whole JSON file ({error})") from None
+        raise UserError(f"{path} is not a whole JSON file ({error}); {MEND}") from None
     except ValidationError as error:
         if error.errors()[0]["type"] == "json_invalid":
-            raise UserError(f"{path} is not a whole JSON file ({error.errors()[0]['msg']})") from None
-        raise UserError(f"{path}: not {what}: {_first_fault(error)}") from None
+            raise UserError(f"{path} is not a whole JSON file ({error.errors()[0]['msg']}); {MEND}") from None
+        raise UserError(f"{path}: not {what}: {_first_fault(error)}; {MEND}") from None
 
 
 def _first_fault(error: ValidationError) -> str:
@@ -273,10 +274,10 @@ def _first_fault(error: ValidationError) -> str:
 
 def _checked(questions: list[Question], source: str) -> list[Question]:
     if not questions:
-        raise UserError(f"{source}: there are no questions in it")
+        raise UserError(f"{source}: there are no questions in it; {MEND}")
     for question in questions:
         if not question.context.strip():
-            raise UserError(f"{source}: the context of question {question.id} is empty")
+            raise UserError(f"{source}: the context of question {question.id} is empty; {MEND}")
     repeated = [key for key, count in Counter(question.id for question in questions).items() if count > 1]
     if repeated:
         raise UserError(f"{source}: several questions have one id ({named(repeated)}); ids must be unique")
