@@ -120,7 +120,7 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
     if not (folder / TOKENIZER_FOLDER).is_dir():
         raise MissingFile(f"{folder / TOKENIZER_FOLDER} is missing; {REMEDY}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
+        tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder / TOKENIZER_FOLDER} does not load ({reason}); {REMEDY}") from None

@@ -157,7 +157,7 @@ def load_tokenizer(name: str) -> Any:
             f"--tokenizer {name}", lambda: isinstance(try_to_load_from_cache(name, "tokenizer.json"), str)
         )
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to
         where = "in this folder" if os.path.isdir(name) else "on this machine or the hub"
         reason = str(error).strip().split("\n")[0]

@@ -208,13 +208,12 @@ def _printable(text: str) -> str:
 
 def load_tokenizer(config: Config) -> Any:
     """The shards' tokenizer, or None where there is none to be had: then ids are shown."""
-    from transformers import AutoTokenizer
-
     from train.build import tokenizer_source
+    from train.models.encoder_config import read_tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(tokenizer_source(config))
-    except (OSError, ValueError):
+        return read_tokenizer(tokenizer_source(config))
+    except UserError:
         return None
 
 

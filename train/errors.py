@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import pickle
+import re
 
 from data_prep.shard_format.errors import UserError as UserError
 
@@ -14,6 +16,20 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 def one_line(error: BaseException, longest: int = 300) -> str:
     """A library's message on one line, cut to `longest` characters; the error's name where it has none."""
     return " ".join(str(error).split())[:longest] or type(error).__name__
+
+
+def refused_pickle(error: BaseException) -> str | None:
+    """What to say of a file that torch.load refused with `weights_only`, after its name; None for another error.
+
+    torch's own text advises to load it without.
+    """
+    text = str(error)
+    if not isinstance(error, pickle.UnpicklingError) and "TorchScript" not in text:
+        return None
+    named = re.search(r"GLOBAL ([\w.]+)", text)
+    return (
+        f"names {named[1]}" if named else "is no archive of tensors"
+    ) + ": no code of such a file is run here. Remove it, and take one from somebody you trust"
 
 
 def exit_code(error: BaseException | None) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoModelForMaskedLM
 
 from data_prep.shard_format.files import write_json
 from launch.ablation.table import METRICS, Result, Scale
@@ -20,6 +19,7 @@ from train.distributed.device import kind_here
 from train.errors import UserError
 from train.finetuning.results import read_scores
 from train.models.build import teacher_config, teacher_names
+from train.models.loading import load_masked_lm
 from train.run_folder import as_tree, changed_inputs, differing_keys, final_model, found_before, read_summary
 
 AS_FULL = "heldout_as_full.json"
@@ -103,7 +103,8 @@ def scorer(config: Config) -> Callable[[Path], dict[str, float]]:
     _, evaluation, teacher = heldout_scoring(config, device)
 
     def score(student: Path) -> dict[str, float]:
-        model = AutoModelForMaskedLM.from_pretrained(student).eval().to(device)
+        model: Any = load_masked_lm(str(student)).eval()
+        model.to(device)
         scores = evaluation(model, teacher)
         return {key: scores[key] for key in METRICS}
 

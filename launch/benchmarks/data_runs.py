@@ -42,7 +42,7 @@ def encode_batch_fast(corpus: str, tokenizer: str, out: str, cores: int) -> dict
     from data_prep.sources.records import Reading, ReadOptions, SourceFile
     from data_prep.sources.text_files import parse_json, read_lines
 
-    backend = AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer
+    backend = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).backend_tokenizer
     options = ReadOptions()
     records = read_lines(SourceFile(corpus, "jsonl", 0), options, Reading())
     texts: list[Any] = [parse_json(record, options) for record in records]
@@ -63,7 +63,7 @@ def datasets_map(corpus: str, tokenizer: str, out: str, cores: int) -> dict[str,
 
     from data_prep.shard_format.manifest import token_dtype, write_shard
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     datasets.disable_progress_bars()
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:

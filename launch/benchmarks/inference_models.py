@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_model
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
@@ -24,6 +23,7 @@ from train.errors import UserError
 from train.export.onnx_check import open_session, run_session
 from train.export.onnx_export import quantise, trace
 from train.models.build import count_parameters
+from train.models.encoder_config import read_tokenizer
 from train.models.heads import head_of, input_names, longest_sequence
 from train.models.loading import load_with_saved_head
 
@@ -87,7 +87,11 @@ def as_classifier(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
     task = head_of(model).task
     if task != "fill-mask":
         return model, task
-    classifier = AutoModelForSequenceClassification.from_config(_one_output(model.config)).float().eval()
+    classifier = (
+        AutoModelForSequenceClassification.from_config(_one_output(model.config), trust_remote_code=False)
+        .float()
+        .eval()
+    )
     classifier.base_model.load_state_dict(model.base_model.state_dict(), strict=False)  # it may have a pooler
     return classifier, "one output in place of the vocabulary's"
 
@@ -156,7 +160,7 @@ def texts_of(path: Path, contender: Contender) -> list[Inputs]:
         raise UserError(f"--texts {path}: holds no sentences")
     if not Path(contender.source).is_dir():
         raise UserError("--texts: needs models with tokenizers; give --model NAME=DIR")
-    tokenizer = AutoTokenizer.from_pretrained(contender.source)
+    tokenizer = read_tokenizer(contender.source)
     made = []
     for line in lines[:: -(-len(lines) // MAX_TEXTS)]:
         encoded = tokenizer(

@@ -109,7 +109,9 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> PreTrainedModel:
         )
     try:
         with torch.device("meta"):
-            return AutoModelForMaskedLM.from_config(CONFIG_MAPPING[kind].from_dict(dict(config)))
+            return AutoModelForMaskedLM.from_config(
+                CONFIG_MAPPING[kind].from_dict(dict(config)), trust_remote_code=False
+            )
     # A width that no head count divides, an unknown activation: many kinds of errors come of it.
     except Exception as error:
         raise UserError(

@@ -15,7 +15,8 @@ from data_prep.shard_format.manifest import Manifest, without_scheme
 from launch.planner.models import models_of
 from launch.preflight.checks import Finding
 from train.build import engine_config_for, engine_template, load_manifest
-from train.checkpointing.checkpoint import newest_checkpoint, read_facts
+from train.checkpointing.checkpoint import newest_checkpoint
+from train.checkpointing.integrity import read_facts
 from train.config import Config
 from train.data.corpus import num_heldout_windows, read_corpus_digests, without_heldout_windows
 from train.data.order import check_fit
@@ -240,7 +241,10 @@ def _run(config: Config) -> str | Finding:
         return Finding("run", True, f"{folder} is finished", "nothing would be trained: give another run.dir")
     passed_over: list[str] = []
     found = newest_checkpoint(folder / "checkpoints", passed_over.append)
-    goes_on = f"{folder} goes on from step {read_facts(found)['step'] if found else 0}"
+    if passed_over and found is None:
+        remedy = f"restore one, or remove them all from {folder}/checkpoints to start again at step 0"
+        return Finding("run", False, "\n".join(passed_over), remedy)
+    goes_on = f"{folder} goes on from step {read_facts(found).step if found else 0}"
     if changes:
         goes_on += ", with another configuration:\n" + "\n".join(changes)
     return Finding("run", True, goes_on, "\n".join(passed_over))

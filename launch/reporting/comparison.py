@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from data_prep.shard_format.manifest import is_remote, without_scheme
 from train.build import heldout_scoring
 from train.config import Config
 from train.errors import UserError
 from train.models.build import build_student, count_parameters, teacher_names
+from train.models.loading import load_masked_lm
 from train.run_folder import final_model
 
 
@@ -69,7 +70,7 @@ def compare(run_dirs: Sequence[Path], configs: Sequence[Config]) -> list[Compare
             raise UserError(f"{run_dir} is not finished: it holds no {folder.name}/ yet")
         if teacher_names(run_config) and run_config.model.layer_map != "random":
             models[f"{run_dir.name} before training"] = build_student(run_config, manifest).eval()
-        models[run_dir.name] = AutoModelForMaskedLM.from_pretrained(folder).eval()
+        models[run_dir.name] = load_masked_lm(str(folder)).eval()
     speeds = sentences_per_second(list(models.values()), config.data.sequence_length)
     compared = []
     for (name, model), speed in zip(models.items(), speeds, strict=True):

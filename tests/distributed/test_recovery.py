@@ -9,12 +9,15 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from data_prep.shard_format.manifest import Manifest
 from tests.distributed.pretraining import (
@@ -28,6 +31,8 @@ from tests.distributed.pretraining import (
     wait_for,
     weights,
 )
+from tests.paths import ROOT
+from train.checkpointing.integrity import COMPLETE, read_facts, record_own_files, write_facts
 from train.loop.metrics import read_rows
 from train.run_folder import hold
 
@@ -107,7 +112,7 @@ def test_kills_at_random_moments_and_a_truncated_checkpoint(settings: list[str],
     assert weights(run_dir) == weights(undisturbed)
 
 
-def test_a_truncated_checkpoint_is_passed_over_aloud(
+def test_a_damaged_checkpoint_is_passed_over_aloud(
     settings: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -115,13 +120,63 @@ def test_a_truncated_checkpoint_is_passed_over_aloud(
     for name in ("model", "student", "summary.json"):
         path = run_dir / name
         path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
-    victim = run_dir / "checkpoints" / f"step-{STEPS:08d}" / "mp_rank_00_model_states.pt"
-    os.truncate(victim, 1000)
+    victim = run_dir / "checkpoints" / f"step-{STEPS:08d}" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = victim.read_bytes()  # a moment of the optimizer's: a bit that torch and DeepSpeed do not miss
+    middle = len(content) // 2
+    victim.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     code, output = finish(start(settings, run_dir, 2))
     assert code == 0, output
-    assert "mp_rank_00_model_states.pt has 1000 bytes instead of" in output
-    assert "continuing from" in output
+    assert f"{victim.parent} is passed over: {victim.name} is damaged (its SHA-256" in output
+    assert f"continuing from {run_dir}/checkpoints/step-00000020" in output
     assert weights(run_dir) == weights(undisturbed)
+
+
+class Touches:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.target}",)
+
+
+def _prepare(checkpoint: Path, target: Path) -> None:
+    """Every file of torch's makes `target` where its pickle is run; the digests fit."""
+    for file in checkpoint.glob("*.pt"):
+        states = torch.load(file, weights_only=False)
+        torch.save({**states, "hook": Touches(target)}, file)
+    facts = read_facts(checkpoint)
+    (checkpoint / COMPLETE).unlink()
+    write_facts(checkpoint, facts.step, facts.world_size, record_own_files(checkpoint, 0, 1))
+
+
+@pytest.mark.parametrize("run", ["on_one_rank", "undisturbed"])
+def test_a_prepared_checkpoint_runs_nothing(
+    run: str, settings: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Loaded by DeepSpeed, converted for another number of ranks, and exported."""
+    run_dir, target = tmp_path / "run", tmp_path / "touched"
+    shutil.copytree(request.getfixturevalue(run), run_dir, symlinks=True)
+    (run_dir / "summary.json").unlink()
+    checkpoint = run_dir / "checkpoints" / f"step-{STEPS:08d}"
+    _prepare(checkpoint, target)
+    exported = subprocess.run(
+        [sys.executable, "launch/export.py", str(run_dir), str(tmp_path / "out")],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
+    for code, output in (
+        (exported.returncode, exported.stderr),
+        finish(start_alone(settings, run_dir)),
+    ):
+        assert code == 2, output
+        assert f"error: {checkpoint} names posix.system: no code of such a file is run here" in output
+        assert "Traceback" not in output
+        assert "as many ranks" not in output
+    assert not target.exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

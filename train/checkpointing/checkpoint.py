@@ -1,16 +1,14 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is written under checkpoints/.partial/, its files are flushed to disk and listed with their sizes
-in complete.json, and only then the folder is renamed to checkpoints/step-NNNNNNNN. A kill at any moment
-leaves either the old state of affairs or the new one; a folder whose files do not match complete.json any
-more is passed over, with a message.
+A checkpoint is written under checkpoints/.partial/, its files are flushed to disk and listed in complete.json
+(integrity.py), and only then the folder is renamed to checkpoints/step-NNNNNNNN. A kill at any moment leaves either
+the old state of affairs or the new one; a folder whose files do not match complete.json any more is passed over, with
+a message.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +18,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data_prep.shard_format.files import write_json
+from train.checkpointing.integrity import (
+    Record,
+    checkpoint_fault,
+    flush,
+    listed,
+    read_facts,
+    record_own_files,
+    write_facts,
+)
 from train.checkpointing.state import TrainState
 from train.errors import CheckpointNotWrittenError
-
-COMPLETE = "complete.json"
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,10 @@ class Retention:
             checkpoints: complete ones, newest first.
         """
         facts = {path: read_facts(path) for path in checkpoints}
-        scored = {
-            path: fact["heldout_mlm_loss"] for path, fact in facts.items() if fact.get("heldout_mlm_loss")
-        }
+        scored = {path: fact.heldout_mlm_loss for path, fact in facts.items() if fact.heldout_mlm_loss}
         kept = {*checkpoints[: self.keep_last], *sorted(scored, key=lambda path: scored[path])[:1]}
         if every := self.milestone_every_steps:
-            kept |= {path for path, fact in facts.items() if fact["step"] % every == 0}
+            kept |= {path for path, fact in facts.items() if fact.step % every == 0}
         return [path for path in checkpoints if path not in kept]
 
 
@@ -86,21 +88,22 @@ class Checkpointer:
         start, first = time.perf_counter(), dist.get_rank() == 0
         folder, name = self.folder, checkpoint_name(state.step)
         partial = folder / ".partial"
-        fault = _any_fault(_make_folder(partial / name, self.description) if first else None)
+        fault = any_fault(_make_folder(partial / name, self.description) if first else None)
         if fault is None:
-            fault = _any_fault(_save_engine(self.engine, partial, name, state) or _flush_own(partial / name))
-        if fault is None and first:
-            facts = {"step": state.step, "world_size": dist.get_world_size()}
-            fault = _complete(partial / name, {**facts, "heldout_mlm_loss": heldout_mlm_loss})
-        if (fault := _any_fault(fault)) is not None:
+            fault = any_fault(_save_engine(self.engine, partial, name, state))
+        if fault is None:
+            records, fault = _record(partial / name)
+            if fault is None and first:
+                fault = _complete(partial / name, state.step, records, heldout_mlm_loss)
+        if (fault := any_fault(fault)) is not None:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointNotWrittenError(f"checkpoint {folder / name} could not be written: {fault}")
         if first:
             shutil.rmtree(folder / name, ignore_errors=True)
             (partial / name).rename(folder / name)
-            _flush(folder)
-            complete = [path for path in _step_folders(folder) if _fault(path) is None]
+            flush(folder)
+            complete = [path for path in step_folders(folder) if listed(path)[0] is not None]
             for old in self.retention.superfluous(complete):
                 _remove(old, partial)
         dist.barrier()
@@ -117,13 +120,18 @@ def _remove(checkpoint: Path, partial: Path) -> None:
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint, or None; `say` is called for each one that is passed over."""
-    for candidate in _step_folders(folder):
-        fault = _fault(candidate)
+    """The newest checkpoint that is whole, by reading it; `say` is called for each one that is passed over."""
+    for candidate in step_folders(folder):
+        fault = checkpoint_fault(candidate)
         if fault is None:
             return candidate
-        say(f"{candidate} is passed over: {fault}")
+        say(passed_over(candidate, fault))
     return None
+
+
+def passed_over(checkpoint: Path, fault: str) -> str:
+    """The line for the user about a damaged checkpoint."""
+    return f"{checkpoint} is passed over: {fault}"
 
 
 def _make_folder(folder: Path, description: Path) -> str | None:
@@ -149,17 +157,24 @@ def _save_engine(engine: Any, partial: Path, name: str, state: TrainState) -> st
     return None
 
 
-def _flush_own(folder: Path) -> str | None:
-    """Each rank flushes the partition that it wrote, all at once; what went wrong, or None."""
+def _record(checkpoint: Path) -> tuple[dict[str, Record], str | None]:
+    """Every rank flushes and digests what it wrote, all at once.
+
+    Returns:
+        The records of all ranks, and the first rank's fault or None.
+    """
+    rank, own, fault = dist.get_rank(), {}, None
     try:
-        for file in folder.glob(f"*zero_pp_rank_{dist.get_rank()}_*"):
-            _flush(file)
+        own = record_own_files(checkpoint, rank, dist.get_world_size())
     except OSError as error:
-        return f"rank {dist.get_rank()}: {error}"
-    return None
+        fault = f"rank {rank}: {error}"
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (own, fault))
+    records = {name: record for own, _ in gathered for name, record in own.items()}
+    return records, next((fault for _, fault in gathered if fault is not None), None)
 
 
-def _any_fault(fault: str | None) -> str | None:
+def any_fault(fault: str | None) -> str | None:
     """The first rank's fault, on every rank."""
     faults: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
@@ -177,49 +192,17 @@ def _first_line(error: Exception) -> str:
     )
 
 
-def _step_folders(folder: Path) -> list[Path]:
-    """Newest first."""
+def step_folders(folder: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, newest first."""
     return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
 
 
-def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: step, world_size, heldout_mlm_loss where it was measured, files."""
-    facts: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text())
-    return facts
-
-
-def _complete(path: Path, facts: dict[str, Any]) -> str | None:
-    """Flush every file, then list them; what went wrong, or None."""
+def _complete(
+    path: Path, step: int, records: dict[str, Record], heldout_mlm_loss: float | None
+) -> str | None:
+    """List the files; what went wrong, or None."""
     try:
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        for file in files:
-            _flush(file)
-        sizes = {str(file.relative_to(path)): file.stat().st_size for file in files}
-        write_json(path / COMPLETE, {**facts, "files": sizes})
-        _flush(path)
+        write_facts(path, step, dist.get_world_size(), records, heldout_mlm_loss)
     except OSError as error:
         return f"rank 0: {error}"
     return None
-
-
-def _fault(checkpoint: Path) -> str | None:
-    try:
-        facts = read_facts(checkpoint)
-        files, _ = facts["files"], facts["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{COMPLETE} is missing or unreadable"
-    for name, size in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    return None
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,8 @@ run goes on with the same batches.
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,18 +19,58 @@ from typing import Any
 
 import torch.distributed as dist
 
-from train.checkpointing.checkpoint import newest_checkpoint, read_facts
+from train.checkpointing.checkpoint import any_fault, passed_over, step_folders
+from train.checkpointing.integrity import Facts, content_fault, listed, read_facts
+from train.checkpointing.safe_load import weights_only
 from train.checkpointing.state import TrainState
-from train.errors import UserError, one_line
+from train.errors import BAD_USAGE, RankError, UserError, one_line
 
+ROOT = Path(__file__).resolve().parents[2]
 UNIVERSAL = ".universal"
 
 
 def choose_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint as rank 0 sees it, on every rank; None where there is none."""
-    found = [newest_checkpoint(folder, say) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
+    """The newest whole checkpoint, on every rank; None where the run has none yet.
+
+    Rank 0 says which there are and what they hold; each rank reads its share of the files.
+
+    Args:
+        say: called for each one that is passed over.
+    Raises:
+        UserError: there are checkpoints, and none is whole; a rank does not see the files that rank 0 does.
+    """
+    first, faults = dist.get_rank() == 0, []
+    for candidate in _from_first_rank(step_folders(folder) if first else []):
+        facts, fault = _from_first_rank(listed(candidate) if first else (None, None))
+        if facts is not None:
+            fault = any_fault(_fault_of_share(candidate, facts))
+        if fault is None:
+            return candidate
+        faults.append(passed_over(candidate, fault))
+        say(faults[-1])
+    if faults:
+        raise UserError(
+            "; ".join(faults)
+            + f"; no checkpoint in {folder} is whole: restore one, or remove them all to start again at step 0"
+        )
+    return None
+
+
+def _from_first_rank(value: Any) -> Any:
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _fault_of_share(checkpoint: Path, facts: Facts) -> str | None:
+    rank = dist.get_rank()
+    try:
+        return content_fault(checkpoint, facts, rank, dist.get_world_size())
+    except FileNotFoundError as error:
+        raise RankError(
+            f"rank {rank} on {platform.node()} does not see {error.filename}, which rank 0 does: run.dir must lie on a "
+            "file system that all hosts have mounted"
+        ) from None
 
 
 def needs_conversion(checkpoint: Path | None, world_size: int) -> bool:
@@ -58,7 +100,8 @@ def load_checkpoint(
     else:
         say(f"continuing from {checkpoint}")
     try:
-        path, client_state = engine.load_checkpoint(str(source.parent), tag=source.name)
+        with weights_only(checkpoint):
+            path, client_state = engine.load_checkpoint(str(source.parent), tag=source.name)
     except RuntimeError as error:
         if "state_dict" not in str(error) and "size" not in str(error):
             raise
@@ -73,28 +116,40 @@ def load_checkpoint(
     dist.barrier()
     if source != checkpoint and dist.get_rank() == 0:
         shutil.rmtree(source.parent)
-    return TrainState.from_dict(client_state["halfling"])
+    try:
+        return TrainState.from_dict(client_state["halfling"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint}: its state is none of this project's ({one_line(error, 100)}); remove it to go on "
+            "from the one before"
+        ) from None
 
 
 def _written_by(checkpoint: Path) -> int:
-    return int(read_facts(checkpoint)["world_size"])
+    return read_facts(checkpoint).world_size
 
 
 def _convert(checkpoint: Path) -> Path:
-    """Rank 0 writes the universal form; the others wait. A process of its own, since it prints a lot."""
+    """Rank 0 has the universal form written; the others wait."""
     target = checkpoint.parent / UNIVERSAL / checkpoint.name
-    failure: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        shutil.rmtree(target.parent, ignore_errors=True)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-        command += ["--input_folder", str(checkpoint), "--output_folder", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            failure = [(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]]
-    dist.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise UserError(
-            f"{checkpoint} cannot be converted for another number of ranks ({failure[0]}); start as many ranks as "
-            f"wrote it, {_written_by(checkpoint)}"
-        )
+    failure = _from_first_rank(_run_conversion(checkpoint, target) if dist.get_rank() == 0 else None)
+    if failure is not None:
+        raise UserError(failure)
     return target
+
+
+def _run_conversion(checkpoint: Path, target: Path) -> str | None:
+    """What went wrong, or None."""
+    shutil.rmtree(target.parent, ignore_errors=True)
+    command = [sys.executable, "-m", "train.checkpointing.convert", str(checkpoint), str(target)]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    if not done.returncode:
+        return None
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    if done.returncode == BAD_USAGE:
+        return last
+    return (
+        f"{checkpoint} cannot be converted for another number of ranks ({last}); start as many ranks as wrote it, "
+        f"{_written_by(checkpoint)}"
+    )

@@ -33,5 +33,7 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> TrainState:
-        """The inverse of dataclasses.asdict."""
+        """The inverse of dataclasses.asdict; KeyError, TypeError or ValueError where it is something else."""
+        if type(saved["step"]) is not int or saved["step"] < 0:
+            raise ValueError(f"step is {saved['step']!r}")
         return cls(saved["step"], LossWindow(**saved.get("losses", {})), tuple(saved.get("loss_history", ())))

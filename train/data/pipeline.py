@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from data_prep.shard_format.manifest import Manifest, TokenizerInfo
 from train.config import Config
@@ -22,6 +21,7 @@ from train.data.masking import MaskedBatch, Masker, continuation_table
 from train.data.shards import read_histogram
 from train.errors import UserError
 from train.models.build import tokenizer_source
+from train.models.encoder_config import read_tokenizer
 
 # Sanh et al. 2019; where the recipe gives neither training.epochs nor training.max_steps.
 PUBLISHED_EPOCHS = 3.0
@@ -188,7 +188,5 @@ def build_masker(config: Config, manifest: Manifest, sequence_length: int | None
 
 def _continuations(config: Config, tokenizer: TokenizerInfo) -> np.ndarray:
 
-    pieces = AutoTokenizer.from_pretrained(tokenizer_source(config)).convert_ids_to_tokens(
-        list(range(tokenizer.vocab_size))
-    )
+    pieces = read_tokenizer(tokenizer_source(config)).convert_ids_to_tokens(list(range(tokenizer.vocab_size)))
     return continuation_table(pieces, tokenizer.special_ids)

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from data_prep.shard_format.files import new_folder
-from train.checkpointing.checkpoint import COMPLETE, newest_checkpoint, read_facts
+from train.checkpointing.checkpoint import newest_checkpoint
+from train.checkpointing.integrity import COMPLETE, checkpoint_fault, read_facts
+from train.checkpointing.safe_load import weights_only
 from train.distributed.world import import_deepspeed
 from train.errors import RunError, UserError
 from train.models.build import count_parameters
-from train.models.encoder_config import write_length_limit
+from train.models.encoder_config import read_config, read_tokenizer, write_length_limit
 from train.models.loading import load_masked_lm
 
 # Inside each checkpoint: the student's config.json and its tokenizer.
@@ -28,7 +30,7 @@ def save_student_description(run_dir: Path, student: PreTrainedModel, tokenizer_
     """Leave what each checkpoint takes along, so that it can be exported without the teacher or the shards."""
     folder = description_folder(run_dir)
     student.config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(folder)
+    read_tokenizer(tokenizer_source).save_pretrained(folder)
     write_length_limit(folder, student.config)
 
 
@@ -38,8 +40,10 @@ def description_folder(run_dir: Path) -> Path:
 
 
 def find_checkpoint(run_or_checkpoint: Path) -> Path:
-    """The checkpoint itself, or the newest complete one of a run folder; UserError where there is none."""
+    """The checkpoint itself, or the newest whole one of a run folder; UserError where there is none."""
     if (run_or_checkpoint / COMPLETE).exists():
+        if (fault := checkpoint_fault(run_or_checkpoint)) is not None:
+            raise UserError(f"{run_or_checkpoint} is not whole: {fault}; export another one of its run")
         return run_or_checkpoint
     passed_over: list[str] = []
     found = newest_checkpoint(run_or_checkpoint / "checkpoints", passed_over.append)
@@ -66,12 +70,13 @@ def load_student(checkpoint: Path) -> PreTrainedModel:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with (
+        weights_only(checkpoint),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):  # it is talkative
         state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    config = AutoConfig.from_pretrained(checkpoint / DESCRIPTION)
-    student = AutoModelForMaskedLM.from_config(config).float()
+    config = read_config(checkpoint / DESCRIPTION)
+    student = AutoModelForMaskedLM.from_config(config, trust_remote_code=False).float()
     weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     student.load_state_dict(weights)
     return student.eval()
@@ -92,7 +97,7 @@ def export_checkpoint(checkpoint: Path, out: Path, summary: Mapping[str, Any] | 
     student = load_student(checkpoint)
     with new_folder(out) as folder:
         student.save_pretrained(folder, safe_serialization=True)
-        AutoTokenizer.from_pretrained(checkpoint / DESCRIPTION).save_pretrained(folder)
+        read_tokenizer(checkpoint / DESCRIPTION).save_pretrained(folder)
         write_length_limit(folder, student.config)
         (folder / "README.md").write_text(model_card(student, checkpoint, summary))
         difference = _largest_difference(student, load_masked_lm(str(folder)).eval())
@@ -122,7 +127,7 @@ def model_card(student: PreTrainedModel, checkpoint: Path, summary: Mapping[str,
         "",
         f"# {student.config.model_type} with {student.config.num_hidden_layers} layers",
         "",
-        f"{parameters:,} parameters, trained with Halfling for {state['step']:,} steps.",
+        f"{parameters:,} parameters, trained with Halfling for {state.step:,} steps.",
         "",
         "```python",
         "from transformers import pipeline",

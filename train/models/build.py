@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from data_prep.shard_format.manifest import Manifest, TokenizerInfo, without_scheme
 from train.config import Config
 from train.errors import UserError, one_line
+from train.models.encoder_config import read_config
 from train.models.families import max_positions
 from train.models.loading import check_vocabulary, folder_fingerprint, load_masked_lm
 from train.models.students import make_student
@@ -81,11 +82,12 @@ def teacher_names(config: Config) -> list[str]:
 def teacher_config(name: str) -> Any:
     """The Hugging Face config of a teacher; UserError naming model.teacher where there is none to be had."""
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return read_config(name)
+    except UserError as error:
+        if Path(name, "config.json").is_file():
+            raise UserError(f"model.teacher: {error}") from None
         raise UserError(
-            f"model.teacher={name!r}: no Hugging Face folder of that name here, and none from the hub ({reason}); give "
+            f"model.teacher={name!r}: no Hugging Face folder of that name here, and none from the hub ({error}); give "
             "the folder of a masked language model, or the name of one on the hub"
         ) from None
 
@@ -131,7 +133,13 @@ def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int)
         hf_config = AutoConfig.for_model(**{**settings, **own})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return AutoModelForMaskedLM.from_config(hf_config, attn_implementation="sdpa").float().train()
+            return (
+                AutoModelForMaskedLM.from_config(
+                    hf_config, attn_implementation="sdpa", trust_remote_code=False
+                )
+                .float()
+                .train()
+            )
     # A word for a number, a width that no head count divides: many kinds of errors come of it.
     except Exception as error:
         raise UserError(

@@ -1,26 +1,46 @@
-"""What a Hugging Face config says of a model: whether it is an encoder of text, how long its input may be."""
+"""Read the config and the tokenizer of a Hugging Face folder, and no code of its; what they say of a model: whether it
+is an encoder of text, how long its input may be."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from data_prep.shard_format.files import read_json, refuse_pipe, write_json
 from data_prep.shard_format.hub import require_hub
+from data_prep.shard_format.manifest import check_token_ids
 from train.errors import UserError, one_line
-from train.models.families import max_positions
+from train.models.families import POSITIONS_AFTER_PADDING, max_positions
+
+COPY_AGAIN = "copy the folder again"
+MOST = {
+    "num_hidden_layers": 1000,
+    "n_layers": 1000,
+    "num_attention_heads": 1000,
+    "n_heads": 1000,
+    "hidden_size": 2**16,
+    "dim": 2**16,
+    "intermediate_size": 2**20,
+    "hidden_dim": 2**20,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**24,
+}
+"""Numbers of a config of which there is at least one, and what no encoder has more of: transformers would make layers
+one by one until the memory is full."""
 
 
 def read_config(name: str | Path) -> Any:
     """The config of a Hugging Face folder, or of a name on the hub; none of its code is ever run.
 
     Raises:
-        UserError: there is no such folder, or its config cannot be read.
+        UserError: there is no such folder; its config cannot be read, names code of its own, or has a value that no
+            model can be made of.
     """
     if str(name).startswith((".", "/", "~")) and not Path(name).is_dir():
         raise UserError(f"there is no model folder {name}; give a Hugging Face folder or a name on the hub")
@@ -29,9 +49,69 @@ def read_config(name: str | Path) -> Any:
             f"the model {name}", lambda: isinstance(try_to_load_from_cache(str(name), "config.json"), str)
         )
     try:
+        refuse_pipes(name)
+        settings, _ = PreTrainedConfig.get_config_dict(name)
+        _refuse_code(name, settings)
+        _refuse_values(name, settings)
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: its config cannot be read: {one_line(error)}") from None
+    except UserError:
+        raise
+    # Of a value of a wrong type come errors of many kinds.
+    except Exception as error:
+        raise UserError(
+            f"{name}: its config cannot be read: {one_line(error)}; give a folder as save_pretrained writes it"
+        ) from None
+
+
+def read_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a Hugging Face folder, or of a name on the hub; none of its code is ever run.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        refuse_pipes(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        check_token_ids(tokenizer)
+        return tokenizer
+    # Of a broken file come KeyErrors, and bare Exceptions from tokenizers.
+    except Exception as error:
+        reason = f"{one_line(error)}; {COPY_AGAIN}"
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it asks for code of its own, which is never run here; give one of transformers' own classes"
+            )
+        raise UserError(f"{name}: its tokenizer cannot be read: {reason}") from None
+
+
+def _refuse_code(name: str | Path, settings: Mapping[str, Any]) -> None:
+    if "auto_map" in settings:
+        raise UserError(
+            f"{name}: its config.json asks for code of its own (auto_map), and code of a model's folder is never run "
+            f"here; give a model of transformers' own classes. If it is one, saved with needless code, take auto_map "
+            "out of its config.json"
+        )
+
+
+def _refuse_values(name: str | Path, settings: Mapping[str, Any]) -> None:
+    """What transformers' own check of types lets pass, and breaks or changes a model later."""
+    limits = {key: (1, most) for key, most in MOST.items() if key in settings}
+    needs_padding = settings.get("model_type") in POSITIONS_AFTER_PADDING and "pad_token_id" in settings
+    if needs_padding or isinstance(settings.get("pad_token_id"), int):
+        limits["pad_token_id"] = (0, settings.get("vocab_size", MOST["vocab_size"]) - 1)
+    for key, (least, most) in limits.items():
+        if type(settings[key]) is not int or not least <= settings[key] <= most:
+            _refuse(name, key, settings[key], f"a whole number from {least} to {most:,}")
+    for key, rate in settings.items():
+        if "dropout" in key and isinstance(rate, int | float) and not 0 <= rate < 1:
+            _refuse(name, key, rate, "a share of at least 0 and less than 1")
+
+
+def _refuse(name: str | Path, key: str, value: Any, wanted: str) -> None:
+    raise UserError(
+        f"{name}: its config.json has {key} {str(value)[:60]!r}, where {wanted} belongs; give a folder as "
+        "save_pretrained writes it"
+    )
 
 
 def read_encoder_config(name: str | Path) -> Any:
@@ -41,13 +121,22 @@ def read_encoder_config(name: str | Path) -> Any:
         UserError: it cannot be read, or the model is another kind.
     """
     config = read_config(name)
-    is_decoder = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False)
-    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or is_decoder:
-        kind = f"{config.model_type} decoder" if is_decoder else config.model_type
-        raise UserError(
-            f"{name} is a {kind}, which is no encoder of text; give a BERT, DistilBERT, RoBERTa or the like"
-        )
+    refuse_decoder(name, config)
+    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        _refuse_kind(name, config.model_type)
     return config
+
+
+def refuse_decoder(name: str | Path, config: Any) -> None:
+    """UserError for a model whose tokens do not see those behind them."""
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
+        _refuse_kind(name, f"{config.model_type} decoder")
+
+
+def _refuse_kind(name: str | Path, kind: str) -> None:
+    raise UserError(
+        f"{name} is a {kind}, which is no encoder of text; give a BERT, DistilBERT, RoBERTa or the like"
+    )
 
 
 def longest_input(config: Any, tokenizer: Any) -> int:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from train.errors import UserError
-from train.models.encoder_config import takes_token_types
+from train.models.encoder_config import read_tokenizer, takes_token_types
 from train.models.families import max_positions
 
 # Names of dynamic axes, as in Hugging Face's optimum.
@@ -91,7 +91,7 @@ def text_inputs(
     model: PreTrainedModel, folder: Path, texts: Sequence[str], batch: int
 ) -> list[dict[str, torch.Tensor]]:
     """Batches of real sentences, through the tokenizer of the model's folder, shortened to fit."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     batches = []
     for start in range(0, len(texts), batch):
         encoded = tokenizer(

@@ -20,12 +20,18 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from data_prep.shard_format.manifest import TokenizerInfo, check_token_ids, tokenizer_fingerprint
-from train.errors import UserError, one_line
-from train.models.encoder_config import read_config, read_encoder_config, refuse_pipes
+from data_prep.shard_format.manifest import TokenizerInfo, tokenizer_fingerprint
+from train.errors import UserError, one_line, refused_pickle
+from train.models.encoder_config import (
+    COPY_AGAIN,
+    read_config,
+    read_encoder_config,
+    read_tokenizer,
+    refuse_decoder,
+)
 from train.models.families import FAMILIES, family_of_type
 from train.models.heads import head_of_class
 
@@ -33,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors.index.json", "*.bin.index.json")
-COPY_AGAIN = "copy the folder again"
 POOLER = "pooler."
 """Not every head has one: where a model's is missing, a new head draws its own."""
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
@@ -49,6 +54,7 @@ def load_masked_lm(path_or_hub: str, config: Any = None) -> PreTrainedModel:
         UserError: no such folder, an unsupported architecture, or weights as in `_load`, the MLM head's among them.
     """
     config = config or read_config(path_or_hub)
+    refuse_decoder(path_or_hub, config)
     family = family_of_type(config.model_type)
 
     def without_head(model: PreTrainedModel, missing: Sequence[str]) -> str | None:
@@ -114,7 +120,7 @@ def load_with_new_head(name: str, auto_class: Any, seed: int, head: Mapping[str,
     torch.manual_seed(seed)
     config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head)
     config.dtype = torch.float32
-    model: PreTrainedModel = auto_class.from_config(config)
+    model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=False)
     wanted = model.base_model.state_dict()
     loaded = {
         key: value for key, value in encoder.state_dict().items() if key in wanted and key not in missing
@@ -144,6 +150,11 @@ def _load(
         UserError: weights that cannot be read, are missing, no numbers, of another shape than by the config, or of more
             layers than it has.
     """
+    options = {
+        "dtype": torch.float32,
+        "config": (options or {}).get("config") or read_config(name),
+        **(options or {}),
+    }
     try:
         with _quiet_transformers():
             model, info = auto_class.from_pretrained(
@@ -151,10 +162,12 @@ def _load(
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
-                **{"dtype": torch.float32, **(options or {})},
+                **options,
             )
     # safetensors, pickle and torch have an error each for a damaged file.
     except Exception as error:
+        if (refusal := refused_pickle(error)) is not None:
+            raise UserError(f"{name}: its weights cannot be read: a file {refusal}") from None
         raise UserError(f"{name}: its weights cannot be read: {one_line(error)}; {COPY_AGAIN}") from None
     absent = {key for key in info["missing_keys"] if optional is not None and optional in key}
     missing = sorted(set(info["missing_keys"]) - absent)
@@ -249,7 +262,7 @@ def load_tokenizer(name: str, config: Any) -> Any:
     Raises:
         UserError: it cannot be read, cannot pad, or knows tokens that the model has no embedding for.
     """
-    tokenizer = _read_tokenizer(name)
+    tokenizer = read_tokenizer(name)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{name}: its tokenizer has no padding token; texts cannot be batched")
     largest = max(tokenizer.get_vocab().values())
@@ -259,17 +272,6 @@ def load_tokenizer(name: str, config: Any) -> Any:
             "folder whose tokenizer and weights belong together"
         )
     return tokenizer
-
-
-def _read_tokenizer(name: str) -> Any:
-    try:
-        refuse_pipes(name)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        check_token_ids(tokenizer)
-        return tokenizer
-    # Of a broken file come KeyErrors, and bare Exceptions from tokenizers.
-    except Exception as error:
-        raise UserError(f"{name}: its tokenizer cannot be read: {one_line(error)}; {COPY_AGAIN}") from None
 
 
 def folder_fingerprint(path_or_hub: str) -> str | None:
@@ -282,7 +284,7 @@ def folder_fingerprint(path_or_hub: str) -> str | None:
     if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES[:3]):
         return None
     try:
-        tokenizer = _read_tokenizer(path_or_hub)
+        tokenizer = read_tokenizer(path_or_hub)
     except UserError as error:
         if folder.is_dir():
             raise UserError(

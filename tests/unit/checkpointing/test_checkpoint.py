@@ -1,41 +1,141 @@
-"""Checkpoints on disk: which one a start goes on from, and how one is removed."""
+"""Checkpoints on disk: which one a start goes on from, what is found of damage, and how one is removed."""
 
 from __future__ import annotations
 
+import json
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from train.checkpointing.checkpoint import _complete, _remove, newest_checkpoint
+from train.checkpointing.checkpoint import Retention, _remove, newest_checkpoint
+from train.checkpointing.integrity import (
+    COMPLETE,
+    content_fault,
+    read_facts,
+    record_own_files,
+    write_facts,
+)
+from train.errors import UserError
+
+WORLD_SIZE = 2
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:
     path = folder / f"step-{step:08d}"
-    path.mkdir(parents=True)
-    (path / "weights.pt").write_bytes(b"x" * 100)
-    assert _complete(path, {"step": step, "world_size": 2}) is None
+    (path / "student-config").mkdir(parents=True)
+    (path / "student-config" / "config.json").write_text('{"model_type": "bert"}')
+    torch.save({"weights": torch.ones(25) * step}, path / "mp_rank_00_model_states.pt")
+    records = {}
+    for rank in range(WORLD_SIZE):
+        torch.save(
+            {"moments": torch.ones(25) * rank}, path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        )
+    for rank in range(WORLD_SIZE):
+        records |= record_own_files(path, rank, WORLD_SIZE)
+    write_facts(path, step, WORLD_SIZE, records, heldout_mlm_loss=4.5)
     return path
 
 
-def test_newest_complete_checkpoint_wins(tmp_path: Path) -> None:
+def without_digests(path: Path) -> Path:
+    """As checkpoints were written before they had digests."""
+    tree = json.loads((path / COMPLETE).read_text())
+    (path / COMPLETE).write_text(
+        json.dumps({name: tree[name] for name in tree if name not in ("sha256", "digest")})
+    )
+    return path
+
+
+def change(path: Path, edit: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(edit(path.read_bytes()))
+
+
+def test_newest_whole_checkpoint_wins(tmp_path: Path) -> None:
     said: list[str] = []
     assert newest_checkpoint(tmp_path, said.append) is None
     older, newer = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 10)
     assert newest_checkpoint(tmp_path, said.append) == newer
     assert said == []
-    (newer / "weights.pt").write_bytes(b"x" * 99)
+    weights = newer / "mp_rank_00_model_states.pt"
+    size = weights.stat().st_size
+    change(weights, lambda content: content[:-1])
     assert newest_checkpoint(tmp_path, said.append) == older
     assert len(said) == 1
-    assert "weights.pt has 99 bytes instead of 100" in said[0]
+    assert f"mp_rank_00_model_states.pt has {size - 1} bytes instead of {size}" in said[0]
 
 
 def test_missing_file_or_list_is_passed_over(tmp_path: Path) -> None:
     said: list[str] = []
-    (make_checkpoint(tmp_path, 1) / "weights.pt").unlink()
-    (make_checkpoint(tmp_path, 2) / "complete.json").unlink()
-    (make_checkpoint(tmp_path, 3) / "complete.json").write_text('{"files": ')
+    (make_checkpoint(tmp_path, 1) / "student-config/config.json").unlink()
+    (make_checkpoint(tmp_path, 2) / COMPLETE).unlink()
+    (make_checkpoint(tmp_path, 3) / COMPLETE).write_text('{"files": ')
+    (make_checkpoint(tmp_path, 4) / COMPLETE).write_text("[" * 100_000)
     assert newest_checkpoint(tmp_path, said.append) is None
-    assert ["unreadable" in said[0], "unreadable" in said[1], "is missing" in said[2]] == [True] * 3
+    found = ["nested too deeply", f"{COMPLETE} is damaged", "missing or unreadable", "config.json is missing"]
+    assert [words in line for words, line in zip(found, said, strict=True)] == [True] * 4
+
+
+def test_a_flipped_bit_of_any_file_is_found(tmp_path: Path) -> None:
+    """It is named, and the step before is used. tests/flip_bits.py tries more, on a real run's checkpoint."""
+    older, newer = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 10)
+    files = sorted(path for path in newer.rglob("*") if path.is_file())
+    rng = random.Random(0)
+    for _ in range(100):
+        file, said = rng.choice(files), []
+        whole = file.read_bytes()
+        place, bit = rng.randrange(len(whole)), rng.randrange(8)
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        found = newest_checkpoint(tmp_path, said.append)
+        assert (found, len(said)) == (older, 1), (file, place, bit, said)
+        assert said[0].startswith(f"{newer} is passed over: "), said
+        assert file.name in said[0], said
+        file.write_bytes(whole)
+    assert newest_checkpoint(tmp_path, pytest.fail) == newer
+
+
+def test_each_rank_answers_for_its_share(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 5)
+    facts = read_facts(path)
+    for ranks in (1, 2, 3):
+        shares = [facts.share(rank, ranks) for rank in range(ranks)]
+        assert sorted(name for share in shares for name in share) == sorted(facts.files)
+    change(path / "zero_pp_rank_1_mp_rank_00_optim_states.pt", lambda content: content[:-1] + b"x")
+    assert content_fault(path, facts, 0, 2) is None
+    assert "zero_pp_rank_1_mp_rank_00_optim_states.pt is damaged" in (content_fault(path, facts, 1, 2) or "")
+
+
+def test_checkpoints_of_before_there_were_digests_are_read(tmp_path: Path) -> None:
+    """By size, and by the checksums of the archives that torch writes."""
+    older, newer = (
+        without_digests(make_checkpoint(tmp_path, 5)),
+        without_digests(make_checkpoint(tmp_path, 10)),
+    )
+    assert newest_checkpoint(tmp_path, pytest.fail) == newer
+    weights = torch.full((1,), 10.0).numpy().tobytes()
+    change(newer / "mp_rank_00_model_states.pt", lambda content: content.replace(weights, b"abcd", 1))
+    said: list[str] = []
+    assert newest_checkpoint(tmp_path, said.append) == older
+    assert "mp_rank_00_model_states.pt is damaged (the checksum of mp_rank_00_model_states/data/0" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("step", "ten"), ("world_size", 0), ("files", [1]), ("files", {"/dev/zero": 0}), ("files", {"../a": 0})],
+)
+def test_a_list_of_something_else_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    path = without_digests(make_checkpoint(tmp_path, 5))
+    change(path / COMPLETE, lambda content: json.dumps({**json.loads(content), key: value}).encode())
+    with pytest.raises(UserError, match=rf"{COMPLETE} is damaged \({key}.*\); remove that checkpoint"):
+        read_facts(path)
+
+
+def test_retention_reads_the_facts(tmp_path: Path) -> None:
+    paths = [make_checkpoint(tmp_path, step) for step in (9, 6, 4)]
+    assert Retention(keep_last=1).superfluous(paths) == [paths[1], paths[2]]
+    assert Retention(keep_last=1, milestone_every_steps=2).superfluous(paths) == []
 
 
 def test_a_folder_still_being_written_is_not_seen(tmp_path: Path) -> None:

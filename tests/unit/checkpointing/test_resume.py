@@ -1,0 +1,109 @@
+"""Which checkpoint the ranks agree to go on from, and what is said of one that cannot be loaded."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.unit.checkpointing.test_checkpoint import change, make_checkpoint, without_digests
+from train.checkpointing import resume, safe_load
+from train.checkpointing.resume import choose_checkpoint, load_checkpoint
+from train.checkpointing.state import TrainState
+from train.errors import RankError, UserError
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert choose_checkpoint(tmp_path, said.append) is None
+    older, newer = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 10)
+    assert choose_checkpoint(tmp_path, said.append) == newer
+    assert said == []
+    change(newer / "zero_pp_rank_1_mp_rank_00_optim_states.pt", lambda content: content[:-1] + b"x")
+    assert choose_checkpoint(tmp_path, said.append) == older
+    assert len(said) == 1
+    assert f"{newer} is passed over: zero_pp_rank_1_mp_rank_00_optim_states.pt is damaged" in said[0]
+
+
+def test_where_none_is_whole_the_run_does_not_start_anew(tmp_path: Path) -> None:
+    """Its rows would go, and hours of work: that is for the user to say."""
+    for step in (5, 10):
+        (make_checkpoint(tmp_path, step) / "mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(
+        UserError, match=r"00000010 is passed over.*00000005 is .* restore one, or remove them all"
+    ):
+        choose_checkpoint(tmp_path, lambda line: None)
+
+
+def test_a_host_without_the_run_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_checkpoint(tmp_path, 5)
+    facts = resume.read_facts(path)
+    (path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with pytest.raises(
+        RankError, match=r"rank 1 on \S+ does not see \S+optim_states.pt, .*all hosts have mounted"
+    ):
+        resume._fault_of_share(path, facts)
+
+
+class Engine(SimpleNamespace):
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return folder, {"halfling": self.outcome}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "message"),
+    [
+        (
+            pickle.UnpicklingError("Unsupported global: GLOBAL posix.system was"),
+            r"step-00000005 names posix.system: no",
+        ),
+        (
+            RuntimeError("PytorchStreamReader failed reading file data/1"),
+            r"step-00000005 is damaged .*remove it",
+        ),
+        (RuntimeError("Error(s) in loading state_dict"), r"holds another model than the configuration"),
+        ({"step": "five"}, r"its state is none of this project's"),
+        ({}, r"its state is none of this project's"),
+        (None, r"its state is none of this project's"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_message(
+    outcome: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safe_load, "engine_types", list)
+    path = without_digests(make_checkpoint(tmp_path, 5))
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(Engine(outcome=outcome), path, 2, lambda line: None)
+
+
+def test_the_state_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safe_load, "engine_types", list)
+    state = TrainState(5, loss_history=(1.0, 2.0))
+    path = make_checkpoint(tmp_path, 5)
+    assert load_checkpoint(Engine(outcome=asdict(state)), path, 2, lambda line: None) == state
+    failed = SimpleNamespace(returncode=1, stderr="Traceback\nValueError: no")
+    monkeypatch.setattr("subprocess.run", lambda *args, **options: failed)
+    with pytest.raises(
+        UserError, match=r"cannot be converted .*ValueError: no.*start as many ranks as wrote it, 2"
+    ):
+        load_checkpoint(Engine(outcome=asdict(state)), path, 1, lambda line: None)
+    failed.returncode, failed.stderr = 2, f"noise\n{path} names posix.system: no code"
+    with pytest.raises(UserError, match=rf"^{path} names posix.system: no code$"):
+        load_checkpoint(Engine(outcome=asdict(state)), path, 1, lambda line: None)
