@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import traceback
+from concurrent.futures import BrokenExecutor
 
 from data_prep.shard_format.errors import UserError
-from data_prep.workers import WorkerLost
+from data_prep.workers import LOST, WorkerLost
 
 
 def _is_full_disk(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def exit_code(error: Exception) -> int:
@@ -21,12 +22,16 @@ def exit_code(error: Exception) -> int:
 def explain(error: Exception) -> str:
     """One line for what a user can mend; the traceback for what is a fault of this code."""
     if _is_full_disk(error):
+        assert isinstance(error, OSError)
         return (
-            "the disk is full (the output needs about 4 bytes per token, 2 of them for the time of the run); "
-            "make room and run the same command again: finished work is kept"
+            f"{error.filename or 'a temporary file (TMPDIR)'}: {error.strerror}: the disk is full (the output needs "
+            "about 4 bytes per token, 2 of them for the time of the run); make room and run the same command again: "
+            "finished work is kept"
         )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, BrokenExecutor):
+        return f"{LOST}; run the same command again, with fewer --processes where memory is short"
     if isinstance(error, (UserError, OSError, WorkerLost)):
         return str(error)
     return "".join(traceback.format_exception(error)).rstrip()

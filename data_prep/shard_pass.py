@@ -29,7 +29,9 @@ from data_prep.shard_format.manifest import (
     count_tokens,
     write_shard,
 )
+from data_prep.source_files import keep_records
 from data_prep.tokenize_pass import bucket_heads, write_skipped
+from data_prep.work_folder import source_records
 from data_prep.workers import Worker
 
 HISTOGRAM_NAME = "token_histogram.npy"
@@ -221,6 +223,7 @@ def finish(job: Job, plan: Plan, save_tokenizer: Any) -> Manifest:
             "bad_records": num_bad,
         },
     )
+    keep_records(out, source_records(out))
     manifest.save(out)
     shutil.rmtree(job.work, ignore_errors=True)
     return manifest

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ require_packages()
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from data_prep.error_messages import exit_code, explain
-from data_prep.shard_format.errors import UserError
+from data_prep.shard_format.errors import UserError, refuse_empty_words
+from data_prep.shard_format.files import new_folder
 from data_prep.shard_format.terminal import progress_bar
+from data_prep.shard_format.tokenizer_files import save_tokenizer
 from data_prep.sources.formats import FORMATS, document_of
 from data_prep.sources.records import (
     MAX_DOCUMENT_MB,
@@ -41,6 +44,7 @@ from data_prep.sources.resolve import HELP as SOURCES_HELP
 from data_prep.sources.resolve import TXT_DOCUMENTS, Unit, make_units, resolve_sources
 from data_prep.sources.texts import PIECE, BadRecord, pieces_of, utf8
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 EXAMPLES = """
 examples:
@@ -125,9 +129,11 @@ def corpus(units: list[Unit], options: ReadOptions, num_processes: int) -> Itera
     started = time.monotonic()
     bar = progress_bar(total=total or None, desc="reading", unit="B", unit_scale=True)
     documents = 0
-    with multiprocessing.get_context("spawn").Pool(num_processes, initializer=gc.disable) as pool, bar:
+    # Not a Pool, which waits for ever for a process that was killed.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, context, initializer=gc.disable) as pool, bar:
         # Syntax trees are many objects and no cycles: collecting garbage would double the time.
-        docs = pool.imap(_parsed_unit, [(unit, options) for unit in units if _is_parsed(unit)])
+        docs = pool.map(_parsed_unit, [(unit, options) for unit in units if _is_parsed(unit)])
         for unit in units:
             for text in next(docs) if _is_parsed(unit) else _texts(unit, options):
                 documents += 1
@@ -168,6 +174,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--vocab-size", type=int, required=True, metavar="N", help="entries, e.g. 8000 or 30000"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is in DIR")
     parser.add_argument("--cased", action="store_true", help="keep capital letters and accents")
     parser.add_argument(
         "--txt-documents", choices=TXT_DOCUMENTS, default="line", help="how .txt files are read"
@@ -181,6 +188,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"a document of more UTF-8 text is left out (default {MAX_DOCUMENT_MB})",
     )
     parser.add_argument("--processes", type=int, metavar="N", help="default: one per core")
+    try:
+        refuse_empty_words(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        parser.error(str(error))
     return parser.parse_args(arguments)
 
 
@@ -191,15 +202,32 @@ def run(parsed: argparse.Namespace) -> str:
     if parsed.processes is not None and parsed.processes < 1:
         raise UserError(f"--processes {parsed.processes}: must be at least 1")
     check_max_document_mb(parsed.max_document_mb)
+    out = Path(parsed.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is not a folder")
+    there = [name for name in TOKENIZER_FILES if (out / name).exists()]
+    if there and not parsed.overwrite:
+        raise UserError(
+            f"--out {out}: holds a tokenizer already ({there[0]}); give another folder, or --overwrite to replace it"
+        )
     options = ReadOptions(text_fields(parsed.text_field), parsed.max_document_mb)
     units = make_units(resolve_sources(parsed.sources, parsed.txt_documents))
     num_processes = parsed.processes or len(os.sched_getaffinity(0))
     texts = corpus(units, options, num_processes)
     tokenizer = train_wordpiece(texts, parsed.vocab_size, lowercase=not parsed.cased)
-    os.makedirs(parsed.out, exist_ok=True)
-    tokenizer.save_pretrained(parsed.out)
+    put_tokenizer(out, tokenizer)
     example = " ".join(tokenizer.tokenize("The tokenizer reads an unhappily long word."))
     return f"{parsed.out}: {len(tokenizer):,} entries; e.g. {example}"
+
+
+def put_tokenizer(out: Path, tokenizer: Any) -> None:
+    """Write the tokenizer's files, each in one step; other files of the folder stay."""
+    out.mkdir(parents=True, exist_ok=True)
+    with new_folder(out / ".tokenizer") as folder:
+        save_tokenizer(tokenizer, folder)
+    for path in (out / ".tokenizer").iterdir():
+        path.replace(out / path.name)
+    (out / ".tokenizer").rmdir()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,23 +7,34 @@ shards, each put in place by a rename; a run that was killed is continued from t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.bucket_files import read_head
 from data_prep.job import WORK_FOLDER, JobOptions, describe_sources
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.files import try_lock, write_text
+from data_prep.shard_format.files import read_json, try_lock, write_text
 from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest, TokenizerInfo
+from data_prep.source_files import (
+    RECORD_NAME,
+    SAMPLE,
+    SAMPLES,
+    Changes,
+    Records,
+    changed_files,
+    describe_files,
+    kept_records,
+)
 from data_prep.sources.records import MAX_DOCUMENT_MB
-from data_prep.sources.resolve import Source
+from data_prep.sources.resolve import Source, source_key
 
 JOURNAL = "job.json"
+LITTLE = 256_000_000
+"""Bytes of finished chunks, which take some minutes to make: an unfinished run with so little takes new options."""
 
 
 @contextlib.contextmanager
@@ -57,38 +68,26 @@ def prepare_folder(
         UserError: DIR holds something else: other options, other inputs, other files.
     """
     out = Path(options.out)
-    identity = {
-        "options": options.recorded(),
-        "tokenizer": tokenizer.fingerprint,
-        "sources": describe_sources(sources),
-    }
+    identity = json.loads(
+        json.dumps(
+            {
+                "options": options.recorded(),
+                "tokenizer": tokenizer.fingerprint,
+                "sources": describe_sources(sources),
+                "max_document_mb": options.max_document_mb,
+            }
+        )
+    )
     if (out / MANIFEST_NAME).exists():
-        manifest = Manifest.load(out)
-        made = {
-            "options": manifest.options,
-            "tokenizer": manifest.tokenizer.fingerprint,
-            "sources": [{k: v for k, v in s.items() if k != "documents"} for s in manifest.sources],
-        }
-        _refuse_difference(out, made, identity)
-        shutil.rmtree(out / WORK_FOLDER)  # of a run that was killed at its very end, or ours
-        return "", manifest
-    identity = json.loads(json.dumps({**identity, "files": _files_digest(sources)}))
+        return "", _finished(out, identity, sources)
     journal = out / WORK_FOLDER / JOURNAL
-    begun = json.loads(journal.read_text()) if journal.exists() else None
-    if begun is not None and begun != identity:
-        if _named_by_user(begun) != _named_by_user(identity):
-            _refuse_difference(out, begun, identity)
-        # The unfinished run may have stopped at a fault in its inputs that is mended now.
-        print(f"{out}: the inputs have changed since the run that is unfinished here: starting over")
-        _forget(out)
-        begun = None
-    if begun is None:
-        foreign = sorted(path.name for path in out.iterdir() if path.name != WORK_FOLDER)
+    if not (journal.exists() and _goes_on(out, identity, sources)):
+        foreign = sorted(path.name for path in out.iterdir() if path.name not in (WORK_FOLDER, RECORD_NAME))
         if foreign:
             raise UserError(
                 f"{out} is not empty ({foreign[0]}) and was not made by write_shards; choose an empty folder"
             )
-        write_text(journal, json.dumps(identity))
+        write_text(journal, json.dumps({**identity, "files": describe_files(sources)}))
     for stale in (out / WORK_FOLDER).glob("run-*"):
         shutil.rmtree(stale)
     run = f"run-{uuid.uuid4().hex}"
@@ -97,13 +96,117 @@ def prepare_folder(
     return run, None
 
 
+def source_records(out: Path) -> Records:
+    """The files of the sources as they were when the unfinished job began."""
+    records: Records = _read_journal(out)["files"]
+    return records
+
+
+def _read_journal(out: Path) -> dict[str, Any]:
+    return read_json(out / WORK_FOLDER / JOURNAL, f"remove {out} to start over")
+
+
+def _finished(out: Path, identity: dict[str, Any], sources: Sequence[Source]) -> Manifest:
+    """The manifest of shards that are complete, where they are what is asked for."""
+    manifest = Manifest.load(out)
+    made = {
+        "options": manifest.options,
+        "tokenizer": manifest.tokenizer.fingerprint,
+        "sources": [{k: v for k, v in s.items() if k != "documents"} for s in manifest.sources],
+    }
+    records = kept_records(out)
+    changes = Changes((), ()) if records is None else changed_files(records, sources)
+    _refuse_difference(out, made, identity, changes)
+    if records is None:
+        print(f"{out}: the sources were compared by name and size alone: older shards have no more recorded")
+    _say_sampled(out, changes)
+    shutil.rmtree(out / WORK_FOLDER)  # of a run that was killed at its very end, or ours
+    return manifest
+
+
+def _goes_on(out: Path, identity: dict[str, Any], sources: Sequence[Source]) -> bool:
+    """Whether what an unfinished run has done is of use; where not, it is removed.
+
+    Raises:
+        UserError: other options are asked for, and much work would be lost.
+    """
+    begun = _read_journal(out)
+    if not isinstance(begun.get("files"), dict):
+        print(f"{out}: the unfinished run here is of an older version: starting over")
+        _forget(out)
+        return False
+    changes = changed_files(begun["files"], sources)
+    if _named_by_user(begun) != _named_by_user(identity):
+        if not changes.changed and _buckets_stay(out, begun, identity):
+            write_text(out / WORK_FOLDER / JOURNAL, json.dumps({**identity, "files": begun["files"]}))
+            return True
+        if _is_much(out):
+            _refuse_difference(out, begun, identity, changes)
+        print(f"{out}: the run that is unfinished here had other options or inputs: starting over")
+        _forget(out)
+        return False
+    if changes.changed:
+        # The unfinished run may have stopped at a fault in its inputs that is mended now.
+        what = f"the inputs have changed since the run that is unfinished here ({_some(changes.changed)})"
+        print(f"{out}: {what}: starting over")
+        _forget(out)
+        return False
+    _say_sampled(out, changes)
+    return True
+
+
+def _buckets_stay(out: Path, begun: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether the finished chunks are what the wanted options would make of them, and no shard is finished.
+
+    A run that stopped at a bad record is continued with the remedy that its message names: no finished chunk has such
+    a record, so that skipping them, a larger limit and further text fields change nothing of it.
+    """
+    work = out / WORK_FOLDER
+    if any((work / "shards").glob("*.json")):
+        return False
+    old, new = dict(begun["options"]), dict(wanted["options"])
+    for side in (old, new):
+        side.pop("shard_tokens")
+    if begun["tokenizer"] != wanted["tokenizer"] or _names(begun) != _names(wanted):
+        return False
+    if any(read_head(path)["bad"] for path in (work / "buckets").glob("*.bucket")):
+        return old == new
+    fields = len(old["text_fields"])
+    if old.pop("text_fields") != new.pop("text_fields")[:fields]:
+        return False
+    for side in (old, new):
+        side.pop("skip_bad_records")
+        side.pop("max_document_mb", None)
+    return old == new and wanted["max_document_mb"] >= begun["max_document_mb"]
+
+
+def _is_much(out: Path) -> bool:
+    """Whether more than a few minutes of work are in the folder."""
+    work = out / WORK_FOLDER
+    size = sum(path.stat().st_size for path in (work / "buckets").glob("*.bucket"))
+    return size > LITTLE or any((work / "shards").glob("*.json"))
+
+
+def _say_sampled(out: Path, changes: Changes) -> None:
+    if changes.sampled:
+        print(
+            f"{out}: {_some(changes.sampled)}: only the modification time is new; the size and {SAMPLES} samples of "
+            f"{SAMPLE // 1024} kB are as they were, what lies between them is not compared"
+        )
+
+
+def _some(lines: Sequence[str]) -> str:
+    more = f" and {len(lines) - 3:,} more" if len(lines) > 3 else ""
+    return "; ".join(lines[:3]) + more
+
+
 def _named_by_user(identity: dict[str, Any]) -> list[Any]:
     """What the command line named, without what lay in the inputs at the time."""
-    return [
-        identity["options"],
-        identity["tokenizer"],
-        [source["source"] for source in identity["sources"]],
-    ]
+    return [identity["options"], identity["tokenizer"], _names(identity)]
+
+
+def _names(identity: dict[str, Any]) -> list[str]:
+    return [source_key(source["source"]) for source in identity["sources"]]
 
 
 def _forget(out: Path) -> None:
@@ -116,19 +219,7 @@ def _forget(out: Path) -> None:
         shutil.rmtree(out / WORK_FOLDER / name)
 
 
-def _files_digest(sources: Sequence[Source]) -> str:
-    """Changes where a run that is continued no longer has the inputs with which it began."""
-    digest = hashlib.sha256()
-    for file in (file for source in sources for file in source.files):
-        changed = os.stat(file.path).st_mtime_ns if os.path.exists(file.path) else 0
-        digest.update(json.dumps([file.path, file.format, file.bytes, file.part, changed]).encode())
-    return digest.hexdigest()
-
-
-def _refuse_difference(out: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None:
-    made, wanted = json.loads(json.dumps([made, wanted]))
-    if made == wanted:
-        return
+def _refuse_difference(out: Path, made: dict[str, Any], wanted: dict[str, Any], changes: Changes) -> None:
     # A limit that is the default, or of no effect on the bytes, is not recorded.
     options = [{"max_document_mb": MAX_DOCUMENT_MB, **side["options"]} for side in (made, wanted)]
     different = [
@@ -138,15 +229,17 @@ def _refuse_difference(out: Path, made: dict[str, Any], wanted: dict[str, Any]) 
     ]
     if made["tokenizer"] != wanted["tokenizer"]:
         different.append("another tokenizer")
-    if made["sources"] != wanted["sources"]:
+    if _names(made) != _names(wanted):
         names = [[source["source"] for source in side["sources"]] for side in (made, wanted)]
-        different.append(
-            f"sources {names[0]} instead of {names[1]}"
-            if names[0] != names[1]
-            else "inputs that have changed since"
+        different.append(f"sources {names[0]} instead of {names[1]}")
+    elif changes.changed or _sizes(made) != _sizes(wanted):
+        named = f" ({_some(changes.changed)})" if changes.changed else ""
+        different.append(f"inputs that have changed since{named}")
+    if different:
+        raise UserError(
+            f"{out} was made with {'; '.join(different)}; choose another --out, or remove that folder first"
         )
-    elif not different:
-        different.append("inputs that have changed since")
-    raise UserError(
-        f"{out} was made with {'; '.join(different)}; choose another --out, or remove that folder first"
-    )
+
+
+def _sizes(identity: dict[str, Any]) -> list[Any]:
+    return [{**source, "source": None} for source in identity["sources"]]

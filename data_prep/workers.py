@@ -22,6 +22,9 @@ from data_prep.progress import Progress
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 POLL_S = 0.05
+LOST = "a worker process ended unexpectedly"
+_LOST_ERRORS = (BrokenExecutor, ConnectionError, EOFError)
+"""The executor's own, and those of its pipes, where a process ends while it talks."""
 
 
 class Stopped(Exception):
@@ -107,10 +110,15 @@ class Team:
         progress = Progress(work.claims, work.label)
         progress.show_bar(work.total, work.unit)
         worker = Worker(work.claims, progress)
-        futures = []
+        futures: list[Future[None]] = []
         failures: list[BaseException | None] = []
         if self._executor is not None:
-            futures = [self._executor.submit(_run_as_helper, work) for _ in range(self._num_helpers)]
+            try:
+                for _ in range(self._num_helpers):
+                    futures.append(self._executor.submit(_run_as_helper, work))
+            except _LOST_ERRORS as error:  # lost between two passes, or while it started
+                failures.append(error)
+                worker.stop()
         children = multiprocessing.active_children()
         for future in futures:
             future.add_done_callback(worker.stop_if_failed)
@@ -128,7 +136,7 @@ class Team:
         finally:
             progress.close(complete=not any(failures))
         for failure in failures:
-            if isinstance(failure, BrokenExecutor):
+            if isinstance(failure, _LOST_ERRORS):
                 raise _lost(children) from None
         for failure in failures:
             if failure is not None and not isinstance(failure, Stopped):
@@ -140,7 +148,7 @@ def _lost(children: list[multiprocessing.process.BaseProcess]) -> WorkerLost:
     # It ends the others with SIGTERM.
     codes = [child.exitcode for child in children if child.exitcode not in (None, 0, -signal.SIGTERM)]
     return WorkerLost(
-        f"a worker process ended unexpectedly (exit code {codes[0] if codes else 'unknown'}); "
+        f"{LOST} (exit code {codes[0] if codes else 'unknown'}); "
         "run the same command again to go on"
         + (" (-9: killed, perhaps for memory: try fewer --processes)" if -9 in codes else "")
     )

@@ -23,9 +23,10 @@ require_packages()
 from data_prep.error_messages import exit_code, explain
 from data_prep.job import Job, JobOptions
 from data_prep.placement import Plan
-from data_prep.shard_format.errors import UserError
+from data_prep.shard_format.errors import UserError, refuse_empty_words
 from data_prep.shard_format.hub import require_hub
 from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest, tokenizer_info
+from data_prep.shard_format.tokenizer_files import save_tokenizer
 from data_prep.shard_pass import SKIPPED_NAME, ShardPass, finish, make_plan
 from data_prep.sources.records import MAX_DOCUMENT_MB, check_max_document_mb, text_fields
 from data_prep.sources.resolve import HELP as SOURCES_HELP
@@ -109,6 +110,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, metavar="N", help="default: one per core; under mpirun the ranks are it"
     )
+    try:
+        refuse_empty_words(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        parser.error(str(error))
     return parser.parse_args(arguments)
 
 
@@ -182,7 +187,7 @@ def run_job(team: Team, options: JobOptions) -> Manifest:
         if plan.pieces:
             print(f"{out}: {heldout_note(plan)}", flush=True)
         team.run(ShardPass(job, plan))
-        return finish(job, plan, tokenizer.save_pretrained)
+        return finish(job, plan, lambda folder: save_tokenizer(tokenizer, folder))
 
 
 def heldout_note(plan: Plan) -> str:

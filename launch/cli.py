@@ -19,6 +19,7 @@ from functools import cache
 
 import jsonargparse
 
+from data_prep.shard_format.errors import refuse_empty_words
 from train.config import Config
 from train.distributed.discovery import discover_ranks, probable_rank
 from train.environment_file import load_environment_file
@@ -90,6 +91,7 @@ def run_main(main: Callable[[Sequence[str]], int], one_job: bool = False) -> Non
         one_job: under a launcher all ranks get the same command line, and train together.
     """
     try:
+        refuse_empty_words(sys.argv[1:])
         _load_environment()
         code = main(sys.argv[1:])
     except ReportedElsewhereError as silent:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,14 +30,14 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from data_prep.shard_format.files import write_json
+from data_prep.shard_format.files import new_file, write_json
 from data_prep.shard_format.manifest import Manifest
 from data_prep.shard_format.terminal import progress_bar
 from data_prep.sources.installed_docs import installed_doc_files, read_docstrings
 from data_prep.sources.records import Reading, ReadOptions, SourceFile
 from launch.cli import run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words, run_stage
-from train.errors import BAD_USAGE, UserError
+from train.errors import BAD_USAGE, RunError, UserError
 from train.run_folder import final_model, hold
 
 VOCABULARY = 8000
@@ -118,7 +119,15 @@ def stages(out: Path, scale: float, source: str) -> list[Stage]:
         Stage(
             "tokenizer",
             f"a WordPiece vocabulary of {VOCABULARY:,} entries",
-            command("data_prep/train_tokenizer.py", corpus, "--vocab-size", VOCABULARY, "--out", tokenizer),
+            command(
+                "data_prep/train_tokenizer.py",
+                corpus,
+                "--vocab-size",
+                VOCABULARY,
+                "--out",
+                tokenizer,
+                "--overwrite",
+            ),
         ),
         Stage("shards", "tokenised WebDataset shards, train and held-out", lambda: make_shards(corpus, out)),
         Stage("teacher", "a 4-layer BERT, masked-language modelling", pretrain("teacher")),
@@ -153,17 +162,19 @@ def write_corpus(path: Path) -> None:
     """The documents of the source `installed-docs` as JSON lines, in a fixed order; appears whole or not."""
 
     files = installed_doc_files()
-    partial = path.with_suffix(".partial")
     documents = characters = 0
-    with partial.open("w") as out, multiprocessing.Pool(os.cpu_count()) as pool:
-        bar = progress_bar(total=sum(file.bytes for file in files), unit="B", unit_scale=True, desc="reading")
-        for file, texts in zip(files, pool.imap(_documents_of, files, chunksize=16), strict=True):
-            for text in texts:
-                out.write(json.dumps({"text": text}) + "\n")
-                documents, characters = documents + 1, characters + len(text)
-            bar.update(file.bytes)
-        bar.close()
-    partial.rename(path)
+    bar = progress_bar(total=sum(file.bytes for file in files), unit="B", unit_scale=True, desc="reading")
+    try:
+        with new_file(path) as out, ProcessPoolExecutor() as pool, bar:
+            for file, texts in zip(files, pool.map(_documents_of, files, chunksize=16), strict=True):
+                for text in texts:
+                    out.write(json.dumps({"text": text}) + "\n")
+                    documents, characters = documents + 1, characters + len(text)
+                bar.update(file.bytes)
+    except BrokenProcessPool:
+        raise RunError(
+            f"a process that read the documentation was killed, perhaps for memory; {AGAIN}"
+        ) from None
     print(f"{documents:,} documents, {characters / 1e6:.1f} MB -> {path}")
 
 

@@ -9,7 +9,7 @@ precision, buckets) is not repeated here: see train/engine_config.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from data_prep.shard_format.manifest import is_remote
@@ -510,6 +510,14 @@ class Config:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     def __post_init__(self) -> None:
+        for section in fields(self):
+            for key, value in vars(getattr(self, section.name)).items():
+                for text in value if isinstance(value, (list, tuple)) else [value]:
+                    # As a path it would mean the current folder.
+                    filled = not isinstance(text, str) or bool(text.strip())
+                    _require(
+                        filled, f"{section.name}.{key}", value, "is empty; give a value, or leave it out"
+                    )
         if self.optimizer.prenormalize:
             _require(
                 self.training.gradient_clipping == 0,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -70,12 +71,22 @@ def _resolve(name: str, txt_documents: str) -> Source:
         return Source(name, "installed-docs", tuple(installed_doc_files()))
     if name.startswith("hub:"):
         return Source(name, "hub", tuple(hub_parts(name)))
+    prefix, path = _split_name(name)
+    return _resolve_path(name, path, prefix or txt_documents)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """How the .txt files of a source are read, "" where the name does not say so; its path."""
     prefix, _, path = name.partition(":")
-    if prefix in TXT_DOCUMENTS and path:
-        txt_documents = prefix
-    else:
-        path = name
-    return _resolve_path(name, path, txt_documents)
+    return (prefix, path) if prefix in TXT_DOCUMENTS and path else ("", name)
+
+
+def source_key(name: str) -> str:
+    """What is equal for two ways to name the same source: `texts`, `texts/` and `./texts`."""
+    if name == "installed-docs" or name.startswith("hub:"):
+        return name
+    prefix, path = _split_name(name)
+    return f"{prefix}:{os.path.abspath(path)}"
 
 
 def _resolve_path(name: str, path: str, txt_documents: str) -> Source:
@@ -95,7 +106,7 @@ def _resolve_path(name: str, path: str, txt_documents: str) -> Source:
         return Source(name, "files", _source_files([path], txt_documents))
     if glob.has_magic(path):
         found = sorted(glob.glob(path, recursive=True))
-        files = [file for file in found if os.path.isfile(file) and _format(file, txt_documents)]
+        files = [file for file in found if not os.path.isdir(file) and _format(file, txt_documents)]
         if files:
             return Source(name, "files", _source_files(files, txt_documents))
         raise MissingFile(f"{path}: no readable file matches")
@@ -123,11 +134,22 @@ def _source_files(paths: Sequence[str], txt_documents: str) -> tuple[SourceFile,
     for path in paths:
         kind = _format(path, txt_documents)
         assert kind is not None
+        size = _size(path)
         if kind == "parquet":
             files += parquet_parts(path)
         else:
-            files.append(SourceFile(path, kind, os.path.getsize(path)))
+            files.append(SourceFile(path, kind, size))
     return tuple(files)
+
+
+def _size(path: str) -> int:
+    """Bytes of a file; UserError where it is none: opening a FIFO waits for ever, and a device may have no end."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFIFO: "a FIFO (named pipe)", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+        raise UserError(f"{path}: is {kind}, not a file; copy what comes from it into a file, and name that")
+    return status.st_size
 
 
 def chunk_bytes(sources: Sequence[Source]) -> int:

@@ -47,6 +47,29 @@ def test_folder_is_a_bert_tokenizer(tmp_path: Path) -> None:
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
 
 
+def test_a_tokenizer_is_replaced_only_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("the model reads and the student writes\n" * 50)
+    out = tmp_path / "tokenizer"
+    words = [str(tmp_path / "a.txt"), "--vocab-size", "64", "--processes", "1", "--out", str(out)]
+    assert main(words) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "mine").touch()
+    (tmp_path / "a.txt").write_text("another text of other words\n" * 50)
+    assert main(words) == 2
+    message = "tokenizer: holds a tokenizer already (tokenizer.json); give another folder, or --overwrite to replace it"
+    assert message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != "mine"} == before
+    assert main([*words, "--overwrite"]) == 0
+    after = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "mine"}
+    assert after.keys() == before.keys()
+    assert after["tokenizer.json"] != before["tokenizer.json"]
+    assert (out / "mine").exists()
+    assert main([*words[:-1], str(tmp_path / "a.txt")]) == 2
+    assert "a.txt: is not a folder" in capsys.readouterr().err
+
+
 def test_cased_keeps_capitals_and_accents() -> None:
     tokenizer = train_wordpiece(["Émile Zola"] * 5, 64, lowercase=False)
     assert tokenizer.decode(tokenizer("Émile")["input_ids"], skip_special_tokens=True) == "Émile"

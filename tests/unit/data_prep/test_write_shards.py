@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -101,7 +102,8 @@ def test_bytes_do_not_depend_on_order_or_packing_of_the_inputs(
     assert make(*good, "--out", tmp_path / "first") == 0
     assert make(tmp_path / "b", *good[1:], "--out", tmp_path / "second") == 0
     first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
-    assert first.pop("manifest.json") != second.pop("manifest.json"), "it names its sources"
+    for name in ("manifest.json", ".sources.json"):
+        assert first.pop(name) != second.pop(name), "it names its sources"
     assert first == second
 
 
@@ -440,6 +442,45 @@ def test_full_disk_is_one_line_and_the_run_goes_on_later(
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items()), "not made again"
     assert make(*good, "--out", tmp_path / "fresh") == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_each_write_that_finds_the_disk_full_is_named_and_the_run_goes_on(
+    tmp_path: Path,
+    tokenizer_folder: str,
+    documents: list[str],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each call fails a little later than the one before, and goes on with what that has left."""
+    (tmp_path / "a.txt").write_text("\n".join(documents[:60]))
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    source = [f"line:{tmp_path}/{name}.txt" for name in "ab"]
+    good = [*source, "--tokenizer", tokenizer_folder, "--heldout-fraction", 0.1, "--on-bad-record", "skip"]
+    assert make(*good, "--out", tmp_path / "fresh") == 0
+    out, kinds = tmp_path / "out", set()
+
+    def fsync(number: int) -> None:
+        """Fails at the first write of every kind."""
+        path = os.readlink(f"/proc/self/fd/{number}")
+        kind = re.sub(r"\d+", "N", os.path.relpath(path, out)).replace("/.", "/").removesuffix(".partial")
+        if kind not in kinds:
+            kinds.add(kind)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    capsys.readouterr()
+    for calls in range(1, 30):
+        if (code := make(*good, "--out", out)) == 0:
+            break
+        assert code == 1
+        line = last_line(capsys)
+        assert re.match(rf"write_shards: {out}/\S+: No space left on device: the disk is full", line)
+        assert len(kinds) == calls
+    kinds = {kind.removeprefix(".") for kind in kinds}
+    assert {"skipped.jsonl", ".sources.json", "manifest.json", "train-N.tar", "token_histogram.npy"} <= kinds
+    assert {"work/job.json", "work/buckets/N-N.bucket", "work/buckets/N.end"} <= kinds
+    assert {"work/shards/train-N.tar.npy", "work/shards/train-N.tar.json"} <= kinds
+    assert contents(out) == contents(tmp_path / "fresh")  # the last call was without an error
 
 
 def test_a_fault_of_this_code_is_told_with_its_place_and_exit_code_1(

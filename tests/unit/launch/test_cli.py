@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import train_tokenizer, verify_shards, write_shards
 from launch import quickstart, report
-from launch.cli import run_main
+from launch.cli import parse_config, run_main
 from tests.paths import ROOT
 from train.errors import LostRankError, RankError, ReportedElsewhereError, UserError
 
@@ -199,3 +201,29 @@ def test_quickstart_refuses_too_little_text(tmp_path: Path, tokenizer_folder: st
     with pytest.raises(ValueError, match=r"the source has too little text: \d+ tokens were held out"):
         quickstart.make_shards(tmp_path / "few.txt", out)
     assert not (out / "shards").exists(), "shards left behind would be taken for finished ones"
+
+
+@pytest.mark.parametrize("words", [["--run.dir="], ["--out", ""], ["--config", " "], ["", "--out=x"]])
+def test_an_empty_value_is_refused_by_every_command(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of `--run.dir=$RUN` where RUN is not set; as a path it would be the current folder."""
+    monkeypatch.setattr(sys, "argv", ["command", *words])
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda arguments: 0)
+    assert ended.value.code == 2
+    assert "is empty; give a value, or leave it out" in capsys.readouterr().err
+    for command in (write_shards, train_tokenizer, verify_shards):
+        with pytest.raises(SystemExit) as ended:
+            command.parse_arguments([*words])
+        assert ended.value.code == 2
+        assert "is empty; give a value, or leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["--run.dir=", "--data.shards=", "--model.teacher=", "--model.teacher=['a', '']"],
+)
+def test_an_empty_value_of_a_recipe_is_refused(word: str) -> None:
+    with pytest.raises(UserError, match=rf"{re.escape(word[2:].partition('=')[0])}=.*is empty; give a value"):
+        parse_config([word, "--objective.cosine_weight=1"], "")
