@@ -4,9 +4,9 @@
     python launch/doctor.py --hostfile hosts --config R.yaml   every host of a job
 
 Takes the same --config and --section.key=value as launch/pretrain.py. Asks every host of the hostfile (over ssh, this
-one too, as deepspeed starts the ranks) for its Python and packages, code, clock, GPUs, memory, disk, shards and run
-folder, compares the answers, lets the ranks sum numbers over the network, loads the teacher, makes the student, and
-asks whether launch/pretrain.py would take the recipe. It leaves nothing behind.
+one too, as deepspeed starts the ranks) for its Python and packages, code, clock, GPUs and what torch sees of them,
+memory, disk, shards and run folder, compares the answers, lets the ranks sum numbers over the network, loads the
+teacher, makes the student, and asks whether launch/pretrain.py would take the recipe. It leaves nothing behind.
 
 Exit codes: 0 all well; 1 something failed; 2 bad usage.
 """
@@ -29,6 +29,7 @@ from launch.cli import parse_config, run_main
 from launch.preflight.checks import Finding
 from launch.preflight.hosts import DEFAULT_SSH, Host, read_hostfile, read_ssh
 from launch.tables import text_table
+from train.distributed.device import kind_here
 from train.errors import UserError
 
 
@@ -42,10 +43,6 @@ def main(arguments: Sequence[str]) -> int:
         hosts = read_hostfile(options.hostfile)
         ssh = read_ssh(DEFAULT_SSH if options.ssh is None else options.ssh)
     # Only now the seconds that these take to import.
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would say that it found none
     from huggingface_hub.utils import logging as hub_logging
 
     from launch.preflight.host_checks import check_hosts
@@ -55,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     quiet_libraries()
     hub_logging.set_verbosity_error()  # else a line for every question that it repeats
     findings, world_size = check_hosts(config, hosts, ssh, options)
+    os.environ["DS_ACCELERATOR"] = kind_here()  # deepspeed would say that it found none
     findings += check_here(config, world_size)
     print(table_of(findings))
     failed = [finding for finding in findings if not finding.ok]

@@ -49,6 +49,10 @@ class NonFiniteError(RunError):
     """The loss or the gradients stopped being numbers."""
 
 
+class OutOfMemoryError(RunError):
+    """A device, or the host, has no memory left."""
+
+
 class CheckpointNotWrittenError(RunError):
     """A rank could not write its part (a full disk, say). The checkpoints before are intact."""
 

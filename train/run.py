@@ -31,6 +31,7 @@ from train.export.hugging_face import description_folder, export_checkpoint, sav
 from train.loop.checkpoint_observer import Checkpointing, StoppedAfterSavingError
 from train.loop.closing_summary import closing_lines
 from train.loop.logging_observer import Logging
+from train.loop.memory_errors import explained_memory_errors
 from train.loop.metrics import Events, NoEvents, RunEvents, read_rows
 from train.loop.observers import Evaluating, Overflows
 from train.loop.profiling import profiling
@@ -77,6 +78,7 @@ def run(config: Config) -> int:
             lost_rank_timeout_s=config.run.lost_rank_timeout_s,
             hang_timeout_s=config.run.hang_timeout_s,
         ),
+        explained_memory_errors(config, world, clock.where),
         StopRequest() as stop,
         LauncherWatch(stop),
         ExitStack() as opened,

@@ -14,7 +14,15 @@ MIN_SHM_GIB_WITH_GPUS = 0.25
 """NCCL's ranks of one host exchange data through /dev/shm; containers often have 64 MB of it."""
 FORWARDED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 """What deepspeed exports to other hosts by itself (DeepSpeed 0.19, launcher/runner.py; NCCL with GPUs)."""
-WATCHED = ("HF_", "HTTP_PROXY", "HTTPS_PROXY", "GLOO_", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
+WATCHED = (
+    "DS_ACCELERATOR",
+    "HF_",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "GLOO_",
+    "CUDA_VISIBLE_DEVICES",
+    "LD_LIBRARY_PATH",
+)
 """Variables (by their beginning) that change what a rank does and are not exported by deepspeed."""
 WATCHED_FOR_URLS = ("AWS_", "GOOGLE_", "CLOUDSDK_", "AZURE_", "FSSPEC_")
 """The same, where the shards are read from URLs."""
@@ -115,6 +123,50 @@ def check_gpus(answers: Answers, slots: Mapping[str, int]) -> Finding:
         "use hosts with equal GPUs and drivers, with slots= not above their number (nvidia-smi shows them)"
     )
     return finding("GPUs and drivers", _faults(answers, "gpus", fault), well, remedy)
+
+
+def check_torch(answers: Answers, slots: Mapping[str, int]) -> Finding:
+    """Does torch see the driver's GPUs, one for every slot, the same everywhere, and multiply rightly on each?"""
+    first = _first(answers, "torch")[1]
+
+    def describe(facts: Mapping[str, Any]) -> str:
+        devices = facts.get("devices", [])
+        if facts.get("kind") != "cuda":
+            return f"torch {facts.get('torch')} computes on the CPU"
+        kinds = sorted({f"{d['name']}, {d['memory_gib']} GiB, capability {d['capability']}" for d in devices})
+        return f"torch {facts['torch']}: {len(devices)} x {' and '.join(kinds)}, NCCL {facts['nccl']}"
+
+    def fault(host: str, facts: Mapping[str, Any]) -> str | None:
+        devices, gpus = facts["devices"], answers[host]["gpus"]
+        if facts["kind"] == "cpu" and facts["asked"] != "cpu" and gpus and not isinstance(gpus, Mapping):
+            return (
+                f"nvidia-smi shows {len(gpus)} GPUs, but torch {facts['torch']} cannot use them: {facts['why']}. Ranks "
+                "would compute on the CPU, in fp32"
+            )
+        if facts["kind"] == "cuda" and len(devices) < slots[host]:
+            return f"{describe(facts)}, for {slots[host]} slots"
+        if facts["kind"] == "cuda" and facts["nccl"] is None:
+            return f"torch {facts['torch']} has no NCCL"
+        wrong = [f"{number} ({d['name']}): {d['fault']}" for number, d in enumerate(devices) if d["fault"]]
+        if wrong:
+            return f"device {'; '.join(wrong)}"
+        return (
+            None
+            if describe(facts) == describe(first)
+            else f"{describe(facts)}; first host: {describe(first)}"
+        )
+
+    well = f"{describe(first)}; a matrix product on each device is right"
+    remedy = (
+        "install a torch that is built for the driver's CUDA (in the corner of nvidia-smi's table; "
+        "pytorch.org/get-started) on every host, or mean the CPU with DS_ACCELERATOR=cpu (cluster.env)"
+    )
+    found = finding("torch's devices", _faults(answers, "torch", fault), well, remedy)
+    idle = [host for host, facts in answers.items() if facts["gpus"] and facts["torch"].get("asked") == "cpu"]
+    if found.ok and idle:
+        seen = f"DS_ACCELERATOR=cpu: the GPUs of {', '.join(idle)} are left alone"
+        return Finding(found.check, True, seen, "unset DS_ACCELERATOR to compute on them")
+    return found
 
 
 def check_memory(answers: Answers, slots: Mapping[str, int]) -> Finding:

@@ -52,8 +52,7 @@ def check_hosts(
     if not answers:
         return findings, sum(host.slots for host in hosts)
     if options.hostfile is None and options.num_gpus is None:
-        gpus = answers[hosts[0].name]["gpus"]
-        hosts = [replace(hosts[0], slots=len(gpus) if isinstance(gpus, list) and gpus else 1)]
+        hosts = [replace(hosts[0], slots=_num_gpus(answers[hosts[0].name]) or 1)]
     reached = [host for host in hosts if host.name in answers]
     slots = {host.name: host.slots for host in hosts}
     env_files = read_env_files()
@@ -62,6 +61,7 @@ def check_hosts(
         checks.check_code(answers),
         checks.check_clocks(answers),
         checks.check_gpus(answers, slots),
+        checks.check_torch(answers, slots),
         checks.check_memory(answers, slots),
         checks.check_shards(answers, shards),
         checks.check_teachers(answers),
@@ -81,6 +81,12 @@ def check_hosts(
         findings.append(checks.check_single_host(reached[0].name, hostname, socket.gethostname()))
     findings += check_network(reached, ssh, answers, options)
     return findings, sum(host.slots for host in hosts)
+
+
+def _num_gpus(answer: Mapping[str, Any]) -> int:
+    """GPUs that a run on this host would compute on."""
+    facts = answer["torch"]
+    return len(facts["devices"]) if facts.get("kind") == "cuda" else 0
 
 
 def _check_reach(found: Mapping[str, Any]) -> list[Finding]:
@@ -153,8 +159,7 @@ def check_network(
     # As deepspeed does, the ranks find rank 0 by an address of the first host, else by its name.
     own = answers[first.name]["address"]
     address = LOOPBACK if len(hosts) == 1 else own if isinstance(own, str) else first.name
-    gpus = answers[first.name]["gpus"]
-    backend = "nccl" if isinstance(gpus, list) and gpus else "gloo"
+    backend = "nccl" if _num_gpus(answers[first.name]) else "gloo"
     ranks = {host.name: host.slots for host in hosts}
     if list(ranks.values()) == [1]:
         backend, ranks = "gloo", {first.name: 2}

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from train.distributed.device import gpus_of_driver, kind_here
 from train.versions import installed_versions
 
 STARTED_AT = time.time()
@@ -78,7 +79,8 @@ def facts(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[s
         "versions": installed_versions,
         "code": code_digest,
         "memory": memory,
-        "gpus": gpus,
+        "gpus": gpus_of_driver,
+        "torch": torch_devices,
         "run_folder": lambda: run_folder(options.run_dir),
         "shards": lambda: shards(options.shards),
         "teachers": lambda: {folder: teacher(folder) for folder in options.teacher},
@@ -117,15 +119,59 @@ def memory() -> dict[str, float]:
     return {"free_gib": free_gib, "shm_gib": shutil.disk_usage("/dev/shm").free / GIB}
 
 
-def gpus() -> list[dict[str, str]]:
-    """Name, driver and memory of each, by nvidia-smi; none where it is not installed."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
-    names = ("name", "driver", "memory")
-    rows = [map(str.strip, line.split(",")) for line in text.splitlines() if line]
-    return [dict(zip(names, row, strict=True)) for row in rows]
+def torch_devices() -> dict[str, Any]:
+    """What a run here would compute on, by torch, each device tried with a matrix product.
+
+    Returns:
+        torch: its version; asked: DS_ACCELERATOR; kind: "cuda" or "cpu"; why: what torch says where it sees no GPU;
+        nccl: its version, None without; devices: name, memory_gib, capability, and fault (None where all is well).
+    """
+    import torch  # may be missing
+
+    kind = kind_here()
+    found: dict[str, Any] = {"torch": torch.__version__, "kind": kind, "why": "", "nccl": None}
+    found["asked"] = os.environ.get("DS_ACCELERATOR", "")
+    if kind == "cpu":
+        found["why"] = "it sees one" if torch.cuda.is_available() else _why_no_gpu(torch)
+        return {**found, "devices": [{"name": "CPU", "fault": _fault_of_product(torch, "cpu")}]}
+    if torch.distributed.is_nccl_available():
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    devices = []
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        devices.append(
+            {
+                "name": facts.name,
+                "memory_gib": round(facts.total_memory / GIB, 1),
+                "capability": f"{facts.major}.{facts.minor}",
+                "fault": _fault_of_product(torch, f"cuda:{number}"),
+            }
+        )
+    return {**found, "devices": devices}
+
+
+def _why_no_gpu(torch: Any) -> str:
+    if torch.version.cuda is None:
+        return "it is built without CUDA"
+    try:
+        torch.cuda.init()
+    except Exception as error:  # of the driver, in its own words
+        return f"it is built for CUDA {torch.version.cuda}: {' '.join(str(error).split())[:200]}"
+    return "it sees none"
+
+
+def _fault_of_product(torch: Any, device: str) -> str | None:
+    """What is wrong with a product of small whole numbers, which every number format holds; None where it is right."""
+    left = torch.arange(512 * 512).view(512, 512) % 3 - 1
+    right = torch.arange(512 * 512).view(512, 512) % 5 - 2
+    try:
+        for dtype in (torch.float32, torch.float16) if device != "cpu" else (torch.float32,):
+            product = left.to(device, dtype) @ right.to(device, dtype)
+            if not torch.equal(product.cpu().double(), left.double() @ right.double()):
+                return f"a matrix product in {dtype} is wrong"
+    except RuntimeError as error:  # no memory, a kernel that is not built for this GPU
+        return " ".join(str(error).split())[:200]
+    return None
 
 
 def run_folder(path: str) -> dict[str, Any]:

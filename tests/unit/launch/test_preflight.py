@@ -36,6 +36,7 @@ from launch.preflight.checks import (
     check_run_folder,
     check_shards,
     check_teachers,
+    check_torch,
     check_variables,
     check_versions,
     watched_variables,
@@ -48,11 +49,29 @@ from tests.paths import ROOT
 from train.distributed.rendezvous import free_port
 
 GPU = {"name": "NVIDIA A100", "driver": "550.54", "memory": "81920 MiB", "used": "0 MiB"}
+DEVICE = {"name": "NVIDIA A100", "memory_gib": 79.2, "capability": "8.0", "fault": None}
+BROKEN = {**DEVICE, "fault": "out of memory"}
+TORCH = {
+    "torch": "2.13.0+cu130",
+    "kind": "cuda",
+    "asked": "",
+    "why": "",
+    "nccl": "2.27",
+    "devices": [DEVICE] * 2,
+}
+ON_CPU: dict[str, Any] = {
+    "torch": "2.13.0+cpu",
+    "kind": "cpu",
+    "asked": "",
+    "why": "it is built without CUDA",
+}
+ON_CPU |= {"nccl": None, "devices": [{"name": "CPU", "fault": None}]}
 HEALTHY: dict[str, Any] = {
     "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"},
     "code": "0123456789ab",
     "memory": {"total_gib": 100.0, "free_gib": 90.0, "shm_gib": 50.0},
     "gpus": [GPU, GPU],
+    "torch": TORCH,
     "run_folder": {"free_gib": 100.0},
     "shards": {"digest": "aaaa", "shards": 3},
     "teachers": {"/t": "bbbb"},
@@ -72,6 +91,7 @@ def judge(name: str, answers: dict[str, dict[str, Any]]) -> Finding:
         "versions": lambda: check_versions(answers),
         "code": lambda: check_code(answers),
         "gpus": lambda: check_gpus(answers, SLOTS),
+        "torch": lambda: check_torch(answers, SLOTS),
         "memory": lambda: check_memory(answers, SLOTS),
         "shards": lambda: check_shards(answers, "/shards"),
         "teachers": lambda: check_teachers(answers),
@@ -82,7 +102,17 @@ def judge(name: str, answers: dict[str, dict[str, Any]]) -> Finding:
 
 
 def test_healthy() -> None:
-    for check in ("versions", "code", "gpus", "memory", "shards", "teachers", "run_folder", "clock_ahead_s"):
+    for check in (
+        "versions",
+        "code",
+        "gpus",
+        "torch",
+        "memory",
+        "shards",
+        "teachers",
+        "run_folder",
+        "clock_ahead_s",
+    ):
         found = judge(check, hosts())
         assert (found.ok, found.remedy) == (True, "")
         assert found.result
@@ -112,6 +142,32 @@ def test_healthy() -> None:
         ("gpus", {"gpus": [{**GPU, "driver": "535.1"}] * 2}, "driver 535.1; first host: 2 x", "drivers"),
         ("gpus", {"gpus": []}, "b: no GPU; first host", "equal GPUs"),
         ("gpus", {"gpus": {"error": "driver mismatch"}}, "b: driver mismatch", "nvidia-smi"),
+        (
+            "torch",
+            {"torch": ON_CPU},
+            "b: nvidia-smi shows 2 GPUs, but torch 2.13.0+cpu cannot use them: it is built without CUDA. Ranks would",
+            "DS_ACCELERATOR=cpu (cluster.env)",
+        ),
+        (
+            "torch",
+            {"torch": {**TORCH, "devices": [DEVICE]}},
+            "1 x NVIDIA A100, 79.2 GiB, capability 8.0",
+            "install",
+        ),
+        ("torch", {"torch": {**TORCH, "nccl": None}}, "b: torch 2.13.0+cu130 has no NCCL", "install"),
+        (
+            "torch",
+            {"torch": {**TORCH, "nccl": "2.20"}},
+            "NCCL 2.20; first host: torch 2.13.0+cu130: 2 x",
+            "install",
+        ),
+        (
+            "torch",
+            {"torch": {**TORCH, "devices": [DEVICE, BROKEN]}},
+            "b: device 1 (NVIDIA A100): out of mem",
+            "DS_",
+        ),
+        ("torch", {"torch": {"error": "No module named 'torch'"}}, "b: No module named 'torch'", "install"),
         (
             "memory",
             {"memory": {"total_gib": 4, "free_gib": 1.5, "shm_gib": 9}},
@@ -336,7 +392,7 @@ def test_a_host_behind_a_firewall_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     }
     monkeypatch.setattr("launch.preflight.host_checks.ask_all", lambda *_: found)
     options = doctor.build_parser().parse_args([])
-    facts = {"a": {"port": {}, "address": "10.0.0.1", "gpus": []}}
+    facts = {"a": {"port": {}, "address": "10.0.0.1", "gpus": [], "torch": {"error": "none"}}}
     (port,) = check_network([Host(name, 1) for name in found], ["ssh"], facts, options)
     assert (port.check, port.ok) == ("port", False)
     assert port.result == "b to 10.0.0.1, port 29500: No route to host; c: gone"
@@ -418,7 +474,7 @@ def test_this_machine_with_a_run_folder_in_a_file(
     assert [line.split("│")[1].strip() for line in failed] == ["run folder", "disk"]
     assert "Not a directory" in " ".join(said.replace("│", " ").split())  # it may be broken in two lines
     assert "give --run.dir" in said
-    assert "19 checks, 2 failed" in said
+    assert "21 checks, 2 failed" in said
 
 
 @pytest.mark.parametrize(
@@ -503,3 +559,21 @@ def test_a_corpus_that_holds_nothing_out_is_a_warning(
 def test_a_recipe_whose_micro_batch_is_found_on_the_gpus(shards_folder: str, teacher_folder: str) -> None:
     words = [*small_settings(shards_folder, teacher_folder), "--training.micro_batch_size=auto"]
     assert all(finding.ok for finding in check_recipe(parse_config(words, ""), 1))
+
+
+def test_gpus_that_are_not_wanted_are_a_warning() -> None:
+    found = check_torch({"a": {"gpus": [GPU], "torch": {**ON_CPU, "asked": "cpu"}}}, {"a": 1})
+    assert found.ok
+    assert found.result == "DS_ACCELERATOR=cpu: the GPUs of a are left alone"
+    assert found.remedy == "unset DS_ACCELERATOR to compute on them"
+
+
+def test_what_torch_sees_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    facts = probe.torch_devices()
+    assert (facts["kind"], facts["asked"]) == ("cpu", "")
+    assert facts["devices"] == [{"name": "CPU", "fault": None}]
+    assert facts["why"]
+    monkeypatch.setattr(torch, "equal", lambda *_: False)
+    assert probe.torch_devices()["devices"][0]["fault"] == "a matrix product in torch.float32 is wrong"
