@@ -193,7 +193,14 @@ def test_quickstart_refuses_a_folder_of_another_run(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
-def test_quickstart_refuses_too_little_text(tmp_path: Path, tokenizer_folder: str) -> None:
+def test_quickstart_refuses_too_little_text(
+    tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_here(python: str, script: str, *words: object) -> None:
+        assert script == "data_prep/write_shards.py"
+        assert write_shards.main([*map(str, words), "--processes", "1"]) == 0
+
+    monkeypatch.setattr(quickstart, "_run", run_here)
     out = tmp_path / "out"
     out.mkdir()
     (out / "tokenizer").symlink_to(tokenizer_folder)
