@@ -2,7 +2,8 @@
 PYTHON ?= python3
 # Files of unit tests at a time. The other tests start ranks, which want the cores for themselves.
 TEST_WORKERS ?= 2
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+# Not compiled: of the 300 MB of Python that come, each module that is used is compiled when it is first imported.
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: quickstart test lint types unit-tests rank-tests clean

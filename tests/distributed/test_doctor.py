@@ -18,44 +18,33 @@ import pytest
 
 from launch.cli import parse_config
 from launch.preflight.recipe_checks import check_run
-from tests.distributed.pretraining import small_settings
+from tests.distributed.forked import Forked, run_script
+from tests.distributed.pretraining import finish, small_settings
 from tests.paths import ROOT
 from train.distributed.rendezvous import free_port
 
 STAND_IN = f"{sys.executable} {ROOT / 'tests' / 'distributed' / 'stand_in_ssh.py'}"
 
 
-def run_doctor(
+def prepare(
     folder: Path, hosts: str, recipe: list[str], faults: dict[str, Any], *more: str
-) -> subprocess.CompletedProcess[str]:
-    """Typed in `folder`, where the hostfile is; a pdsh is there that nobody calls."""
+) -> tuple[list[str], dict[str, str]]:
+    """The command, to be typed in `folder`, and its environment; a pdsh is there that nobody calls."""
     (folder / "bin").mkdir()
     (folder / "bin" / "pdsh").touch(mode=0o755)
-    hostfile = folder / "hosts"
-    hostfile.write_text(hosts)
-    command = [
-        sys.executable,
-        str(ROOT / "launch" / "doctor.py"),
-        "--hostfile",
-        str(hostfile),
-        "--ssh",
-        STAND_IN,
-        *more,
-        *recipe,
-    ]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        text=True,
-        capture_output=True,
-        timeout=240,
-        env={
-            **os.environ,
-            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-            "FAULTS": json.dumps(faults),
-            "OMP_NUM_THREADS": "1",
-        },
-    )
+    (folder / "hosts").write_text(hosts)
+    words = [str(ROOT / "launch" / "doctor.py"), "--hostfile", str(folder / "hosts"), "--ssh", STAND_IN]
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "FAULTS": json.dumps(faults), "OMP_NUM_THREADS": "1"}
+    return [*words, *more, *recipe], environment
+
+
+def run_doctor(
+    folder: Path, hosts: str, recipe: list[str], faults: dict[str, Any], *more: str
+) -> tuple[int, str]:
+    """Exit code and all output."""
+    words, environment = prepare(folder, hosts, recipe, faults, *more)
+    return finish(Forked(run_script, *words, environment=environment, folder=folder))
 
 
 @pytest.fixture
@@ -80,14 +69,10 @@ def test_two_hosts_all_well(recipe: list[str], tmp_path: Path) -> None:
     (tmp_path / "cluster.env").write_text("HF_HUB_DISABLE_TELEMETRY=1\n")
     faults = {name: {"forget": ["HF_HUB_DISABLE_TELEMETRY"]} for name in ("localhost", "hostb")}
     port = str(free_port())
-    done = run_doctor(
-        tmp_path,
-        "localhost slots=1\nhostb slots=1  # by stand-in\n",
-        recipe,
-        faults,
-        "--master-port",
-        port,
-    )
+    hosts = "localhost slots=1\nhostb slots=1  # by stand-in\n"
+    words, environment = prepare(tmp_path, hosts, recipe, faults, "--master-port", port)
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     table = rows(done.stdout)
     assert all(text.startswith("ok ") for text in table.values()), done.stdout
@@ -115,13 +100,13 @@ def test_own_host_must_be_reached_over_ssh(recipe: list[str], tmp_path: Path) ->
     hosts = "localhost slots=1\nhostb slots=1\n"
     port = str(free_port())
     more = ("--skip-all-reduce", "--master-port", port)
-    done = run_doctor(tmp_path, hosts, recipe, {"localhost": "unreachable"}, *more)
-    assert done.returncode == 1, done.stdout + done.stderr
-    table = rows(done.stdout)
+    code, output = run_doctor(tmp_path, hosts, recipe, {"localhost": "unreachable"}, *more)
+    assert code == 1, output
+    table = rows(output)
     assert table["reach"].startswith("FAILED localhost: ssh: connect to host localhost port 22: No route")
     assert "ssh-copy-id localhost" in table["reach"]
     assert "ssh keep-alive" in table
-    assert "1 failed" in done.stdout
+    assert "1 failed" in output
 
 
 def test_one_host_in_the_hostfile(recipe: list[str], tmp_path: Path) -> None:
@@ -130,12 +115,12 @@ def test_one_host_in_the_hostfile(recipe: list[str], tmp_path: Path) -> None:
     faults: dict[str, Any] = {"localhost": {"alive": 0, "forget": ["HF_PLANTED"]}}
     more = ("--skip-all-reduce", "--master-port", str(free_port()))
     try:
-        done = run_doctor(tmp_path, "localhost slots=1\n", recipe, faults, *more)
+        code, output = run_doctor(tmp_path, "localhost slots=1\n", recipe, faults, *more)
     finally:
         del os.environ["HF_PLANTED"]
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "all well\n" in done.stdout
-    table = rows(done.stdout)
+    assert code == 0, output
+    assert "all well\n" in output
+    table = rows(output)
     assert not {"forwarded variables", "ssh keep-alive"} & set(table)
     assert table["single host"] == "ok localhost is this machine"
 
@@ -213,11 +198,11 @@ def test_planted_faults(recipe: list[str], tmp_path: Path, teacher_folder: str, 
             busy.listen()
             port = str(busy.getsockname()[1])
             hosts = "localhost slots=1\nhostb slots=1\nhostc slots=1\n"
-            done = run_doctor(tmp_path, hosts, recipe, faults, "--master-port", port)
+            code, output = run_doctor(tmp_path, hosts, recipe, faults, "--master-port", port)
     finally:
         del os.environ["GLOO_SOCKET_IFNAME"], os.environ["HF_PLANTED"], os.environ["DS_ENV_FILE"]
-    assert done.returncode == 1, done.stdout + done.stderr
-    table = rows(done.stdout)
+    assert code == 1, output
+    table = rows(output)
     told = {
         "reach": ("hostc: ssh: connect to host hostc port 22: No route to host", "ssh-copy-id hostc"),
         "python and packages": ("hostb: torch 2.0.0 (first host: 2.13", "pip install -r requirements.txt"),
@@ -242,7 +227,7 @@ def test_planted_faults(recipe: list[str], tmp_path: Path, teacher_folder: str, 
     ), table
     assert "ServerAliveInterval 5" in table["ssh keep-alive"]
     assert set(table) == {*told, *well, "ssh keep-alive", "pdsh", "run"}  # no ranks where the port is taken
-    assert "11 failed, 1 to look at" in done.stdout
+    assert "11 failed, 1 to look at" in output
 
 
 def test_a_run_folder_that_is_there_is_compared(
