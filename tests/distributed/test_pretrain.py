@@ -142,6 +142,9 @@ def test_a_finished_run_is_left_alone(settings: list[str], on_one_rank: Path) ->
     code, output = finish(start_alone(settings, on_one_rank))
     assert code == 0
     assert "is finished: 24 steps" in output
+    closing = output.splitlines()[-5:]
+    assert [line.split()[0] for line in closing] == ["training", "held-out", "agreement", "speed", "model"]
+    assert f"{on_one_rank}/model; beside its teacher: python launch/report.py {on_one_rank}" in closing[-1]
     assert (on_one_rank / "metrics.jsonl").read_bytes() == before
 
 
