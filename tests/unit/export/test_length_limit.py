@@ -19,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from train.checkpointing.checkpoint import COMPLETE
+from train.checkpointing.integrity import COMPLETE
 from train.export.hugging_face import export_checkpoint, save_student_description
 from train.models.encoder_config import write_length_limit
 
@@ -62,7 +62,7 @@ def test_an_export_takes_400_words(
     assert description.model_max_length == 64
     description.model_max_length = 512  # as checkpoints before November 2026 have it
     description.save_pretrained(checkpoint / "student-config")
-    (checkpoint / COMPLETE).write_text(json.dumps({"step": 1, "files": {}}))
+    (checkpoint / COMPLETE).write_text(json.dumps({"step": 1, "world_size": 1, "files": {}}))
     assert export_checkpoint(checkpoint, tmp_path / "out") == 0
     fill_long_text(tmp_path / "out")
 
