@@ -40,7 +40,10 @@ OBJECT, BOOL, POSITIVE, DTYPE = (
     "fp16, bf16 or fp32",
 )
 LARGEST_BUCKET = 10**12
-_DTYPES = ("fp16", "float16", "half", "bf16", "bfloat16", "bfloat", "fp32", "float32", "float")
+_DTYPES = {
+    *("fp16", "float16", "half", "torch.float16", "bf16", "bfloat16", "bfloat", "torch.bfloat16"),
+    *("fp32", "float32", "float", "torch.float32"),
+}
 # Sections of DeepSpeed's JSON that mean something in this trainer, and what they hold; DeepSpeed itself passes unknown
 # ones over, and reads those that are no objects as they come.
 ENGINE_OWNS = {
@@ -167,7 +170,23 @@ def resolve_engine_config(
         raise UserError(
             f"{where}: zero_optimization.reduce_bucket_size={bucket!r}; give {POSITIVE}, up to {LARGEST_BUCKET:,}"
         )
+    _refuse_combinations(resolved, where)
     return resolved
+
+
+def _refuse_combinations(resolved: dict[str, Any], where: str) -> None:
+    """What DeepSpeed 0.19 asserts only when the model is there (runtime/zero/stage_1_and_2.py)."""
+    zero = resolved["zero_optimization"]
+    size = zero.get("allgather_bucket_size", 2)
+    if isinstance(size, (int, float)) and size % 2:
+        raise UserError(f"{where}: zero_optimization.allgather_bucket_size={size!r}; give an even number")
+    if zero.get("stage") == 2 and zero.get("reduce_scatter", True):
+        for key, needed in (("gradient_predivide_factor", 1), ("prescale_gradients", False)):
+            if resolved.get(key, needed) != needed:
+                raise UserError(
+                    f"{where}: {key}={resolved[key]!r} does not go with zero_optimization.reduce_scatter in stage 2; "
+                    f"leave it out, or set reduce_scatter to false"
+                )
 
 
 def _holds(value: Any, needed: str) -> bool:

@@ -116,6 +116,18 @@ def test_damaged_jsons(first: int) -> None:
             "give a number above 0, up to 1,000",
         ),
         (
+            {"zero_optimization": {"stage": 2, "allgather_bucket_size": 3}},
+            "allgather_bucket_size=3; give an even",
+        ),
+        (
+            {"gradient_predivide_factor": 2.0},
+            "gradient_predivide_factor=2.0 does not go with .*reduce_scatter",
+        ),
+        (
+            {"prescale_gradients": True},
+            "prescale_gradients=True does not go with .*reduce_scatter in stage 2",
+        ),
+        (
             {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
             "DeepSpeed refuses fp16.enabled=True: bfloat16 and fp16",
         ),
