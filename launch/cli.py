@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import jsonargparse
 
 from data_prep.shard_format.errors import refuse_empty_words
+from launch.recipe_file import explained, read_recipe_file
 from train.config import Config
 from train.distributed.discovery import discover_ranks, probable_rank
 from train.environment_file import load_environment_file
@@ -57,12 +62,16 @@ def parse_config(arguments: Sequence[str], description: str) -> Config:
     parser = _config_parser(description, os.path.basename(sys.argv[0]))
     # The deepspeed launcher adds --local_rank; the environment's LOCAL_RANK says the same.
     kept = [argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))]
+    recipes = {path: read_recipe_file(path) for path in _recipes_of(kept)}
     try:
         namespace = parser.parse_args(kept)
         tree = vars(parser.instantiate(namespace))
         config = Config(**{name: tree[name] for name in Config.__dataclass_fields__})
     except jsonargparse.ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from None
+        message = " ".join(str(error).split())
+        raise UserError(_with_recipe(explained(message), recipes, kept)) from None
+    except UserError as error:
+        raise UserError(_with_recipe(str(error), recipes, kept)) from None
     if namespace.profile and not config.run.profile_steps:
         return replace(config, run=replace(config.run, profile_steps=PROFILE_STEPS))
     return config
@@ -82,6 +91,23 @@ def _config_parser(description: str, prog: str) -> jsonargparse.ArgumentParser:
     parser.add_argument("--profile", action="store_true", help="Short for --run.profile_steps=3.")
     parser.add_class_arguments(Config, None)
     return parser
+
+
+def _recipes_of(arguments: Sequence[str]) -> list[Path]:
+    """The files that --config names."""
+    words = [word for flag, word in pairwise(arguments) if flag == "--config"]
+    words += [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
+    return [Path(word) for word in words if os.path.isfile(word)]
+
+
+def _with_recipe(message: str, recipes: Mapping[Path, Mapping[str, Any]], arguments: Sequence[str]) -> str:
+    """A message with the file that its key stands in, where no flag overrides it."""
+    given = {word.removeprefix("--").partition("=")[0] for word in arguments}
+    for path, values in reversed(list(recipes.items())):
+        for key in values:
+            if key not in given and re.search(rf"(^|\W){re.escape(key)}\b", message):
+                return f"{path}: {message}"
+    return message
 
 
 def run_main(main: Callable[[Sequence[str]], int], one_job: bool = False) -> None:

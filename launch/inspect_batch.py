@@ -88,7 +88,7 @@ class GlobalBatch:
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     """The options of this command, and the recipe that they and --config make.
 
-    options.micro_batch_size is None where nobody gave one.
+    options.micro_batch_size is None where nobody gave a number.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -104,15 +104,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Confi
     for name, least in (("step", 0), ("world_size", 1), ("show", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')}={getattr(options, name)}: give at least {least}")
-    # A micro batch of 1 fits every batch. One of the whole batch does, too, and distinguishes a 1 that was given,
-    # here or in a recipe, from the default.
-    config = parse_config(["--training.micro_batch_size=1", *words], __doc__ or "")
-    options.micro_batch_size = config.training.micro_batch_size
-    if options.micro_batch_size == 1:
-        whole = config.training.global_batch_size
-        again = parse_config([f"--training.micro_batch_size={whole}", *words], __doc__ or "")
-        if again.training.micro_batch_size == whole:
-            options.micro_batch_size = None
+    config = parse_config(words, __doc__ or "")
+    given = config.training.micro_batch_size
+    options.micro_batch_size = given if isinstance(given, int) else None
     return options, config
 
 

@@ -27,7 +27,7 @@ from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import MANIFEST_NAME
 from launch.cli import parse_config, run_main
 from launch.planner.hardware import LINK_EFFICIENCY, find_gpu
-from train.config import Config, DataConfig
+from train.config import DEFAULT_MICRO_BATCH_SIZE, Config, DataConfig
 from train.engine_config import (
     EngineSettings,
     default_engine_config,
@@ -55,20 +55,24 @@ def main(arguments: Sequence[str]) -> int:
     from launch.planner import tables
     from launch.planner.planning import as_json, fitting_micro_batch, make_plan, scaling_curve
     from launch.planner.workload import read_recipe
+    from train.data.pipeline import fit_micro_batch
 
     machines, memory_gib, notes = machines_of(options)
     engine = engine_of(config)
     check_precision(options, engine.precision)
     tokens, vocabulary, corpus = corpus_of(options, config)
     asked = config.training.micro_batch_size
-    micro = 1 if asked == "auto" else asked
+    if asked is None:
+        config = fit_micro_batch(config, machines.world_size)
+    micro = 1 if asked == "auto" else config.training.settled_micro_batch_size
     recipe = read_recipe(config, engine, tokens, vocabulary, micro_batch_size=micro)
     make_plan(recipe, machines)  # refuses a number of GPUs that does not fit, before anything is printed
     largest = fitting_micro_batch(recipe, machines.world_size, memory_gib)
     if asked == "auto" and largest:
         recipe = replace(recipe, micro_batch_size=largest)
     plan = make_plan(recipe, machines)
-    curve = scaling_curve(recipe, machines)
+    largest_on_curve = DEFAULT_MICRO_BATCH_SIZE if asked is None else recipe.micro_batch_size
+    curve = scaling_curve(replace(recipe, micro_batch_size=largest_on_curve), machines)
     print("\n".join([*notes, corpus, ""]))
     parts = [
         tables.memory_table(plan, memory_gib),

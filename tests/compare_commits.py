@@ -152,7 +152,9 @@ def results_of_run(run: Path) -> Results:
         row: dict[str, Any] = json.loads(line)
         for name, value in row.items():
             if name != "step" and not name.startswith(TIMES):
-                results[f"step {row['step']} {name}"] = float(value).hex()
+                results[f"step {row['step']} {name}"] = (
+                    float(value).hex() if _is_number(value) else str(value)
+                )
     from safetensors.numpy import load_file
 
     for name, tensor in load_file(final_model(run) / "model.safetensors").items():
@@ -163,6 +165,10 @@ def results_of_run(run: Path) -> Results:
 def final_model(run: Path, work: Path = Path()) -> Path:
     """Where a run in the folder `work` has left its model: commits before November 2026 called every one a student."""
     return run / ("model" if (work / run / "model").is_dir() else "student")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def digest(content: bytes) -> str:

@@ -13,9 +13,8 @@ from data_prep.shard_format.manifest import Manifest
 from train.config import Config
 from train.data.corpus import corpus_digests, num_heldout_windows
 from train.data.loader import heldout_windows
-from train.data.masking import Masker
 from train.data.order import check_fit
-from train.data.pipeline import RunData, build_masker, build_run_data, build_schedule
+from train.data.pipeline import RunData, build_run_data, build_schedule, fit_micro_batch
 from train.distributed.device import engine_arguments
 from train.distributed.world import World, import_deepspeed
 from train.engine_check import check_engine_config
@@ -94,7 +93,7 @@ class Parts:
     """Folder or hub name of the tokenizer that goes with the student."""
     cost: ComputeCost
 
-    def score(self) -> Callable[[], dict[str, float]] | None:
+    def score(self) -> Callable[[], dict[str, Any]] | None:
         """A function that scores the student as it is, and its teacher; None without held-out windows."""
         heldout, student, teacher = self.heldout, self.student, self.teacher
         return None if heldout is None else lambda: heldout(student, teacher)
@@ -156,7 +155,7 @@ def assemble(
             rank=world.rank,
             clock=clock,
         ),
-        heldout=build_heldout(config, manifest, data.phases[-1].masker, world),
+        heldout=build_heldout(config, manifest, world),
         student=student,
         teacher=teacher,
         engine_config=engine_config,
@@ -231,9 +230,7 @@ def engine_config_for(config: Config, template: dict[str, Any], world_size: int)
     return resolved
 
 
-def build_heldout(
-    config: Config, manifest: Manifest, masker: Masker, world: World
-) -> HeldoutEvaluation | None:
+def build_heldout(config: Config, manifest: Manifest, world: World) -> HeldoutEvaluation | None:
     """The evaluation on fixed held-out windows; None where the corpus has none."""
     if not num_heldout_windows(manifest, config.data.sequence_length):
         return None
@@ -247,7 +244,7 @@ def build_heldout(
     return HeldoutEvaluation(
         input_ids,
         window_ids,
-        masker,
+        manifest.tokenizer,
         batch_size=config.training.settled_micro_batch_size,
         device=world.device,
         rank=world.rank,
@@ -256,16 +253,16 @@ def build_heldout(
 
 
 def heldout_scoring(config: Config, device: str) -> tuple[Manifest, HeldoutEvaluation, Teacher]:
-    """What scores a model outside of a run: the recipe's shards, its held-out windows and masks, its teacher.
+    """What scores a model outside of a run: the recipe's shards, its held-out windows, its teacher.
 
     The teacher (or ensemble, with its weights) has the recipe's number format on a GPU, and fp32 on a CPU.
 
     Raises:
         UserError: the shards have no held-out windows of the recipe's length.
     """
-    manifest = load_manifest(config.data.shards)
+    config, manifest = fit_micro_batch(config, 1), load_manifest(config.data.shards)
     here = World(rank=0, local_rank=0, world_size=1, local_size=1, device=device)
-    evaluation = build_heldout(config, manifest, build_masker(config, manifest), here)
+    evaluation = build_heldout(config, manifest, here)
     if evaluation is None:
         raise UserError(
             f"{config.data.shards} has no held-out windows of {config.data.sequence_length} tokens"

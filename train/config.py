@@ -15,16 +15,37 @@ from typing import Any, Literal
 from data_prep.shard_format.manifest import is_remote
 from train.errors import UserError
 
+MAX_LANES = 65_536
+MAX_GLOBAL_BATCH_SIZE = 2**24
+MAX_STEPS = 99_999_999
+"""What step-NNNNNNNN can name."""
+MAX_TIMEOUT_S = 10_000_000
+
 
 def _require(condition: bool, name: str, value: object, remedy: str) -> None:
     if not condition:
         raise UserError(f"{name}={value!r}: {remedy}")
 
 
+def _require_at_most(section: object, prefix: str, largest: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        numeric = isinstance(value, int | float)
+        _require(not numeric or value <= largest, f"{prefix}.{name}", value, f"give at most {largest:,}")
+
+
 def _require_positive(section: object, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         _require(value is None or value > 0, f"{prefix}.{name}", value, "give a number above 0")
+
+
+def _require_sane_number(number: object, name: str, value: object) -> None:
+    """Beyond these, arithmetic overflows far from where it could be said why."""
+    if isinstance(number, float):
+        _require(math.isfinite(number), name, value, "give a finite number")
+    elif isinstance(number, int):
+        _require(abs(number) < 2**31, name, value, f"give at most {2**31 - 1:,}")
 
 
 @dataclass(frozen=True)
@@ -133,6 +154,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "data", "lanes")
+        _require_at_most(self, "data", MAX_LANES, "lanes")
         _require(self.sequence_length >= 8, "data.sequence_length", self.sequence_length, "give at least 8")
         remote = is_remote(self.shards)  # refuses what is not read
         _require(
@@ -348,6 +370,9 @@ class ScheduleConfig:
         )
 
 
+DEFAULT_MICRO_BATCH_SIZE = 32
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """How much, how long."""
@@ -355,9 +380,10 @@ class TrainingConfig:
     global_batch_size: int = 4096
     """Sequences in an optimizer step, over all ranks and accumulation steps (Sanh et al. 2019: up to 4K)."""
 
-    micro_batch_size: int | Literal["auto"] = 32
-    """Sequences that one rank passes through the models at a time; the accumulation is derived. auto: the largest
-    that fits into the GPU's memory, found at the first start."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Sequences that one rank passes through the models at a time; the accumulation is derived. null: 32, or the
+    largest below with which the ranks share the global batch. auto: the largest that fits into the GPU's memory,
+    found at the first start. A run that goes on keeps what it had, as far as the ranks share the batch with it."""
 
     epochs: float | None = None
     """Passes over the corpus; null: 3, as in the original code, unless max_steps is given."""
@@ -370,6 +396,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "training", "global_batch_size", "epochs", "max_steps")
+        _require_at_most(self, "training", MAX_GLOBAL_BATCH_SIZE, "global_batch_size")
+        _require_at_most(self, "training", MAX_STEPS, "max_steps", "epochs")
         if self.micro_batch_size != "auto":
             _require_positive(self, "training", "micro_batch_size")
         _require(
@@ -385,7 +413,7 @@ class TrainingConfig:
             "give 0 or more",
         )
         _require(
-            self.micro_batch_size == "auto" or self.global_batch_size % self.micro_batch_size == 0,
+            not isinstance(self.micro_batch_size, int) or self.global_batch_size % self.micro_batch_size == 0,
             "training.micro_batch_size",
             self.micro_batch_size,
             f"must divide training.global_batch_size={self.global_batch_size}",
@@ -393,11 +421,13 @@ class TrainingConfig:
 
     @property
     def settled_micro_batch_size(self) -> int:
-        """The micro batch as a number; UserError while it is still "auto"."""
+        """The micro batch as a number; UserError while it is still "auto". null is settled by fit_micro_batch
+        (train/data/pipeline.py)."""
         if self.micro_batch_size == "auto":
             raise UserError(
                 "training.micro_batch_size='auto' is found when training starts; give a number here"
             )
+        assert self.micro_batch_size is not None, "the number of ranks has not been asked for it"
         return self.micro_batch_size
 
 
@@ -435,7 +465,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Scores on the held-out split while training."""
+    """Scores on the held-out split while training.
+
+    Always under the same masks, whatever `masking` trains with: 15 % of the positions, each token alike, 80/10/10.
+    """
 
     every_steps: int = 500
     """Steps between evaluations; the first and the last step are always evaluated."""
@@ -461,6 +494,10 @@ class RunConfig:
     stop_after_non_finite: int = 20
     """Steps in a row with a non-finite gradient after which the run stops."""
 
+    rollback_on_divergence: int = 0
+    """So many times a run that diverges goes back to its last checkpoint by itself and leaves out the batches of the
+    bad steps; every other step keeps its batch, masks and learning rate. 0: it stops."""
+
     spike_deviations: float = 6.0
     """A step whose loss is so many standard deviations above the median of the 200 before is reported, with its
     sequences in spikes.jsonl; 0: none."""
@@ -478,7 +515,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         names = ("log_every_steps", "stop_after_non_finite", "lost_rank_timeout_s", "hang_timeout_s")
         _require_positive(self, "run", *names)
-        for name in ("spike_deviations", "profile_steps"):
+        _require_at_most(self, "run", MAX_TIMEOUT_S, "lost_rank_timeout_s", "hang_timeout_s")
+        for name in ("spike_deviations", "profile_steps", "rollback_on_divergence"):
             _require(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "give 0 or more")
 
 
@@ -512,12 +550,13 @@ class Config:
     def __post_init__(self) -> None:
         for section in fields(self):
             for key, value in vars(getattr(self, section.name)).items():
-                for text in value if isinstance(value, (list, tuple)) else [value]:
+                for each in value if isinstance(value, (list, tuple)) else [value]:
                     # As a path it would mean the current folder.
-                    filled = not isinstance(text, str) or bool(text.strip())
+                    filled = not isinstance(each, str) or bool(each.strip())
                     _require(
                         filled, f"{section.name}.{key}", value, "is empty; give a value, or leave it out"
                     )
+                    _require_sane_number(each, f"{section.name}.{key}", value)
         if self.optimizer.prenormalize:
             _require(
                 self.training.gradient_clipping == 0,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from train.checkpointing.resume import choose_checkpoint, load_checkpoint, needs
 from train.checkpointing.state import TrainState
 from train.config import Config
 from train.data.corpus import without_heldout_windows
+from train.data.pipeline import fit_micro_batch
 from train.distributed.consistency import (
     as_on_first_rank,
     check_same_on_all_ranks,
@@ -26,11 +29,22 @@ from train.distributed.consistency import (
 from train.distributed.heartbeat import Heartbeat
 from train.distributed.launcher_watch import LauncherWatch
 from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
-from train.distributed.world import join_world
+from train.distributed.world import World, join_world
+from train.errors import NonFiniteError
 from train.export.hugging_face import description_folder, export_checkpoint, save_student_description
 from train.loop.checkpoint_observer import Checkpointing, StoppedAfterSavingError
 from train.loop.closing_summary import closing_lines
+from train.loop.divergence import (
+    DivergedError,
+    Rollback,
+    all_left_out,
+    diverged,
+    leave_smallest_scale_to_us,
+    read_rollbacks,
+    write_rollbacks,
+)
 from train.loop.logging_observer import Logging
+from train.loop.loss_accumulator import LossSums
 from train.loop.memory_errors import explained_memory_errors
 from train.loop.metrics import Events, NoEvents, RunEvents, read_rows
 from train.loop.observers import Evaluating, Overflows
@@ -64,12 +78,14 @@ def run(config: Config) -> int:
     """
     startup = StartupTimer()
     startup.ended("imports")
-    run_dir = Path(config.run.dir)
+    run_dir, asked = Path(config.run.dir), config.training.micro_batch_size
     config = found_before(run_dir, config)
     changes = changed_config(run_dir, config)
     refuse_changes(config, changes)
     world = join_world(config.deepspeed.log_level)
     startup.ended("joining_ranks")
+    if not isinstance(asked, int):
+        config = fit_micro_batch(config, world.world_size)
     clock = Clock(world.device)
     with (
         Heartbeat(
@@ -97,9 +113,10 @@ def run(config: Config) -> int:
             say(f"warning: {nothing_held_out}")
         universal = needs_conversion(checkpoint, world.world_size)
         parts = assemble(config, inputs, world, clock=clock, startup=startup, load_universal=universal)
-        if config.training.micro_batch_size == "auto":
+        if not isinstance(asked, int):
             say(f"training.micro_batch_size: {parts.config.training.micro_batch_size} sequences fit")
         state = load_checkpoint(parts.trainer.engine, checkpoint, world.world_size, say)
+        leave_smallest_scale_to_us(parts.trainer.engine)
         changes = as_on_first_rank(changes)
         if not changes:  # losses of another objective or another batch make no mean with those to come
             parts.trainer.losses.restore(state.losses, world.device)
@@ -111,12 +128,12 @@ def run(config: Config) -> int:
             say(f"{run_dir} is finished: {state.step} steps; give another run.dir to start anew")
             on_first_rank(world, lambda: _say_summary(run_dir))
             return 0
-        events = on_first_rank(world, lambda: _open_run(parts, inputs, state)) or NoEvents()
-        opened.callback(events.close)
+        rollbacks = as_on_first_rank(read_rollbacks(run_dir))
+        next_start: TrainState | None = replace(state, left_out=all_left_out(rollbacks, state.left_out))
         try:
-            _train(parts, state, events, stop, startup)
-        except StoppedAfterSavingError as stopped:
-            events.say(str(stopped))
+            while next_start is not None:
+                next_start = _train_or_go_back(parts, inputs, next_start, world, stop, startup)
+        except StoppedAfterSavingError:
             return STOPPED_AFTER_SAVING
         on_first_rank(world, lambda: finish(parts, run_dir))
     on_first_rank(world, lambda: _say_summary(run_dir))
@@ -124,13 +141,66 @@ def run(config: Config) -> int:
     return 0
 
 
+def _train_or_go_back(
+    parts: Parts, inputs: Inputs, state: TrainState, world: World, stop: StopRequest, startup: StartupTimer
+) -> TrainState | None:
+    """Train to the end; or the state that a rollback goes on from, where the run diverged."""
+    events = on_first_rank(world, lambda: _open_run(parts, inputs, state)) or NoEvents()
+    with closing(events):
+        if state.left_out:
+            events.say(
+                f"left out: the batches of steps {', '.join(map(str, state.left_out))} (rollbacks.json)"
+            )
+        try:
+            _train(parts, state, events, stop, startup)
+        except StoppedAfterSavingError as stopped:
+            events.say(str(stopped))
+            raise
+        except DivergedError as error:
+            return _go_back(parts, state, error, world, events.say)
+    return None
+
+
+def _go_back(
+    parts: Parts, state: TrainState, error: DivergedError, world: World, say: Callable[[str], None]
+) -> TrainState:
+    """Load the last checkpoint again, without the bad steps; raises the error where the recipe allows no more."""
+    run_dir, engine = Path(parts.config.run.dir), parts.trainer.engine
+    allowed = parts.config.run.rollback_on_divergence
+    before = as_on_first_rank(read_rollbacks(run_dir))
+    checkpoint = choose_checkpoint(run_dir / "checkpoints", say) if len(before) < allowed else None
+    if checkpoint is None:
+        raise error
+    engine._config.load_universal_checkpoint = needs_conversion(checkpoint, world.world_size)
+    loaded = load_checkpoint(engine, checkpoint, world.world_size, say)
+    leave_smallest_scale_to_us(engine)
+    parts.trainer.losses = LossSums()
+    parts.trainer.losses.restore(loaded.losses, world.device)
+    entry = Rollback(error.done, loaded.step, error.bad_steps, str(error))
+    on_first_rank(world, lambda: write_rollbacks(run_dir, [*before, entry]))
+    say(
+        f"rollback {len(before) + 1} of {allowed}: {error}\ngoing on after step {loaded.step} without the batches of "
+        f"steps {', '.join(map(str, error.bad_steps))}"
+    )
+    return replace(loaded, left_out=all_left_out([entry], state.left_out))
+
+
 def _open_run(parts: Parts, inputs: Inputs, state: TrainState) -> Events:
-    """Write what describes the run, and open where its rows go."""
+    """Write what describes the run, and open where its rows go; rollbacks have rows of their own."""
     run_dir = Path(parts.config.run.dir)
     write_configs(run_dir, parts.config, parts.engine_config, inputs.as_record())
     (run_dir / SUMMARY).unlink(missing_ok=True)  # of a run that had ended, and now goes on with more steps
     save_student_description(run_dir, parts.student, parts.tokenizer_source)
-    return RunEvents(run_dir, run_dir.name, state.step, parts.trainer.total_steps)
+    events = RunEvents(run_dir, run_dir.name, state.step, parts.trainer.total_steps)
+    logged = {row.get("rollback") for row in read_rows(run_dir)}
+    for number, each in enumerate(read_rollbacks(run_dir), start=1):
+        if number not in logged and each.continued_from_step <= state.step:
+            figures = {
+                "rollback_diverged_at_step": each.diverged_after_step,
+                "rollback_left_out": len(each.left_out),
+            }
+            events.row(each.continued_from_step, {"rollback": number, **figures})
+    return events
 
 
 def _train(
@@ -156,7 +226,10 @@ def _train(
         stop=stop,
         spikes=logging.spikes,
         heldout_loss=evaluating.loss_at,
+        first_step=state.step,
     )
+    if config.run.rollback_on_divergence:
+        checkpointing.before_first_step(state)
     overflows = Overflows(trainer.engine, config.run.stop_after_non_finite)
     profiled = profiling(run_dir / "profile", dist.get_rank(), config.run.profile_steps, events)
     with profiled as profilers:
@@ -167,7 +240,12 @@ def _train(
             evaluating,
             checkpointing,
         ]
-        return trainer.train(state, [*observers, *profilers])
+        try:
+            return trainer.train(state, [*observers, *profilers])
+        except NonFiniteError as error:
+            raise diverged(
+                error, trainer, overflows.steps, checkpointing.newest_step, trainer.done
+            ) from error
 
 
 def finish(parts: Parts, run_dir: Path) -> None:

@@ -3,6 +3,7 @@
 RUN/config.yaml  RUN/ds_config.json   resolved configs, with the versions and the commit
 RUN/inputs.json                       digest of the shards' manifest, DeepSpeed's JSON as it was given
 RUN/metrics.jsonl  RUN/tensorboard/   train/loop/metrics.py
+RUN/rollbacks.json                    train/loop/divergence.py
 RUN/checkpoints/step-NNNNNNNN/        train/checkpointing/checkpoint.py
 RUN/model/                            train/export/hugging_face.py; RUN/student is a link to it after a distillation
 RUN/summary.json                      final figures
@@ -149,24 +150,29 @@ def write_configs(
     write_json(run_dir / "inputs.json", dict(inputs))
 
 
-def found_before(run_dir: Path, config: Config) -> Config:
-    """`config` with the micro batch that an earlier start of this run found in place of "auto"."""
+def recorded_config(run_dir: Path) -> dict[str, Any]:
+    """The tree in RUN/config.yaml; empty where there is none."""
     path = run_dir / "config.yaml"
-    if config.training.micro_batch_size != "auto" or not path.exists():
+    return _read_yaml(path) if path.exists() else {}
+
+
+def found_before(run_dir: Path, config: Config) -> Config:
+    """`config` with the micro batch that an earlier start of this run found, where it names none."""
+    asked = config.training.micro_batch_size
+    if isinstance(asked, int):
         return config
-    found = _read_yaml(path).get("training", {}).get("micro_batch_size", "auto")
-    if found != "auto" and not (type(found) is int and found > 0):
-        raise UserError(f"{path} is damaged (training.micro_batch_size: {found!r}); {RESTORE}")
+    found = recorded_config(run_dir).get("training", {}).get("micro_batch_size", asked)
+    if found != asked and not (type(found) is int and found > 0):
+        damage = f"training.micro_batch_size: {found!r}"
+        raise UserError(f"{run_dir / 'config.yaml'} is damaged ({damage}); {RESTORE}")
     return dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=found))
 
 
 def changed_config(run_dir: Path, config: Config) -> list[str]:
     """`key: old -> new` for each value that differs from the config the run folder was started with, where it matters
     to what is computed."""
-    path = run_dir / "config.yaml"
-    if not path.exists():
-        return []
-    return differing_keys(_read_yaml(path), as_tree(config), FREE_TO_CHANGE)
+    before = recorded_config(run_dir)
+    return differing_keys(before, as_tree(config), FREE_TO_CHANGE) if before else []
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:

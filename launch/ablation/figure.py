@@ -35,9 +35,11 @@ def plot(ablation: Ablation, out: Path) -> None:
         _draw_variants(axes, ablation, shown, key)
         axes.set_xlabel(title)
     panels[0].set_yticks(range(len(shown)), [result.name for result in shown])
-    figure.suptitle(f"Ablation. {ablation.scale}", fontsize=11)
+    figure.suptitle(f"Ablation. {ablation.scale}. Held-out: {ablation.masking}", fontsize=11)
     legend = "hollow: no further from the full recipe than its own seeds are from each other (grey band)"
-    figure.text(0.5, 0.01, legend if ablation.noise() else "one seed each", ha="center", fontsize=9)
+    legend = legend if ablation.noise() else "one seed each"
+    legend += "; dashed: the teacher itself" if ablation.teacher else ""
+    figure.text(0.5, 0.01, legend, ha="center", fontsize=9)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(out, dpi=130)
 
@@ -50,8 +52,7 @@ def _draw_references(axes: Axes, ablation: Ablation, key: str) -> None:
     axes.axvline(full[0], color="0.45", linewidth=1, zorder=1)
     if key in ablation.teacher:
         teacher = ablation.teacher[key] * METRICS[key][2]
-        axes.axvline(teacher, color="tab:orange", linestyle="--", linewidth=1, label="teacher")
-        axes.legend(loc="lower right", fontsize=8)
+        axes.axvline(teacher, color="tab:orange", linestyle="--", linewidth=1)
 
 
 def _draw_variants(axes: Axes, ablation: Ablation, shown: Sequence[Result], key: str) -> None:

@@ -22,6 +22,7 @@ from launch.tables import text_table
 from train.config import Config
 from train.distributed.signals import STOPPED_AFTER_SAVING
 from train.errors import BAD_USAGE
+from train.evaluation.masking import evaluation_label
 from train.run_folder import final_model, provenance
 
 
@@ -90,10 +91,12 @@ def run(job: Job) -> int:
 def compare(job: Job) -> str:
     """Write ablation.json, .md and .png of what is finished; the table for the screen."""
     finished = [variant for variant in job.variants if is_finished(job.out / variant.name)]
+    masking = evaluation_label(job.base.data.sequence_length)
     ablation = Ablation(
         results=results_of(job.out, finished, job.base, job.tasks),
         scale=scale_of(job.out / FULL),
-        teacher=teacher_scores(job.out / FULL),
+        masking=masking,
+        teacher=teacher_scores(job.out / FULL, masking),
         finetuning_seeds=job.finetuning_seeds if job.tasks else 0,
         failed=job.failed,
         left_out=job.left_out,

@@ -17,10 +17,19 @@ from train.config import Config
 from train.data.corpus import read_corpus_digests
 from train.distributed.device import kind_here
 from train.errors import UserError
+from train.evaluation.masking import LABEL, evaluation_label, label_of_row
 from train.finetuning.results import read_scores
 from train.models.build import teacher_config, teacher_names
 from train.models.loading import load_masked_lm
-from train.run_folder import as_tree, changed_inputs, differing_keys, final_model, found_before, read_summary
+from train.run_folder import (
+    as_tree,
+    changed_inputs,
+    differing_keys,
+    final_model,
+    found_before,
+    read_summary,
+    recorded_config,
+)
 
 AS_FULL = "heldout_as_full.json"
 
@@ -67,34 +76,34 @@ def scale_of(run_dir: Path) -> Scale:
     )
 
 
-def teacher_scores(run_dir: Path) -> dict[str, float]:
-    """The teacher's own held-out scores, as the run has measured them at its start; empty where it has not."""
-    before = _summary(run_dir)["heldout_before"]
+def teacher_scores(run_dir: Path, masking: str) -> dict[str, float]:
+    """The teacher's own held-out scores, as the run has measured them at its start; empty where it has not, or under
+    another masking."""
+    before, config = _summary(run_dir)["heldout_before"], recorded_config(run_dir)
+    if label_of_row(before, config) != masking:
+        return {}
     return {key: before[f"teacher_{key}"] for key in METRICS if f"teacher_{key}" in before}
 
 
 def results_of(out: Path, variants: Sequence[Variant], full: Config, tasks: Sequence[str]) -> list[Result]:
-    """What finished variants score, on the held-out windows and masks of the full recipe.
+    """What finished variants score on the held-out windows, all under the same masking.
 
-    A run's own last evaluation serves where it had the same seed (and so the same masks) and a teacher at hand. The
-    others are scored anew, which takes a while; what they score is kept in their folders.
+    A run's own last evaluation serves where it was taken under that masking and with a teacher at hand. The others are
+    scored anew, which takes a while; what they score is kept in their folders.
     """
-    heldout = {variant.name: _measured(out / variant.name) for variant in variants}
-    anew = [
-        variant.name for variant in variants if variant.is_repeat or len(heldout[variant.name]) < len(METRICS)
-    ]
-    paths = {name: out / name / AS_FULL for name in anew}
-    if not all(path.exists() for path in paths.values()):
+    masking = evaluation_label(full.data.sequence_length)
+    heldout = {variant.name: _measured(out / variant.name, masking) for variant in variants}
+    missing = [name for name, scores in heldout.items() if len(scores) < len(METRICS)]
+    if missing:
         score = scorer(found_before(out / FULL, full))
-        for name, path in paths.items():
-            if not path.exists():
-                write_json(path, score(final_model(out / name)))
-    heldout |= {name: json.loads(path.read_text()) for name, path in paths.items()}
+        for name in missing:
+            heldout[name] = score(final_model(out / name))
+            write_json(out / name / AS_FULL, {**heldout[name], LABEL: masking})
     return [_result(out / variant.name, variant, heldout[variant.name], tasks) for variant in variants]
 
 
 def scorer(config: Config) -> Callable[[Path], dict[str, float]]:
-    """What scores students' folders on a recipe's held-out windows and masks, against its teacher.
+    """What scores students' folders on a recipe's held-out windows, against its teacher.
 
     Raises:
         UserError: the shards hold no held-out windows.
@@ -111,9 +120,15 @@ def scorer(config: Config) -> Callable[[Path], dict[str, float]]:
     return score
 
 
-def _measured(run_dir: Path) -> dict[str, float]:
-    heldout = _summary(run_dir)["heldout"]
-    return {key: heldout[key] for key in METRICS if key in heldout}
+def _measured(run_dir: Path, masking: str) -> dict[str, float]:
+    """Held-out scores under a masking, of the run itself or scored afterwards; empty where neither is there."""
+    afterwards, config = run_dir / AS_FULL, recorded_config(run_dir)
+    found = [_summary(run_dir)["heldout"]]
+    found += [json.loads(afterwards.read_text())] if afterwards.exists() else []
+    for heldout in found:
+        if set(METRICS) <= set(heldout) and label_of_row(heldout, config) == masking:
+            return {key: heldout[key] for key in METRICS}
+    return {}
 
 
 def _result(run_dir: Path, variant: Variant, heldout: dict[str, float], tasks: Sequence[str]) -> Result:

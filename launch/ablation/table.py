@@ -8,6 +8,7 @@ from typing import Any
 
 from launch.ablation.variants import FULL, PUBLISHED, REPEAT
 from launch.tables import Column, Table
+from train.evaluation.masking import LABEL
 from train.finetuning.results import macro_average
 
 METRICS = {
@@ -89,6 +90,8 @@ class Ablation:
     results: Sequence[Result]
     """The full recipe among them."""
     scale: Scale
+    masking: str = ""
+    """Of the held-out scores, in words."""
     teacher: Mapping[str, float] = field(default_factory=dict)
     """The teacher's own held-out scores under the same keys, as far as they are known."""
     finetuning_seeds: int = 0
@@ -152,6 +155,7 @@ def as_json(ablation: Ablation) -> dict[str, Any]:
     return {
         "scale": {**asdict(ablation.scale), "small": ablation.scale.is_small},
         "variants": variants,
+        LABEL: ablation.masking,
         "noise": ablation.noise(),
         "teacher": dict(ablation.teacher),
         "finetuning_seeds": ablation.finetuning_seeds,
@@ -175,7 +179,7 @@ def as_text(ablation: Ablation) -> str:
         for result in ablation.results
     ]
     paper = Column("paper\n(GLUE)")
-    title = f"Held-out masked tokens, the same for all. {ablation.scale}"
+    title = f"Held-out masked tokens, the same for all ({ablation.masking}). {ablation.scale}"
     parts = [Table(title, [*columns, paper], rows).as_text()]
     if tasks := _task_columns(ablation):
         columns = [Column("variant", is_number=False), *map(Column, tasks), paper]
@@ -190,7 +194,11 @@ def as_text(ablation: Ablation) -> str:
 
 def as_markdown(ablation: Ablation) -> str:
     """The same for a document, with what each variant changes."""
-    parts = ["# Ablation", f"{ablation.scale}.", "![held-out scores of the variants](ablation.png)"]
+    parts = [
+        "# Ablation",
+        f"{ablation.scale}. Held-out scores: {ablation.masking}.",
+        "![held-out scores of the variants](ablation.png)",
+    ]
     heldout = {key: heading for key, (heading, _, _) in METRICS.items()}
     for headings in (heldout, {task: task for task in _task_columns(ablation)}):
         if not headings:

@@ -227,6 +227,7 @@ def ratios(
         if name == reference:
             continue
         pairs = zip(times[number, runtime, reference], seconds, strict=True)
+        faster = [first / own for first, own in pairs]
         workload = workloads[number]
         found.append(
             {
@@ -235,7 +236,8 @@ def ratios(
                 "runtime": runtime,
                 "batch": workload.batch,
                 "sequence_length": workload.sequence_length,
-                "times_faster": statistics.median(first / own for first, own in pairs),
+                "times_faster": statistics.median(faster),
+                "times_faster_range": [min(faster), max(faster)],
             }
         )
     return found
@@ -261,7 +263,7 @@ def print_tables(report: Mapping[str, Any]) -> None:
     headings = ["batch", "tokens", "runtime"]
     for model in models:
         headings += [f"{model['name']}\nms (range)", "per s"]
-    headings += [f"{model['name']}\ntimes faster" for model in models[1:]]
+    headings += [f"{model['name']}\ntimes faster (range)" for model in models[1:]]
     rows = []
     for number, row in enumerate(models[0]["rows"]):
         cells = [str(row["batch"]), row["workload"] or str(round(row["sequence_length"])), row["runtime"]]
@@ -271,7 +273,7 @@ def print_tables(report: Mapping[str, Any]) -> None:
             cells += [f"{_short(own['latency_ms'])} ({low}-{high})", _short(own["sentences_per_s"])]
         kind = ("workload", "runtime", "batch", "sequence_length")
         cells += [
-            f"{ratio['times_faster']:.2f}"
+            f"{ratio['times_faster']:.2f} ({'-'.join(f'{end:.2f}' for end in ratio['times_faster_range'])})"
             for ratio in report["ratios"]
             if all(ratio[key] == row[key] for key in kind)
         ]

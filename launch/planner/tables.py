@@ -56,7 +56,7 @@ def time_table(plan: Plan, price: float | None) -> str:
         ("a step", f"{time.total:,.3f} s"),
         ("tokens/s", f"{plan.tokens_per_s:,.0f}"),
         ("steps, tokens of the run", f"{recipe.steps:,}, {recipe.tokens / 1e9:,.2f}e9"),
-        ("days", f"{plan.hours / 24:,.3g}"),
+        ("time", duration(plan.hours)),
         ("GPU-hours", f"{plan.gpu_hours:,.0f}"),
     ]
     if price is not None:
@@ -67,7 +67,7 @@ def time_table(plan: Plan, price: float | None) -> str:
 def curve_table(curve: Sequence[Plan], price: float | None) -> str:
     """The scaling curve as numbers."""
     first = curve[0]
-    columns = ["GPUs", "micro x acc.", "GiB each", "step (s)", "tokens/s", "efficiency", "days", "GPU-hours"]
+    columns = ["GPUs", "micro x acc.", "GiB each", "step (s)", "tokens/s", "efficiency", "time", "GPU-hours"]
     columns += ["cost"] if price is not None else []
     rows = []
     for plan in curve:
@@ -80,7 +80,7 @@ def curve_table(curve: Sequence[Plan], price: float | None) -> str:
             f"{plan.time.total:,.2f}",
             f"{plan.tokens_per_s:,.0f}",
             f"{plan.tokens_per_s / gpus / (first.tokens_per_s / first.machines.world_size):.0%}",
-            f"{plan.hours / 24:,.3g}",
+            duration(plan.hours),
             f"{plan.gpu_hours:,.0f}",
         ]
         rows.append([*row, f"{plan.gpu_hours * price:,.0f}"] if price is not None else row)
@@ -90,6 +90,14 @@ def curve_table(curve: Sequence[Plan], price: float | None) -> str:
             f"\n* needs data.lanes=GPUs in place of {first.recipe.lanes}, which changes the order of the data"
         )
     return text
+
+
+def duration(hours: float) -> str:
+    """In the unit that a reader would choose: "3.6 days", "1.01 hours", "26 minutes"."""
+    for unit, length, least in (("days", 24.0, 48.0), ("hours", 1.0, 1.0), ("minutes", 1 / 60, 1 / 60)):
+        if hours >= least:
+            return f"{hours / length:,.3g} {unit}"
+    return f"{hours * 3600:.3g} seconds"
 
 
 def comparison_table(plan: Plan) -> str:
@@ -144,7 +152,7 @@ def plot_curve(curve: Sequence[Plan], path: Path, title: str) -> None:
     perfect = [first.tokens_per_s / gpus[0] * count for count in gpus]
     reached = [plan.tokens_per_s for plan in curve]
     inside = [plan.machines.world_size for plan in curve if plan.recipe.lanes == first.recipe.lanes]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     left.plot(gpus, perfect, color="0.6", linestyle="--", label="if communication were free")
     left.plot(gpus, reached, color="C0", marker="o", label="predicted")
     left.set(yscale="log", ylabel="tokens per second")
@@ -158,13 +166,12 @@ def plot_curve(curve: Sequence[Plan], path: Path, title: str) -> None:
         if inside[-1] < gpus[-1]:
             label = f"needs more than {first.recipe.lanes} data.lanes"
             axis.axvspan(inside[-1] * 2**0.5, gpus[-1] * 2**0.5, color="0.94", zorder=0, label=label)
-    left.legend(fontsize=8, loc="upper left")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     models = f"student of {first.recipe.student.parameters / 1e6:,.0f}M"
     if first.recipe.teachers:
         models += f", teacher of {sum(model.parameters for model in first.recipe.teachers) / 1e6:,.0f}M"
     figure.suptitle(
         f"{models} parameters, {first.recipe.global_batch_size:,} sequences a step; {title}", fontsize=10
     )
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

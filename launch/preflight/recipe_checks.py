@@ -20,7 +20,7 @@ from train.checkpointing.integrity import read_facts
 from train.config import Config
 from train.data.corpus import num_heldout_windows, read_corpus_digests, without_heldout_windows
 from train.data.order import check_fit
-from train.data.pipeline import build_run_data, build_schedule
+from train.data.pipeline import build_run_data, build_schedule, fit_micro_batch
 from train.distributed.device import kind_here
 from train.engine_config import default_engine_config, engine_settings
 from train.errors import UserError, one_line
@@ -77,9 +77,11 @@ def finding_of(check: str, question: Callable[[], str | Finding], remedy: str) -
 
 def check_batch(config: Config, world_size: int) -> Finding:
     """Does the number of ranks fit the recipe's batch?"""
+    if config.training.micro_batch_size is None:
+        config = fit_micro_batch(config, world_size)
     batch, micro = config.training.global_batch_size, config.training.micro_batch_size
     try:
-        accumulation = check_fit(batch, config.data.lanes, world_size, 1 if micro == "auto" else micro)
+        accumulation = check_fit(batch, config.data.lanes, world_size, micro if isinstance(micro, int) else 1)
     except UserError as error:
         what, _, remedy = str(error).partition(": ")
         return Finding("batch arithmetic", False, what, remedy)
@@ -161,7 +163,9 @@ def check_recipe(config: Config, world_size: int) -> list[Finding]:
 
     The shards, the teachers and the number of ranks have been found well before.
     """
-    if config.training.micro_batch_size == "auto":  # found on the GPUs; any number does here
+    if config.training.micro_batch_size is None:
+        config = fit_micro_batch(config, world_size)
+    elif config.training.micro_batch_size == "auto":  # found on the GPUs; any number does here
         config = replace(config, training=replace(config.training, micro_batch_size=1))
     keys = "see model.* and objective.* in `launch/pretrain.py --help`"
     return [

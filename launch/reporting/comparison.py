@@ -17,7 +17,8 @@ from data_prep.shard_format.manifest import is_remote, without_scheme
 from train.build import heldout_scoring
 from train.config import Config
 from train.errors import UserError
-from train.models.build import build_student, count_parameters, teacher_names
+from train.evaluation.masking import LABEL
+from train.models.build import build_student, check_sequence_length, count_parameters, teacher_names
 from train.models.loading import load_masked_lm
 from train.run_folder import final_model
 
@@ -38,6 +39,8 @@ class ComparedModel:
     """KL(teacher || model) at T = 1, nats per masked token."""
     sentences_per_s: float
     """Encoder and head at the masked positions, on the CPU, batches of 32."""
+    masking: str
+    """That the scores were taken under, in words; the same for all that are compared."""
 
     @property
     def perplexity(self) -> float:
@@ -71,6 +74,8 @@ def compare(run_dirs: Sequence[Path], configs: Sequence[Config]) -> list[Compare
         if teacher_names(run_config) and run_config.model.layer_map != "random":
             models[f"{run_dir.name} before training"] = build_student(run_config, manifest).eval()
         models[run_dir.name] = load_masked_lm(str(folder)).eval()
+    for model in models.values():
+        check_sequence_length(model, config.data.sequence_length)
     speeds = sentences_per_second(list(models.values()), config.data.sequence_length)
     compared = []
     for (name, model), speed in zip(models.items(), speeds, strict=True):
@@ -85,6 +90,7 @@ def compare(run_dirs: Sequence[Path], configs: Sequence[Config]) -> list[Compare
                 top1_agreement=scores["heldout_top1_agreement"],
                 kl=max(0.0, scores["heldout_kl"]),
                 sentences_per_s=speed,
+                masking=scores[LABEL],
             )
         )
     return compared

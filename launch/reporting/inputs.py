@@ -73,6 +73,8 @@ class AblationFile(_Figures):
 
     variants: list[AblatedVariant]
     scale: dict[str, Any] = {}
+    heldout_masking: str = "not recorded: that of the recipe"
+    """Of the held-out scores."""
     noise: dict[str, float] | None = None
     """Largest difference between two seeds of the full recipe; None where there is one seed."""
     left_out: dict[str, str] = {}
@@ -88,6 +90,8 @@ class Speed(_Figures):
     batch: int
     sequence_length: float
     latency_ms: float
+    latency_ms_range: tuple[float, float] | None = None
+    """Over the rounds; None where the file is of an older version."""
     sentences_per_s: float
 
     @property
@@ -115,6 +119,8 @@ class SpeedRatio(_Figures):
     batch: int
     sequence_length: float
     times_faster: float
+    times_faster_range: tuple[float, float] | None = None
+    """Over the rounds; None where the file is of an older version."""
 
 
 class InferenceFile(_Figures):
@@ -126,12 +132,12 @@ class InferenceFile(_Figures):
     """The reference first."""
     ratios: list[SpeedRatio]
 
-    def times_faster(self, model: str, speed: Speed) -> float | None:
-        """Than the reference at the same work; None where that was not measured."""
+    def ratio(self, model: str, speed: Speed) -> SpeedRatio | None:
+        """To the reference at the same work; None where that was not measured."""
         wanted = (model, speed.workload, speed.runtime, speed.batch, speed.sequence_length)
         for found in self.ratios:
             if wanted == (found.model, found.workload, found.runtime, found.batch, found.sequence_length):
-                return found.times_faster
+                return found
         return None
 
 

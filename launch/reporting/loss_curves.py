@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from train.evaluation.masking import label_of_row, training_label
 from train.loop.metrics import read_rows
+from train.run_folder import recorded_config
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Point = tuple[float, float]
+HELDOUT, TRAINING = "Held-out windows", "Training batches"
 X_LABEL, Y_LABEL = "tokens seen (millions)", "MLM loss (nats per masked token)"
 COLORS = {
     "text": ("#1c2128", "#e4e8ed"),
@@ -39,67 +43,91 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
 
 
 @dataclass(frozen=True)
+class Losses:
+    """A run's losses on one split under one masking."""
+
+    split: str
+    masking: str
+    """In words; only losses of equal ones share an axis."""
+    points: Sequence[Point]
+    """(tokens, nats per masked token)."""
+    teacher_loss: float | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.split}: {self.masking}"
+
+
+@dataclass(frozen=True)
 class Curve:
     """A run's losses over its tokens."""
 
     name: str
-    heldout: Sequence[Point]
-    """(tokens, nats per masked token)."""
-    training: Sequence[Point]
-    teacher_loss: float | None
+    losses: Sequence[Losses]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: which of a run's losses, and how."""
+    """One chart: losses that may be compared."""
 
     title: str
-    points: Callable[[Curve], Sequence[Point]]
-    marker: str = ""
-    teacher_loss: float | None = None
-    """A line across."""
+    lines: dict[int, Sequence[Point]]
+    """By the number of the curve."""
+    marker: str
+    teacher_loss: float | None
+    """A line across: of the first run which has a teacher."""
 
 
 def read_curve(run_dir: Path) -> Curve:
     """Losses that are numbers; a row whose loss overflowed has no point."""
-    rows = read_rows(run_dir)
+    rows, config = read_rows(run_dir), recorded_config(run_dir)
     tokens_at = {row["step"]: row["tokens"] for row in rows if _finite(row.get("tokens"))} | {0: 0}
-    heldout = [
-        (float(tokens_at[row["step"]]), row["heldout_mlm_loss"])
-        for row in rows
-        if _finite(row.get("heldout_mlm_loss")) and row["step"] in tokens_at
-    ]
+    heldout: dict[str, list[Point]] = {}
+    teacher: dict[str, float] = {}
+    for row in rows:
+        if _finite(row.get("heldout_mlm_loss")) and row["step"] in tokens_at:
+            masking = label_of_row(row, config)
+            point = (float(tokens_at[row["step"]]), row["heldout_mlm_loss"])
+            heldout.setdefault(masking, []).append(point)
+            if _finite(row.get("teacher_heldout_mlm_loss")):
+                teacher.setdefault(masking, row["teacher_heldout_mlm_loss"])
     training = [
         (float(tokens_at[row["step"]]), row["loss_mlm"])
         for row in rows
         if _finite(row.get("loss_mlm")) and row["step"] in tokens_at
     ]
-    teacher = [
-        row["teacher_heldout_mlm_loss"] for row in rows if _finite(row.get("teacher_heldout_mlm_loss"))
-    ]
-    return Curve(run_dir.name, heldout, training, teacher[0] if teacher else None)
+    losses = [Losses(HELDOUT, masking, points, teacher.get(masking)) for masking, points in heldout.items()]
+    if training:
+        losses.append(Losses(TRAINING, training_label(config), training))
+    return Curve(run_dir.name, losses)
 
 
 def plot_losses(curves: Sequence[Curve], out: Path) -> None:
-    """Held-out and training losses side by side, as a PNG."""
+    """Every panel, two side by side, as a PNG."""
     import matplotlib  # slow to import, and --help needs none of it
     from matplotlib.figure import Figure
 
+    panels = panels_of(curves)
+    num_rows = max(1, -(-len(panels) // 2))
     with matplotlib.rc_context({"text.parse_math": False}):
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
-        heldout, training = figure.subplots(1, 2, sharey=True)
-        lines = _draw(heldout, _panels(curves)[0], curves)
-        _draw(training, _panels(curves)[1], curves)
+        figure = Figure(figsize=(11, 4.5 * num_rows), layout="constrained")
+        places = figure.subplots(num_rows, 2, squeeze=False).flat
+        lines: dict[str, Any] = {}
+        for axes, panel in itertools.zip_longest(places, panels):
+            if panel is None:
+                axes.set_axis_off()
+            else:
+                lines |= _draw(axes, panel, curves)
         _legend(figure, lines, num_columns=4)
         figure.savefig(out, dpi=130)
 
 
 def svg_charts(curves: Sequence[Curve]) -> list[Markup]:
-    """The same as an <svg> for each panel that has points, to stand in the page; always the same for equal curves.
+    """The same as an <svg> for each panel, to stand in the page; always the same for equal curves.
 
     Colours are variables of the page's style sheet, and text is text.
     """
-    panels = [panel for panel in _panels(curves) if any(panel.points(curve) for curve in curves)]
+    panels = panels_of(curves)
     if not panels:
         return []
     import matplotlib
@@ -119,35 +147,42 @@ def svg_charts(curves: Sequence[Curve]) -> list[Markup]:
             text = io.StringIO()
             no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
-        label = f"{panel.title}: {Y_LABEL} over {X_LABEL}; lines: {', '.join(curve.name for curve in curves)}"
+        names = ", ".join(curves[number].name for number in panel.lines)
+        label = f"{panel.title}: {Y_LABEL} over {X_LABEL}; lines: {names}"
         charts.append(_inline(text.getvalue(), label))
     return charts
 
 
-def teacher_loss(curves: Sequence[Curve]) -> float | None:
-    """Held-out MLM loss of the teacher that a report names: that of the first run which has one."""
-    return next((curve.teacher_loss for curve in curves if curve.teacher_loss is not None), None)
-
-
-def _panels(curves: Sequence[Curve]) -> tuple[Panel, Panel]:
-    return (
-        Panel("Held-out windows", lambda curve: curve.heldout, ".", teacher_loss(curves)),
-        Panel("Training batches", lambda curve: curve.training),
-    )
+def panels_of(curves: Sequence[Curve]) -> list[Panel]:
+    """Held-out losses, then training losses, a panel for each masking: figures of other masks or lengths never share
+    an axis."""
+    kinds = {(each.split, each.title): each for curve in curves for each in curve.losses if each.points}
+    panels = []
+    for split, title in sorted(kinds, key=lambda kind: kind[0] != HELDOUT):
+        lines = {
+            number: each.points
+            for number, curve in enumerate(curves)
+            for each in curve.losses
+            if each.title == title and each.points
+        }
+        teachers = (each.teacher_loss for curve in curves for each in curve.losses if each.title == title)
+        teacher_loss = next((loss for loss in teachers if loss is not None), None)
+        panels.append(Panel(title, lines, "." if split == HELDOUT else "", teacher_loss))
+    return panels
 
 
 def _draw(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> dict[str, Any]:
     """Draw a panel; its lines by name, for the legend."""
     lines = {}
-    for number, curve in enumerate(curves):
-        xs, ys = [x / 1e6 for x, _ in panel.points(curve)], [y for _, y in panel.points(curve)]
+    for number, points in panel.lines.items():
+        xs, ys = [x / 1e6 for x, _ in points], [y for _, y in points]
         color, dashes = SERIES[number % len(SERIES)], DASHES[number % len(DASHES)]
-        (lines[curve.name],) = axes.plot(xs, ys, marker=panel.marker, color=color, linestyle=dashes)
+        (lines[curves[number].name],) = axes.plot(xs, ys, marker=panel.marker, color=color, linestyle=dashes)
     if panel.teacher_loss is not None:
         lines["teacher, finished"] = axes.axhline(
             panel.teacher_loss, color=QUIET, linestyle="--", linewidth=1
         )
-    axes.set_title(panel.title, loc="left", color=TEXT)
+    axes.set_title(panel.title, loc="left", color=TEXT, fontsize="medium", wrap=True)
     axes.set_xlabel(X_LABEL, color=TEXT)
     axes.set_ylabel(Y_LABEL, color=TEXT)
     axes.tick_params(color=QUIET, labelcolor=TEXT)

@@ -134,7 +134,7 @@ def as_html(report: Report) -> str:
         source=published.SOURCE,
         scale=scale_sentence(report),
         tables=tables_of(report),
-        charts=svg_charts([curve for curve in report.curves if curve.heldout or curve.training]),
+        charts=svg_charts(report.curves),
         colors=COLORS,
         left_out=left_out(report),
         versions=report.versions,

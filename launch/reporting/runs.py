@@ -109,7 +109,7 @@ def training_seconds(rows: Sequence[dict[str, Any]]) -> float:
     """Seconds that the steps took, from each row's tokens and speed."""
     seconds, before = 0.0, 0
     for row in rows:
-        if row.get("tokens_per_s"):
+        if row.get("tokens_per_s") and row.get("tokens"):
             seconds += (row["tokens"] - before) / row["tokens_per_s"]
             before = row["tokens"]
     return seconds

@@ -11,7 +11,7 @@ from launch.ablation.table import ALIKE
 from launch.ablation.variants import PUBLISHED
 from launch.reporting import published
 from launch.reporting.comparison import ComparedModel
-from launch.reporting.inputs import AblatedVariant, AblationFile, InferenceFile
+from launch.reporting.inputs import AblatedVariant, AblationFile, InferenceFile, Speed, SpeedRatio
 from launch.reporting.runs import RunFacts
 from launch.tables import Column, Table, text_table
 
@@ -63,7 +63,10 @@ def heldout_table(compared: Sequence[ComparedModel]) -> Table:
         )
         for model in compared
     ]
-    return Table("Held-out masked tokens, the same for every model", columns_of("model", headings), rows)
+    maskings = {model.masking for model in compared}
+    assert len(maskings) == 1, maskings
+    title = f"Held-out masked tokens, the same for every model: {maskings.pop()}"
+    return Table(title, columns_of("model", headings), rows)
 
 
 def heldout_text(compared: Sequence[ComparedModel]) -> str:
@@ -96,9 +99,7 @@ def size_table(speeds: InferenceFile) -> Table:
     if all(passes):
         reference = speeds.models[0].name
         faster = [
-            speeds.times_faster(model.name, row)
-            for model, row in zip(speeds.models, passes, strict=True)
-            if row
+            speeds.ratio(model.name, row) for model, row in zip(speeds.models, passes, strict=True) if row
         ]
         rows += [
             [
@@ -108,7 +109,7 @@ def size_table(speeds: InferenceFile) -> Table:
             ],
             [
                 f"times faster than {reference} ({theirs[0]})",
-                *(DASH if times is None else f"{times:.2f}" for times in faster),
+                *map(_times_faster, faster),
                 DASH,
                 f"{published.PASS_SECONDS[theirs[0]] / published.PASS_SECONDS[theirs[1]]:.2f}",
             ],
@@ -135,11 +136,10 @@ def speed_table(speeds: InferenceFile) -> Table:
         where = f", {first.device}" if len(devices) > 1 else ""
         cells = [f"{first.batch} x {words}, {first.runtime}{where}"]
         for row in found:
-            cells += [_digits(row.latency_ms), _digits(row.sentences_per_s)] if row else [DASH, DASH]
-        ratios = [speeds.times_faster(model.name, first) for model in others]
-        rows.append([*cells, *(DASH if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
+            cells += [_latency(row), _digits(row.sentences_per_s)] if row else [DASH, DASH]
+        rows.append([*cells, *(_times_faster(speeds.ratio(model.name, first)) for model in others)])
     notes = [
-        f"On {' and '.join(devices)}; medians over rounds in which all took turns. "
+        f"On {' and '.join(devices)}; medians (and ranges) over rounds in which all took turns. "
         "STS-B: sequences as long as its pairs. eager and compile: torch; onnx: ONNX Runtime, fp32; "
         "onnx-int8: with int8 weights."
     ]
@@ -200,6 +200,7 @@ def _ablation_notes(ablation: AblationFile) -> list[str]:
     )
     return [
         *([f"Ours: {scale}."] if scale else []),
+        f"Held-out scores: {ablation.heldout_masking}.",
         "In brackets: the change from the first row. Published: points of the GLUE mean over nine tasks.",
         chance,
         *(f"left out: {name}: {reason}" for name, reason in ablation.left_out.items()),
@@ -228,6 +229,18 @@ def cost_table(runs: Sequence[RunFacts]) -> Table:
         "GPU-hours where each process has a GPU. Published: about 90 hours on 8 V100 GPUs for DistilBERT."
     ]
     return Table("Cost", columns_of("run", headings), rows, notes)
+
+
+def _latency(speed: Speed) -> str:
+    ends = speed.latency_ms_range
+    return _digits(speed.latency_ms) + (f" ({_digits(ends[0])}-{_digits(ends[1])})" if ends else "")
+
+
+def _times_faster(ratio: SpeedRatio | None) -> str:
+    if ratio is None:
+        return DASH
+    ends = ratio.times_faster_range
+    return f"{ratio.times_faster:.2f}" + (f" ({ends[0]:.2f}-{ends[1]:.2f})" if ends else "")
 
 
 def _digits(value: float) -> str:

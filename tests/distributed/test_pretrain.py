@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from launch.cli import parse_config
 from tests.distributed.pretraining import (
     STEPS,
     finish,
@@ -26,6 +27,7 @@ from tests.distributed.pretraining import (
     weights,
 )
 from tests.paths import ROOT
+from train.build import heldout_scoring
 from train.loop.metrics import read_rows
 
 
@@ -206,13 +208,17 @@ def test_short_sequences_first_then_long_ones(settings: list[str], tmp_path: Pat
 def test_spikes_are_told_with_their_sequences_and_steps_traced(
     settings: list[str], shards_folder: str, tmp_path: Path
 ) -> None:
-    """Batches of two sequences that teach next to nothing: noise enough for half a deviation."""
-    words = [*settings, "--training.global_batch_size=2", "--training.micro_batch_size=1"]
+    """Batches of two sequences that teach next to nothing: noise enough for half a deviation. One held-out window for
+    two ranks."""
+    words = [*settings, "--training.global_batch_size=2", "--training.micro_batch_size=null"]
+    words += ["--evaluation.max_windows=1"]
     words += ["--training.max_steps=60", "--run.spike_deviations=0.5", "--profile", "--optimizer.lr=1e-6"]
     code, output = finish(start(words, tmp_path, 2))
     assert code == 0, output
     spikes = [json.loads(line) for line in (tmp_path / "spikes.jsonl").read_text().splitlines()]
     assert output.count("loss spike: ") == len(spikes) > 0
+    assert "training.micro_batch_size: 1 sequences fit" in output
+    assert "  micro_batch_size: 1\n" in (tmp_path / "config.yaml").read_text()
     command = [sys.executable, "launch/inspect_batch.py", "--config", str(tmp_path / "config.yaml")]
     command += ["--step", str(spikes[0]["batch_of_step"]), "--show", "2"]
     shown = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
@@ -224,6 +230,12 @@ def test_spikes_are_told_with_their_sequences_and_steps_traced(
         trace = json.loads((tmp_path / "profile" / f"trace-rank-{rank}.json").read_text())
         assert any("gloo:all_reduce" in event.get("name", "") for event in trace["traceEvents"])
     assert "aten::" in (tmp_path / "profile" / "operations.txt").read_text()
+    (first,) = (row for row in read_rows(tmp_path) if "teacher_heldout_mlm_loss" in row)
+    config = parse_config(["--config", str(tmp_path / "config.yaml")], "")
+    _, evaluation, teacher = heldout_scoring(config, "cpu")
+    alone = evaluation(teacher.models[0], teacher)
+    for key in ("teacher_heldout_mlm_loss", "teacher_heldout_accuracy"):
+        assert first[key] == pytest.approx(alone[key], rel=1e-6)
 
 
 def test_a_checkpoint_of_another_model_is_refused(

@@ -31,9 +31,17 @@ class TrainState:
     loss_history: tuple[float, ...] = ()
     """Losses of the steps before, for train/loop/loss_spikes.py; filled in when the state is saved."""
 
+    left_out: tuple[int, ...] = ()
+    """Steps, counted from 0, whose batches are not used (train/loop/divergence.py)."""
+
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> TrainState:
         """The inverse of dataclasses.asdict; KeyError, TypeError or ValueError where it is something else."""
         if type(saved["step"]) is not int or saved["step"] < 0:
             raise ValueError(f"step is {saved['step']!r}")
-        return cls(saved["step"], LossWindow(**saved.get("losses", {})), tuple(saved.get("loss_history", ())))
+        return cls(
+            saved["step"],
+            LossWindow(**saved.get("losses", {})),
+            tuple(saved.get("loss_history", ())),
+            tuple(saved.get("left_out", ())),
+        )

@@ -64,6 +64,15 @@ def fitting_world_sizes(global_batch_size: int, lanes: int, micro_batch_size: in
     return [w for w in range(1, k + 1) if k % w == 0 and (global_batch_size // w) % micro == 0]
 
 
+def largest_micro_batch(global_batch_size: int, lanes: int, world_size: int, at_most: int) -> int | None:
+    """The largest micro batch up to `at_most` with which `world_size` ranks share the global batch; None where that
+    many ranks cannot."""
+    if world_size not in fitting_world_sizes(global_batch_size, lanes):
+        return None
+    share = global_batch_size // world_size
+    return next(size for size in range(min(at_most, share), 0, -1) if share % size == 0)
+
+
 def check_fit(global_batch_size: int, lanes: int, world_size: int, micro_batch_size: int) -> int:
     """Gradient accumulation steps per global step.
 
@@ -82,6 +91,9 @@ def check_fit(global_batch_size: int, lanes: int, world_size: int, micro_batch_s
         k = num_lanes(global_batch_size, lanes)
         if world_size > 0 and k % world_size and global_batch_size % (world_size * micro_batch_size) == 0:
             remedy += f", or data.lanes={world_size}, which changes the order of the data"
+        elif smaller := largest_micro_batch(global_batch_size, lanes, world_size, micro_batch_size):
+            example = f"give training.micro_batch_size={smaller}"
+            remedy = f"{example}, or {remedy}" if fitting else f"{remedy}: {example}"
         elif world_size > k:
             remedy += f"; more ranks than {k} need a larger data.lanes that divides the global batch"
         raise UserError(

@@ -7,7 +7,7 @@ which begins at its first step: a step's batch stays a pure function of the reci
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from data_prep.shard_format.manifest import Manifest, TokenizerInfo
-from train.config import Config
+from train.config import DEFAULT_MICRO_BATCH_SIZE, MAX_STEPS, Config
 from train.data.loader import BatchLoader, MicroBatch
 from train.data.masking import MaskedBatch, Masker, continuation_table
+from train.data.order import largest_micro_batch
 from train.data.shards import read_histogram
 from train.errors import UserError
 from train.models.build import tokenizer_source
@@ -69,10 +70,12 @@ class RunData:
         """Masks of (B, L) windows on their device, by the phase whose length they have."""
         return self._maskers[input_ids.shape[1]](input_ids, window_ids, epoch)
 
-    def tokens_before(self, step: int) -> int:
-        """Tokens of all global batches before a step, [CLS] and [SEP] included."""
+    def tokens_before(self, step: int, left_out: Sequence[int] = ()) -> int:
+        """Tokens of all global batches before a step but those of the steps left out, [CLS] and [SEP] included."""
         return sum(
-            steps * phase.loader.order.global_batch_size * phase.sequence_length
+            (steps - sum(phase.first_step <= each < phase.first_step + steps for each in left_out))
+            * phase.loader.order.global_batch_size
+            * phase.sequence_length
             for phase, steps in self._steps_before(step)
         )
 
@@ -89,6 +92,17 @@ class RunData:
         for phase in self.phases:
             stop = step if phase is self.phases[-1] else min(step, phase.stop_step)
             yield phase, max(0, stop - phase.first_step)
+
+
+def fit_micro_batch(config: Config, world_size: int) -> Config:
+    """The recipe with a micro batch that `world_size` ranks share its global batch with: at most the one it names, or
+    the default. "auto" stays; where no micro batch fits the ranks it is 1, and check_fit lists the numbers of ranks."""
+    training = config.training
+    if training.micro_batch_size == "auto":
+        return config
+    at_most = training.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE
+    size = largest_micro_batch(training.global_batch_size, config.data.lanes, world_size, at_most)
+    return replace(config, training=replace(training, micro_batch_size=size or 1))
 
 
 def build_run_data(
@@ -119,6 +133,10 @@ def build_run_data(
         for length in lengths
     ]
     total = total_steps(config, [loader.steps_per_epoch for loader in loaders], shares)
+    if total > MAX_STEPS:
+        raise UserError(
+            f"training.epochs={config.training.epochs}: {total:,} steps; give at most {MAX_STEPS:,}"
+        )
     stops = phase_stops(total, shares)
     return RunData(
         [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from train.data.masking import Masker
+from data_prep.shard_format.manifest import TokenizerInfo
+from train.evaluation.masking import LABEL, evaluation_label, evaluation_masker
 from train.evaluation.scores import HeldoutSums, heldout_statistics
 from train.models.teacher import Teacher
 
@@ -20,8 +22,9 @@ class HeldoutEvaluation:
     """Scores a student, and its teacher where there is one, at the masked positions of fixed windows.
 
     Args:
-        input_ids: (N, L) int32, the held-out windows; rank r scores rows r, r + W, r + 2 W, ...
+        input_ids: (N, L) int32, the held-out windows; rank r scores rows r, r + W, r + 2 W, ..., which may be none.
         window_ids: (N,) int64, for the masks.
+        tokenizer: of the shards; the masking is train/evaluation/masking.py's.
         batch_size: sequences in one forward pass.
     """
 
@@ -29,29 +32,30 @@ class HeldoutEvaluation:
         self,
         input_ids: torch.Tensor,
         window_ids: torch.Tensor,
-        masker: Masker,
+        tokenizer: TokenizerInfo,
         *,
         batch_size: int,
         device: str,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._batches = list(
-            zip(
-                input_ids[rank::world_size].split(batch_size),
-                window_ids[rank::world_size].split(batch_size),
-                strict=True,
-            )
-        )
-        self._masker, self._device, self._world_size = masker, device, world_size
+        own = range(rank, len(input_ids), world_size)
+        self._batches = [
+            (input_ids[own[first : first + batch_size]], window_ids[own[first : first + batch_size]])
+            for first in range(0, len(own), batch_size)
+        ]
+        self._masker = evaluation_masker(tokenizer, input_ids.shape[1])
+        self._label = evaluation_label(input_ids.shape[1])
+        self._device, self._world_size = device, world_size
 
     @torch.no_grad()
-    def __call__(self, student: PreTrainedModel, teacher: Teacher | None = None) -> dict[str, float]:
+    def __call__(self, student: PreTrainedModel, teacher: Teacher | None = None) -> dict[str, Any]:
         """Means over all held-out masked positions of all ranks; every rank calls this.
 
         Returns:
             heldout_mlm_loss (nats), heldout_accuracy; with a teacher also heldout_kl (nats, T = 1),
-            heldout_top1_agreement, teacher_heldout_mlm_loss and teacher_heldout_accuracy (nats, shares).
+            heldout_top1_agreement, teacher_heldout_mlm_loss and teacher_heldout_accuracy (nats, shares); the masking
+            under `LABEL`.
         """
         was_training = student.training
         student.eval()
@@ -65,7 +69,7 @@ class HeldoutEvaluation:
         if self._world_size > 1:
             dist.all_reduce(total)
         sums_by_name = dict(zip((field.name for field in fields(HeldoutSums)), total.tolist(), strict=True))
-        return _means(sums_by_name, teacher is not None)
+        return {**_means(sums_by_name, teacher is not None), LABEL: self._label}
 
 
 def _means(sums: dict[str, float], with_teacher: bool) -> dict[str, float]:

@@ -139,6 +139,7 @@ def model_card(student: PreTrainedModel, checkpoint: Path, summary: Mapping[str,
         lines += ["", "| figure | value |", "|---|---|"]
         lines += [f"| teacher | {summary['teacher'] or 'none: masked-language modelling alone'} |"]
         lines += [f"| tokens | {summary['tokens']:,} |"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in summary["heldout"].items()]
+        for name, value in summary["heldout"].items():
+            lines.append(f"| {name} | {value if isinstance(value, str) else format(value, '.4f')} |")
         lines += [f"| {name} | {version} |" for name, version in summary["versions"].items()]
     return "\n".join(lines) + "\n"

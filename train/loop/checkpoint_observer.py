@@ -30,6 +30,7 @@ class Checkpointing:
     Args:
         spikes: its loss history is part of a checkpoint.
         heldout_loss: held-out loss of a step, where it was evaluated.
+        first_step: of this start.
     """
 
     def __init__(
@@ -42,11 +43,19 @@ class Checkpointing:
         stop: StopRequest,
         spikes: SpikeDetector,
         heldout_loss: Callable[[int], float | None],
+        first_step: int,
     ) -> None:
         self.checkpointer, self.trainer, self.config, self.events = checkpointer, trainer, config, events
         self.stop, self.spikes, self.heldout_loss, self._failures = stop, spikes, heldout_loss, 0
+        self.newest_step = first_step
+        """That a start would go on with."""
         # A flag goes round through gloo, on the host: with NCCL every step would wait for the device.
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+
+    def before_first_step(self, state: TrainState) -> None:
+        """Save what a divergence before the first checkpoint goes back to."""
+        if state.step == 0:
+            self._save(state, must_succeed=True)
 
     def after_step(self, state: TrainState) -> None:
         """Save if it is time or a stop was asked for on any rank.
@@ -76,7 +85,7 @@ class Checkpointing:
             again = f"the next attempt is {self.config.every_steps} steps away"
             self.events.say(f"{error}; training goes on, {again}")
             return
-        self._failures = 0
+        self._failures, self.newest_step = 0, state.step
         self.events.row(
             state.step, {"time_checkpoint": written.seconds, "checkpoint_gib": written.bytes / 2**30}
         )

@@ -30,7 +30,7 @@ class ComputeCost:
     flops_per_token: Mapping[int, float]
     """Model FLOPs of teacher and student, by sequence length (train/models/flops.py)."""
     matrix_rate: float
-    """FLOP/s that one rank reaches in a matrix product."""
+    """FLOP/s that one rank has reached in a matrix product at the start."""
 
 
 class Logging:
@@ -44,6 +44,7 @@ class Logging:
         self, trainer: Trainer, events: Events, config: Config, cost: ComputeCost, state: TrainState
     ) -> None:
         self.trainer, self.events, self.cost = trainer, events, cost
+        self._peak_rate = cost.matrix_rate
         self.every_steps = config.run.log_every_steps
         self.term_weights = config.objective.term_weights()
         self.spikes = SpikeDetector(config.run.spike_deviations, state.loss_history)
@@ -52,6 +53,8 @@ class Logging:
     def after_step(self, state: TrainState) -> None:
         """Log, if this is a logging step."""
         if state.step % self.every_steps and state.step != self.trainer.total_steps:
+            return
+        if self.trainer.losses.is_empty:  # every step since the last row was left out
             return
         row = {**self._progress(state), **self._losses(), **self._optimizer(), **self._speed(state)}
         lamb = self.trainer.engine.optimizer.optimizer
@@ -65,7 +68,7 @@ class Logging:
         data = self.trainer.data
         return {
             "epoch": round(data.epochs_before(state.step), 6),
-            "tokens": data.tokens_before(state.step),
+            "tokens": data.tokens_before(state.step, state.left_out),
         }
 
     def _losses(self) -> dict[str, float]:
@@ -117,13 +120,17 @@ class Logging:
         spent = self.trainer.clock.read()
         beside_training = sum(spent.pop(name, 0.0) for name in BESIDE_TRAINING)
         data = self.trainer.data
-        tokens = data.tokens_before(state.step) - data.tokens_before(self._since_step)
+        before = data.tokens_before(self._since_step, state.left_out)
+        tokens = data.tokens_before(state.step, state.left_out) - before
         tokens_per_s = tokens / (now - self._since_s - beside_training)
         flops_per_token = self.cost.flops_per_token[data.phase_of(state.step - 1).sequence_length]
         self._since_step, self._since_s = state.step, now
+        rate = tokens_per_s * flops_per_token / dist.get_world_size()
+        # Training faster than the measured peak: other work disturbed that measurement, and this rate is the new peak.
+        self._peak_rate = max(self._peak_rate, rate)
         return {
             "tokens_per_s": tokens_per_s,
-            "mfu": tokens_per_s * flops_per_token / (self.cost.matrix_rate * dist.get_world_size()),
+            "mfu": rate / self._peak_rate,
             **{f"time_{name}": seconds / steps for name, seconds in spent.items()},
             "memory_gib": _memory_gib(self.trainer.engine.device),
         }

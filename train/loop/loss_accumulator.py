@@ -44,6 +44,11 @@ class LossSums:
         finite = torch.isfinite(loss)
         self._finite = finite if self._finite is None else self._finite & finite
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added since the last call of `take`."""
+        return not self._sums
+
     def take(self) -> Means:
         """The means since the last call."""
         terms, steps = list(self._sums), list(self._by_step)

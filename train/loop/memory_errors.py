@@ -49,7 +49,7 @@ def _message(config: Config, world: World, where: str, error: RuntimeError) -> s
     smaller = [
         number
         for number in candidates(config.training.global_batch_size, config.data.lanes, world.world_size)
-        if size == "auto" or number < size
+        if not isinstance(size, int) or number < size
     ]
     remedy = "shorten data.sequence_length, or take a device with more memory"
     if smaller:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from data_prep.shard_format.files import parse_json, read_file, write_text
 from data_prep.shard_format.terminal import progress_bar
 from train.errors import UserError
+from train.evaluation.masking import LABEL
 
 PLAIN_LINE_EVERY_S = 15.0
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -33,6 +34,8 @@ BAR_FIGURES = {
     "tokens_per_s": "{:,.0f} tokens/s",
 }
 """Few enough characters for 80 columns."""
+Row = Mapping[str, float | str]
+"""Figures by name, and words that say how they were taken, which metrics.jsonl alone holds."""
 # What this module writes; other .jsonl files in the folder are the user's.
 RECORDS = ("metrics", "spikes")
 
@@ -40,9 +43,7 @@ RECORDS = ("metrics", "spikes")
 class Events(Protocol):
     """Where rows go."""
 
-    def row(
-        self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor] = ...
-    ) -> None: ...
+    def row(self, step: int, values: Row, histograms: Mapping[str, torch.Tensor] = ...) -> None: ...
 
     def record(self, name: str, step: int, values: Mapping[str, Any]) -> None: ...
 
@@ -54,9 +55,7 @@ class Events(Protocol):
 class NoEvents:
     """Takes everything, does nothing."""
 
-    def row(
-        self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor] = {}
-    ) -> None:
+    def row(self, step: int, values: Row, histograms: Mapping[str, torch.Tensor] = {}) -> None:
         """Ignore."""
 
     def record(self, name: str, step: int, values: Mapping[str, Any]) -> None:
@@ -84,9 +83,7 @@ class RunEvents:
         self._board: Any = _open_board(run_dir, resumed_step + 1 if resumed_step else 0)
         self._progress = _Progress(name, resumed_step, total_steps)
 
-    def row(
-        self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor] = {}
-    ) -> None:
+    def row(self, step: int, values: Row, histograms: Mapping[str, torch.Tensor] = {}) -> None:
         """One row: scalars to all readers, histograms (any shape) to TensorBoard alone."""
         with self._rows_may_be_lost():
             self._file.write(_json_line({"step": step, **values}))
@@ -113,13 +110,12 @@ class RunEvents:
             with self._rows_may_be_lost():
                 self._board.close()
 
-    def _to_board(
-        self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor]
-    ) -> None:
+    def _to_board(self, step: int, values: Row, histograms: Mapping[str, torch.Tensor]) -> None:
         board, self._board = self._board, None  # a writer that has failed once fails for ever
         board = board or _open_board(self._run_dir, None)
         for key, value in values.items():
-            board.add_scalar(board_tag(key), value, step)
+            if not isinstance(value, str):
+                board.add_scalar(board_tag(key), value, step)
         for key, tensor in histograms.items():
             numbers = tensor.detach().float().cpu()
             if len(numbers := numbers[torch.isfinite(numbers)]):
@@ -177,13 +173,13 @@ def _json_line(values: Mapping[str, Any]) -> str:
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, oldest first: a step, and numbers or None by name.
+    """The rows of metrics.jsonl, oldest first: a step, and numbers or None by name, and words under `LABEL`.
 
     A line that is no such row is left out: a kill may cut one short, a power cut fill one with zeros. Empty where the
     file is gone.
     """
     rows = _read(run_dir / "metrics.jsonl")
-    return [row for row in rows if all(_is_figure(value) for value in row.values())]
+    return [row for row in rows if all(_is_figure(value) for name, value in row.items() if name != LABEL)]
 
 
 def _is_figure(value: Any) -> bool:
@@ -223,8 +219,8 @@ class _Progress:
             disable=not sys.stderr.isatty(),
         )
 
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        news = {key: values[key] for key in BAR_FIGURES if key in values}
+    def update(self, step: int, values: Row) -> None:
+        news = {key: value for key in BAR_FIGURES if not isinstance(value := values.get(key, "absent"), str)}
         # A row holds some of them: the bar keeps the newest of each.
         self._shown |= news
         shown = {key: self._shown[key] for key in BAR_FIGURES if key in self._shown}

@@ -12,11 +12,12 @@ from train.errors import NonFiniteError
 from train.loop.metrics import Events
 from train.loop.trainer import Trainer
 
+ROLLBACK = "--run.rollback_on_divergence=2 goes on from the last checkpoint without the bad batches"
 NON_FINITE_REMEDY = (
     "Lower optimizer.lr or lengthen schedule.warmup_steps, then start again (a changed rate needs "
-    "--checkpoint.allow_changed_config=true, or another run.dir)"
+    f"--checkpoint.allow_changed_config=true, or another run.dir); {ROLLBACK}"
 )
-FP16_REMEDY = "Lower optimizer.lr, or use ds_configs/bf16.json where the GPU has bf16"
+FP16_REMEDY = f"Lower optimizer.lr, or use ds_configs/bf16.json where the GPU has bf16; {ROLLBACK}"
 
 
 class Overflows:
@@ -25,10 +26,15 @@ class Overflows:
     def __init__(self, engine: Any, limit: int) -> None:
         self.engine, self.limit = engine, limit
         self._skipped, self._in_a_row = int(engine.skipped_steps), 0
+        self.steps: list[int] = []
+        """Skipped ones, counted from 0."""
 
     def after_step(self, state: TrainState) -> None:
         """Count; no device is waited for: the engine knows on the host what it skipped."""
+        if state.step - 1 in state.left_out:
+            return
         skipped = int(self.engine.skipped_steps)
+        self.steps += [state.step - 1] * (skipped > self._skipped)
         self._in_a_row = self._in_a_row + 1 if skipped > self._skipped else 0
         self._skipped = skipped
         if self._in_a_row >= self.limit:
@@ -46,7 +52,7 @@ class Evaluating:
     """
 
     def __init__(
-        self, score: Callable[[], dict[str, float]] | None, trainer: Trainer, events: Events, every_steps: int
+        self, score: Callable[[], dict[str, Any]] | None, trainer: Trainer, events: Events, every_steps: int
     ) -> None:
         self.score, self.trainer, self.events, self.every_steps = score, trainer, events, every_steps
         self._newest: tuple[int, float] | None = None

@@ -78,6 +78,8 @@ class Trainer:
         self.schedule, self.dropout_seed, self.rank, self.clock = schedule, dropout_seed, rank, clock
         self.total_steps: int = schedule["total_steps"]
         self.losses = LossSums()
+        self.done = 0
+        """Steps done, of the whole run."""
 
     def train(self, state: TrainState, observers: Sequence[Observer]) -> TrainState:
         """From `state` to the last step; an observer ends the run early by raising.
@@ -85,25 +87,31 @@ class Trainer:
         Returns:
             The state after the last step.
         """
-        engine, clock = self.engine, self.clock
         for step, micro_batches in self._steps(state.step):
-            self._set_learning_rate(step)
-            with clock.section("data"):
-                batches, num_masked_tokens = self._mask(micro_batches)
-            for micro_step, masked in enumerate(batches):
-                self._seed_dropout(step, micro_step)
-                with clock.section("teacher"):
-                    taught = self.teacher(masked.input_ids) if self.teacher else None
-                with clock.section("student"):
-                    terms = engine(masked, taught, num_masked_tokens)
-                    engine.backward(terms["loss"])
-                with clock.section("optimizer"):
-                    engine.step()
-                self.losses.add(step, terms)
-            state = replace(state, step=step + 1)
+            if step not in state.left_out:
+                self._update(step, micro_batches)
+            self.done = step + 1
+            state = replace(state, step=self.done)
             for observer in observers:
                 observer.after_step(state)
         return state
+
+    def _update(self, step: int, micro_batches: Sequence[MicroBatch]) -> None:
+        """One optimizer step."""
+        engine, clock = self.engine, self.clock
+        self._set_learning_rate(step)
+        with clock.section("data"):
+            batches, num_masked_tokens = self._mask(micro_batches)
+        for micro_step, masked in enumerate(batches):
+            self._seed_dropout(step, micro_step)
+            with clock.section("teacher"):
+                taught = self.teacher(masked.input_ids) if self.teacher else None
+            with clock.section("student"):
+                terms = engine(masked, taught, num_masked_tokens)
+                engine.backward(terms["loss"])
+            with clock.section("optimizer"):
+                engine.step()
+            self.losses.add(step, terms)
 
     def _set_learning_rate(self, step: int) -> None:
         for group in self.engine.optimizer.param_groups:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from launch import ablate
 from launch.ablation import job as ablation_job
+from launch.ablation import runs as ablation_runs
 from launch.ablation.figure import plot
 from launch.ablation.table import Ablation, Result, Scale, as_json, as_markdown, as_text
 from launch.ablation.variants import FREE_TO_DIFFER, FULL, PUBLISHED, Variant, chosen_variants, variants_of
@@ -32,6 +34,7 @@ HELDOUT = {
     "heldout_mlm_loss": 4.9,
     "heldout_accuracy": 0.22,
 }
+MASKED = {"heldout_masking": "15 % of 64 tokens, uniform"}
 
 
 def variants(
@@ -227,9 +230,19 @@ def test_nothing_is_cut_off_on_a_terminal() -> None:
     assert text.count("full-seed-10") == 2
 
 
-def test_the_figure_is_a_png(tmp_path: Path) -> None:
+def test_the_figure_is_a_png_without_a_legend_over_its_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = [dataclasses.replace(entry, scores={"rte": 60.0}) for entry in RESULTS]
-    plot(Ablation(results, SMALL, finetuning_seeds=3), tmp_path / "ablation.png")
+    ablation = Ablation(results, SMALL, finetuning_seeds=3, teacher={"heldout_mlm_loss": 4.7})
+    drawn: list[Figure] = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, **b: drawn.append(figure) or savefig(figure, *a, **b)
+    )
+    plot(ablation, tmp_path / "ablation.png")
+    assert not any(axes.get_legend() for axes in drawn[0].axes)
+    assert any("dashed: the teacher itself" in text.get_text() for text in drawn[0].texts)
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -267,8 +280,8 @@ class Stages:
         if code == 0:
             (run_dir / "model").mkdir(parents=True)
             (run_dir / "model" / "config.json").write_text("{}")
-            summary = {"steps": 300, "tokens": 1228800, "tokens_per_s": 9.0, "heldout": HELDOUT}
-            summary["heldout_before"] = {**HELDOUT, "teacher_heldout_mlm_loss": 4.7}
+            summary = {"steps": 300, "tokens": 1228800, "tokens_per_s": 9.0, "heldout": {**HELDOUT, **MASKED}}
+            summary["heldout_before"] = {**HELDOUT, **MASKED, "teacher_heldout_mlm_loss": 4.7}
             summary["parameters"] = {"student": 1461952, "teacher": 1858752}
             (run_dir / "summary.json").write_text(json.dumps(summary))
         return code
@@ -310,6 +323,34 @@ def test_a_corpus_that_holds_nothing_out_is_refused_before_anything_is_trained(
     with pytest.raises(UserError, match=message):
         ablate.main([*words, f"--data.shards={tmp_path}/shards"])
     assert none.commands == []
+
+
+def test_scores_under_other_masks_are_taken_anew_once(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of an older version, which scored under the masks that it trained with."""
+    stages(monkeypatch)
+    words = [*words, "--variants", "no-kd"]
+    assert ablate.main(words) == 0
+    old = tmp_path / "out" / "no-kd"
+    summary = json.loads((old / "summary.json").read_text())
+    del summary["heldout"]["heldout_masking"]
+    (old / "summary.json").write_text(json.dumps(summary))
+    (old / "heldout_as_full.json").write_text(
+        json.dumps(HELDOUT)
+    )  # it kept what was scored by the recipe's masks
+    scored = []
+    monkeypatch.setattr(
+        ablation_runs,
+        "scorer",
+        lambda config: lambda folder: scored.append(folder) or {**HELDOUT, "heldout_kl": 0.2},
+    )
+    for _ in range(2):
+        assert ablate.main(words) == 0
+        saved = json.loads((tmp_path / "out" / "ablation.json").read_text())
+        assert [row["heldout"]["heldout_kl"] for row in saved["variants"]] == [0.05, 0.2]
+        assert saved["heldout_masking"] == MASKED["heldout_masking"]
+    assert scored == [old / "model"]
 
 
 @pytest.mark.parametrize(

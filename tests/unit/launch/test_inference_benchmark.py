@@ -93,6 +93,7 @@ def test_figures_follow_from_the_seconds() -> None:
     assert [ratio["times_faster"] for ratio in report["ratios"]] == [
         3.0
     ]  # of 1, 4 and 3: each round by itself
+    assert report["ratios"][0]["times_faster_range"] == [1.0, 4.0]
     assert report["models"][1]["parameters"] == 6
 
 

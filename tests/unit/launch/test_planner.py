@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from launch.plan import main
 from launch.planner.cost import PUBLISHED_RUNS, Machines, StepTime, Traffic, step_time
 from launch.planner.hardware import GPUS, find_gpu
 from launch.planner.models import PUBLISHED
+from launch.planner.tables import duration
 from train.engine_config import EngineSettings
 from train.errors import UserError
 from train.models.flops import FlopsPerToken
@@ -153,6 +155,38 @@ def test_too_large_a_micro_batch_is_said_with_one_that_fits(capsys: pytest.Captu
     assert "--training.micro_batch_size=128 fits" in said
     assert main(["--gpu", "V100-16GB", "--training.micro_batch_size=auto"]) == 0
     assert "4,096 = 128 x 4 x 8" in capsys.readouterr().out
+
+
+def test_the_default_micro_batch_adapts_to_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    """README's batch of 64 sequences on a node of eight; the curve's other machines take theirs."""
+    assert main(["--training.global_batch_size=64", "--gpus-per-node", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "64 = 8 x 1 x 8" in said
+    assert re.search(r"│ 1 +│ +32 x 2 │", said)
+    with pytest.raises(UserError, match=r"give training.micro_batch_size=8, or use a world size of 1, 2$"):
+        main(["--training.global_batch_size=64", "--training.micro_batch_size=32"])
+
+
+@pytest.mark.parametrize(
+    ("hours", "expected"),
+    [
+        (87.0, "3.62 days"),
+        (30, "30 hours"),
+        (1.006, "1.01 hours"),
+        (0.5, "30 minutes"),
+        (0.005, "18 seconds"),
+    ],
+)
+def test_times_have_a_readers_unit(hours: float, expected: str) -> None:
+    assert duration(hours) == expected
+
+
+def test_no_legend_lies_over_the_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **named: drawn.append(figure))
+    assert main(["--plot", str(tmp_path / "p.png")]) == 0
+    assert len(drawn[0].legends) == 1
+    assert [axes.get_legend() for axes in drawn[0].axes] == [None, None]
 
 
 @pytest.mark.parametrize(

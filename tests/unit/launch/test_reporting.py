@@ -16,7 +16,17 @@ from launch.report import main
 from launch.reporting import published
 from launch.reporting.comparison import ComparedModel, compare
 from launch.reporting.inputs import read_ablation, read_inference, read_model_scores
-from launch.reporting.loss_curves import COLORS, Curve, plot_losses, read_curve, svg_charts, teacher_loss
+from launch.reporting.loss_curves import (
+    COLORS,
+    HELDOUT,
+    TRAINING,
+    Curve,
+    Losses,
+    panels_of,
+    plot_losses,
+    read_curve,
+    svg_charts,
+)
 from launch.reporting.runs import device_of, read_run_facts
 from launch.reporting.scores import retention
 from train.config import Config, DataConfig, ModelConfig
@@ -24,6 +34,7 @@ from train.errors import UserError
 from train.finetuning.tasks import SPLIT_OFF
 
 NASTY = "<script>alert(1)</script>|*x*"
+MASKED = "15 % of 64 tokens, uniform"
 DASH = "–"  # noqa: RUF001
 
 
@@ -115,7 +126,9 @@ def inference_json() -> dict[str, Any]:
 
     ratio = {"model": NASTY, "workload": "STS-B", "runtime": "eager", "batch": 1, "sequence_length": 31.35}
     models = [model("teacher", 2_000_000, 10.0, 80.0), model(NASTY, 1_000_000, 4.0, 50.0)]
-    return {"hardware": "a CPU", "threads": 2, "models": models, "ratios": [{**ratio, "times_faster": 2.51}]}
+    models[1]["rows"][0]["latency_ms_range"] = [3.9, 4.25]  # the others are of an older version
+    ratio |= {"times_faster": 2.51, "times_faster_range": [2.35, 2.6]}
+    return {"hardware": "a CPU", "threads": 2, "models": models, "ratios": [ratio]}
 
 
 def ablation_json() -> dict[str, Any]:
@@ -155,7 +168,7 @@ def finished_run(parent: Path) -> Path:
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of all inputs; the models' scoring stands in for itself, since it needs models."""
     tmp_path = tmp_path_factory.mktemp("everything")
-    model = ComparedModel("student", 66_000, 4.75, 0.25, 0.5, 0.125, 1234.4)
+    model = ComparedModel("student", 66_000, 4.75, 0.25, 0.5, 0.125, 1234.4, MASKED)
     teacher = write_scores(
         tmp_path / "t",
         cola=scores("cola", 0.0),
@@ -209,10 +222,13 @@ def test_numbers_are_the_inputs(everything: Path) -> None:
         "410",
     ]
     assert tables["Table 3. Size and speed"]["times faster than teacher (BERT-base)"][1::2] == [
-        "2.51",
+        "2.51 (2.35-2.60)",
         "1.63",
     ]
     assert tables["Latency and throughput"]["8 x 128, eager"] == ["80", "12.5", "50", "20", DASH]
+    assert tables["Latency and throughput"]["1 x STS-B, eager"] == [
+        *("10", "100", "4 (3.9-4.25)", "250", "2.51 (2.35-2.60)")
+    ]
     assert tables["Table 4. Ablation"]["no-kd"] == [
         "a=<b>",
         "0.7500 (+0.2500)",
@@ -222,7 +238,7 @@ def test_numbers_are_the_inputs(everything: Path) -> None:
     ]
     # 40 s for the first 4,000 tokens and 20 s for the others, on 64 / (16 x 2) processes
     assert tables["Cost"]["student"] == ["20", "8,000", "60", "133", "2", "CPU", "0.0333"]
-    assert tables["Held-out masked tokens, the same for every model"]["student"][:3] == [
+    assert tables[f"Held-out masked tokens, the same for every model: {MASKED}"]["student"][:3] == [
         "66,000",
         "4.750",
         "115.6",
@@ -411,10 +427,33 @@ def test_an_unfinished_run_is_named(run_folder: Path, tmp_path: Path) -> None:
 
 
 def test_curves_leave_out_what_is_no_number(run_folder: Path) -> None:
-    curve = read_curve(run_folder)
-    assert curve.heldout == [(0.0, 5.5), (8000.0, 4.75)]
-    assert curve.training == [(4000.0, 5.25)]
-    assert curve.teacher_loss == 4.5
+    heldout, training = read_curve(run_folder).losses
+    assert heldout.points == [(0.0, 5.5), (8000.0, 4.75)]
+    assert training.points == [(4000.0, 5.25)]
+    assert heldout.teacher_loss == 4.5
+
+
+def test_losses_of_other_masks_or_lengths_never_share_an_axis(run_folder: Path, tmp_path: Path) -> None:
+    """A run of this version beside one of an older, whose held-out masks were those it trained with; and a run that
+    went on from the older version to this one."""
+    config = {"masking": {"probability": 0.15, "smoothing": 0.7, "whole_word": False}}
+    config |= {
+        "data": {"seed": 0, "sequence_length": 128},
+        "schedule": {"short_sequence_length": None},
+    }
+    (run_folder / "config.yaml").write_text(json.dumps(config))
+    old = read_curve(run_folder)
+    with (run_folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 20, "heldout_mlm_loss": 4.25, "heldout_masking": MASKED}) + "\n")
+    panels = panels_of([old, read_curve(run_folder)])
+    assert [(panel.title, list(panel.lines), panel.teacher_loss) for panel in panels] == [
+        ("Held-out windows: 15 % of 128 tokens, by count**-0.7", [0, 1], 4.5),
+        (f"Held-out windows: {MASKED}", [1], None),
+        ("Training batches: 15 % of 128 tokens, by count**-0.7", [0, 1], None),
+    ]
+    assert panels[1].lines[1] == [(8000.0, 4.25)]
+    plot_losses([old, read_curve(run_folder)], tmp_path / "loss.png")
+    assert len(svg_charts([old, read_curve(run_folder)])) == 3
 
 
 def test_device(run_folder: Path) -> None:
@@ -443,18 +482,22 @@ def test_one_teacher_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         Axes, "axhline", lambda axes, level, **style: drawn.append(level) or axes.plot([], **style)[0]
     )
-    curves = [Curve(str(loss), [(1.0, 3.0)], [(1.0, 3.0)], loss) for loss in (None, 1.5, 2.5)]
+    points = [(1.0, 3.0)]
+    curves = [
+        Curve(str(loss), [Losses(HELDOUT, "", points, loss), Losses(TRAINING, "", points)])
+        for loss in (None, 1.5, 2.5)
+    ]
     plot_losses(curves, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     svg_charts(curves)
     assert drawn == [1.5, 1.5]
-    assert (teacher_loss(curves), teacher_loss(curves[:1])) == (1.5, None)
+    assert panels_of(curves[:1])[0].teacher_loss is None
 
 
 def test_charts_are_the_same_each_time_and_take_the_page_s_colours() -> None:
     """The names of runs are text, whatever matplotlib or HTML would see in them."""
     names = ["_hidden", "$x^2$", NASTY]
-    curves = [Curve(name, [(1.0, 3.0), (2.0, 2.0)], [], None) for name in names]
+    curves = [Curve(name, [Losses(HELDOUT, "", [(1.0, 3.0), (2.0, 2.0)])]) for name in names]
     (chart,) = svg_charts(curves)  # no training losses: no second chart
     assert svg_charts(curves) == [chart]
     assert [plain(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", chart)][-3:] == names

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.paths import ROOT
 from train.checkpointing.state import TrainState
-from train.loop.metrics import RunEvents, board_tag, read_rows
+from train.config import Config
+from train.loop.logging_observer import ComputeCost, Logging
+from train.loop.metrics import NoEvents, RunEvents, board_tag, read_rows
 from train.loop.profiling import profiling
 
 
@@ -185,3 +188,21 @@ def test_the_bar_keeps_its_figures_on_a_terminal_of_any_width(
     assert "3/3" in last
     assert "loss 3.25, held-out 4.5, 12,345 tokens/s" in last
     assert len(last) <= 80
+
+
+def test_utilisation_is_never_above_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peak measured while something else ran: training at twice that rate is the peak from then on."""
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    now = iter([0.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    tokens = {0: 0, 10: 100, 20: 500, 30: 600}
+    data = SimpleNamespace(
+        tokens_before=lambda step, left_out=(): tokens[step],
+        phase_of=lambda step: SimpleNamespace(sequence_length=8),
+    )
+    engine = SimpleNamespace(device=torch.device("cpu"))
+    trainer = SimpleNamespace(data=data, engine=engine, clock=SimpleNamespace(read=dict))
+    cost = ComputeCost({8: 3.0}, matrix_rate=300.0)
+    logging = Logging(trainer, NoEvents(), Config(), cost, TrainState())  # type: ignore[arg-type]
+    used = [logging._speed(TrainState(step))["mfu"] for step in (10, 20, 30)]
+    assert used == [0.5, 1.0, 0.25]

@@ -9,10 +9,12 @@ import pytest
 from data_prep.shard_format.manifest import Manifest
 from train.config import Config, DataConfig, TrainingConfig
 from train.data.order import check_fit
+from train.data.pipeline import fit_micro_batch
 from train.distributed.world import World
 from train.engine_config import ROOT, engine_settings, read_engine_config
+from train.errors import UserError
 from train.loop.micro_batch import candidates, engine_bytes, find_micro_batch_size, largest_fitting
-from train.run_folder import found_before, write_configs
+from train.run_folder import changed_config, found_before, write_configs
 
 CPU = World(rank=0, local_rank=0, world_size=1, local_size=1, device="cpu")
 
@@ -54,6 +56,41 @@ def test_without_a_gpu_it_asks_for_a_number(shards_folder: str) -> None:
         find_micro_batch_size(config, Manifest.load(shards_folder), CPU, {})
     with pytest.raises(ValueError, match="is found when training starts; give a number here"):
         _ = config.training.settled_micro_batch_size
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, 32), (2, 32), (4, 16), (8, 8), (64, 1)])
+def test_the_default_adapts_to_the_ranks_and_an_explicit_one_is_told_what_fits(
+    ranks: int, expected: int
+) -> None:
+    """README's distil command: 64 sequences."""
+    config = Config(training=TrainingConfig(global_batch_size=64))
+    assert fit_micro_batch(config, ranks).training.micro_batch_size == expected
+    if expected < 32:
+        with pytest.raises(
+            UserError, match=rf"does not fit .*: give training.micro_batch_size={expected}, or use a"
+        ):
+            check_fit(64, 64, ranks, 32)
+
+
+def test_what_no_micro_batch_can_mend_lists_the_ranks_that_fit() -> None:
+    config = fit_micro_batch(Config(training=TrainingConfig(global_batch_size=64)), 3)
+    with pytest.raises(
+        UserError, match=r"world size of 3 does not fit .*: use a world size of 1, 2, 4, 8, 16, 32, 64"
+    ):
+        check_fit(64, 64, 3, config.training.settled_micro_batch_size)
+    odd = fit_micro_batch(Config(training=TrainingConfig(global_batch_size=48)), 1)
+    assert odd.training.micro_batch_size == 24
+
+
+def test_going_on_with_other_ranks_keeps_the_micro_batch_as_far_as_it_fits(tmp_path: Path) -> None:
+    """2 ranks with 32, 4 with 16, 2 again with 16: nothing of it is a change that would be refused."""
+    command = Config(training=TrainingConfig(global_batch_size=64))
+    for ranks, expected in ((2, 32), (4, 16), (2, 16)):
+        found = found_before(tmp_path, command)
+        assert changed_config(tmp_path, found) == []
+        settled = fit_micro_batch(found, ranks)
+        assert settled.training.micro_batch_size == expected
+        write_configs(tmp_path, settled, {}, {})
 
 
 def test_a_later_start_keeps_what_the_first_one_found(tmp_path: Path) -> None:
