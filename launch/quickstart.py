@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -143,18 +144,17 @@ def stages(out: Path, scale: float, source: str) -> list[Stage]:
 
 
 def make_shards(corpus: str | Path, out: Path) -> None:
-    """Shards of the corpus, with enough held out to score on."""
-
-    words = ["--tokenizer", out / "tokenizer", "--out", out / "shards", "--shard-tokens", 1_000_000]
-    # A text file is cut at its blank lines: as one document it would be all held out or not at all.
-    words += ["--txt-documents", "block", "--heldout-fraction", HELDOUT_FRACTION]
-    _run(sys.executable, "data_prep/write_shards.py", corpus, *words)
+    """Shards of the corpus, with enough held out to score on; documents are what write_shards.py takes for them."""
+    words: list[object] = [corpus, "--tokenizer", out / "tokenizer", "--out", out / "shards"]
+    words += ["--shard-tokens", 1_000_000, "--heldout-fraction", HELDOUT_FRACTION]
+    print(f"python data_prep/write_shards.py {shlex.join(map(str, words))}", flush=True)
+    _run(sys.executable, "data_prep/write_shards.py", *words)
     heldout = sum(shard.tokens for shard in Manifest.load(str(out / "shards")).splits["heldout"])
     if heldout < SEQUENCE_LENGTH:
         shutil.rmtree(out / "shards")
         raise UserError(
             f"the source has too little text: {heldout} tokens were held out, and scoring needs {SEQUENCE_LENGTH}; "
-            "give more documents (in .txt files a blank line ends one)"
+            "give more text"
         )
 
 

@@ -20,6 +20,7 @@ from train.data import loader as loader_module
 from train.data.loader import BatchLoader, MicroBatch, heldout_windows
 from train.data.order import DataOrder
 from train.data.shards import read_shard, shard_tokens
+from train.errors import UserError
 
 LENGTH, BATCH, LANES = 16, 16, 8
 
@@ -277,6 +278,22 @@ def test_a_shard_that_goes_bad_while_training_stops_the_consumer(tmp_path: Path)
     (folder / "train-000001.tar").write_bytes(b"\0")
     with pytest.raises(ValueError, match=r"train-000001\.tar at .* is truncated, 1 of"):
         list(loader.batches(0, loader.steps_per_epoch))
+    assert wait_for(lambda: not batch_threads())
+
+
+@pytest.mark.parametrize("damage", ["deleted", "replaced"])
+def test_a_shard_that_goes_while_a_run_reads_is_named(tmp_path: Path, damage: str) -> None:
+    manifest = write_tiny_shards(tmp_path)
+    batches = make(tmp_path, manifest).batches(0, 10_000)
+    next(batches)
+    for shard in manifest.splits["train"]:
+        path = tmp_path / shard.name
+        if damage == "deleted":
+            path.unlink()
+        else:  # by one of the same size
+            path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(UserError, match=r"shard train-\d+\.tar .*fetch or write the shards again"):
+        list(batches)
     assert wait_for(lambda: not batch_threads())
 
 
