@@ -43,6 +43,7 @@ from train.loop.divergence import (
     read_rollbacks,
     write_rollbacks,
 )
+from train.loop.final_figures import final_figures, lacks_last_scores, lost_figures
 from train.loop.logging_observer import Logging
 from train.loop.loss_accumulator import LossSums
 from train.loop.memory_errors import explained_memory_errors
@@ -135,7 +136,8 @@ def run(config: Config) -> int:
                 next_start = _train_or_go_back(parts, inputs, next_start, world, stop, startup)
         except StoppedAfterSavingError:
             return STOPPED_AFTER_SAVING
-        on_first_rank(world, lambda: finish(parts, run_dir))
+        trained = replace(state, step=max(state.step, parts.trainer.total_steps))
+        on_first_rank(world, lambda: finish(parts, run_dir, trained))
     on_first_rank(world, lambda: _say_summary(run_dir))
     dist.destroy_process_group()
     return 0
@@ -210,6 +212,8 @@ def _train(
     logging = Logging(trainer, events, config, parts.cost, state)
     evaluating = Evaluating(parts.score(), trainer, events, config.evaluation.every_steps)
     evaluating.before_first_step(state)
+    if as_on_first_rank(lacks_last_scores(read_rows(run_dir), state, trainer.total_steps)):
+        evaluating.after_step(state)
     if parts.heldout is not None:
         startup.ended("evaluation")
     checkpointer = Checkpointer(
@@ -248,9 +252,11 @@ def _train(
             ) from error
 
 
-def finish(parts: Parts, run_dir: Path) -> None:
+def finish(parts: Parts, run_dir: Path, state: TrainState) -> None:
     """Leave RUN/model/, after a distillation RUN/student, and RUN/summary.json; rank 0 alone calls this."""
-    summary = summarise(parts, run_dir)
+    summary = summarise(parts, run_dir, state)
+    if (lost := lost_figures(summary)) is not None:
+        print(f"{run_dir}: {lost}", flush=True)
     checkpoint = newest_checkpoint(run_dir / "checkpoints", print)
     assert checkpoint is not None
     export_checkpoint(checkpoint, run_dir / MODEL, summary)
@@ -265,24 +271,15 @@ def _say_summary(run_dir: Path) -> None:
     print("\n".join(closing_lines(run_dir, final_model(run_dir), summary)), flush=True)
 
 
-def summarise(parts: Parts, run_dir: Path) -> dict[str, Any]:
-    """The final figures of a run, from its own metrics.jsonl."""
-    rows = read_rows(run_dir)
-    heldout = [row for row in rows if "heldout_mlm_loss" in row]
-    logged = [row for row in rows if "tokens_per_s" in row]
+def summarise(parts: Parts, run_dir: Path, state: TrainState) -> dict[str, Any]:
+    """The final figures of a run, and what it was made with."""
+    data, every = parts.trainer.data, parts.config.run.log_every_steps
     figures = {
-        "steps": rows[-1]["step"],
-        "tokens": logged[-1]["tokens"],
-        "loss": logged[-1]["loss"],
-        "tokens_per_s": sorted(row["tokens_per_s"] for row in logged)[len(logged) // 2],
+        **final_figures(read_rows(run_dir), state, data.tokens_before(state.step), every),
         "parameters": {"student": count_parameters(parts.student)},
         "device": parts.student.device.type,
         "model_flops_per_token": parts.cost.flops_per_token,
         "matrix_flops_per_s_of_a_rank": parts.cost.matrix_rate,
-        "heldout_before": {key: value for key, value in heldout[0].items() if key != "step"}
-        if heldout
-        else {},
-        "heldout": {key: value for key, value in heldout[-1].items() if key != "step"} if heldout else {},
         "teacher": parts.config.model.teacher,
         "versions": provenance(),
     }

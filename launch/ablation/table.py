@@ -35,7 +35,8 @@ class Result:
     changed: str
     heldout: dict[str, float]
     """Held-out scores under the keys of metrics.jsonl: losses in nats, the others as shares."""
-    tokens_per_s: float
+    tokens_per_s: float | None
+    """None where the run's rows are gone."""
     scores: dict[str, float] = field(default_factory=dict)
     """{task: median score over the fine-tuning seeds}, points of 100."""
 

@@ -29,7 +29,7 @@ class RunFacts:
     steps: int
     tokens: int
     seconds: float
-    """Of training steps; evaluation, checkpoints and the start not counted."""
+    """Of training steps; evaluation, checkpoints and the start not counted. 0 where the run's rows are gone."""
     num_processes: int
     device: str
     """"GPU", "CPU", or "device not recorded"."""

@@ -216,11 +216,11 @@ def cost_table(runs: Sequence[RunFacts]) -> Table:
             run.name,
             f"{run.steps:,}",
             f"{run.tokens:,}",
-            f"{run.seconds:,.0f}",
-            f"{run.tokens_per_s:,.0f}",
+            f"{run.seconds:,.0f}" if run.seconds else DASH,
+            f"{run.tokens_per_s:,.0f}" if run.seconds else DASH,
             f"{run.num_processes}",
             run.device,
-            f"{run.process_hours:,.3g}",
+            f"{run.process_hours:,.3g}" if run.seconds else DASH,
         )
         for run in runs
     ]

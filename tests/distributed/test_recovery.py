@@ -131,6 +131,23 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
     assert weights(run_dir) == weights(undisturbed)
 
 
+def test_a_run_of_which_only_the_checkpoints_are_left_ends(
+    settings: list[str], on_one_rank: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(on_one_rank / "checkpoints", run_dir / "checkpoints")
+    code, output = finish(start_alone(settings, run_dir))
+    assert code == 0, output
+    assert "metrics.jsonl are gone" in output
+    assert "lost: curves, speed, held-out scores before training" in output
+    before, rebuilt = (json.loads((path / "summary.json").read_text()) for path in (on_one_rank, run_dir))
+    for name in ("steps", "tokens", "parameters", "heldout"):
+        assert rebuilt[name] == before[name], name
+    assert rebuilt["loss"] == pytest.approx(before["loss"], rel=1e-6)
+    assert (rebuilt["tokens_per_s"], rebuilt["heldout_before"]) == (None, {})
+    assert weights(run_dir) == weights(on_one_rank)
+
+
 class Touches:
     """Unpickled, it makes a file."""
 

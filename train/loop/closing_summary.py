@@ -17,10 +17,13 @@ def closing_lines(run_dir: Path, model: Path, summary: Mapping[str, Any]) -> lis
     before, last = summary["heldout_before"], summary["heldout"]
     heldout, agreement = "not measured: the shards hold no held-out windows", "not measured"
     if "heldout_mlm_loss" in last:
-        others = [f"{before['heldout_mlm_loss']:.4f} before training"]
+        others = []
+        if "heldout_mlm_loss" in before:  # else its row is gone
+            others.append(f"{before['heldout_mlm_loss']:.4f} before training")
         if "teacher_heldout_mlm_loss" in before:
             others.append(f"teacher {before['teacher_heldout_mlm_loss']:.4f}")
-        heldout = f"{last['heldout_mlm_loss']:.4f} nats a masked token ({', '.join(others)})"
+        heldout = f"{last['heldout_mlm_loss']:.4f} nats a masked token"
+        heldout += f" ({', '.join(others)})" if others else ""
     if "heldout_top1_agreement" in last:
         agreement = (
             f"{last['heldout_top1_agreement']:.1%} of held-out masked tokens guessed as the teacher does"
@@ -30,11 +33,12 @@ def closing_lines(run_dir: Path, model: Path, summary: Mapping[str, Any]) -> lis
         use = f"distil it with --model.teacher={model}"
     else:
         use = f"beside its teacher: python launch/report.py {run_dir} --out {run_dir / 'report'}"
+    speed = summary["tokens_per_s"]
     loss = "not logged" if summary["loss"] is None else f"{summary['loss']:.4f}"
     return [
         f"training loss  {loss} after {summary['steps']:,} steps, {summary['tokens']:,} tokens",
         f"held-out loss  {heldout}",
         f"agreement      {agreement}",
-        f"speed          {summary['tokens_per_s']:,.0f} tokens/s (median)",
+        "speed          " + ("not known" if speed is None else f"{speed:,.0f} tokens/s (median)"),
         f"model          {model}; {use}",
     ]
