@@ -101,7 +101,7 @@ def write_folder(source: Path, out: Path, folder: Path) -> str:
     """Write a run's or a checkpoint's student to `folder`; what was done, `out` being the name it will have."""
     from train.export.hugging_face import export_checkpoint, find_checkpoint
 
-    checkpoint = find_checkpoint(source)
+    checkpoint = find_checkpoint(source, print)
     difference = export_checkpoint(checkpoint, folder, read_summary(checkpoint.parent.parent))
     return f"{checkpoint} -> {out} (logits of both differ by {difference:g})"
 

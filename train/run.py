@@ -136,7 +136,11 @@ def run(config: Config) -> int:
                 next_start = _train_or_go_back(parts, inputs, next_start, world, stop, startup)
         except StoppedAfterSavingError:
             return STOPPED_AFTER_SAVING
-        trained = replace(state, step=max(state.step, parts.trainer.total_steps))
+        trained = replace(
+            state,
+            step=max(state.step, parts.trainer.total_steps),
+            left_out=all_left_out(as_on_first_rank(read_rollbacks(run_dir)), state.left_out),
+        )
         on_first_rank(world, lambda: finish(parts, run_dir, trained))
     on_first_rank(world, lambda: _say_summary(run_dir))
     dist.destroy_process_group()
@@ -275,7 +279,7 @@ def summarise(parts: Parts, run_dir: Path, state: TrainState) -> dict[str, Any]:
     """The final figures of a run, and what it was made with."""
     data, every = parts.trainer.data, parts.config.run.log_every_steps
     figures = {
-        **final_figures(read_rows(run_dir), state, data.tokens_before(state.step), every),
+        **final_figures(read_rows(run_dir), state, data.tokens_before(state.step, state.left_out), every),
         "parameters": {"student": count_parameters(parts.student)},
         "device": parts.student.device.type,
         "model_flops_per_token": parts.cost.flops_per_token,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
+from data_prep.shard_format.checks import first_problem
 from data_prep.shard_format.files import new_folder
 from train.checkpointing.checkpoint import newest_checkpoint
 from train.checkpointing.integrity import COMPLETE, checkpoint_fault, read_facts
@@ -39,8 +41,12 @@ def description_folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints" / DESCRIPTION
 
 
-def find_checkpoint(run_or_checkpoint: Path) -> Path:
-    """The checkpoint itself, or the newest whole one of a run folder; UserError where there is none."""
+def find_checkpoint(run_or_checkpoint: Path, say: Callable[[str], None]) -> Path:
+    """The checkpoint itself, or the newest whole one of a run folder; `say` is called for each that is passed over.
+
+    Raises:
+        UserError: there is none, or the one that was named is damaged.
+    """
     if (run_or_checkpoint / COMPLETE).exists():
         if (fault := checkpoint_fault(run_or_checkpoint)) is not None:
             raise UserError(f"{run_or_checkpoint} is not whole: {fault}; export another one of its run")
@@ -53,6 +59,8 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path:
                 [f"{run_or_checkpoint} is neither a run folder nor a complete checkpoint", *passed_over]
             )
         )
+    for line in passed_over:
+        say(line)
     return found
 
 
@@ -115,6 +123,15 @@ def _largest_difference(left: PreTrainedModel, right: PreTrainedModel) -> float:
     return float((left(input_ids).logits - right(input_ids).logits).abs().max())
 
 
+class CardFigures(BaseModel):
+    """What the model card takes of RUN/summary.json."""
+
+    teacher: str | list[str] | None
+    tokens: int
+    heldout: dict[str, float | str | None]
+    versions: dict[str, str]
+
+
 def model_card(student: PreTrainedModel, checkpoint: Path, summary: Mapping[str, Any] | None) -> str:
     """README.md of the exported folder: what it is, how it was made, what it scores."""
     state = read_facts(checkpoint)
@@ -136,10 +153,17 @@ def model_card(student: PreTrainedModel, checkpoint: Path, summary: Mapping[str,
         "```",
     ]
     if summary:
+        try:
+            figures = CardFigures.model_validate(summary)
+        except ValidationError as error:
+            path = checkpoint.parent.parent / "summary.json"
+            raise UserError(
+                f"{path} is damaged ({first_problem(error)}); restore it, or remove it to go without its figures"
+            ) from None
         lines += ["", "| figure | value |", "|---|---|"]
-        lines += [f"| teacher | {summary['teacher'] or 'none: masked-language modelling alone'} |"]
-        lines += [f"| tokens | {summary['tokens']:,} |"]
-        for name, value in summary["heldout"].items():
-            lines.append(f"| {name} | {value if isinstance(value, str) else format(value, '.4f')} |")
-        lines += [f"| {name} | {version} |" for name, version in summary["versions"].items()]
+        lines += [f"| teacher | {figures.teacher or 'none: masked-language modelling alone'} |"]
+        lines += [f"| tokens | {figures.tokens:,} |"]
+        for name, value in figures.heldout.items():
+            lines.append(f"| {name} | {format(value, '.4f') if isinstance(value, float) else value} |")
+        lines += [f"| {name} | {version} |" for name, version in figures.versions.items()]
     return "\n".join(lines) + "\n"
