@@ -91,7 +91,7 @@ def read_engine_config(path: str | Path) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{where} is nested too deeply; see ds_configs/ for JSONs that work") from None
     except ValueError as error:  # no JSON, no UTF-8, a number of thousands of digits
-        raise UserError(f"{where} is not JSON: {error}") from None
+        raise UserError(f"{where} is not JSON: {error}; see ds_configs/ for JSONs that work") from None
     if not isinstance(config, dict):
         raise UserError(f"{where} holds a {type(config).__name__}; a JSON object is needed")
     return config

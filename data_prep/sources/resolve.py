@@ -95,7 +95,9 @@ def _resolve_path(name: str, path: str, txt_documents: str) -> Source:
             return Source(name, "dataset", tuple(dataset_parts(path)))
         files = [file for file in _walk(path) if _format(file, txt_documents)]
         if not files:
-            raise UserError(f"{path}: no .txt, .jsonl, .parquet or wiki_NN file in this folder")
+            raise UserError(
+                f"{path}: no .txt, .jsonl, .parquet or wiki_NN file in this folder; give one that holds some"
+            )
         return Source(name, "files", _source_files(files, txt_documents))
     if os.path.exists(path):
         if not _format(path, txt_documents):

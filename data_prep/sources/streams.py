@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import IO, Any, BinaryIO
 import zstandard
 
 from data_prep.shard_format.errors import UserError
+from data_prep.shard_format.files import refuse_pipe
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
@@ -47,8 +49,14 @@ def open_stream(path: str) -> Iterator[ByteStream]:
 
     Raises:
         DamagedFile: the packed data is damaged or ends too early, here or while the caller reads.
+        UserError: a named pipe.
     """
+    refuse_pipe(path)
     with open(path, "rb") as raw:
+        if (
+            plain_name(path) != path and not os.fstat(raw.fileno()).st_size
+        ):  # gzip and zstd take it for no text
+            raise DamagedFile(f"{path} is empty, and no packed file is; fetch or pack it again")
         try:
             yield ByteStream(raw, _unpack(path, raw))
         except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:

@@ -167,7 +167,8 @@ def _write_json(tree: Any) -> str:
 
 
 def _write_lines(tree: Any) -> str:
-    return "".join(" ".join(_write_json(row).split("\n")) + "\n" for row in tree)
+    rows = tree if isinstance(tree, list) else [tree]
+    return "".join(" ".join(_write_json(row).split("\n")) + "\n" for row in rows)
 
 
 def _write_yaml(tree: Any) -> str:

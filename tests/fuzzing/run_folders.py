@@ -12,6 +12,7 @@ from launch.reporting.inputs import read_ablation, read_inference
 from launch.reporting.loss_curves import read_curve
 from launch.reporting.page import Report, as_html, as_markdown
 from launch.reporting.runs import read_run_facts
+from tests.fuzzing.settings_files import SECTIONS
 from tests.fuzzing.target import Target, anything
 from train.config import Config
 from train.loop.metrics import RunEvents, read_rows
@@ -125,6 +126,6 @@ def _report_measurements(folder: Path) -> Any:
 
 TARGETS = (
     Target("run-resumed", _make_run, _resume, _changes_are_told),
-    Target("run-reported", _make_run, _report, _figures_are_figures),
+    Target("run-reported", _make_run, _report, _figures_are_figures, named=SECTIONS),
     Target("measurements", _make_measurements, _report_measurements, anything),
 )

@@ -14,6 +14,7 @@ from launch.cli import parse_config
 from launch.preflight.hosts import Host, read_hostfile
 from tests.fuzzing.target import Target
 from tests.paths import ROOT
+from train.config import Config
 from train.engine_config import engine_settings, read_engine_config, resolve_engine_config
 from train.environment_file import FILE, load_environment_file
 from train.run_folder import as_tree, flatten
@@ -28,6 +29,9 @@ export HTTPS_PROXY="http://proxy:3128"
 NCCL_DEBUG='INFO'
 EMPTY=
 """
+
+
+SECTIONS = tuple(f"{name}." for name in Config.__dataclass_fields__)
 
 
 def _make_hostfile(folder: Path) -> None:
@@ -130,6 +134,6 @@ def _as_json_says(found: Any, expected: Any, folder: Path) -> str | None:
 TARGETS = (
     Target("hostfile", _make_hostfile, lambda folder: read_hostfile("hostfile"), _as_deepspeed_reads),
     Target("cluster-env", _make_environment, _read_environment, _as_a_shell_reads),
-    Target("recipe", _make_recipe, _read_recipe, _as_yaml_says),
-    Target("engine-json", _make_engine, _read_engine, _as_json_says),
+    Target("recipe", _make_recipe, _read_recipe, _as_yaml_says, named=SECTIONS),
+    Target("engine-json", _make_engine, _read_engine, _as_json_says, named=("deepspeed.config",)),
 )

@@ -21,8 +21,9 @@ GOOD = ("accepted", "refused")
 BAD = ("raw", "silent", "hung")
 NOTHING = "nothing"
 REMEDY = re.compile(
-    r"is not `|there is no|\[Errno|\b(give|write|remove|delete|restore|run|fetch|make|set|use|choose|save|start|rename|"
-    r"raise|leave|move|add|pack|put|copy|export|has|are|must|needs?|wants?|known|try|mend|correct|fill|replace|point|measure)\b"
+    r"is not `|there is no|did you mean|this trainer runs|needed|\[Errno|"
+    r"\b(give|write|remove|delete|restore|run|fetch|make|set|use|choose|save|start|rename|raise|leave|move|add|pack|put|"
+    r"copy|export|has|are|must|needs?|wants?|known|try|mend|correct|fill|replace|point|measure|see)\b"
 )
 
 
@@ -49,6 +50,8 @@ class Target:
     """(what was read, what was read of the undamaged one, the folder) -> what is wrong with it, or None."""
     damaged: tuple[str, ...] = ("**/*",)
     """Globs of the files that are damaged."""
+    named: tuple[str, ...] = ()
+    """What a message may name in place of a file."""
     kinds: tuple[str, ...] = KINDS
     """Of damage."""
     timeout_s: float = 10.0
@@ -113,7 +116,7 @@ def _fault_of_message(target: Target, error: Exception, pristine: Path) -> str |
         return "an OSError that does not say of which file"
     text = str(error)
     names = {path.name for path in pristine.rglob("*")} | {path.stem for path in pristine.rglob("*")}
-    if not any(name in text for name in names):
+    if not any(name in text for name in {*names, *target.named}):
         return "it names no file"
     if not isinstance(error, OSError) and not REMEDY.search(text):
         return "it names no remedy"
