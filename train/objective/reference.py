@@ -84,6 +84,34 @@ def reference_cosine(
     return _mean(1 - cosines, num_tokens)
 
 
+def reference_relations(
+    student: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
+    heads: int,
+    attention_mask: torch.Tensor | None = None,
+    num_tokens: float | None = None,
+) -> torch.Tensor:
+    """Divergence of the relations of (B, L, width) vectors, summed over their kinds (MiniLMv2, section 3).
+
+    Mean over relation heads and non-padding positions. Sequence by sequence, padding cut away.
+    """
+    kinds = []
+    for own, theirs in zip(student, teacher, strict=True):
+        rows = []
+        for index in range(own.shape[0]):
+            kept = slice(None) if attention_mask is None else attention_mask[index] != 0
+            log_student, log_teacher = (
+                torch.log_softmax(parts @ parts.transpose(-1, -2) / parts.shape[-1] ** 0.5, -1)
+                for parts in (
+                    vectors[index][kept].unflatten(-1, (heads, -1)).transpose(0, 1)
+                    for vectors in (own, theirs.to(own.dtype))
+                )
+            )
+            rows.append((log_teacher.exp() * (log_teacher - log_student)).sum(-1).mean(0))
+        kinds.append(_mean(torch.cat(rows), num_tokens))
+    return torch.stack(kinds).sum()
+
+
 def _mean(values: torch.Tensor, count: float | None) -> torch.Tensor:
     """Sum over `count`, or over the number of values; 0 for none."""
     divisor = values.numel() if count is None else count
