@@ -41,6 +41,7 @@ from train.models.build import (
 from train.models.flops import measured_matrix_rate, shape_of, training_flops_per_token
 from train.models.teacher import Teacher, load_teacher
 from train.objective.build import build_objective
+from train.objective.untrained import freeze_untrained
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,14 @@ class Parts:
     tokenizer_source: str
     """Folder or hub name of the tokenizer that goes with the student."""
     cost: ComputeCost
+    frozen: list[str]
+    """Parameters of the student that no term of the objective trains: they stay as they are."""
 
     def score(self) -> Callable[[], dict[str, Any]] | None:
         """A function that scores the student as it is, and its teacher; None without held-out windows."""
         heldout, student, teacher = self.heldout, self.student, self.teacher
-        return None if heldout is None else lambda: heldout(student, teacher)
+        objective = self.trainer.engine.module.objective
+        return None if heldout is None else lambda: heldout(student, teacher, objective)
 
 
 def assemble(
@@ -140,6 +144,7 @@ def assemble(
     objective = build_objective(config.objective, student, teacher, config.data.seed)
     check_sequence_length(student, config.data.sequence_length)
     startup.ended("student")
+    frozen = freeze_untrained(objective, student, teacher, world.device)
     cost = _compute_cost(config, data, student, teacher, world.device)
     at_start = {**engine_config, "checkpoint": {"load_universal": True}} if load_universal else engine_config
     engine = start_engine(config, DistillationModule(student, objective), at_start, world.device)
@@ -161,6 +166,7 @@ def assemble(
         engine_config=engine_config,
         tokenizer_source=tokenizer_source(config),
         cost=cost,
+        frozen=frozen,
     )
     startup.ended("data")
     return parts
@@ -186,6 +192,7 @@ def _compute_cost(
             phase.sequence_length,
             phase.masker.num_masked,
             config.objective.soft_targets,
+            relations=config.objective.relation_weight > 0,
         ).total
         for phase in data.phases
     }
@@ -290,7 +297,7 @@ def start_engine(
     settings = config.optimizer
     try:
         optimizer = Lamb(
-            module.named_parameters(),
+            [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad],
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,

@@ -9,7 +9,7 @@ precision, buckets) is not repeated here: see train/engine_config.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from data_prep.shard_format.manifest import is_remote
@@ -187,12 +187,20 @@ class MaskingConfig:
         _require(0 <= self.smoothing <= 2, "masking.smoothing", self.smoothing, "give a number from 0 to 2")
 
 
-OBJECTIVE_WEIGHTS = ("kd_weight", "mlm_weight", "cosine_weight", "mse_weight", "layer_cosine_weight")
+OBJECTIVE_WEIGHTS = (
+    "kd_weight",
+    "mlm_weight",
+    "cosine_weight",
+    "mse_weight",
+    "layer_cosine_weight",
+    "relation_weight",
+)
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """L = kd_weight T^2 KL(teacher || student at T) + mlm_weight CE + cosine_weight (1 - cos)."""
+    """L = kd_weight T^2 KL(teacher || student at T) + mlm_weight CE + cosine_weight (1 - cos) + relation_weight
+    KL of the relations."""
 
     temperature: float = 2.0
     """T of the soft targets."""
@@ -222,6 +230,19 @@ class ObjectiveConfig:
     """Pass the student's hidden states through a learned linear map before each cosine: needed where student
     and teacher have different widths."""
 
+    relation_weight: float = 0.0
+    """Weight of the relations between the queries, keys and values of one layer of each model (MiniLMv2, Wang et
+    al. 2021, arXiv:2012.15828). With it alone (the other weights 0) the student may have any width, and the
+    vocabulary is not touched."""
+
+    relation_heads: int | None = None
+    """Heads that the relations are cut into; both widths must divide by it. null: as many as divide them, up to
+    48 (the paper's for widths of 768)."""
+
+    relation_layers: list[tuple[int, int]] | None = None
+    """(student layer, teacher layer) for that, one pair for each teacher; layers count from 1. null: the last
+    ones. For teachers of 24 layers the paper takes the 21st (BERT-large) and the 19th (RoBERTa-large)."""
+
     @property
     def needs_teacher_logits(self) -> bool:
         """Whether a term that is on compares logits."""
@@ -240,7 +261,12 @@ class ObjectiveConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether a term that is on reads any output of a teacher."""
-        return self.needs_teacher_logits or self.needs_hidden
+        return self.needs_teacher_logits or self.needs_hidden or self.relation_weight > 0
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether a term that is on predicts tokens: without one the models read the text as it is."""
+        return self.needs_teacher_logits or self.mlm_weight > 0
 
     @property
     def soft_targets(self) -> Literal["all", "masked", "none"]:
@@ -255,6 +281,7 @@ class ObjectiveConfig:
             "loss_cos": self.cosine_weight,
             "loss_mse": self.mse_weight,
             "loss_layer_cos": self.layer_cosine_weight,
+            "loss_relation": self.relation_weight,
         }
 
     def __post_init__(self) -> None:
@@ -296,6 +323,21 @@ class ObjectiveConfig:
             "objective.projection",
             self.projection,
             "has no effect without a cosine term; remove it",
+        )
+        for name in ("relation_heads", "relation_layers"):
+            value = getattr(self, name)
+            _require(
+                value is None or self.relation_weight > 0,
+                f"objective.{name}",
+                value,
+                "has no effect with objective.relation_weight=0; remove it",
+            )
+        _require_positive(self, "objective", "relation_heads")
+        _require(
+            all(own >= 1 and theirs >= 1 for own, theirs in self.relation_layers or []),
+            "objective.relation_layers",
+            self.relation_layers,
+            "layers count from 1",
         )
 
 
@@ -575,6 +617,21 @@ class Config:
                     value,
                     "needs a model.teacher; give 0 to train without one",
                 )
+        elif self.objective.relation_layers is not None:
+            teachers = len(self.model.teacher) if isinstance(self.model.teacher, list) else 1
+            _require(
+                len(self.objective.relation_layers) == teachers,
+                "objective.relation_layers",
+                self.objective.relation_layers,
+                f"give {teachers} pairs, one for each teacher",
+            )
+        _require(
+            self.objective.needs_masks or self.masking == MaskingConfig(),
+            "masking",
+            asdict(self.masking),
+            "has no effect where no term predicts tokens (objective.kd_weight, mlm_weight and mse_weight are 0); "
+            "remove it",
+        )
         _require(
             not (self.model.teacher_compile and self.objective.needs_layers),
             "model.teacher_compile",

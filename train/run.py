@@ -116,6 +116,11 @@ def run(config: Config) -> int:
         parts = assemble(config, inputs, world, clock=clock, startup=startup, load_universal=universal)
         if not isinstance(asked, int):
             say(f"training.micro_batch_size: {parts.config.training.micro_batch_size} sequences fit")
+        if parts.frozen:
+            say(
+                f"no term of the objective trains {len(parts.frozen)} of the student's parameters, from "
+                f"{parts.frozen[0]} on: they stay as they are"
+            )
         state = load_checkpoint(parts.trainer.engine, checkpoint, world.world_size, say)
         leave_smallest_scale_to_us(parts.trainer.engine)
         changes = as_on_first_rank(changes)

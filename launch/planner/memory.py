@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from launch.planner.models import PlannedModel
 from train.config import ObjectiveConfig
 from train.engine_config import EngineSettings, partition_size
+from train.objective.build import relation_heads
 from train.objective.fused_loss import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES
+from train.objective.relations import CPU_MAPS_BYTES, GPU_MAPS_BYTES
 
 GIB = 2**30
 FRAMEWORK_GIB = 1.5
@@ -65,6 +67,7 @@ def memory_parts(step: Step) -> dict[str, int]:
         **teacher_bytes(step),
         "activations": activation_bytes(step) + head_bytes(step),
         "loss gradients": loss_gradient_bytes(step),
+        "relations": relation_bytes(step),
         "logits chunk": logits_chunk_bytes(step),
         "CUDA and NCCL (assumed)": round(FRAMEWORK_GIB * GIB) if step.on_gpu else 0,
     }
@@ -142,6 +145,23 @@ def loss_gradient_bytes(step: Step) -> int:
         return 0
     d = step.student.width
     return 4 * (step.student.vocabulary * (d + 1) + step.decoded_tokens * d)
+
+
+def relation_bytes(step: Step) -> int:
+    """What the relation term holds: both models' queries, keys and values, their gradients in fp32, one kind of them
+    cut into heads, and three buffers of maps."""
+    if step.objective.relation_weight == 0:
+        return 0
+    own, theirs = step.student.width, sum(teacher.width for teacher in step.teachers)
+    vectors = (
+        3 * step.tokens * (own * step.engine.bytes_per_element + theirs * step.teacher_bytes_per_element)
+    )
+    in_fp32 = 4 * step.tokens * (3 * own + 2 * own + max(teacher.width for teacher in step.teachers))
+    heads = relation_heads(
+        step.objective.relation_heads, [own, *(teacher.width for teacher in step.teachers)]
+    )
+    maps = 4 * step.micro_batch_size * heads * step.sequence_length**2
+    return vectors + in_fp32 + 3 * min(maps, GPU_MAPS_BYTES if step.on_gpu else CPU_MAPS_BYTES)
 
 
 def logits_chunk_bytes(step: Step) -> int:

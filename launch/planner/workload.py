@@ -58,7 +58,10 @@ class Recipe:
     def flops_at(self, sequence_length: int) -> FlopsPerToken:
         teachers = [teacher.shape for teacher in self.teachers]
         masked, soft = self._num_masked(sequence_length), self.objective.soft_targets
-        return training_flops_per_token(self.student.shape, teachers, sequence_length, masked, soft)
+        relations = self.objective.relation_weight > 0
+        return training_flops_per_token(
+            self.student.shape, teachers, sequence_length, masked, soft, relations=relations
+        )
 
     def step_on(self, world_size: int, micro_batch_size: int, accumulation: int) -> Step:
         """What one of `world_size` GPUs holds in memory, at the full sequence length."""
@@ -76,7 +79,7 @@ class Recipe:
         )
 
     def _num_masked(self, sequence_length: int) -> int:
-        return round(self.masking_probability * sequence_length)
+        return round(self.masking_probability * sequence_length) if self.objective.needs_masks else 0
 
 
 def read_recipe(

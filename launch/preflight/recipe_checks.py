@@ -29,6 +29,7 @@ from train.models.build import (
     TEACHER_DTYPES,
     TeacherFolder,
     build_student,
+    build_teacher,
     check_sequence_length,
     count_parameters,
     teacher_config,
@@ -36,7 +37,7 @@ from train.models.build import (
 )
 from train.models.families import family_of
 from train.models.loading import check_vocabulary, folder_fingerprint
-from train.models.teacher import Teacher, load_teacher, running_copy
+from train.models.teacher import Teacher, running_copy
 from train.objective.build import build_objective
 from train.run_folder import changed_config, changed_inputs, found_before, read_summary
 
@@ -204,12 +205,9 @@ def _student(config: Config) -> str:
     student = build_student(config, load_manifest(config.data.shards))
     teacher = None
     if config.objective.needs_teacher:
-        teacher = load_teacher(
-            teacher_names(config),
-            dtype=torch.bfloat16,  # compared by shape alone
-            weights=config.model.teacher_weights,
-            output_hidden_states=config.objective.layer_cosine_weight > 0,
-        )
+        # Compared by shape alone.
+        small = replace(config, model=replace(config.model, teacher_dtype="bf16"))
+        teacher = build_teacher(small, "cpu")
     build_objective(config.objective, student, teacher)
     check_sequence_length(student, config.data.sequence_length)
     family = family_of(student)

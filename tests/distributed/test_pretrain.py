@@ -23,6 +23,7 @@ from tests.distributed.pretraining import (
     ranks_of,
     start,
     start_alone,
+    start_without_launcher,
     wait_for,
     weights,
 )
@@ -290,6 +291,28 @@ def test_narrow_student_with_a_projection_and_logit_mse(settings: list[str], tmp
     (row,) = (row for row in read_rows(tmp_path / "run") if "loss" in row)
     total = 5 * row["loss_kd"] + 2 * row["loss_mlm"] + row["loss_cos"] + 0.01 * row["loss_mse"]
     assert row["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_relations_alone_on_a_narrow_student(settings: list[str], tmp_path: Path) -> None:
+    """Two ranks, resumed on one: no masks, no vocabulary; what no gradient reaches stays as it was drawn."""
+    from transformers import AutoModelForMaskedLM
+
+    words = ["--model.layer_map=random", "--model.student_width=16", "--objective.relation_weight=1"]
+    words += [f"--objective.{term}_weight=0" for term in ("kd", "mlm", "cosine")]
+    first, second = start_without_launcher([*settings, *words], tmp_path, [], [])
+    code, output = finish(first)
+    assert (code, finish(second)[0]) == (0, 0), output
+    assert "stay as they are" in output
+    more = ["--training.max_steps=32", "--checkpoint.allow_changed_config=true"]
+    code, output = finish(start_alone([*settings, *words, *more], tmp_path))
+    assert code == 0, output
+    rows = [row for row in read_rows(tmp_path) if "loss" in row]
+    assert rows[-1]["loss"] == rows[-1]["loss_relation"] < 0.9 * rows[0]["loss"]
+    assert not {"loss_kd", "loss_mlm", "top1_agreement"} & set(rows[0])
+    scores = [row["heldout_relation"] for row in read_rows(tmp_path) if "heldout_relation" in row]
+    assert scores[-1] < 0.9 * scores[0]
+    student = AutoModelForMaskedLM.from_pretrained(tmp_path / "student")
+    assert student.config.dim == 16
 
 
 def test_ensemble_and_mapped_layers(settings: list[str], teacher_folder: str, tmp_path: Path) -> None:

@@ -36,6 +36,17 @@ class MaskedBatch:
     """(batch, n) bool; False only where a window has fewer than n maskable positions."""
 
 
+class NoMasking:
+    """Leaves the text as it is: for objectives of which no term predicts tokens."""
+
+    num_masked = 0
+
+    def __call__(self, input_ids: torch.Tensor, window_ids: torch.Tensor, epoch: int) -> MaskedBatch:
+        """Arguments as `Masker`'s; a batch without masked positions."""
+        tokens = input_ids.long()
+        return MaskedBatch(tokens, tokens[:, :0], tokens[:, :0], tokens[:, :0].bool())
+
+
 def continuation_table(pieces: Sequence[str | None], special_ids: Sequence[int]) -> np.ndarray:
     """(V,) bool: True where a piece continues the word of the piece before it.
 

@@ -17,7 +17,7 @@ import torch
 from data_prep.shard_format.manifest import Manifest, TokenizerInfo
 from train.config import DEFAULT_MICRO_BATCH_SIZE, MAX_STEPS, Config
 from train.data.loader import BatchLoader, MicroBatch
-from train.data.masking import MaskedBatch, Masker, continuation_table
+from train.data.masking import MaskedBatch, Masker, NoMasking, continuation_table
 from train.data.order import largest_micro_batch
 from train.data.shards import read_histogram
 from train.errors import UserError
@@ -37,7 +37,7 @@ class Phase:
     """One past the last."""
     sequence_length: int
     loader: BatchLoader
-    masker: Masker
+    masker: Masker | NoMasking
 
 
 class RunData:
@@ -140,7 +140,13 @@ def build_run_data(
     stops = phase_stops(total, shares)
     return RunData(
         [
-            Phase(first, stop, length, loader, build_masker(config, manifest, length))
+            Phase(
+                first,
+                stop,
+                length,
+                loader,
+                build_masker(config, manifest, length) if config.objective.needs_masks else NoMasking(),
+            )
             for first, stop, length, loader in zip([0, *stops], stops, lengths, loaders, strict=False)
         ]
     )

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from data_prep.shard_format.manifest import TokenizerInfo
 from train.evaluation.masking import LABEL, evaluation_label, evaluation_masker
 from train.evaluation.scores import HeldoutSums, heldout_statistics
+from train.models.families import family_of
 from train.models.teacher import Teacher
+from train.objective.distillation import DistillationLoss
 
 # Masks are drawn per epoch; no training epoch has this number.
 HELDOUT_EPOCH = -1
@@ -49,27 +51,58 @@ class HeldoutEvaluation:
         self._device, self._world_size = device, world_size
 
     @torch.no_grad()
-    def __call__(self, student: PreTrainedModel, teacher: Teacher | None = None) -> dict[str, Any]:
+    def __call__(
+        self,
+        student: PreTrainedModel,
+        teacher: Teacher | None = None,
+        objective: DistillationLoss | None = None,
+    ) -> dict[str, Any]:
         """Means over all held-out masked positions of all ranks; every rank calls this.
 
+        Args:
+            objective: of student and teacher; its relation term is scored as well, if it has one.
         Returns:
             heldout_mlm_loss (nats), heldout_accuracy; with a teacher also heldout_kl (nats, T = 1),
-            heldout_top1_agreement, teacher_heldout_mlm_loss and teacher_heldout_accuracy (nats, shares); the masking
-            under `LABEL`.
+            heldout_top1_agreement, teacher_heldout_mlm_loss and teacher_heldout_accuracy (nats, shares); with the
+            relation term heldout_relation (nats): of the text as it is, without masks, over all positions; the
+            masking of the others under `LABEL`.
         """
+        relations = objective is not None and objective.relations is not None
         was_training = student.training
         student.eval()
-        total = torch.zeros(len(fields(HeldoutSums)), dtype=torch.float64, device=self._device)
+        total = torch.zeros(len(fields(HeldoutSums)) + 2, dtype=torch.float64, device=self._device)
         for input_ids, window_ids in self._batches:
             masked = self._masker(input_ids.to(self._device), window_ids.to(self._device), HELDOUT_EPOCH)
             sums = heldout_statistics(student, masked, teacher(masked.input_ids) if teacher else None)
             values = [getattr(sums, field.name) for field in fields(HeldoutSums)]
+            if relations:
+                assert objective is not None
+                assert teacher is not None
+                tokens = input_ids.to(self._device).long()
+                values += [
+                    _relation_sum(objective, student, teacher, tokens),
+                    total.new_tensor(tokens.numel()),
+                ]
+            else:
+                values += [None, None]
             total += torch.stack([torch.zeros_like(total[0]) if v is None else v for v in values])
         student.train(was_training)
         if self._world_size > 1:
             dist.all_reduce(total)
-        sums_by_name = dict(zip((field.name for field in fields(HeldoutSums)), total.tolist(), strict=True))
-        return {**_means(sums_by_name, teacher is not None), LABEL: self._label}
+        *by_field, relation, num_tokens = total.tolist()
+        sums_by_name = dict(zip((field.name for field in fields(HeldoutSums)), by_field, strict=True))
+        means = _means(sums_by_name, teacher is not None)
+        means |= {"heldout_relation": relation / max(1.0, num_tokens)} if relations else {}
+        return {**means, LABEL: self._label}
+
+
+def _relation_sum(
+    objective: DistillationLoss, student: PreTrainedModel, teacher: Teacher, input_ids: torch.Tensor
+) -> torch.Tensor:
+    """The relations' divergence summed over the tokens (B, L)."""
+    family_of(student).encode(student, input_ids)
+    weights = torch.ones(input_ids.shape, device=input_ids.device)
+    return objective.relation_term(teacher(input_ids), weights).double()
 
 
 def _means(sums: dict[str, float], with_teacher: bool) -> dict[str, float]:

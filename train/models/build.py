@@ -16,7 +16,7 @@ from data_prep.shard_format.manifest import Manifest, TokenizerInfo, without_sch
 from train.config import Config
 from train.errors import UserError, one_line
 from train.models.encoder_config import read_config
-from train.models.families import max_positions
+from train.models.families import family_of_type, max_positions
 from train.models.loading import check_vocabulary, folder_fingerprint, load_masked_lm
 from train.models.students import make_student
 from train.models.teacher import Teacher, running_copy
@@ -67,10 +67,25 @@ def build_teacher(config: Config, device: str, folders: Sequence[TeacherFolder] 
         names=[each.name for each in folders],
         fingerprints=[each.fingerprint for each in folders],
         output_hidden_states=config.objective.layer_cosine_weight > 0,
+        relation_layers=_relation_layers(config, folders),
         compile=config.model.teacher_compile,
     )
     teacher.check_sequence_length(config.data.sequence_length)
     return teacher
+
+
+def _relation_layers(config: Config, folders: Sequence[TeacherFolder]) -> list[int] | None:
+    """The teachers' layers whose relations are learnt, counted from 1; None where none are."""
+    objective = config.objective
+    if objective.relation_weight == 0:
+        return None
+    if objective.relation_layers is not None:
+        return [theirs for _, theirs in objective.relation_layers]
+    families = [family_of_type(folder.config.model_type) for folder in folders]
+    return [
+        int(getattr(folder.config, family.num_layers_field))
+        for folder, family in zip(folders, families, strict=True)
+    ]
 
 
 def teacher_names(config: Config) -> list[str]:

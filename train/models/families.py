@@ -69,6 +69,12 @@ class Family:
     """Path of the ModuleList of layers."""
     head: tuple[str, ...]
     """Prefixes of the MLM head's parameter names, tied ones aside."""
+    projections: tuple[str, ...] = (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+    )
+    """Paths, within a layer, of the linear maps to queries, keys and values; one path where they are one map."""
     num_layers_field: str = "num_hidden_layers"
     """Name of the layer count in the config."""
     transform_function: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = field(kw_only=True)
@@ -166,6 +172,7 @@ DISTILBERT = Family(
     encoder="distilbert",
     layers="distilbert.transformer.layer",
     head=("vocab_",),
+    projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
     num_layers_field="n_layers",
     transform_function=_distilbert_transform,
 )
@@ -183,6 +190,7 @@ MODERNBERT = Family(
     encoder="model",
     layers="model.layers",
     head=("head.", "decoder."),
+    projections=("attn.Wqkv",),
     transform_function=_modernbert_transform,
     config_for_depth=lambda config, layers: {"layer_types": [config.layer_types[layer] for layer in layers]},
 )

@@ -71,20 +71,25 @@ def training_flops_per_token(
     sequence_length: int,
     num_masked: int,
     soft_targets: Literal["all", "masked", "none"],
+    relations: bool = False,
 ) -> FlopsPerToken:
     """Of a step of distillation; both models' logits are computed only where the objective reads them.
 
     Args:
-        num_masked: masked positions of each sequence.
+        num_masked: masked positions of each sequence; 0 where no term predicts tokens.
+        relations: whether those of one layer's queries, keys and values are learnt from: three products of each
+            vector with all others, and one more for each of the student's gradients.
         soft_targets: positions whose teacher's logits are learnt from.
     """
     masked = num_masked / sequence_length
     share = 1.0 if soft_targets == "all" else masked
     of_student = 3 * forward_flops_per_token(student, sequence_length, share)
     soft = 0.0 if soft_targets == "none" else share
-    return FlopsPerToken(
-        of_student, sum(forward_flops_per_token(teacher, sequence_length, soft) for teacher in teachers)
-    )
+    of_teachers = sum(forward_flops_per_token(teacher, sequence_length, soft) for teacher in teachers)
+    if relations:
+        of_student += len(teachers) * 3 * 4 * sequence_length * student.width
+        of_teachers += sum(3 * 2 * sequence_length * teacher.width for teacher in teachers)
+    return FlopsPerToken(of_student, of_teachers)
 
 
 def measured_matrix_rate(device: str, dtype: torch.dtype, size: int | None = None) -> float:

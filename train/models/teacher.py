@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from train.errors import UserError
+from train.models.attention_vectors import AttentionVectors
 from train.models.families import DecoderInputs, Family, family_of, max_positions
 from train.models.loading import folder_fingerprint, load_masked_lm
 
@@ -31,6 +32,8 @@ class TeacherMember:
     """(B, L, width)."""
     hidden_states: tuple[torch.Tensor, ...] | None
     """Embeddings' output and every layer's, each (B, L, width); None if not asked for."""
+    vectors: tuple[torch.Tensor, ...] | None = None
+    """Queries, keys and values of one layer, each (B, L, width); None if not asked for."""
 
     @torch.inference_mode()
     def decoder_inputs(self, order: torch.Tensor) -> DecoderInputs:
@@ -60,6 +63,7 @@ class Teacher:
         names: of the models, for messages.
         fingerprints: of the tokenizers beside them.
         output_hidden_states: keep every layer's output, for the mapped-layer cosine.
+        relation_layers: of each model, counted from 1: keep its queries, keys and values; None for no layer's.
         compile: run the encoders through torch.compile.
     """
 
@@ -71,6 +75,7 @@ class Teacher:
         names: Sequence[str] | None = None,
         fingerprints: Sequence[str | None] | None = None,
         output_hidden_states: bool = False,
+        relation_layers: Sequence[int] | None = None,
         compile: bool = False,
     ) -> None:
         assert models, "train/config.py refuses an empty list"
@@ -83,8 +88,22 @@ class Teacher:
         self.output_hidden_states = output_hidden_states
         self.fingerprints = tuple(fingerprints or [None] * len(models))
         self._check_one_vocabulary()
+        self._vectors = self._recorded(relation_layers)
         encoders = (family.encode for family in self.families)
         self._encoders = tuple(torch.compile(encode) if compile else encode for encode in encoders)
+
+    def _recorded(self, layers: Sequence[int] | None) -> list[AttentionVectors | None]:
+        if layers is None:
+            return [None] * len(self.models)
+        for name, layer, num_layers in zip(self.names, layers, self.num_layers, strict=True):
+            if layer > num_layers:
+                raise UserError(
+                    f"objective.relation_layers names layer {layer} of teacher {name}, which has {num_layers}"
+                )
+        return [
+            AttentionVectors(family, model, layer)
+            for family, model, layer in zip(self.families, self.models, layers, strict=True)
+        ]
 
     def _check_one_vocabulary(self) -> None:
         first = self.names[0]
@@ -146,11 +165,14 @@ class Teacher:
             attention_mask: (B, L), non-zero where a token counts; None when nothing is padded.
         """
         members = []
-        for family, model, share, encode in zip(
-            self.families, self.models, self.shares, self._encoders, strict=True
+        for family, model, share, encode, recorded in zip(
+            self.families, self.models, self.shares, self._encoders, self._vectors, strict=True
         ):
             output = encode(model, input_ids, attention_mask, self.output_hidden_states)
-            members.append(TeacherMember(family, model, share, output.last_hidden, output.hidden_states))
+            vectors = None if recorded is None else recorded.take()
+            members.append(
+                TeacherMember(family, model, share, output.last_hidden, output.hidden_states, vectors)
+            )
         return TeacherOutput(tuple(members))
 
 

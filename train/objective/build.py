@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
 from train.config import ObjectiveConfig
 from train.errors import UserError
+from train.models.attention_vectors import AttentionVectors
 from train.models.families import family_of
 from train.models.teacher import Teacher
-from train.objective.distillation import DistillationLoss
+from train.objective.distillation import DistillationLoss, Relations
+
+MAX_RELATION_HEADS = 48
+"""What MiniLMv2 (Wang et al. 2021, section 4) takes for widths of 768."""
 
 
 def build_objective(
@@ -21,7 +28,7 @@ def build_objective(
         teacher: None where no term needs one.
         seed: of the projection's first weights.
     Raises:
-        UserError: vocabularies or widths that differ, pairs of layers that do not exist.
+        UserError: vocabularies or widths that differ, layers that do not exist, relation heads that do not divide.
     """
     if not settings.needs_teacher:
         return DistillationLoss(settings)
@@ -35,17 +42,18 @@ def build_objective(
         )
     _check_layer_pairs(settings, family.num_layers(student), teacher)
     widths = [(family.width(student), width) for width in teacher.widths]
+    relations = _relations(settings, student, teacher) if settings.relation_weight > 0 else None
     if settings.projection:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return DistillationLoss(settings, widths)
+            return DistillationLoss(settings, widths, relations)
     for name, (own, theirs) in zip(teacher.names, widths, strict=True):
         if settings.needs_hidden and own != theirs:
             raise UserError(
                 f"the student's hidden states are {own} wide, those of teacher {name} {theirs}: their cosine "
                 "needs a learned projection (objective.projection=true), or set objective.cosine_weight=0"
             )
-    return DistillationLoss(settings)
+    return DistillationLoss(settings, relations=relations)
 
 
 def _check_layer_pairs(settings: ObjectiveConfig, student_layers: int, teacher: Teacher) -> None:
@@ -57,3 +65,35 @@ def _check_layer_pairs(settings: ObjectiveConfig, student_layers: int, teacher: 
                 f"objective.layer_pairs names ({own}, {theirs}); the student has layers 0 to {student_layers}, the "
                 f"teacher 0 to {teacher_layers} (0: embeddings)"
             )
+
+
+def _relations(settings: ObjectiveConfig, student: PreTrainedModel, teacher: Teacher) -> Relations:
+    family = family_of(student)
+    num_layers = family.num_layers(student)
+    layers = {own for own, _ in settings.relation_layers or [(num_layers, 0)]}
+    if len(layers) > 1:
+        raise UserError(
+            f"objective.relation_layers={settings.relation_layers}: the student gives the relations of one layer; "
+            "name the same student layer in every pair"
+        )
+    layer = layers.pop()
+    if layer > num_layers:
+        raise UserError(
+            f"objective.relation_layers names layer {layer} of the student, which has {num_layers}"
+        )
+    heads = relation_heads(settings.relation_heads, [family.width(student), *teacher.widths])
+    return Relations(AttentionVectors(family, student, layer), heads)
+
+
+def relation_heads(asked: int | None, widths: Sequence[int]) -> int:
+    """Relation heads for models of these widths; UserError where `asked` does not divide them."""
+    common = math.gcd(*widths)
+    fitting = [heads for heads in range(1, common + 1) if common % heads == 0]
+    if asked is None:
+        return max(heads for heads in fitting if heads <= MAX_RELATION_HEADS)
+    if asked not in fitting:
+        raise UserError(
+            f"objective.relation_heads={asked} does not divide the widths {', '.join(map(str, widths))}; these do: "
+            f"{', '.join(map(str, fitting))}"
+        )
+    return asked

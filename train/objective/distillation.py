@@ -1,6 +1,7 @@
 """The distillation objective (Sanh et al. 2019, arXiv:1910.01108).
 
     L = a_kd T^2 KL(softmax(z_t/T) || softmax(z_s/T)) + a_mlm CE(z_s, token) + a_cos (1 - cos(h_s, h_t))
+      + a_rel (the relations' divergence: relations.py)
 
 `DistillationLoss` is the module the trainer wraps together with the student; train/evaluation/scores.py is its
 counterpart for evaluation. Both run the encoder, then hand the vocabulary part to fused_loss.py, which never holds the
@@ -18,11 +19,13 @@ from transformers import PreTrainedModel
 
 from train.config import ObjectiveConfig
 from train.data.masking import MaskedBatch
+from train.models.attention_vectors import AttentionVectors
 from train.models.families import EncoderOutput, family_of
 from train.models.teacher import TeacherOutput
 from train.objective.chunk_terms import VocabularyWeights, Workspace
 from train.objective.fused_loss import vocabulary_loss
 from train.objective.hidden_loss import hidden_cosine
+from train.objective.relations import relation_loss
 from train.objective.tied_embedding import TiedGradient, tied_lookup
 from train.objective.token_selection import keep_weights, select_tokens
 
@@ -41,6 +44,9 @@ class LossTerms:
     """1 - cos(h_s, h_t) of the last hidden states, mean over non-padding positions."""
     layer_cosine: torch.Tensor | None = None
     """The same averaged over the mapped layers."""
+    relation: torch.Tensor | None = None
+    """KL(teacher || student) of the relations, summed over queries, keys and values; mean over heads and
+    non-padding positions."""
     mse: torch.Tensor | None = None
     """Squared logit difference summed over the vocabulary, mean over the kept tokens."""
     top1_agreement: torch.Tensor | None = None
@@ -54,10 +60,20 @@ class LossTerms:
             "loss_mlm": self.mlm,
             "loss_cos": self.cosine,
             "loss_layer_cos": self.layer_cosine,
+            "loss_relation": self.relation,
             "loss_mse": self.mse,
             "top1_agreement": self.top1_agreement,
         }
         return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Relations:
+    """What the relation term needs to know of the student."""
+
+    student: AttentionVectors
+    heads: int
+    """Relation heads; divides the widths of the student and of every teacher."""
 
 
 class DistillationLoss(nn.Module):
@@ -70,6 +86,8 @@ class DistillationLoss(nn.Module):
         settings: the recipe's section objective.*, which owns defaults and checks. A weight of 0 computes nothing.
         projection_widths: (student width, teacher width) of each teacher: learned linear maps bring the student's
             hidden states to the teachers' widths before each cosine. Empty: widths must agree.
+        relations: where the student's queries, keys and values are, and into how many relation heads they are cut;
+            None where that term is off.
         chunk_tokens: rows of logits that exist at once; None for what fills 32 MiB (GPU: 256 MiB) a buffer.
     """
 
@@ -77,11 +95,14 @@ class DistillationLoss(nn.Module):
         self,
         settings: ObjectiveConfig,
         projection_widths: Sequence[tuple[int, int]] = (),
+        relations: Relations | None = None,
         chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
+        assert (relations is not None) == (settings.relation_weight > 0)
         assert chunk_tokens is None or chunk_tokens > 0
         self.settings = settings
+        self.relations = relations
         self.chunk_tokens = chunk_tokens
         self._workspace = Workspace()
         self.projections = nn.ModuleList(nn.Linear(*pair, bias=False) for pair in projection_widths)
@@ -143,10 +164,15 @@ class DistillationLoss(nn.Module):
             )
         loss = torch.zeros((), device=masked.input_ids.device) if terms is None else terms.loss
         cosine = layer_cosine = None
+        keep = keep_weights(masked.input_ids, attention_mask, num_tokens)
         if settings.needs_hidden:
             assert teacher is not None
-            keep = keep_weights(masked.input_ids, attention_mask, num_tokens)
             cosine, layer_cosine = self._hidden_terms(encoded, teacher, keep)
+        relation = None
+        if self.relations is not None:
+            assert teacher is not None
+            relation = self.relation_term(teacher, keep.view(masked.input_ids.shape), attention_mask)
+            loss = loss + settings.relation_weight * relation
         if cosine is not None:
             loss = loss + settings.cosine_weight * cosine
         if layer_cosine is not None:
@@ -157,6 +183,7 @@ class DistillationLoss(nn.Module):
             mlm=terms.mlm if terms is not None and settings.mlm_weight > 0 else None,
             cosine=None if cosine is None else cosine.detach(),
             layer_cosine=None if layer_cosine is None else layer_cosine.detach(),
+            relation=None if relation is None else relation.detach(),
             mse=terms.mse if terms is not None and settings.mse_weight > 0 else None,
             top1_agreement=terms.top1_agreement
             if terms is not None and settings.needs_teacher_logits
@@ -173,6 +200,34 @@ class DistillationLoss(nn.Module):
             return last, None
         mapped = [self._cosine(encoded, teacher, keep, pair) for pair in settings.layer_pairs]
         return last, torch.stack(mapped).mean()
+
+    def relation_term(
+        self,
+        teacher: TeacherOutput,
+        weights: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The relations' divergence after a forward pass of the student and of the teacher; members by their share.
+
+        Args:
+            weights: (B, L) of each position in the mean.
+        """
+        relations = self.relations
+        assert relations is not None
+        student = relations.student.take()
+        parts = []
+        for member in teacher.members:
+            assert member.vectors is not None
+            value = relation_loss(
+                student,
+                member.vectors,
+                weights,
+                attention_mask,
+                heads=relations.heads,
+                workspace=self._workspace,
+            )
+            parts.append(member.share * value)
+        return torch.stack(parts).sum()
 
     def _cosine(
         self,

@@ -1,6 +1,7 @@
 """The relation term (MiniLMv2, Wang et al. 2021, arXiv:2012.15828, section 3), in one pass over chunks of maps.
 
-    sum over A in {queries, keys, values} of  1/heads sum_h  KL(softmax(A_t A_t' / sqrt(d_t)) || softmax(A_s A_s' / sqrt(d_s)))
+    sum over A in {queries, keys, values} of the mean over heads of
+        KL(softmax(A_t A_t' / sqrt(d_t)) || softmax(A_s A_s' / sqrt(d_s)))
 
 Each model's vectors are cut into the same number of relation heads, which need not be its attention heads: so widths,
 heads and depths of the two models are free. The (L, L) maps of a few sequences' heads exist at once, in buffers used
@@ -53,7 +54,9 @@ def relation_loss(
     if not torch.is_grad_enabled():  # autograd would ask for the gradients all the same
         student = [vectors.detach() for vectors in student]
     padding = None if attention_mask is None else attention_mask == 0
-    run = _Pass(tuple(teacher), weights, padding, heads, chunk_maps, workspace or Workspace())
+    # A GPU's allocator keeps freed blocks at hand; holding them would only take memory from activations.
+    kept = workspace if workspace is not None and weights.device.type == "cpu" else Workspace()
+    run = _Pass(tuple(teacher), weights, padding, heads, chunk_maps, kept)
     return _RelationLoss.apply(run, *student)
 
 
@@ -68,7 +71,9 @@ class _RelationLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         if ctx.gradients is None:
-            raise RuntimeError("the relation term keeps its gradients for one backward pass; run forward again")
+            raise RuntimeError(
+                "the relation term keeps its gradients for one backward pass; run forward again"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         # In fp32 and in place: fp16 would underflow before the loss scale.
         return (None, *(gradient.mul_(grad_loss).to(ctx.dtype) for gradient in gradients))
@@ -168,9 +173,7 @@ class _Pass:
             torch.bmm(symmetric, student, out=gradient)
         return value
 
-    def _relations(
-        self, vectors: torch.Tensor, padded_keys: torch.Tensor | None, name: str
-    ) -> torch.Tensor:
+    def _relations(self, vectors: torch.Tensor, padded_keys: torch.Tensor | None, name: str) -> torch.Tensor:
         """(n, L, L) scaled dot products, less each row's largest; padding's keys at the end of the range."""
         maps = torch.bmm(vectors, vectors.transpose(1, 2), out=self._buffer(vectors, name))
         if padded_keys is not None:
@@ -179,4 +182,6 @@ class _Pass:
 
     def _buffer(self, vectors: torch.Tensor, name: str) -> torch.Tensor:
         num_maps, length, _ = vectors.shape
-        return self.workspace.get(name, num_maps * length, vectors[0], vectors.dtype).view(num_maps, length, length)
+        return self.workspace.get(name, num_maps * length, vectors[0], vectors.dtype).view(
+            num_maps, length, length
+        )
