@@ -4,8 +4,10 @@
   plain            the same formula without those copies
   fused all        ours, KD at all positions
   fused masked     ours, KD at masked positions only
+  plain relation   the relations of the last layers alone, with whole maps and autograd
+  fused relation   ours
 
-The four alternate within one run; medians are printed. Sizes are BERT-base's and DistilBERT's with random
+They alternate within one run; medians are printed. Sizes are BERT-base's and DistilBERT's with random
 weights. Peak memory is that of a fresh process each. The FLOP floor is the time that the matrix products of a
 step need at the rate measured, between the steps, for the product with the vocabulary.
 """
@@ -19,11 +21,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -33,20 +36,25 @@ from launch.benchmarks.machine import hardware
 from launch.benchmarks.options import Shape
 from train.config import ObjectiveConfig
 from train.data.masking import MaskedBatch
-from train.models.families import DecoderInputs
+from train.models.attention_vectors import AttentionVectors
+from train.models.families import DecoderInputs, family_of
 from train.models.students import make_student
 from train.models.teacher import Teacher
+from train.objective.build import MAX_RELATION_HEADS, build_objective
 from train.objective.chunk_terms import VocabularyWeights, Workspace
-from train.objective.distillation import DistillationLoss
 from train.objective.fused_loss import vocabulary_loss
 from train.objective.reference import original_distiller_loss, reference_cosine, reference_terms
+from train.objective.relations import relation_loss
 from train.objective.token_selection import SelectedTokens
 
-FORMULATIONS = ("plain original", "plain", "fused all", "fused masked")
+FORMULATIONS = ("plain original", "plain", "fused all", "fused masked", "plain relation", "fused relation")
+RELATIONS = ObjectiveConfig(kd_weight=0, mlm_weight=0, cosine_weight=0, relation_weight=1)
 PROBABILITY = 0.15
 RECIPE = ObjectiveConfig()
 WIDTH, VOCABULARY, INNER = 768, 30522, 3072
 TEACHER_LAYERS, STUDENT_LAYERS = 12, 6
+RELATIONS_SHAPE = Shape(16, 512)
+"""Batch and sequence at which the relation term's memory is measured."""
 GIB = 2**30
 
 
@@ -74,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     transformers_logging.set_verbosity_error()
     if args.child:
         kind, formulation, shape = args.child.split(":")
-        measure = _step_memory if kind == "step" else _loss_memory
+        measure = {"step": _step_memory, "loss": _loss_memory, "relations": _relations_memory}[kind]
         print(json.dumps(measure(formulation, *options.shape(shape))))
         return 0
     figures: dict[str, Any] = {"machine": hardware(), "threads": args.threads}
@@ -87,6 +95,7 @@ def main(args: argparse.Namespace) -> int:
     if not args.no_memory:
         figures["step_memory"] = _memory_of_steps(args.shapes[0], args.threads)
         figures["loss_memory"] = _memory_of_losses(args.memory_shape, args.threads)
+        figures["relations_memory"] = _memory_of_relations(args.threads)
         _print_memory(figures, args.shapes[0], args.memory_shape)
     if args.json:
         write_json(args.json, figures)
@@ -117,9 +126,11 @@ def _stepper(
 ) -> Callable[[MaskedBatch], float]:
     """A function that makes one forward and backward step and returns the loss."""
     if formulation.startswith("fused"):
-        frozen = Teacher([teacher])
+        relations = formulation == "fused relation"
+        frozen = Teacher([teacher], relation_layers=[TEACHER_LAYERS] if relations else None)
         positions: Any = formulation.removeprefix("fused ")
-        objective = DistillationLoss(ObjectiveConfig(kd_positions=positions))
+        settings = RELATIONS if relations else ObjectiveConfig(kd_positions=positions)
+        objective = build_objective(settings, student, frozen)
 
         def fused_step(masked: MaskedBatch) -> float:
             student.zero_grad(set_to_none=True)
@@ -128,6 +139,23 @@ def _stepper(
             return float(terms.loss.detach())
 
         return fused_step
+
+    if formulation == "plain relation":
+        vectors = [
+            AttentionVectors(family_of(model), model, layers)
+            for model, layers in ((student, STUDENT_LAYERS), (teacher, TEACHER_LAYERS))
+        ]
+
+        def relation_step(masked: MaskedBatch) -> float:
+            student.zero_grad(set_to_none=True)
+            family_of(student).encode(student, masked.input_ids)
+            with torch.no_grad():
+                family_of(teacher).encode(teacher, masked.input_ids)
+            loss = plain_relations(vectors[0].take(), vectors[1].take(), MAX_RELATION_HEADS)
+            loss.backward()
+            return float(loss.detach())
+
+        return relation_step
 
     def plain_step(masked: MaskedBatch) -> float:
         student.zero_grad(set_to_none=True)
@@ -153,9 +181,33 @@ def _stepper(
     return plain_step
 
 
+def plain_relations(
+    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], heads: int
+) -> torch.Tensor:
+    """The relations' divergence of (B, L, width) vectors, as one would write it: whole maps, autograd."""
+    total = torch.zeros(())
+    for own, theirs in zip(student, teacher, strict=True):
+        log_student, log_teacher = (
+            torch.log_softmax(parts @ parts.transpose(-1, -2) / parts.shape[-1] ** 0.5, -1)
+            for parts in (vectors.unflatten(-1, (heads, -1)).transpose(1, 2) for vectors in (own, theirs))
+        )
+        rows = log_student.shape[:-1].numel()
+        total = total + functional.kl_div(log_student, log_teacher, log_target=True, reduction="sum") / rows
+    return total
+
+
 def step_flops(formulation: str, batch: int, length: int) -> float:
-    """Floating-point operations of the matrix products of one step (attention's included)."""
+    """Floating-point operations of the matrix products of one step (attention's included).
+
+    Relations need nothing of the last layers but their queries, keys and values.
+    """
     tokens = batch * length
+    if formulation.endswith("relation"):
+        layer = 2 * (4 * WIDTH**2 + 2 * WIDTH * INNER) + 4 * length * WIDTH
+        projections, maps = 6 * WIDTH**2, 3 * 2 * length * WIDTH
+        of_teacher = (TEACHER_LAYERS - 1) * layer + projections + maps
+        of_student = 3 * ((STUDENT_LAYERS - 1) * layer + projections) + 2 * maps
+        return float(tokens * (of_teacher + of_student))
     decoded = batch * round(PROBABILITY * length) if formulation == "fused masked" else tokens
     per_layer = 2 * (4 * WIDTH**2 + 2 * WIDTH * INNER) + 4 * length * WIDTH
     head = 2 * (WIDTH**2 + WIDTH * VOCABULARY)
@@ -285,6 +337,28 @@ def _memory_of_steps(shape: Shape, threads: int) -> dict[str, int]:
     return {name: _child("step", name, shape, threads) for name in FORMULATIONS if name != "plain"}
 
 
+def _memory_of_relations(threads: int) -> dict[str, int]:
+    """Of the relation term alone, from vectors to their gradients."""
+    return {
+        name: _child("relations", name, RELATIONS_SHAPE, threads)
+        for name in ("plain relation", "fused relation")
+    }
+
+
+def _relations_memory(formulation: str, batch: int, length: int) -> int:
+    vectors = [
+        [torch.randn(batch, length, WIDTH, requires_grad=gradient) for _ in range(3)]
+        for gradient in (True, False)
+    ]
+    weights = torch.full((batch, length), 1 / (batch * length))
+    before = _resident_peak(reset=True)
+    if formulation == "fused relation":
+        relation_loss(*vectors, weights, heads=MAX_RELATION_HEADS).backward()
+    else:
+        plain_relations(*vectors, MAX_RELATION_HEADS).backward()
+    return _resident_peak() - before
+
+
 def _memory_of_losses(shape: Shape, threads: int) -> dict[str, Any]:
     """Ours measured at `shape`; the original's from two sizes that fit, along the line through them."""
     batch, length = shape
@@ -321,3 +395,7 @@ def _print_memory(figures: dict[str, Any], step_shape: Shape, loss_shape: Shape)
     print(f"\nextra memory of the vocabulary loss at {loss_shape}")
     print(f"  plain original  {loss['plain_extrapolated'] / GIB:>7.2f} GiB (linear from {measured})")
     print(f"  fused all       {loss['fused'] / GIB:>7.2f} GiB, {loss['share']:.1%} of it")
+    relations = figures["relations_memory"]
+    print(f"\nextra memory of the relation term at {RELATIONS_SHAPE}")
+    for name, size in relations.items():
+        print(f"  {name:<15} {size / GIB:>7.2f} GiB")
