@@ -199,8 +199,7 @@ OBJECTIVE_WEIGHTS = (
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """L = kd_weight T^2 KL(teacher || student at T) + mlm_weight CE + cosine_weight (1 - cos) + relation_weight
-    KL of the relations."""
+    """L = kd_weight T^2 KL(teacher || student at T) + mlm_weight CE + cosine_weight (1 - cos) + relations."""
 
     temperature: float = 2.0
     """T of the soft targets."""

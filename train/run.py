@@ -238,7 +238,8 @@ def _train(
         events=events,
         stop=stop,
         spikes=logging.spikes,
-        heldout_loss=evaluating.loss_at,
+        # Where no term predicts tokens, their loss does not say which checkpoint is the best.
+        heldout_loss=evaluating.loss_at if config.objective.needs_masks else lambda step: None,
         first_step=state.step,
     )
     if config.run.rollback_on_divergence:

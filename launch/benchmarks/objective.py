@@ -353,9 +353,9 @@ def _relations_memory(formulation: str, batch: int, length: int) -> int:
     weights = torch.full((batch, length), 1 / (batch * length))
     before = _resident_peak(reset=True)
     if formulation == "fused relation":
-        relation_loss(*vectors, weights, heads=MAX_RELATION_HEADS).backward()
+        relation_loss(vectors[0], vectors[1], weights, heads=MAX_RELATION_HEADS).backward()
     else:
-        plain_relations(*vectors, MAX_RELATION_HEADS).backward()
+        plain_relations(vectors[0], vectors[1], MAX_RELATION_HEADS).backward()
     return _resident_peak() - before
 
 
