@@ -26,7 +26,9 @@ def closing_lines(run_dir: Path, model: Path, summary: Mapping[str, Any]) -> lis
         heldout += f" ({', '.join(others)})" if others else ""
     if "heldout_relation" in last:
         first = before.get("heldout_relation")
-        heldout += f", relations {last['heldout_relation']:.4f}" + ("" if first is None else f" ({first:.4f} before)")
+        heldout += f", relations {last['heldout_relation']:.4f}" + (
+            "" if first is None else f" ({first:.4f} before)"
+        )
     if "heldout_top1_agreement" in last:
         agreement = (
             f"{last['heldout_top1_agreement']:.1%} of held-out masked tokens guessed as the teacher does"
