@@ -97,7 +97,7 @@ def _recipes_of(arguments: Sequence[str]) -> list[Path]:
     """The files that --config names."""
     words = [word for flag, word in pairwise(arguments) if flag == "--config"]
     words += [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
-    return [Path(word) for word in words if os.path.isfile(word)]
+    return [Path(word) for word in words if os.path.lexists(word)]
 
 
 def _with_recipe(message: str, recipes: Mapping[Path, Mapping[str, Any]], arguments: Sequence[str]) -> str:
@@ -107,6 +107,8 @@ def _with_recipe(message: str, recipes: Mapping[Path, Mapping[str, Any]], argume
         for key in values:
             if key not in given and re.search(rf"(^|\W){re.escape(key)}\b", message):
                 return f"{path}: {message}"
+    if message.startswith("Problems parsing config"):  # what the parser's YAML refuses, and ours reads
+        return f"{' or '.join(map(str, recipes))}: {message}; mend it"
     return message
 
 

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from data_prep.shard_format.files import read_file
 from train.config import Config
 from train.errors import UserError, one_line
 from train.run_folder import flatten
@@ -48,9 +49,11 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
             the message names the file, the key and the remedy.
     """
     try:
-        tree = yaml.load(path.read_bytes().decode(), _Loader)
+        tree = yaml.load(read_file(path).decode(), _Loader)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is no UTF-8; save the file as UTF-8") from None
+    except UserError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark, what = error.problem_mark, one_line(ValueError(error.problem or error.context))
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -156,6 +156,7 @@ class DataConfig:
         _require_positive(self, "data", "lanes")
         _require_at_most(self, "data", MAX_LANES, "lanes")
         _require(self.sequence_length >= 8, "data.sequence_length", self.sequence_length, "give at least 8")
+        _require(isinstance(self.shards, str), "data.shards", self.shards, "give the folder or URL of shards")
         remote = is_remote(self.shards)  # refuses what is not read
         _require(
             self.cache_dir is None or remote,

@@ -82,7 +82,8 @@ def _report(folder: Path) -> Any:
 def _figures_are_figures(value: Any, expected: Any, folder: Path) -> str | None:
     facts, curve, *_ = value
     numbers = [facts.steps, facts.tokens, facts.seconds, facts.student_parameters, facts.num_processes]
-    numbers += [number for point in (*curve.heldout, *curve.training) for number in point]
+    points = [point for losses in curve.losses for point in losses.points]
+    numbers += [number for point in points for number in point]
     wrong = [
         number for number in numbers if isinstance(number, bool) or not math.isfinite(number) or number < 0
     ]
