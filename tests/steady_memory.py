@@ -39,7 +39,7 @@ def settings(out: Path) -> list[str]:
         *("--model.teacher=null", f"--model.scratch={MODEL}", "--objective.kd_weight=0"),
         *("--objective.cosine_weight=0", f"--data.shards={out / 'shards'}", "--data.sequence_length=16"),
         *("--training.global_batch_size=4", "--training.micro_batch_size=4", "--data.lanes=4"),
-        *("--training.max_steps=100000000", "--run.log_every_steps=1", "--checkpoint.every_steps=1000"),
+        *("--training.max_steps=10000000", "--run.log_every_steps=1", "--checkpoint.every_steps=1000"),
         *("--evaluation.every_steps=1000", "--evaluation.max_windows=8", f"--run.dir={out / 'run'}"),
     ]
 
