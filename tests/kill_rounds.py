@@ -88,7 +88,7 @@ class Rounds:
         return in_preparation, in_training
 
     def _prepare(self, folder: Path, rng: random.Random) -> int:
-        kills, longest = 0, 12.0
+        kills, longest = 0, 3.0
         while kills < KILLS_OF_A_PART:
             with subprocess.Popen(
                 self.preparation(folder),
