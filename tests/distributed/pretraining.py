@@ -39,7 +39,12 @@ def small_settings(shards_folder: str, teacher_folder: str) -> list[str]:
 
 
 def start(
-    settings: list[str], run_dir: Path, ranks: int, *more: str, before: Callable[[], None] | None = None
+    settings: list[str],
+    run_dir: Path,
+    ranks: int,
+    *more: str,
+    threads: int = 1,
+    before: Callable[[], None] | None = None,
 ) -> subprocess.Popen[str]:
     """Under the real launcher with several ranks, by plain python with one."""
     launcher = [DEEPSPEED, "--quiet", "--num_gpus", str(ranks), "--master_port", str(free_port())]
@@ -50,7 +55,7 @@ def start(
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         preexec_fn=before,
     )
 
