@@ -14,6 +14,7 @@ import pytest
 from tests.paths import ROOT
 from train.build import engine_config_for
 from train.config import Config, DeepSpeedConfig
+from train.data.pipeline import fit_micro_batch
 from train.engine_config import engine_settings, read_engine_config
 from train.errors import UserError
 
@@ -36,7 +37,8 @@ WELL: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 
 def settle(template: dict[str, Any], file: str = "mine.json") -> dict[str, Any]:
     """As a run does before it loads a model."""
-    resolved = engine_config_for(Config(deepspeed=DeepSpeedConfig(config=file)), template, 64)
+    config = fit_micro_batch(Config(deepspeed=DeepSpeedConfig(config=file)), 64)
+    resolved = engine_config_for(config, template, 64)
     engine_settings(resolved)
     return resolved
 
