@@ -15,7 +15,7 @@ import hypothesis
 import pytest
 
 from data_prep import write_shards
-from tests.distributed.pretraining import finish, small_settings, start
+from tests.distributed.pretraining import finish, small_settings, start, train
 
 # Random examples are for people at work; a machine that judges a change must judge it twice alike.
 hypothesis.settings.register_profile("same-every-time", derandomize=True)
@@ -111,17 +111,16 @@ def settings(shards_folder: str, teacher_folder: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two ranks from beginning to end, whose folder nobody changes."""
-    return _finished(settings, tmp_path_factory.mktemp("runs") / "undisturbed", 2)
+    """A run on two ranks under `deepspeed` from beginning to end, whose folder nobody changes."""
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    code, output = finish(start(settings, run_dir))
+    assert code == 0, output
+    return run_dir
 
 
 @pytest.fixture(scope="session")
 def on_one_rank(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same on one rank."""
-    return _finished(settings, tmp_path_factory.mktemp("runs") / "single", 1)
-
-
-def _finished(settings: list[str], run_dir: Path, ranks: int) -> Path:
-    code, output = finish(start(settings, run_dir, ranks))
-    assert code == 0, output
+    run_dir = tmp_path_factory.mktemp("runs") / "single"
+    train(settings, run_dir, ranks=1)
     return run_dir

@@ -33,13 +33,20 @@ class Forked:
     """As much of subprocess.Popen as the tests use, with stdout and stderr in one."""
 
     def __init__(
-        self, function: Callable[..., None], *args: Any, environment: Mapping[str, str], folder: Path = ROOT
+        self,
+        function: Callable[..., None],
+        *args: Any,
+        environment: Mapping[str, str],
+        folder: Path = ROOT,
+        before: Callable[[], None] | None = None,
     ) -> None:
         _start_server()
         self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed with this object
         context = multiprocessing.get_context("forkserver")
         self._process = context.Process(
-            target=_run, args=(self._output.name, dict(environment), str(folder), function, args), daemon=True
+            target=_run,
+            args=(self._output.name, dict(environment), str(folder), before, function, args),
+            daemon=True,
         )
         self._process.start()
 
@@ -87,6 +94,7 @@ def _run(
     output: str,
     environment: dict[str, str],
     folder: str,
+    before: Callable[[], None] | None,
     function: Callable[..., None],
     args: tuple[Any, ...],
 ) -> None:
@@ -96,4 +104,6 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if before is not None:
+        before()
     function(*args)

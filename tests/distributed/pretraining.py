@@ -38,41 +38,41 @@ def small_settings(shards_folder: str, teacher_folder: str) -> list[str]:
     ]
 
 
-def start(
-    settings: list[str],
-    run_dir: Path,
-    ranks: int,
-    *more: str,
-    threads: int = 1,
-    before: Callable[[], None] | None = None,
-) -> subprocess.Popen[str]:
-    """Under the real launcher with several ranks, by plain python with one."""
-    launcher = [DEEPSPEED, "--quiet", "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    command = [*(launcher if ranks > 1 else [sys.executable]), "launch/pretrain.py", f"--run.dir={run_dir}"]
+def start(settings: list[str], run_dir: Path, *more: str) -> subprocess.Popen[str]:
+    """Two ranks under the real launcher."""
+    launcher = [DEEPSPEED, "--quiet", "--num_gpus", "2", "--master_port", str(free_port())]
     return subprocess.Popen(
-        [*command, *settings, *more],
+        [*launcher, "launch/pretrain.py", f"--run.dir={run_dir}", *settings, *more],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        preexec_fn=before,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
 def start_alone(settings: list[str], run_dir: Path, *more: str) -> Forked:
-    """One rank, sooner than `start` starts it."""
+    """One rank, sooner than `start` starts two."""
+    return start_command("launch/pretrain.py", f"--run.dir={run_dir}", *settings, *more)
+
+
+def start_command(script: str, *arguments: str) -> Forked:
+    """`python script arguments`, sooner than Python starts it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = str(ROOT / "launch/pretrain.py")
-    return Forked(run_script, script, f"--run.dir={run_dir}", *settings, *more, environment=environment)
+    return Forked(run_script, str(ROOT / script), *arguments, environment=environment)
 
 
 def start_without_launcher(
-    settings: list[str], run_dir: Path, *own: list[str], folders: Sequence[Path] | None = None
+    settings: list[str],
+    run_dir: Path,
+    *own: list[str],
+    folders: Sequence[Path] | None = None,
+    before: Callable[[], None] | None = None,
+    threads: int = 1,
 ) -> list[Forked]:
     """One process per entry of `own`, each with its own further flags; nobody ends the others when one dies.
 
-    `folders` are the working directories, by rank.
+    `folders` are the working directories, by rank; each rank calls `before` first.
     """
     port = free_port()
     return [
@@ -82,8 +82,9 @@ def start_without_launcher(
             f"--run.dir={run_dir}",
             *settings,
             *flags,
-            environment=rank_environment(rank, len(own), port),
+            environment={**rank_environment(rank, len(own), port), "OMP_NUM_THREADS": str(threads)},
             folder=folders[rank] if folders else ROOT,
+            before=before,
         )
         for rank, flags in enumerate(own)
     ]
@@ -93,6 +94,15 @@ def finish(job: subprocess.Popen[str] | Forked) -> tuple[int, str]:
     """Exit code and all output."""
     output, _ = job.communicate(timeout=240)
     return job.returncode, output
+
+
+def train(settings: list[str], run_dir: Path, *more: str, ranks: int = 2, threads: int = 1) -> str:
+    """Some ranks without a launcher to the end, which must be 0; all output."""
+    jobs = start_without_launcher(settings, run_dir, *[list(more)] * ranks, threads=threads)
+    ends = [finish(job) for job in jobs]
+    output = "".join(output for _, output in ends)
+    assert [code for code, _ in ends] == [0] * ranks, output
+    return output
 
 
 def wait_for(

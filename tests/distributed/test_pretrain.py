@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,9 @@ from tests.distributed.pretraining import (
     ranks_of,
     start,
     start_alone,
+    start_command,
     start_without_launcher,
+    train,
     wait_for,
     weights,
 )
@@ -109,15 +109,14 @@ def test_kill_of_a_rank_then_same_command_ends_bit_for_bit(
     settings: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "killed"
-    job = start(settings, run_dir, 2)
+    job = start(settings, run_dir)
     wait_for(run_dir / "checkpoints" / "step-00000004" / "complete.json", job)
     victim = random.choice(ranks_of(job))
     victim.send_signal(signal.SIGKILL)
     code, output = finish(job)
     assert code != 0, output
     assert not (run_dir / "model").exists()
-    code, output = finish(start(settings, run_dir, 2))
-    assert code == 0, output
+    output = train(settings, run_dir)
     assert f"continuing from {run_dir}/checkpoints/step-" in output
     assert losses(run_dir) == losses(undisturbed)
     assert weights(run_dir) == weights(undisturbed)
@@ -214,15 +213,15 @@ def test_spikes_are_told_with_their_sequences_and_steps_traced(
     words = [*settings, "--training.global_batch_size=2", "--training.micro_batch_size=null"]
     words += ["--evaluation.max_windows=1"]
     words += ["--training.max_steps=60", "--run.spike_deviations=0.5", "--profile", "--optimizer.lr=1e-6"]
-    code, output = finish(start(words, tmp_path, 2))
-    assert code == 0, output
+    output = train(words, tmp_path)
     spikes = [json.loads(line) for line in (tmp_path / "spikes.jsonl").read_text().splitlines()]
     assert output.count("loss spike: ") == len(spikes) > 0
     assert "training.micro_batch_size: 1 sequences fit" in output
     assert "  micro_batch_size: 1\n" in (tmp_path / "config.yaml").read_text()
-    command = [sys.executable, "launch/inspect_batch.py", "--config", str(tmp_path / "config.yaml")]
-    command += ["--step", str(spikes[0]["batch_of_step"]), "--show", "2"]
-    shown = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    step = str(spikes[0]["batch_of_step"])
+    inspect = ["launch/inspect_batch.py", "--config", str(tmp_path / "config.yaml"), "--step", step]
+    code, shown = finish(start_command(*inspect, "--show", "2"))
+    assert code == 0, shown
     assert len(spikes[0]["window_ids"]) == 2
     for window_id in spikes[0]["window_ids"]:
         assert f"window {window_id}" in shown
@@ -262,7 +261,7 @@ def test_what_deepspeed_refuses_is_one_message(settings: list[str], tmp_path: Pa
 
 
 def test_without_shards_one_message_says_how_to_make_them(tmp_path: Path) -> None:
-    code, output = finish(start([], tmp_path / "run", 2, f"--data.shards={tmp_path}/none"))
+    code, output = finish(start([], tmp_path / "run", f"--data.shards={tmp_path}/none"))
     assert code == 2
     assert output.count("error:") == 1, output
     assert "write_shards.py" in output
@@ -335,18 +334,18 @@ def test_ensemble_and_mapped_layers(settings: list[str], teacher_folder: str, tm
 def test_export_of_a_checkpoint_gives_the_runs_student(undisturbed: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    command = [sys.executable, "launch/export.py", str(undisturbed), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
+    command = ["launch/export.py", str(undisturbed), str(tmp_path / "out")]
+    code, output = finish(start_command(*command))
+    assert code == 0, output
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights(undisturbed)
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.n_layers == 2
     assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token == "[MASK]"
     assert "heldout_mlm_loss" in (tmp_path / "out" / "README.md").read_text()
     moved = tmp_path / "elsewhere" / f"step-{STEPS:08d}"
     shutil.copytree(undisturbed / "checkpoints" / moved.name, moved)
-    command_of_moved = [sys.executable, "launch/export.py", str(moved), str(tmp_path / "out-of-moved")]
-    subprocess.run(command_of_moved, cwd=ROOT, check=True, capture_output=True)
+    code, output = finish(start_command("launch/export.py", str(moved), str(tmp_path / "out-of-moved")))
+    assert code == 0, output
     assert (tmp_path / "out-of-moved" / "model.safetensors").read_bytes() == weights(undisturbed)
-    again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert again.returncode == 2
-    assert "exists; give another folder" in again.stderr
+    code, output = finish(start_command(*command))
+    assert code == 2
+    assert "exists; give another folder" in output

@@ -9,8 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +25,12 @@ from tests.distributed.pretraining import (
     ranks_of,
     start,
     start_alone,
+    start_command,
     start_without_launcher,
+    train,
     wait_for,
     weights,
 )
-from tests.paths import ROOT
 from train.checkpointing.integrity import COMPLETE, read_facts, record_own_files, write_facts
 from train.loop.metrics import read_rows
 from train.run_folder import hold
@@ -43,18 +42,18 @@ def test_from_2_to_1_to_2_ranks(settings: list[str], tmp_path: Path) -> None:
     # The learning rate depends on the run's length, so a part of it is made by a stop, not by fewer steps; there
     # are many, so that none of the stops comes after the end.
     settings = [*settings, "--training.max_steps=160", "--checkpoint.every_steps=1000"]
-    code, output = finish(start_alone(settings, tmp_path / "undisturbed"))
-    assert code == 0, output
+    train(settings, tmp_path / "undisturbed", ranks=1)
     run_dir = tmp_path / "run"
     resumed_at = []
     for ranks, until in ((2, 20), (1, 40), (2, 160)):
-        job = start(settings, run_dir, ranks)
+        jobs = start_without_launcher(settings, run_dir, *[[]] * ranks)
         if until < 160:
-            wait_for(run_dir / "metrics.jsonl", job, lambda until=until: _logged(run_dir, until))
-            for rank in ranks_of(job) if ranks > 1 else [job]:
-                rank.send_signal(signal.SIGUSR1)
-        code, output = finish(job)
-        assert code == (0 if until == 160 else 75), output
+            wait_for(run_dir / "metrics.jsonl", jobs[0], lambda until=until: _logged(run_dir, until))
+            for job in jobs:
+                job.send_signal(signal.SIGUSR1)
+        ends = [finish(job) for job in jobs]
+        output = "".join(output for _, output in ends)
+        assert [code for code, _ in ends] == [0 if until == 160 else 75] * ranks, output
         resumed_at += [int(step) for step in re.findall(r"continuing from \S+/step-(\d+)", output)]
     assert "converting it for 2" in output
     assert len(resumed_at) == 2
@@ -79,8 +78,7 @@ def test_kills_at_random_moments_and_a_truncated_checkpoint(settings: list[str],
         "--run.log_every_steps=1",
     ]
     undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
-    ends = [finish(job) for job in start_without_launcher(settings, undisturbed, [], [])]
-    assert [code for code, _ in ends] == [0, 0], ends
+    train(settings, undisturbed)
     seed = time.time_ns()
     rng, kills, during_write, truncated = random.Random(seed), 0, 0, False
     while kills < KILLS:
@@ -103,8 +101,7 @@ def test_kills_at_random_moments_and_a_truncated_checkpoint(settings: list[str],
             victim = next(complete[-1].glob("zero_pp_rank_1*"))
             os.truncate(victim, victim.stat().st_size // 2)
             truncated = True
-    ends = [finish(job) for job in start_without_launcher(settings, run_dir, [], [])]
-    assert [code for code, _ in ends] == [0, 0], ends
+    train(settings, run_dir)
     print(f"{kills} kills (seed {seed}), {during_write} of them while a checkpoint was being written")
     assert kills > KILLS // 2
     assert truncated
@@ -124,8 +121,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
     content = victim.read_bytes()  # a moment of the optimizer's: a bit that torch and DeepSpeed do not miss
     middle = len(content) // 2
     victim.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    code, output = finish(start(settings, run_dir, 2))
-    assert code == 0, output
+    output = train(settings, run_dir)
     assert f"{victim.parent} is passed over: {victim.name} is damaged (its SHA-256" in output
     assert f"continuing from {run_dir}/checkpoints/step-00000020" in output
     assert weights(run_dir) == weights(undisturbed)
@@ -178,16 +174,8 @@ def test_a_prepared_checkpoint_runs_nothing(
     (run_dir / "summary.json").unlink()
     checkpoint = run_dir / "checkpoints" / f"step-{STEPS:08d}"
     _prepare(checkpoint, target)
-    exported = subprocess.run(
-        [sys.executable, "launch/export.py", str(run_dir), str(tmp_path / "out")],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-    )
-    for code, output in (
-        (exported.returncode, exported.stderr),
-        finish(start_alone(settings, run_dir)),
-    ):
+    export = start_command("launch/export.py", str(run_dir), str(tmp_path / "out"))
+    for code, output in (finish(export), finish(start_alone(settings, run_dir))):
         assert code == 2, output
         assert f"error: {checkpoint} names posix.system: no code of such a file is run here" in output
         assert "Traceback" not in output
@@ -196,17 +184,11 @@ def test_a_prepared_checkpoint_runs_nothing(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("rank", "message"),
-    [(1, r"rank 1 on \S+ has not been heard of for"), (0, r"rank 1 on \S+ has had no answer from rank 0")],
-)
-def test_a_frozen_rank_ends_the_job_by_name(
-    settings: list[str], tmp_path: Path, rank: int, message: str
-) -> None:
+def test_a_frozen_rank_ends_the_job_by_name(settings: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    job = start(settings, run_dir, 2, "--training.max_steps=100000", "--run.lost_rank_timeout_s=5")
+    job = start(settings, run_dir, "--training.max_steps=100000", "--run.lost_rank_timeout_s=5")
     wait_for(run_dir / "metrics.jsonl", job, lambda: _logged(run_dir, 4))
-    frozen = ranks_of(job)[rank]
+    frozen = ranks_of(job)[1]
     frozen.suspend()
     assert job.stdout is not None
     lines = []
@@ -217,12 +199,23 @@ def test_a_frozen_rank_ends_the_job_by_name(
             break
     code, rest = finish(job)
     assert code != 0, rest  # the launcher passes on one rank's end: ours, or that of the one killed
-    assert re.search(message, lines[-1]), lines
+    assert re.search(r"rank 1 on \S+ has not been heard of for", lines[-1]), lines
+
+
+def test_a_frozen_rank_0_is_named_by_another(settings: list[str], tmp_path: Path) -> None:
+    words = [*settings, "--training.max_steps=100000", "--run.lost_rank_timeout_s=5"]
+    jobs = start_without_launcher(words, tmp_path, [], [])
+    wait_for(tmp_path / "metrics.jsonl", jobs[0], lambda: _logged(tmp_path, 4))
+    jobs[0].send_signal(signal.SIGSTOP)
+    code, output = finish(jobs[1])
+    jobs[0].kill()
+    assert code == 1, output
+    assert re.search(r"rank 1 on \S+ has had no answer from rank 0", output), output
 
 
 def test_ranks_stop_after_saving_when_their_launcher_is_killed(settings: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    job = start(settings, run_dir, 2, "--training.max_steps=100000", "--checkpoint.every_steps=100000")
+    job = start(settings, run_dir, "--training.max_steps=100000", "--checkpoint.every_steps=100000")
     wait_for(run_dir / "metrics.jsonl", job, lambda: _logged(run_dir, 4))
     ranks = ranks_of(job)
     job.kill()  # the `deepspeed` command alone; what it started goes on without it
@@ -260,8 +253,10 @@ def test_shards_rewritten_under_a_run_are_refused(
 
 def test_two_jobs_in_one_folder_are_one_message(settings: list[str], tmp_path: Path) -> None:
     with hold(tmp_path):
-        code, output = finish(start(settings, tmp_path, 2))
-    assert code == 2, output
+        ends = [finish(job) for job in start_without_launcher(settings, tmp_path, [], [])]
+    output = "".join(output for _, output in ends)
+    assert {code for code, _ in ends} <= {1, 2}, output
+    assert ends[0][0] == 2, output
     assert output.count("is in use by another job") == 1
     assert "Traceback" not in output
 
@@ -269,20 +264,21 @@ def test_two_jobs_in_one_folder_are_one_message(settings: list[str], tmp_path: P
 def test_a_full_disk_keeps_training_then_ends_with_one_message(settings: list[str], tmp_path: Path) -> None:
     """Files end at 100 kB, as at a full disk: no checkpoint fits."""
     run_dir = tmp_path / "run"
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    code, output = finish(start(settings, run_dir, 2, before=limit))
-    assert code == 1, output
+    jobs = start_without_launcher(settings, run_dir, [], [], before=limit_files_to_100_kb)
+    ends = [finish(job) for job in jobs]
+    output = "".join(output for _, output in ends)
+    assert [code for code, _ in ends] == [1, 1], output
     assert output.count("could not be written") == 3, output
     assert output.count("training goes on") == 2
     assert output.count("error:") == 1
     assert not list((run_dir / "checkpoints").glob("*step-*"))
     assert not (run_dir / "checkpoints" / ".partial").exists()
-    code, output = finish(start(settings, run_dir, 2))
-    assert code == 0, output
+    train(settings, run_dir)
     assert (run_dir / "model").is_dir()
+
+
+def limit_files_to_100_kb() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
 def test_ranks_that_differ_are_refused_at_start(settings: list[str], tmp_path: Path) -> None:
