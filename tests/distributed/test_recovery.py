@@ -305,7 +305,7 @@ def test_ranks_that_see_other_shards_are_refused_at_start(
     assert [code for code, _ in ends] == [2, 2], ends
     output = "".join(output for _, output in ends)
     assert output.count("the ranks differ") == 1
-    assert re.search(r"manifest of shards: rank 1 on \S+ has [0-9a-f]{57}\.\.\., rank 0 has", output), ends
+    assert re.search(r"data.shards in shards: rank 1 on \S+ has [0-9a-f]{57}\.\.\., rank 0 has", output), ends
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
