@@ -33,9 +33,9 @@ from data_prep.shard_format.manifest import (
     npy_array,
     read_blocks,
     token_dtype,
-    tokenizer_fingerprint,
 )
 from data_prep.shard_format.terminal import progress_bar
+from data_prep.shard_format.tokenizer_record import check_record
 
 REMEDY = "remove the folder and run write_shards.py again"
 
@@ -124,8 +124,7 @@ def check_folder(folder: Path) -> tuple[Manifest, Any]:
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder / TOKENIZER_FOLDER} does not load ({reason}); {REMEDY}") from None
-    if tokenizer_fingerprint(tokenizer) != manifest.tokenizer.fingerprint:
-        raise UserError(f"{folder / TOKENIZER_FOLDER} is not the tokenizer of the manifest; {REMEDY}")
+    check_record(folder / TOKENIZER_FOLDER, tokenizer, manifest.tokenizer)
     return manifest, tokenizer
 
 

@@ -124,10 +124,10 @@ def explained(message: str) -> str:
     if message.startswith("unrecognized arguments:"):
         key = message.split()[2].removeprefix("--").partition("=")[0].rstrip("+")
         return f"{message}: no such key; {nearest(key)}"
-    ill_typed = re.match(r'Parser key "(\w+)\.(\w+)":.*(?:Given value|Got value): (.*)$', message)
+    ill_typed = re.match(r'Parser key "(\w+)\.(\w+)":.*(?:Given value|Got value): ?(.*)$', message)
     if ill_typed is None or ill_typed[2] not in KEYS.get(ill_typed[1], ()):
         return message
-    section, key, value = ill_typed.groups()
+    section, key, value = ill_typed[1], ill_typed[2], ill_typed[3] or "an empty text"
     hint = get_type_hints(get_type_hints(Config)[section])[key]
     wanted = (
         (hint.__name__ if isinstance(hint, type) else str(hint))

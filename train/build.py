@@ -34,6 +34,7 @@ from train.models.build import (
     build_student,
     build_teacher,
     check_sequence_length,
+    check_tokenizer_beside,
     open_teachers,
     teacher_names,
     tokenizer_source,
@@ -200,9 +201,15 @@ def _compute_cost(
 
 
 def load_manifest(shards: str) -> Manifest:
-    """The shards' manifest; where there is none, the error says how to make shards."""
+    """The shards' manifest, compared with the tokenizer beside it.
+
+    Raises:
+        UserError: there is none (the message says how to make shards), or it is not what it was.
+    """
     try:
-        return Manifest.load(shards)
+        manifest = Manifest.load(shards)
+        check_tokenizer_beside(shards, manifest.tokenizer)
+        return manifest
     except FileNotFoundError:
         raise UserError(
             f"data.shards={shards!r} holds no manifest.json; make shards from text with\n"

@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import constants, file_exists, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError
 
-from data_prep.shard_format.manifest import Manifest, without_scheme
 from launch.planner.models import models_of
 from launch.preflight.checks import Finding
 from train.build import engine_config_for, engine_template, load_manifest
@@ -93,12 +92,7 @@ def check_tokenizer(config: Config) -> Finding:
     """Shards, the tokenizer beside them, and every teacher: do their ids mean the same?"""
 
     def question() -> str:
-        tokenizer = Manifest.load(config.data.shards).tokenizer
-        beside = Path(without_scheme(config.data.shards), "tokenizer")
-        if beside.is_dir() and folder_fingerprint(str(beside)) != tokenizer.fingerprint:
-            raise UserError(
-                f"{beside} is not the tokenizer that the shards were made with; make the shards again"
-            )
+        tokenizer = load_manifest(config.data.shards).tokenizer
         for name in teacher_names(config):
             ask_hub(name)
             check_vocabulary(name, teacher_config(name), folder_fingerprint(name), tokenizer)

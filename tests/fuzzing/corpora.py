@@ -8,6 +8,7 @@ import json
 import lzma
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import zstandard
 
 from data_prep import verify_shards
 from data_prep.job import Job, JobOptions
-from data_prep.shard_format.manifest import Manifest
+from data_prep.shard_format.manifest import TOKENIZER_FOLDER, tokenizer_info
 from data_prep.sources.resolve import make_units, resolve_sources
 from data_prep.tokenize_pass import _Chunk, _UnitReader
 from tests.conftest import WORDS
 from tests.fuzzing.target import Target
 from tests.tiny_shards import TOKENIZER, with_histogram, write_tiny_shards
+from tests.unit.finetuning.squad_tokenizers import wordpiece
+from train.build import load_manifest
 from train.data.shard_checks import check_shards
 from train.data.shards import read_histogram, read_shard, shard_tokens
 
@@ -31,8 +34,12 @@ SHARDS = "shards"
 
 
 def _make_shards(folder: Path) -> None:
-    manifest = write_tiny_shards(folder / SHARDS, shards=2, documents=30)
-    counts = np.zeros(TOKENIZER.vocab_size, np.int64)
+    tokenizer = wordpiece()  # its special tokens have the ids of those in tiny shards
+    manifest = replace(
+        write_tiny_shards(folder / SHARDS, shards=2, documents=30), tokenizer=tokenizer_info(tokenizer)
+    )
+    tokenizer.save_pretrained(folder / SHARDS / TOKENIZER_FOLDER)
+    counts = np.zeros(manifest.tokenizer.vocab_size, np.int64)
     for info in manifest.splits["train"]:
         counts += verify_shards.check_shard(folder / SHARDS / info.name, info, manifest)
     with_histogram(folder / SHARDS, manifest, counts)
@@ -40,7 +47,7 @@ def _make_shards(folder: Path) -> None:
 
 def _read_shards(folder: Path) -> tuple[Any, ...]:
     """What a run takes from a folder of shards: tokens, histogram, special ids."""
-    manifest = Manifest.load(SHARDS)
+    manifest = load_manifest(SHARDS)
     check_shards(SHARDS, manifest)
     infos = [info for split in manifest.splits.values() for info in split]
     tokens = [shard_tokens(read_shard(SHARDS, info), info, manifest.tokenizer).tobytes() for info in infos]
@@ -133,26 +140,24 @@ def _as_arrow_reads(found: list[tuple[str, list[str]]], expected: Any, folder: P
     return None if [text.strip() for text in theirs] == [text.strip() for text in texts] else "other texts"
 
 
-def _check_folder(folder: Path) -> Any:
-    """verify_shards, without its tokenizer."""
-    manifest = Manifest.load(SHARDS)
-    counts = np.zeros(TOKENIZER.vocab_size, np.int64)
-    for split, infos in manifest.splits.items():
-        for info in infos:
-            found = verify_shards.check_shard(folder / SHARDS / info.name, info, manifest)
-            counts += found if split == "train" else 0
-    histogram = folder / SHARDS / manifest.token_histogram
-    verify_shards._check_histogram(histogram, counts, manifest.token_histogram_sha256)
-    return manifest.tokenizer, counts.tobytes()
+def _verify(folder: Path) -> Any:
+    """What verify_shards does, and the tokens that it passed."""
+    manifest, _ = verify_shards.check_folder(folder / SHARDS)
+    infos = [info for split in manifest.splits.values() for info in split]
+    return manifest.tokenizer, [(folder / SHARDS / info.name).read_bytes() for info in infos]
 
 
 TARGETS = (
     Target("shards", _make_shards, _read_shards, damaged=(f"{SHARDS}/*.tar",)),
     Target(
-        "manifest", _make_shards, _read_shards, _same_tokens_as_counted, damaged=(f"{SHARDS}/manifest.json",)
+        "manifest",
+        _make_shards,
+        _read_shards,
+        _same_tokens_as_counted,
+        damaged=(f"{SHARDS}/manifest.json", f"{SHARDS}/{TOKENIZER_FOLDER}/*"),
     ),
     Target("histogram", _make_shards, _read_shards, damaged=(f"{SHARDS}/*.npy",)),
-    Target("verify-shards", _make_shards, _check_folder, is_data_prep=True),
+    Target("verify-shards", _make_shards, _verify, is_data_prep=True),
     Target("sources-plain", _make_plain, _read_sources, _as_the_lines_say, is_data_prep=True),
     Target("sources-packed", _make_packed, _read_sources, _as_packed, kinds=("bytes",), is_data_prep=True),
     Target("sources-parquet", _make_parquet, _read_sources, _as_arrow_reads, is_data_prep=True),

@@ -58,6 +58,8 @@ ODD_LINES = [
 
 KINDS = ("bytes", "lines", "tree")
 """Of damage: to any file, to text, to JSON and YAML. A file may also be gone, or another thing in its place."""
+LONG_LINE_BYTES = 2**21
+"""Two damages in a row would make 2 GB of SQuAD's one line."""
 TEXTS = ("", ".txt", ".env", ".tsv", ".csv")
 
 
@@ -142,7 +144,7 @@ def _lines(rng: random.Random, folder: Path, file: Path) -> str:
     elif kind == "odd":
         lines.insert(at, rng.choice(ODD_LINES).encode())
     elif kind == "long":
-        lines[at] = (lines[at] or b"x") * 2000
+        lines[at] = (lines[at] or b"x") * max(2, min(2000, LONG_LINE_BYTES // (len(lines[at]) + 1)))
     elif kind == "crlf":
         lines = [line + b"\r" for line in lines]
     else:

@@ -14,8 +14,6 @@ from tests.fuzzing.target import BAD, Outcome, Target
 from train.errors import UserError
 
 TRIES = 25
-NOT_YET = ("manifest",)
-"""Classes in which the long round still finds something."""
 
 
 def tried(target: Target, folder: Path, tries: int) -> list[Outcome]:
@@ -27,7 +25,7 @@ def tried(target: Target, folder: Path, tries: int) -> list[Outcome]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if name not in NOT_YET])
+@pytest.mark.parametrize("name", CLASSES)
 def test_damaged_inputs_are_read_rightly_or_refused(name: str, tmp_path: Path) -> None:
     found = tried(CLASSES[name], tmp_path, TRIES)
     assert [outcome for outcome in found if outcome.kind in BAD] == []

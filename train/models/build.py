@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
-from data_prep.shard_format.manifest import Manifest, TokenizerInfo, without_scheme
+from data_prep.shard_format.manifest import TOKENIZER_FOLDER, Manifest, TokenizerInfo, without_scheme
+from data_prep.shard_format.tokenizer_record import check_record
 from train.config import Config
 from train.errors import UserError, one_line
-from train.models.encoder_config import read_config
+from train.models.encoder_config import read_config, read_tokenizer
 from train.models.families import family_of_type, max_positions
 from train.models.loading import check_vocabulary, folder_fingerprint, load_masked_lm
 from train.models.students import make_student
@@ -171,9 +172,20 @@ def check_sequence_length(student: PreTrainedModel, sequence_length: int) -> Non
         )
 
 
+def tokenizer_beside(shards: str) -> Path:
+    """Where the shards' tokenizer lies, if they are a local folder that has it."""
+    return Path(without_scheme(shards), TOKENIZER_FOLDER)
+
+
+def check_tokenizer_beside(shards: str, recorded: TokenizerInfo) -> None:
+    """UserError where the manifest's record is not that of the tokenizer beside it; nothing where there is none."""
+    if (folder := tokenizer_beside(shards)).is_dir():
+        check_record(folder, read_tokenizer(folder), recorded)
+
+
 def tokenizer_source(config: Config) -> str:
     """Where the tokenizer that goes with the student is: beside the shards, else with the teacher."""
-    beside_shards = Path(without_scheme(config.data.shards), "tokenizer")
+    beside_shards = tokenizer_beside(config.data.shards)
     names = teacher_names(config)
     return str(beside_shards) if beside_shards.is_dir() or not names else names[0]
 

@@ -4,6 +4,7 @@ is an encoder of text, how long its input may be."""
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,6 @@ def read_tokenizer(name: str | Path) -> Any:
         refuse_pipes(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         check_token_ids(tokenizer)
-        return tokenizer
     # Of a broken file come KeyErrors, and bare Exceptions from tokenizers.
     except Exception as error:
         reason = f"{one_line(error)}; {COPY_AGAIN}"
@@ -82,6 +82,13 @@ def read_tokenizer(name: str | Path) -> Any:
                 "it asks for code of its own, which is never run here; give one of transformers' own classes"
             )
         raise UserError(f"{name}: its tokenizer cannot be read: {reason}") from None
+    limit = tokenizer.model_max_length
+    if type(limit) not in (int, float) or not 1 <= limit < math.inf:
+        raise UserError(
+            f"{name}: model_max_length in its tokenizer_config.json is {limit!r:.80}; give a number of tokens, "
+            "or take it out"
+        )
+    return tokenizer
 
 
 def _refuse_code(name: str | Path, settings: Mapping[str, Any]) -> None:

@@ -524,6 +524,10 @@ def test_a_unit_that_was_read_to_its_end_may_lack_a_chunk(tmp_path: Path, good: 
         ("hostile", r"train-000001\.tar is no shard: member '/etc/x\.tokens\.npy' is not called KEY\.tokens"),
         ("counts", r"train-000001\.tar has .* documents, the manifest says"),
         ("manifest", "manifest.json does not exist; make shards with"),
+        (
+            "mask_id",
+            r"out/manifest.json: tokenizer.mask_id is 1, but .*out/tokenizer has 4: one .* restore it",
+        ),
     ],
 )
 def test_verify_names_what_is_wrong(
@@ -561,6 +565,10 @@ def test_verify_names_what_is_wrong(
         shutil.rmtree(out / "tokenizer")
     elif damage == "manifest":
         (out / "manifest.json").unlink()
+    elif damage == "mask_id":
+        content = json.loads((out / "manifest.json").read_text())
+        content["tokenizer"]["mask_id"] = 1
+        (out / "manifest.json").write_text(json.dumps(content))
     else:
         content = json.loads((out / "manifest.json").read_text())
         content["splits"]["train"][1]["documents"] += 1

@@ -44,6 +44,8 @@ REFUSED = {
     "run:\n  dir: ''\n": "run.dir='': is empty; give a value",
     "training:\n  max_steps: true\n": r"training.max_steps: give int \| null, not True",
     "optimizer:\n  lr: fast\n": "optimizer.lr: give float, not fast",
+    "optimizer:\n  lr: ' '\n": "optimizer.lr: give float, not an empty text",
+    "model:\n  teacher_weights: ''\n": r"model.teacher_weights: give list\[float\] \| null, not an empty text",
     "optimizer:\n  lr: -1\n": "optimizer.lr=-1.0: give a number above 0",
 }
 

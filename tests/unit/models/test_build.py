@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +13,9 @@ import torch
 
 import train.models.build
 from data_prep.shard_format.manifest import Manifest
-from train.build import heldout_scoring
+from train.build import heldout_scoring, load_manifest, read_inputs
 from train.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from train.errors import UserError
 from train.loop.trainer import DistillationModule
 from train.models.build import build_student, build_teacher, open_teachers, teacher_config
 from train.models.students import make_student
@@ -65,6 +69,22 @@ def test_what_the_engine_trains_and_saves_holds_no_teacher(teacher_folder: str, 
     assert all(name.startswith("objective.projection") for name in added)
     assert bool(added) == projection
     assert sum(p.numel() for p in module.parameters()) == student.num_parameters() + 32 * 32 * projection
+
+
+def test_a_manifest_that_records_another_tokenizer_is_refused(shards_folder: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(shards_folder, tmp_path / "shards"))
+    info = load_manifest(str(folder)).tokenizer
+    for name, value in (("mask_id", 1), ("vocab_size", info.vocab_size + 1), ("special_ids", (*range(6),))):
+        tokenizer = replace(info, **{name: value})
+        replace(Manifest.load(shards_folder), tokenizer=tokenizer).save(folder)
+        value = re.escape(repr(value))
+        message = rf"manifest.json: tokenizer.{name} is {value}, but .*/tokenizer has .* run write_shards"
+        with pytest.raises(UserError, match=message):
+            load_manifest(str(folder))
+        with pytest.raises(UserError, match=message):  # after the ranks have been compared
+            _ = read_inputs(Config(data=DataConfig(shards=str(folder))), "cpu").manifest
+    shutil.rmtree(folder / "tokenizer")  # nothing to compare with
+    load_manifest(str(folder))
 
 
 def test_a_model_from_scratch_has_the_shards_vocabulary(shards_folder: str) -> None:

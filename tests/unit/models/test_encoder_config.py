@@ -15,6 +15,7 @@ import pytest
 from tests.unit.models.test_families import MODELS
 from train.errors import UserError
 from train.models.build import teacher_config
+from train.models.encoder_config import read_tokenizer
 from train.models.loading import load_masked_lm
 
 
@@ -58,6 +59,20 @@ def test_a_config_of_wrong_values_is_one_message(
         "model_type": "list",
     }
     assert re.search(others.get(key, key), message), message
+
+
+@pytest.mark.parametrize("value", [{"": {}}, "512", True, [], -1, 0, "raw 1e999"])
+def test_a_tokenizer_s_limit_that_is_no_number_is_one_message(
+    value: Any, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "tokenizer"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    text = json.dumps({**settings, "model_max_length": value}).replace('"raw 1e999"', "1e999")
+    (folder / "tokenizer_config.json").write_text(text)
+    with pytest.raises(
+        UserError, match=r"tokenizer: model_max_length in its tokenizer_config.json is .*; give a number"
+    ):
+        read_tokenizer(folder)
 
 
 def test_nested_json_and_other_damage_of_a_config_is_one_message(tmp_path: Path) -> None:
