@@ -63,7 +63,9 @@ class Inputs:
         return self.found
 
     def as_record(self) -> dict[str, Any]:
-        return {**self.corpus, "deepspeed.config": self.engine}
+        """What a run is known by. Without the corpus where its manifest is refused: by name, a little later."""
+        corpus = self.corpus if isinstance(self.found, Manifest) else {}
+        return {**corpus, "deepspeed.config": self.engine}
 
 
 def read_inputs(config: Config, device: str) -> Inputs:

@@ -57,7 +57,8 @@ ODD_LINES = [
 
 
 KINDS = ("bytes", "lines", "tree")
-"""Of damage: to any file, to text, to JSON and YAML. A file may also be gone, or another thing in its place."""
+"""Of damage: to any file, to text, to JSON and YAML. A file may also be gone, or another thing in its place.
+Where a target says "folders", they may be mixed up."""
 LONG_LINE_BYTES = 2**21
 """Two damages in a row would make 2 GB of SQuAD's one line."""
 TEXTS = ("", ".txt", ".env", ".tsv", ".csv")
@@ -74,6 +75,8 @@ def damage(rng: random.Random, folder: Path, file: Path, wanted: Sequence[str] =
             kinds += [_lines, _lines]
         if "tree" in wanted and plain_suffix(file) in PARSERS:
             kinds += [_tree, _tree, _tree]
+        if "folders" in wanted:
+            kinds += [_folders, _folders]
         done.append((_place if rng.random() < 0.06 else rng.choice(kinds))(rng, folder, file))
     return f"{file.relative_to(folder)}: {'; '.join(done)}"
 
@@ -257,6 +260,27 @@ def _place(rng: random.Random, folder: Path, file: Path) -> str:
     elif kind == "pipe":
         os.mkfifo(file)
     return kind
+
+
+def _folders(rng: random.Random, folder: Path, file: Path) -> str:
+    """The file's folder is gone, renamed or replaced by another one; or the file by its namesake elsewhere."""
+    parent = file.parent
+    others = sorted(
+        path for path in folder.rglob("*") if path.is_dir() and path not in (parent, *parent.parents)
+    )
+    namesakes = [path for path in folder.rglob(file.name) if path.is_file() and path != file]
+    kind = rng.choice(("gone", "renamed", "replaced", "namesake", "namesake"))
+    if kind == "namesake" and namesakes:
+        file.write_bytes(rng.choice(namesakes).read_bytes())
+    elif kind == "renamed":
+        parent.rename(parent.with_name(f"{parent.name}-old"))
+    elif kind == "replaced" and (beside := [path for path in others if parent not in path.parents]):
+        shutil.rmtree(parent)
+        shutil.copytree(rng.choice(beside), parent)
+    else:
+        shutil.rmtree(parent)
+        kind = "gone"
+    return f"its folder: {kind}"
 
 
 def copy_folder(source: Path, target: Path) -> None:

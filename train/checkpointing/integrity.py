@@ -26,6 +26,7 @@ from data_prep.shard_format.files import read_json, write_json
 from train.errors import UserError, one_line
 
 COMPLETE = "complete.json"
+_STEP = re.compile(r"step-(\d{8})")
 _PARTITION = re.compile(r"zero_pp_rank_(\d+)_")
 _CHUNK = 2**20
 _THREADS = 4
@@ -170,6 +171,9 @@ def listed(checkpoint: Path) -> tuple[Facts | None, str | None]:
         facts = read_facts(checkpoint)
     except UserError as error:
         return None, str(error)
+    named = _STEP.fullmatch(checkpoint.name)  # other names are the user's, who may copy a step where he likes
+    if named and int(named[1]) != facts.step:
+        return None, f"it holds step {facts.step}, copied over it; remove that checkpoint, or restore it"
     fault = size_fault(checkpoint, facts)
     return (facts, None) if fault is None else (None, fault)
 

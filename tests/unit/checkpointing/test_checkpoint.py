@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from train.checkpointing.checkpoint import Retention, _remove, newest_checkpoint
 from train.checkpointing.integrity import (
     COMPLETE,
+    checkpoint_fault,
     content_fault,
     read_facts,
     record_own_files,
@@ -94,6 +96,18 @@ def test_a_flipped_bit_of_any_file_is_found(tmp_path: Path) -> None:
         assert file.name in said[0], said
         file.write_bytes(whole)
     assert newest_checkpoint(tmp_path, pytest.fail) == newer
+
+
+def test_a_step_copied_over_another_is_passed_over(tmp_path: Path) -> None:
+    older, newer = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 10)
+    shutil.rmtree(newer)
+    shutil.copytree(older, newer)
+    said: list[str] = []
+    assert newest_checkpoint(tmp_path, said.append) == older
+    assert said == [
+        f"{newer} is passed over: it holds step 5, copied over it; remove that checkpoint, or restore it"
+    ]
+    assert checkpoint_fault(older.rename(tmp_path / "best")) is None
 
 
 def test_each_rank_answers_for_its_share(tmp_path: Path) -> None:

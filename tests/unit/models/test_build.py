@@ -81,8 +81,12 @@ def test_a_manifest_that_records_another_tokenizer_is_refused(shards_folder: str
         message = rf"manifest.json: tokenizer.{name} is {value}, but .*/tokenizer has .* run write_shards"
         with pytest.raises(UserError, match=message):
             load_manifest(str(folder))
+        inputs = read_inputs(Config(data=DataConfig(shards=str(folder))), "cpu")
+        assert set(inputs.as_record()) == {
+            "deepspeed.config"
+        }  # not compared with a run's before it is refused
         with pytest.raises(UserError, match=message):  # after the ranks have been compared
-            _ = read_inputs(Config(data=DataConfig(shards=str(folder))), "cpu").manifest
+            _ = inputs.manifest
     shutil.rmtree(folder / "tokenizer")  # nothing to compare with
     load_manifest(str(folder))
 
