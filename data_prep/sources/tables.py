@@ -71,11 +71,15 @@ def _batch_rows(place: str, group: Any, name: str, options: ReadOptions) -> int:
     """How many rows to read at a time, so that their texts have about the size of one document at most.
 
     Raises:
+        DamagedFile: the row group has no such column, which the file has.
         UserError: a page may be larger than four such documents. Arrow unpacks whole pages and holds up to four
             times as much; how large they are stands in their headers alone, so it is estimated.
     """
-    columns = (group.column(index) for index in range(group.num_columns))
-    size = next(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
+    columns = [group.column(index) for index in range(group.num_columns)]
+    sizes = [column.total_uncompressed_size for column in columns if column.path_in_schema == name]
+    if not sizes:
+        raise DamagedFile(f"{place} is damaged: it lacks the column {name!r}; fetch or write it again")
+    size = sizes[0]
     row = size / max(1, group.num_rows)
     page, limit = min(size, row * ROWS_OF_A_PAGE), 4 * options.max_document_bytes
     if page > limit:

@@ -172,7 +172,9 @@ def read_model_scores(name: str, folder: Path) -> ModelScores:
             raise UserError(f"{folder} holds two folders of scores of {task}; move one away")
         found[task] = scores
     if not found:
-        raise UserError(f"{folder} holds no TASK/{FILE} (--scores {name}={folder}); {FINETUNE} makes them")
+        raise UserError(
+            f"{folder} holds no TASK/{FILE} (--scores {name}={folder}); make them with {FINETUNE}"
+        )
     parameters = max(scores.parameters for scores in found.values())
     return ModelScores(name, parameters, {task: found[task] for task in TASKS if task in found})
 

@@ -13,7 +13,7 @@ from launch.reporting.inputs import read_model_scores
 from launch.reporting.scores import downstream_table, glue_table
 from tests.fuzzing.target import Target, anything
 from tests.tiny_tasks import sentences
-from train.finetuning.readers import read_table, read_task
+from train.finetuning.readers import read_task, read_unlabelled
 from train.finetuning.results import read_scores
 from train.finetuning.runs import OPTIONS, _refuse_changes, finished_seeds
 from train.finetuning.soft_labels import teacher_outputs
@@ -35,11 +35,11 @@ def _make_tables(folder: Path) -> None:
 def _read_tables(folder: Path) -> Any:
     task, said = TASKS["sst2"], []
     train, dev = read_task(task, str(folder), said.append)
-    more = read_table(task, folder / "more.jsonl.gz", said.append)
+    more = read_unlabelled(task, folder / "more.jsonl.gz", said.append)
     return [
         (train.first, train.labels.tolist()),
         (dev["dev"].first, dev["dev"].labels.tolist()),
-        more.columns,
+        more.first,
     ], said
 
 
@@ -59,7 +59,7 @@ def _as_the_rows_say(value: Any, expected: Any, folder: Path) -> str | None:
         return "dev.jsonl: other examples"
     packed = gzip.decompress((folder / "more.jsonl.gz").read_bytes()).decode("utf-8-sig").split("\n")
     records = [json.loads(line) for line in packed if line.strip()]
-    wanted = {name: [record.get(name) for record in records] for name in records[0]}
+    wanted = [record["sentence"] for record in records]
     return None if more == wanted else "more.jsonl.gz: something else than was packed"
 
 

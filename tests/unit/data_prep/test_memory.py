@@ -75,6 +75,8 @@ def test_large_rows_of_a_table_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     options = tables.ReadOptions(max_document_mb=1)
     assert tables._batch_rows("a", group, "text", options) < 20
     assert tables._batch_rows("a", group, "text", tables.ReadOptions()) == tables.ROWS
+    with pytest.raises(ValueError, match="a is damaged: it lacks the column 'body'; fetch or write it again"):
+        tables._batch_rows("a", group, "body", options)
 
 
 def test_pages_that_may_be_too_large_are_refused_by_name(tmp_path: Path) -> None:
