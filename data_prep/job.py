@@ -12,6 +12,8 @@ from data_prep.sources.records import MAX_DOCUMENT_MB, ReadOptions
 from data_prep.sources.resolve import Source
 
 WORK_FOLDER = ".work"
+HISTOGRAM_NAME = "token_histogram.npy"
+SKIPPED_NAME = "skipped.jsonl"
 
 
 @dataclass(frozen=True)

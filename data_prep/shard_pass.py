@@ -16,7 +16,7 @@ import numpy as np
 
 from data_prep.bucket_files import Bucket, open_bucket
 from data_prep.chosen_heldout import chosen_rows
-from data_prep.job import Job, describe_sources
+from data_prep.job import HISTOGRAM_NAME, SKIPPED_NAME, Job, describe_sources
 from data_prep.placement import Documents, Plan, ShardPlan, order_and_deduplicate, plan_shards
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import new_file, new_folder, write_array, write_text
@@ -34,8 +34,6 @@ from data_prep.tokenize_pass import bucket_heads, write_skipped
 from data_prep.work_folder import source_records
 from data_prep.workers import Worker
 
-HISTOGRAM_NAME = "token_histogram.npy"
-SKIPPED_NAME = "skipped.jsonl"
 DOCUMENTS_IN_MEMORY = 4_000_000  # of the plan: 40 bytes each, and as much again to sort them
 
 

@@ -16,6 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import StrictInt, StrictStr, TypeAdapter, ValidationError
+
+from data_prep.shard_format.checks import first_problem
+from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import read_json, write_text
 from data_prep.sources.resolve import Source
 
@@ -26,6 +30,7 @@ _THREADS = 8
 
 Records = Mapping[str, Sequence[Any]]
 """Path -> bytes, modification time in ns, digest of the samples."""
+_RECORDS: TypeAdapter[Records] = TypeAdapter(dict[str, tuple[StrictInt, StrictInt, StrictStr]])
 
 
 @dataclass(frozen=True)
@@ -109,4 +114,13 @@ def kept_records(out: Path) -> Records | None:
     path = out / RECORD_NAME
     if not path.exists():
         return None
-    return read_json(path, f"remove it, and the sources of {out} are compared by name and size alone")
+    remedy = f"remove it, and the sources of {out} are compared by name and size alone"
+    return checked_records(read_json(path, remedy), path, remedy)
+
+
+def checked_records(records: Any, path: Path, remedy: str) -> Records:
+    """Records that were read from the file `path`; UserError where something has damaged them."""
+    try:
+        return _RECORDS.validate_python(records)
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged ({first_problem(error)}); {remedy}") from None

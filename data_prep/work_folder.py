@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.bucket_files import read_head
-from data_prep.job import WORK_FOLDER, JobOptions, describe_sources
+from data_prep.job import HISTOGRAM_NAME, SKIPPED_NAME, WORK_FOLDER, JobOptions, describe_sources
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import read_json, try_lock, write_text
-from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest, TokenizerInfo
+from data_prep.shard_format.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, TokenizerInfo
 from data_prep.source_files import (
     RECORD_NAME,
     SAMPLE,
@@ -26,6 +26,7 @@ from data_prep.source_files import (
     Changes,
     Records,
     changed_files,
+    checked_records,
     describe_files,
     kept_records,
 )
@@ -103,7 +104,14 @@ def source_records(out: Path) -> Records:
 
 
 def _read_journal(out: Path) -> dict[str, Any]:
-    return read_json(out / WORK_FOLDER / JOURNAL, f"remove {out} to start over")
+    path, remedy = out / WORK_FOLDER / JOURNAL, f"remove {out} to start over"
+    journal = read_json(path, remedy)
+    for name, kind in (("options", dict), ("tokenizer", str), ("sources", list)):
+        if not isinstance(journal.get(name), kind):
+            raise UserError(f"{path} is damaged (it lacks {name!r}); {remedy}")
+    if "files" in journal:
+        checked_records(journal["files"], path, remedy)
+    return journal
 
 
 def _finished(out: Path, identity: dict[str, Any], sources: Sequence[Source]) -> Manifest:
@@ -131,7 +139,7 @@ def _goes_on(out: Path, identity: dict[str, Any], sources: Sequence[Source]) -> 
         UserError: other options are asked for, and much work would be lost.
     """
     begun = _read_journal(out)
-    if not isinstance(begun.get("files"), dict):
+    if "files" not in begun:
         print(f"{out}: the unfinished run here is of an older version: starting over")
         _forget(out)
         return False
@@ -210,13 +218,15 @@ def _names(identity: dict[str, Any]) -> list[str]:
 
 
 def _forget(out: Path) -> None:
-    """Remove what an unfinished run has made."""
-    for record in (out / WORK_FOLDER / "shards").glob("*.json"):
-        (out / record.stem).unlink(missing_ok=True)
-    for partial in out.glob(".*.partial"):
-        partial.unlink()
-    for name in ("buckets", "shards"):
-        shutil.rmtree(out / WORK_FOLDER / name)
+    """Remove what an unfinished run has made, also one that was killed just before its manifest."""
+    work = out / WORK_FOLDER
+    shards = [out / record.stem for record in (work / "shards").glob("*.json")]
+    beside = [out / name for name in (HISTOGRAM_NAME, SKIPPED_NAME, TOKENIZER_FOLDER)]
+    for path in (*shards, *out.glob(".*.partial"), *beside, work / "buckets", work / "shards"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _refuse_difference(out: Path, made: dict[str, Any], wanted: dict[str, Any], changes: Changes) -> None:

@@ -58,7 +58,13 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
         mark, what = error.problem_mark, one_line(ValueError(error.problem or error.context))
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise UserError(f"{path}: {where}{what}; mend this line") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # of ill tags: !!bool x
         raise UserError(f"{path}: cannot be read as YAML ({one_line(error)}); mend it") from None
     try:
         return _checked(path, tree)
@@ -71,6 +77,9 @@ def _checked(path: Path, tree: Any) -> dict[str, Any]:
         raise UserError(f"{path}: holds no sections; give at least one ({', '.join(KEYS)}), or {{}}")
     for section, values in tree.items():
         _check_section(path, section, values)
+    in_sections = {f"{name}.{key}" for name, keys in tree.items() if isinstance(keys, dict) for key in keys}
+    for key in in_sections.intersection(tree):
+        raise UserError(f"{path}: {key}: stands there twice, alone and in its section; remove one")
     values = flatten(tree)
     for key, value in values.items():
         for number in _numbers(value):

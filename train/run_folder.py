@@ -234,7 +234,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a configuration that a run has left; UserError naming it where it is damaged."""
     try:
         tree = yaml.safe_load(read_file(path))
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # of ill tags: !!bool x
         raise UserError(f"{path} is damaged ({one_line(error, 200)}); {RESTORE}") from None
     if not (isinstance(tree, dict) and all(isinstance(section, dict) for section in tree.values())):
         raise UserError(f"{path} is damaged (it does not hold sections of keys); {RESTORE}")

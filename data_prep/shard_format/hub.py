@@ -45,10 +45,12 @@ def require_hub(name: str, is_cached: Callable[[], bool] = lambda: False) -> Non
 @functools.cache
 def _fault(endpoint: str) -> str | None:
     """Why no connection can be made; None where one can."""
-    address = urlsplit(endpoint)
-    port = address.port or (80 if address.scheme == "http" else 443)
     try:
+        address = urlsplit(endpoint)
+        port = address.port or (80 if address.scheme == "http" else 443)
         socket.create_connection((address.hostname or "", port), TIMEOUT_S).close()
     except OSError as error:
         return error.strerror or str(error)
+    except ValueError as error:  # HF_ENDPOINT is no URL
+        return str(error)
     return None

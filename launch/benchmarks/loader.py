@@ -24,9 +24,9 @@ import psutil
 import torch
 import webdataset
 
+from data_prep.job import HISTOGRAM_NAME
 from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import Manifest, ShardInfo, TokenizerInfo, shard_url, write_shard
-from data_prep.shard_pass import HISTOGRAM_NAME
 from launch.benchmarks import options
 from launch.benchmarks.machine import hardware
 from train.config import DataConfig

@@ -107,7 +107,16 @@ def test_damaged_json_is_one_message(text: str | bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["training: null", "training: 3", "- a", "training: {micro_batch_size: word}", "[" * 5000, "a: [1"],
+    [
+        "training: null",
+        "training: 3",
+        "- a",
+        "training: {micro_batch_size: word}",
+        "[" * 5000,
+        "a: [1",
+        "training: {epochs: !!bool x}",
+        "training: {epochs: !!timestamp x}",
+    ],
 )
 def test_a_damaged_recipe_is_one_message(text: str, tmp_path: Path) -> None:
     """With sections that are none, and nested too deeply."""

@@ -56,7 +56,7 @@ def label_of_row(row: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     try:
         data = config["data"]
         return masking_label(config["masking"], str(data["sequence_length"]), data["seed"])
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         return "masking not recorded"
 
 
@@ -65,5 +65,5 @@ def training_label(config: Mapping[str, Any]) -> str:
     try:
         lengths = [config["schedule"]["short_sequence_length"], config["data"]["sequence_length"]]
         return masking_label(config["masking"], " then ".join(str(each) for each in lengths if each))
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         return "masking not recorded"

@@ -29,7 +29,7 @@ def freeze_untrained(
     input_ids = torch.arange(NUM_TOKENS, device=device)[None] % student.config.vocab_size
     positions = input_ids.new_ones(1, 1)
     masked = MaskedBatch(input_ids, positions, positions, torch.ones_like(positions, dtype=torch.bool))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([] if device == "cpu" else [torch.device(device)]):
         objective(moved, masked, teacher(input_ids) if teacher is not None else None).loss.backward()
     frozen = [name for name, parameter in student.named_parameters() if parameter.grad is None]
     for name, parameter in student.named_parameters():

@@ -46,3 +46,12 @@ def test_nothing_is_tried_where_the_client_is_told_to_stay_offline(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub.require_hub("the model a/b")
+
+
+@pytest.mark.parametrize("endpoint", ["http://hub:port", "http://[::1"])
+def test_an_endpoint_that_is_no_url_is_refused(
+    offline: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(UserError, match=r"cannot be reached .*: give a local folder"):
+        hub.require_hub("the model a/b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from data_prep import source_files, work_folder, write_shards
+from data_prep.shard_format.errors import UserError
 from data_prep.sources.resolve import resolve_sources
 from tests.unit.data_prep.test_write_shards import contents, make
 
@@ -183,11 +185,50 @@ def test_an_unfinished_run_goes_on_after_a_touch_and_not_after_an_edit(
         assert corpus.buckets() != before
 
 
-def test_a_damaged_journal_is_named(corpus: Corpus, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "{}",
+        '{"options": {}, "tokenizer": "", "sources": 3}',
+        '{"options": {}, "tokenizer": "", "sources": [], "files": {"a.txt": 5}}',
+    ],
+)
+def test_a_damaged_journal_is_named(corpus: Corpus, text: str, capsys: pytest.CaptureFixture) -> None:
     (corpus.out / ".work").mkdir(parents=True)
-    (corpus.out / ".work" / "job.json").write_text("[" * 100_000)
+    (corpus.out / ".work" / "job.json").write_text(text)
     assert corpus.make() == 2
     assert re.search(r"job\.json is damaged .*; remove .*out to start over", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("record", [5, [1], ["5", 1, "ab"], None])
+def test_damaged_records_of_sources_are_named(tmp_path: Path, record: Any) -> None:
+    (tmp_path / source_files.RECORD_NAME).write_text(json.dumps({"a.txt": record}))
+    with pytest.raises(UserError, match=r"\.sources\.json is damaged \(.*\); remove it, and the sources of"):
+        source_files.kept_records(tmp_path)
+
+
+@pytest.mark.parametrize("folder_missing", [False, True])
+def test_a_run_killed_at_its_end_starts_over_where_its_inputs_changed(
+    corpus: Corpus, tmp_path: Path, folder_missing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the tokenizer's folder is written; or again, while what it has made is removed."""
+
+    def killed(tokenizer: Any, folder: Path) -> None:
+        (folder / "tokenizer.json").touch()
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write_shards, "save_tokenizer", killed)
+        with pytest.raises(SystemExit):
+            corpus.make()
+    (corpus.out / ".tokenizer.partial").mkdir()  # as kill -9 leaves it
+    if folder_missing:
+        shutil.rmtree(corpus.out / ".work" / "buckets")
+    edit(corpus.second, "model", "MODEL")
+    assert corpus.make() == 0
+    assert corpus.make(out=tmp_path / "fresh") == 0
+    assert contents(corpus.out) == contents(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("way", ["itself", "in a folder", "by a glob", "socket", "device"])

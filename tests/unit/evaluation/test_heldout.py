@@ -78,5 +78,9 @@ def test_rows_of_older_runs_are_labelled_by_their_configuration() -> None:
     assert label_of_row(row, tree) == "15 % of 512 tokens, uniform, whole words, mask seed 3"
     assert label_of_row({**row, LABEL: "as said"}, tree) == "as said"
     assert label_of_row(row, {}) == "masking not recorded"
+    for damaged in ({"probability": "x"}, {"smoothing": "0.7"}, {"probability": None}):
+        masking = {**tree["masking"], **damaged}
+        assert label_of_row(row, {**tree, "masking": masking}) == "masking not recorded"
+        assert training_label({**tree, "masking": masking}) == "masking not recorded"
     tree["schedule"]["short_sequence_length"] = 128
     assert training_label(tree) == "15 % of 128 then 512 tokens, uniform, whole words"
