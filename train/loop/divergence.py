@@ -115,11 +115,19 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
         return []
     remedy = "restore it, or give another run.dir"
     try:
-        return pydantic.TypeAdapter(list[Rollback]).validate_python(read_json(path, remedy).get("rollbacks"))
+        found = pydantic.TypeAdapter(list[Rollback]).validate_python(read_json(path, remedy).get("rollbacks"))
     except pydantic.ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"])) or "rollbacks"
         raise UserError(f"{path} is damaged ({where}: {fault['msg']}); {remedy}") from None
+    for number, each in enumerate(found):
+        for step in each.left_out:
+            if not 0 <= each.continued_from_step <= step <= each.diverged_after_step:
+                raise UserError(
+                    f"{path} is damaged ({number}.left_out: step {step} lies outside of {each.continued_from_step} to "
+                    f"{each.diverged_after_step}); {remedy}"
+                )
+    return found
 
 
 def write_rollbacks(run_dir: Path, rollbacks: Sequence[Rollback]) -> None:

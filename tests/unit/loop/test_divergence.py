@@ -45,7 +45,10 @@ def test_rollbacks_are_remembered_and_damage_is_named(tmp_path: Path) -> None:
     write_rollbacks(tmp_path, entries)
     assert read_rollbacks(tmp_path) == entries
     assert all_left_out(entries, (4, 9)) == (4, 9, 10, 13)
-    for damage in ("{", "{}", '{"rollbacks": [{"left_out": 3}]}', "[]"):
+    whole = (tmp_path / "rollbacks.json").read_text()
+    elsewhere = [whole.replace(" 13\n", f" {step}\n") for step in (-13, 11, 17, 93)]
+    for damage in ("{", "{}", '{"rollbacks": [{"left_out": 3}]}', "[]", *elsewhere):
+        assert damage != whole
         (tmp_path / "rollbacks.json").write_text(damage)
         with pytest.raises(UserError, match=r"rollbacks.json.*restore it, or give another run.dir"):
             read_rollbacks(tmp_path)
