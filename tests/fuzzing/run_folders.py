@@ -15,6 +15,7 @@ from launch.reporting.runs import read_run_facts
 from tests.fuzzing.settings_files import SECTIONS
 from tests.fuzzing.target import Target, anything
 from train.config import Config
+from train.loop.divergence import Rollback, read_rollbacks, write_rollbacks
 from train.loop.metrics import RunEvents, read_rows
 from train.run_folder import changed_config, changed_inputs, found_before, read_summary, write_configs
 
@@ -42,6 +43,7 @@ def _make_run(folder: Path) -> None:
         rows += [{"step": step, **HELDOUT}] if step % 8 == 0 else []
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "spikes.jsonl").write_text(json.dumps({"step": 8, "loss": 30.0, "sequences": ["a", "b"]}) + "\n")
+    write_rollbacks(run, [Rollback(12, 8, (9, 10), "the loss is nan"), Rollback(20, 16, (17,), "again")])
     summary = {
         "steps": 24, "tokens": 49152, "loss": 6.6, "tokens_per_s": 4008.0,
         "parameters": {"student": 1000, "teacher": 2000}, "device": "cpu", "model_flops_per_token": 1e6,
@@ -59,7 +61,7 @@ def _resume(folder: Path) -> Any:
     changes = [*changed_config(run, config), *changed_inputs(run, INPUTS)]
     summary = read_summary(run)
     RunEvents(run, RUN, 16, 24).close()
-    return changes, summary, read_rows(run)
+    return changes, summary, read_rows(run), read_rollbacks(run)
 
 
 def _changes_are_told(value: Any, expected: Any, folder: Path) -> str | None:
@@ -68,7 +70,8 @@ def _changes_are_told(value: Any, expected: Any, folder: Path) -> str | None:
         not isinstance(row, dict) or not isinstance(row.get("step"), int) or row["step"] > 16 for row in rows
     ):
         return f"rows that are none: {rows}"
-    return None
+    left_out = [step for each in value[3] for step in each.left_out]
+    return None if all(0 <= step <= 24 for step in left_out) else f"steps that are none: {left_out}"
 
 
 def _report(folder: Path) -> Any:
