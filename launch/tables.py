@@ -51,7 +51,7 @@ class Table:
         """
         width = width or text_width()
         text = io.StringIO()
-        console = Console(width=width, file=text, highlight=False, markup=False)
+        console = Console(width=width, file=text, highlight=False, markup=False, emoji=False)
         has_numbers = any(column.is_number for column in self.columns)
         for number, block in enumerate(self._blocks(width) if has_numbers else [range(len(self.columns))]):
             title = self.title if number == 0 else ""

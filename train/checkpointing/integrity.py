@@ -134,9 +134,13 @@ def size_fault(checkpoint: Path, facts: Facts) -> str | None:
     """The first file that is missing or has another size; None where all are as listed."""
     for name, size in facts.files.items():
         path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if (found := path.stat().st_size) != size:
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            found = path.stat().st_size
+        except OSError as error:
+            return f"{name[:100]} cannot be read ({error.strerror})"
+        if found != size:
             return f"{name} has {found} bytes instead of {size}"
     return None
 

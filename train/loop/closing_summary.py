@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from train.errors import UserError, one_line
+from train.run_folder import RESTORE, SUMMARY
+
 
 def closing_lines(run_dir: Path, model: Path, summary: Mapping[str, Any]) -> list[str]:
     """Loss, held-out loss, agreement with the teacher, speed, and where the model is and what to do with it.
@@ -13,7 +16,16 @@ def closing_lines(run_dir: Path, model: Path, summary: Mapping[str, Any]) -> lis
     Args:
         model: the final Hugging Face folder.
         summary: of RUN/summary.json, also of older versions.
+    Raises:
+        UserError: it lacks a figure, or one is none.
     """
+    try:
+        return _lines(run_dir, model, summary)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{run_dir / SUMMARY} is damaged ({one_line(error)}); {RESTORE}") from None
+
+
+def _lines(run_dir: Path, model: Path, summary: Mapping[str, Any]) -> list[str]:
     before, last = summary["heldout_before"], summary["heldout"]
     heldout, agreement = "not measured: the shards hold no held-out windows", "not measured"
     if "heldout_mlm_loss" in last:

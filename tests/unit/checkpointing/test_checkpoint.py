@@ -80,6 +80,15 @@ def test_missing_file_or_list_is_passed_over(tmp_path: Path) -> None:
     assert [words in line for words, line in zip(found, said, strict=True)] == [True] * 4
 
 
+def test_a_list_of_impossible_names_is_passed_over(tmp_path: Path) -> None:
+    said: list[str] = []
+    for step, name in enumerate(("x" * 5000, "/etc/hostname", "../up", "zero_pp_rank_" + "9" * 5000 + "_")):
+        path = without_digests(make_checkpoint(tmp_path, step))
+        (path / COMPLETE).write_text(json.dumps({"step": step, "world_size": 1, "files": {name: 1}}))
+    assert newest_checkpoint(tmp_path, said.append) is None
+    assert all(" is passed over: " in line for line in said)
+
+
 def test_a_flipped_bit_of_any_file_is_found(tmp_path: Path) -> None:
     """It is named, and the step before is used. tests/flip_bits.py tries more, on a real run's checkpoint."""
     older, newer = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 10)

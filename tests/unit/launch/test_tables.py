@@ -45,3 +45,10 @@ def test_a_terminal_of_words_breaks_the_last_column(monkeypatch: pytest.MonkeyPa
     text = text_table(("check", "", "seen"), [("shards", "well", "word " * 40)], right=False)
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("word") == 40
+
+
+def test_names_stay_as_they_are() -> None:
+    """rich would take some for markup, and others for pictures."""
+    names = ["[red]model[/red]", "runs:cat:1"]
+    text = text_table(("run", "loss"), [(name, "1") for name in names])
+    assert all(name in text for name in names)

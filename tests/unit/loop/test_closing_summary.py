@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from train.errors import UserError
 from train.loop.closing_summary import closing_lines
 
 SUMMARY: dict[str, Any] = {"loss": 6.25, "steps": 300, "tokens": 1_228_800, "tokens_per_s": 12345.6}
@@ -33,3 +36,16 @@ def test_a_run_without_teacher_or_held_out_windows() -> None:
         "agreement      no teacher",
     ]
     assert lines[4] == "model          runs/a/model; distil it with --model.teacher=runs/a/model"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"heldout": None}, {"heldout": {"heldout_mlm_loss": None}}, {"steps": "many"}, {"tokens_per_s": []}],
+)
+def test_a_damaged_summary_is_named(damage: dict[str, Any]) -> None:
+    whole = {**SUMMARY, "teacher": "t", "heldout_before": BEFORE, "heldout": LAST}
+    for summary in ({**whole, **damage}, {"steps": 300}):
+        with pytest.raises(
+            UserError, match=r"runs/a/summary.json is damaged \(.*\); restore it, or give another"
+        ):
+            closing_lines(Path("runs/a"), Path("runs/a/model"), summary)
