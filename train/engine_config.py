@@ -141,7 +141,7 @@ def resolve_engine_config(
     for key in template:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"remove it; known are {', '.join(known)}"
             raise UserError(f"{where}: unknown section {key!r}; {hint}")
     resolved = copy.deepcopy(template)
     for key, owner in {**RECIPE_OWNS, **REPLACED}.items():

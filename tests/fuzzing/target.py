@@ -23,7 +23,7 @@ NOTHING = "nothing"
 REMEDY = re.compile(
     r"is not `|there is no|does not exist|did you mean|this trainer runs|this project ships|needed|\[Errno|"
     r"\b(give|write|remove|delete|restore|run|fetch|make|set|use|choose|save|start|rename|raise|leave|move|add|pack|put|"
-    r"copy|export|has|are|must|needs?|wants?|known|try|mend|correct|fill|replace|point|measure|see)\b"
+    r"copy|export|must|needs?|wants?|try|mend|correct|fill|replace|point|measure|see)\b"
 )
 
 

@@ -95,7 +95,7 @@ def test_default_by_device() -> None:
     ("key", "message"),
     [
         ("zero_optimisation", "did you mean 'zero_optimization'"),
-        ("quux", "known are activation_checkpointing, bf16"),
+        ("quux", "remove it; known are activation_checkpointing, bf16"),
     ],
 )
 def test_an_unknown_section_is_refused(key: str, message: str) -> None:

@@ -134,7 +134,9 @@ def _labels(task: Task, table: Table) -> np.ndarray:
                 raise UserError(
                     f"{where} -1: this is a test set without labels, which cannot be scored; give the dev set"
                 )
-            raise UserError(f"{where} {value!r}; {task.title} has {_known_labels(task)}")
+            raise UserError(
+                f"{where} {value!r}; {task.title} has {_known_labels(task)}: correct it, or remove the row"
+            )
         labels.append(number)
     return np.array(labels, dtype=np.float32 if task.is_regression else np.int64)
 

@@ -119,7 +119,7 @@ def test_imdb_as_the_folders_of_aclimdb(tmp_path: Path) -> None:
     [
         (
             "sentence\tlabel\nok\t1\nbad\t2\n",
-            r"dev.tsv, row 3: label is '2'; SST-2 has 0 \(negative\), 1 \(positive\)",
+            r"dev.tsv, row 3: label is '2'; SST-2 has 0 \(negative\), 1 \(positive\): correct it, or remove the row",
         ),
         ("sentence\tlabel\nok\t-1\n", "row 2: label is -1: this is a test set without labels"),
         (

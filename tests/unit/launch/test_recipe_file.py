@@ -46,6 +46,7 @@ REFUSED = {
     "run:\n  hang_timeout_s: 1.0e+300\n": r"run.hang_timeout_s=1e\+300: give at most 10,000,000",
     "run:\n  dir: ''\n": "run.dir='': is empty; give a value",
     "training:\n  max_steps: true\n": r"training.max_steps: give int \| null, not True",
+    "evaluation:\n  every_steps: ''\n": "evaluation.every_steps: give int, not an empty text",
     "optimizer:\n  lr: fast\n": "optimizer.lr: give float, not fast",
     "optimizer:\n  lr: ' '\n": "optimizer.lr: give float, not an empty text",
     "model:\n  teacher_weights: ''\n": r"model.teacher_weights: give list\[float\] \| null, not an empty text",
