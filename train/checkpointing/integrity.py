@@ -22,6 +22,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from data_prep.shard_format.checks import first_problem
 from data_prep.shard_format.files import read_json, write_json
 from train.errors import UserError, one_line
 
@@ -125,9 +126,7 @@ def read_facts(checkpoint: Path) -> Facts:
     try:
         return Facts.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is damaged ({where}: {first['msg']}); {remedy}") from None
+        raise UserError(f"{path} is damaged ({first_problem(error)}); {remedy}") from None
 
 
 def size_fault(checkpoint: Path, facts: Facts) -> str | None:

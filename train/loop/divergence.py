@@ -17,6 +17,7 @@ import pydantic
 import torch
 import torch.distributed as dist
 
+from data_prep.shard_format.checks import first_problem
 from data_prep.shard_format.files import read_json, write_json
 from train.errors import NonFiniteError, UserError
 from train.loop.trainer import Trainer
@@ -117,9 +118,7 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
     try:
         found = pydantic.TypeAdapter(list[Rollback]).validate_python(read_json(path, remedy).get("rollbacks"))
     except pydantic.ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"])) or "rollbacks"
-        raise UserError(f"{path} is damaged ({where}: {fault['msg']}); {remedy}") from None
+        raise UserError(f"{path} is damaged ({first_problem(error)}); {remedy}") from None
     for number, each in enumerate(found):
         for step in each.left_out:
             if not 0 <= each.continued_from_step <= step <= each.diverged_after_step:
