@@ -143,7 +143,7 @@ def explained(message: str) -> str:
         .replace("typing.", "")
         .replace("None", "null")
     )
-    return f"{section}.{key}: give {wanted}, not {value or 'an empty text'}"
+    return f"{section}.{key}: give {wanted}, not {value}"
 
 
 def _numbers(value: Any) -> Iterator[float]:
