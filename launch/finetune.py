@@ -190,11 +190,11 @@ def jobs_with_data(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
     Raises:
         UserError: data or models do not fit, or a task that is named itself has no data.
     """
-    from train.distributed.world import let_deepspeed_say, quiet_libraries
+    from train.distributed.world import quiet_libraries, set_deepspeed_log_level
     from train.finetuning.runs import check_task
 
     quiet_libraries()
-    let_deepspeed_say("error")  # accelerate imports it
+    set_deepspeed_log_level("error")  # accelerate imports it
     named = {task.name for task in tasks_of([name for name in names if name.lower() != "glue"])}
     kept = []
     for job in jobs:

@@ -139,31 +139,31 @@ class _AtLeast(logging.Filter):
         return record.levelno >= self.level
 
 
-_DEEPSPEED_SAYS = _AtLeast()
+_DEEPSPEED_FILTER = _AtLeast()
 
 
-def let_deepspeed_say(log_level: str | None = None) -> None:
+def set_deepspeed_log_level(log_level: str | None = None) -> None:
     """Print DeepSpeed's messages of `log_level` ("debug", "info", "warning", "error") and above, and no others.
 
-    None: as was said before; "error" at first.
+    None: as set before; "error" at first.
     """
     if log_level is not None:
-        _DEEPSPEED_SAYS.level = getattr(logging, log_level.upper())
+        _DEEPSPEED_FILTER.level = getattr(logging, log_level.upper())
     logger = logging.getLogger("DeepSpeed")
-    logger.addFilter(_DEEPSPEED_SAYS)
-    logger.setLevel(_DEEPSPEED_SAYS.level)
+    logger.addFilter(_DEEPSPEED_FILTER)
+    logger.setLevel(_DEEPSPEED_FILTER.level)
 
 
 def import_deepspeed(log_level: str | None = None) -> Any:
-    """The deepspeed package, made to say what `let_deepspeed_say` lets it."""
-    let_deepspeed_say(log_level)  # it speaks while it is imported
-    if _DEEPSPEED_SAYS.level > logging.WARNING:
+    """The deepspeed package, with `set_deepspeed_log_level` in force."""
+    set_deepspeed_log_level(log_level)  # it logs while it is imported
+    if _DEEPSPEED_FILTER.level > logging.WARNING:
         quiet_libraries()
         warnings.filterwarnings("ignore", module=r"deepspeed|torch\.jit|torch\.distributed|transformers")
     import deepspeed
     import deepspeed.ops
 
-    let_deepspeed_say()  # and sets its logger's level then
+    set_deepspeed_log_level()  # and sets its logger's level then
     _import_muon()
     # On a CPU this op would be compiled for about a minute at the first start, and every rank would leave 66 MiB in
     # /dev/shm for good; gloo does without it.
@@ -194,7 +194,7 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def agree_to_stop(stop: bool, group: Any) -> bool:
+def any_rank_stops(stop: bool, group: Any) -> bool:
     """True on every rank where it is true on any: one byte over gloo, no device is waited for."""
     flag = torch.tensor([int(stop)], dtype=torch.int32)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)

@@ -12,7 +12,7 @@ from train.checkpointing.checkpoint import Checkpointer
 from train.checkpointing.state import TrainState
 from train.config import CheckpointConfig
 from train.distributed.signals import StopRequest
-from train.distributed.world import agree_to_stop
+from train.distributed.world import any_rank_stops
 from train.errors import CheckpointNotWrittenError, NonFiniteError
 from train.loop.loss_spikes import SpikeDetector
 from train.loop.metrics import Events
@@ -104,4 +104,4 @@ class Checkpointing:
             )
 
     def _on_any_rank(self, here: bool) -> bool:
-        return here if self._group is None else agree_to_stop(here, self._group)
+        return here if self._group is None else any_rank_stops(here, self._group)

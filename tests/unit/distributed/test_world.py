@@ -30,7 +30,7 @@ from train.distributed.world import (
     _num_threads,
     _set_torch_variables,
     import_deepspeed,
-    let_deepspeed_say,
+    set_deepspeed_log_level,
 )
 
 TORCH = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"}
@@ -284,7 +284,7 @@ def heard() -> Iterator[list[str]]:
     logger.addHandler(ear)
     yield found
     logger.removeHandler(ear)
-    let_deepspeed_say("error")
+    set_deepspeed_log_level("error")
 
 
 @pytest.mark.parametrize("log_level", LEVELS)
