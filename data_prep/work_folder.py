@@ -34,7 +34,7 @@ from data_prep.sources.records import MAX_DOCUMENT_MB
 from data_prep.sources.resolve import Source, source_key
 
 JOURNAL = "job.json"
-LITTLE = 256_000_000
+RESTART_LIMIT_BYTES = 256_000_000
 """Bytes of finished chunks, which take some minutes to make: an unfinished run with so little takes new options."""
 
 
@@ -192,7 +192,7 @@ def _is_much(out: Path) -> bool:
     """Whether more than a few minutes of work are in the folder."""
     work = out / WORK_FOLDER
     size = sum(path.stat().st_size for path in (work / "buckets").glob("*.bucket"))
-    return size > LITTLE or any((work / "shards").glob("*.json"))
+    return size > RESTART_LIMIT_BYTES or any((work / "shards").glob("*.json"))
 
 
 def _say_sampled(out: Path, changes: Changes) -> None:

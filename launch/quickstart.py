@@ -228,11 +228,9 @@ def _refuse_other_options(out: Path, options: dict[str, object]) -> None:
     """Stages made with other options must not be mixed."""
     path = out / "options.json"
     # It appears with the end of the first stage.
-    strangers = [
-        name for name in sorted(os.listdir(out)) if not name.startswith((".", "corpus", "tokenizer"))
-    ]
-    if strangers and not path.exists():
-        raise UserError(f"{out} holds {strangers[0]}, which is not the quickstart's: give another --out")
+    foreign = [name for name in sorted(os.listdir(out)) if not name.startswith((".", "corpus", "tokenizer"))]
+    if foreign and not path.exists():
+        raise UserError(f"{out} holds {foreign[0]}, which is not the quickstart's: give another --out")
     if path.exists() and (before := json.loads(path.read_text())) != options:
         raise UserError(
             f"{out} was started with {before}: use that again, remove the folder, or give another --out"

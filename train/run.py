@@ -30,7 +30,7 @@ from train.distributed.heartbeat import Heartbeat
 from train.distributed.launcher_watch import LauncherWatch
 from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
 from train.distributed.world import World, join_world
-from train.errors import NonFiniteError
+from train.errors import NonFiniteError, UserError
 from train.export.hugging_face import description_folder, export_checkpoint, save_student_description
 from train.loop.checkpoint_observer import Checkpointing, StoppedAfterSavingError
 from train.loop.closing_summary import closing_lines
@@ -38,8 +38,8 @@ from train.loop.divergence import (
     DivergedError,
     Rollback,
     all_left_out,
+    disable_min_scale_error,
     diverged,
-    leave_smallest_scale_to_us,
     read_rollbacks,
     write_rollbacks,
 )
@@ -122,7 +122,7 @@ def run(config: Config) -> int:
                 f"{parts.frozen[0]} on: they stay as they are"
             )
         state = load_checkpoint(parts.trainer.engine, checkpoint, world.world_size, say)
-        leave_smallest_scale_to_us(parts.trainer.engine)
+        disable_min_scale_error(parts.trainer.engine)
         changes = as_on_first_rank(changes)
         if not changes:  # losses of another objective or another batch make no mean with those to come
             parts.trainer.losses.restore(state.losses, world.device)
@@ -179,12 +179,15 @@ def _go_back(
     run_dir, engine = Path(parts.config.run.dir), parts.trainer.engine
     allowed = parts.config.run.rollback_on_divergence
     before = as_on_first_rank(read_rollbacks(run_dir))
-    checkpoint = choose_checkpoint(run_dir / "checkpoints", say) if len(before) < allowed else None
+    try:
+        checkpoint = choose_checkpoint(run_dir / "checkpoints", say) if len(before) < allowed else None
+    except UserError:  # none of them is whole
+        checkpoint = None
     if checkpoint is None:
         raise error
     engine._config.load_universal_checkpoint = needs_conversion(checkpoint, world.world_size)
     loaded = load_checkpoint(engine, checkpoint, world.world_size, say)
-    leave_smallest_scale_to_us(engine)
+    disable_min_scale_error(engine)
     parts.trainer.losses = LossSums()
     parts.trainer.losses.restore(loaded.losses, world.device)
     entry = Rollback(error.done, loaded.step, error.bad_steps, str(error))

@@ -55,8 +55,8 @@ def test_a_diverged_run_goes_back_without_the_bad_batch_and_a_kill_changes_nothi
     settings: list[str], tmp_path: Path
 ) -> None:
     """One rank's loss is NaN in step 9, noticed at 12; the only checkpoint is that of step 0. The run is killed after
-    the rollback and goes on. A run that has never diverged, told to leave the batch out, ends with the same bits."""
-    run_dir, told = tmp_path / "run", tmp_path / "told"
+    the rollback and goes on. A run that has never diverged and is given the batch to leave out ends with the same bits."""
+    run_dir, given = tmp_path / "run", tmp_path / "given"
     words = [*settings, "--checkpoint.every_steps=1000", "--run.rollback_on_divergence=1"]
     jobs = start_with_nan(words, run_dir, 2, (9,))
     wait_for(run_dir / "rollbacks.json", jobs[0])
@@ -69,12 +69,12 @@ def test_a_diverged_run_goes_back_without_the_bad_batch_and_a_kill_changes_nothi
     ends = [finish(job) for job in start_with_nan(words, run_dir, 2, (9,))]
     assert [code for code, _ in ends] == [0, 0], ends
     assert "left out: the batches of steps 9 (rollbacks.json)" in ends[0][1]
-    told.mkdir()
-    shutil.copy(run_dir / "rollbacks.json", told)
-    ends = [finish(job) for job in start_without_launcher(words, told, [], [])]
+    given.mkdir()
+    shutil.copy(run_dir / "rollbacks.json", given)
+    ends = [finish(job) for job in start_without_launcher(words, given, [], [])]
     assert [code for code, _ in ends] == [0, 0], ends
-    assert losses(run_dir) == losses(told)
-    assert weights(run_dir) == weights(told)
+    assert losses(run_dir) == losses(given)
+    assert weights(run_dir) == weights(given)
     (entry,) = json.loads((run_dir / "rollbacks.json").read_text())["rollbacks"]
     assert (entry["diverged_after_step"], entry["continued_from_step"], entry["left_out"]) == (12, 0, [9])
     rows = read_rows(run_dir)

@@ -163,7 +163,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(shards_folder: str, tmp_path: 
 
 
 def test_planted_faults(recipe: list[str], tmp_path: Path, teacher_folder: str, shards_folder: str) -> None:
-    """Eleven at once, each told with its remedy."""
+    """Eleven at once, each reported with its remedy."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -203,7 +203,7 @@ def test_planted_faults(recipe: list[str], tmp_path: Path, teacher_folder: str, 
         del os.environ["GLOO_SOCKET_IFNAME"], os.environ["HF_PLANTED"], os.environ["DS_ENV_FILE"]
     assert code == 1, output
     table = rows(output)
-    told = {
+    expected = {
         "reach": ("hostc: ssh: connect to host hostc port 22: No route to host", "ssh-copy-id hostc"),
         "python and packages": ("hostb: torch 2.0.0 (first host: 2.13", "pip install -r requirements.txt"),
         "clock": ("hostb: -11", "chronyd"),  # 120 s less what ssh and Python take to start
@@ -216,7 +216,7 @@ def test_planted_faults(recipe: list[str], tmp_path: Path, teacher_folder: str, 
         "batch arithmetic": ("a world size of 3 does not fit", "use a world size of 1, 2, 4"),
         "teacher": ("has no MLM head", "saved with its masked-language-model head"),
     }
-    for check, (seen, remedy) in told.items():
+    for check, (seen, remedy) in expected.items():
         assert table[check].startswith("FAILED "), check
         for words in (seen, remedy):
             assert words.replace(" ", "") in table[check].replace(" ", ""), (check, table[check])
@@ -226,7 +226,13 @@ def test_planted_faults(recipe: list[str], tmp_path: Path, teacher_folder: str, 
         "look ServerAliveInterval is 0 for localhost, hostb: `deepspeed` would wait"
     ), table
     assert "ServerAliveInterval 5" in table["ssh keep-alive"]
-    assert set(table) == {*told, *well, "ssh keep-alive", "pdsh", "run"}  # no ranks where the port is taken
+    assert set(table) == {
+        *expected,
+        *well,
+        "ssh keep-alive",
+        "pdsh",
+        "run",
+    }  # no ranks where the port is taken
     assert "11 failed, 1 to look at" in output
 
 
@@ -264,7 +270,7 @@ def test_a_run_folder_that_is_there_is_compared(
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "expected"),
     [
         ("config.yaml", "a: [", "config.yaml is damaged"),
         ("config.yaml", "", "config.yaml is damaged"),
@@ -274,13 +280,13 @@ def test_a_run_folder_that_is_there_is_compared(
     ],
 )
 def test_a_damaged_run_folder_is_one_line_of_the_table(
-    name: str, content: str, told: str, undisturbed: Path, settings: list[str], tmp_path: Path
+    name: str, content: str, expected: str, undisturbed: Path, settings: list[str], tmp_path: Path
 ) -> None:
     run_dir = shutil.copytree(undisturbed, tmp_path / "run")
     (run_dir / name).write_text(content)
     found = check_run(parse_config([*settings, f"--run.dir={run_dir}"], ""))
     assert not found.ok
-    assert told in found.result
+    assert expected in found.result
     assert found.remedy == "restore it, or give another run.dir"
 
 

@@ -139,7 +139,7 @@ def all_left_out(rollbacks: Sequence[Rollback], in_checkpoint: Sequence[int]) ->
     return tuple(sorted({*in_checkpoint, *(step for each in rollbacks for step in each.left_out)}))
 
 
-def leave_smallest_scale_to_us(engine: Any) -> None:
+def disable_min_scale_error(engine: Any) -> None:
     """DeepSpeed raises an exception of its own where a step overflows at the smallest loss scale.
     run.stop_after_non_finite says when it is enough, with the sequences and the remedy. A checkpoint brings its loss
     scaler along: to be called after each loading."""

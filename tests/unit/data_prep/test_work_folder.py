@@ -145,7 +145,7 @@ def test_other_options_start_over_unless_much_work_is_lost(
     corpus: Corpus, tmp_path: Path, much: bool, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if much:
-        monkeypatch.setattr(work_folder, "LITTLE", 100)
+        monkeypatch.setattr(work_folder, "RESTART_LIMIT_BYTES", 100)
     with corpus.second.open("a") as file:
         file.write("nonsense\n")
     assert corpus.make() == 2

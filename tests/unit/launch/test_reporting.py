@@ -545,13 +545,14 @@ def test_each_model_s_examples_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dev", "told"), [({"matched": 50}, "the matched dev set alone for MNLI"), (None, "STS-B, else accuracy")]
+    ("dev", "expected"),
+    [({"matched": 50}, "the matched dev set alone for MNLI"), (None, "STS-B, else accuracy")],
 )
-def test_what_is_said_of_mnli(dev: dict[str, int] | None, told: str, tmp_path: Path) -> None:
+def test_what_is_said_of_mnli(dev: dict[str, int] | None, expected: str, tmp_path: Path) -> None:
     given = {"rte": scores("rte", 50.0)}
     if dev is not None:
         given["mnli"] = scores("mnli", 40.0, dev_examples=dev)
-    assert told in notes_of(tmp_path, given)
+    assert expected in notes_of(tmp_path, given)
 
 
 def test_models_fine_tuned_differently_are_told(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from train.loop.divergence import (
     Rollback,
     all_left_out,
     bad_steps,
-    leave_smallest_scale_to_us,
+    disable_min_scale_error,
     read_rollbacks,
     write_rollbacks,
 )
@@ -71,7 +71,7 @@ def test_deepspeed_leaves_the_end_of_an_overflowing_run_to_us(monkeypatch: pytes
     monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 1)
     shipped = {"init_scale": 2**16, "scale_window": 1000, "min_scale": 1, "delayed_shift": 2}
     scaler = DynamicLossScaler(**shipped, consecutive_hysteresis=False)
-    leave_smallest_scale_to_us(SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler)))
+    disable_min_scale_error(SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler)))
     for _ in range(30):
         scaler.update_scale(True)
     assert scaler.cur_scale == 1

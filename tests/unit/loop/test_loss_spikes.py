@@ -67,6 +67,6 @@ def test_a_resumed_run_goes_on_with_the_losses_before() -> None:
         assert first.look(step, loss) is None
     state = TrainState.from_dict(asdict(TrainState(120, loss_history=first.history)))
     second = SpikeDetector(6.0, state.loss_history)
-    told = [step for step in range(120, 130) if second.look(step, losses[step])]
-    assert told == [125]
+    reported = [step for step in range(120, 130) if second.look(step, losses[step])]
+    assert reported == [125]
     assert TrainState.from_dict({"step": 3}) == TrainState(3)  # saved before there was a history
