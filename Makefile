@@ -1,6 +1,6 @@
 # Two commands a new user needs: `make quickstart` and `make test`. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
-# Test files at a time.
+# Files of unit tests at a time. The other tests start ranks, which want the cores for themselves.
 TEST_WORKERS ?= 2
 # Not compiled: of the 300 MB of Python that come, each module that is used is compiled when it is first imported.
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
@@ -25,10 +25,8 @@ types: .venv/installed-dev
 unit-tests: .venv/installed-dev
 	OMP_NUM_THREADS=1 python -m pytest tests/unit -n $(TEST_WORKERS) --dist loadfile
 
-# The longest files first; many wait for a clock of Slurm's or for a lost rank, while another file computes.
 rank-tests: .venv/installed-dev
-	OMP_NUM_THREADS=1 python -m pytest tests/end_to_end tests/cluster tests/distributed tests/gpu \
-		-n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+	python -m pytest tests/distributed tests/end_to_end tests/cluster tests/gpu
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
