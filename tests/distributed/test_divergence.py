@@ -34,7 +34,7 @@ def run_with_nan(steps: tuple[int, ...], rank: int, path: str, *arguments: str) 
 
     def broken(self: DistillationLoss, *args: Any, **named: Any) -> Any:
         terms = forward(self, *args, **named)
-        hit = at["step"] in steps and os.environ.get("RANK", "0") == str(rank)
+        hit = at.get("step") in steps and os.environ.get("RANK", "0") == str(rank)
         return replace(terms, loss=terms.loss * float("nan")) if hit else terms
 
     Trainer._seed_dropout, DistillationLoss.forward = noted, broken
