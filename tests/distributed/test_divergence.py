@@ -55,7 +55,7 @@ def test_a_diverged_run_goes_back_without_the_bad_batch_and_a_kill_changes_nothi
     settings: list[str], tmp_path: Path
 ) -> None:
     """One rank's loss is NaN in step 9, noticed at 12; the only checkpoint is that of step 0. The run is killed after
-    the rollback and goes on. A run that has never diverged and is given the batch to leave out ends with the same bits."""
+    the rollback and goes on. A run that never diverged, with the batch left out, ends with the same bits."""
     run_dir, given = tmp_path / "run", tmp_path / "given"
     words = [*settings, "--checkpoint.every_steps=1000", "--run.rollback_on_divergence=1"]
     jobs = start_with_nan(words, run_dir, 2, (9,))
