@@ -109,6 +109,9 @@ def _refuse_values(name: str | Path, settings: Mapping[str, Any]) -> None:
     for key, (least, most) in limits.items():
         if type(settings[key]) is not int or not least <= settings[key] <= most:
             _refuse(name, key, settings[key], f"a whole number from {least} to {most:,}")
+    spread = settings.get("initializer_range")  # other types are refused by transformers
+    if isinstance(spread, int | float) and not 0 <= spread < math.inf:
+        _refuse(name, "initializer_range", spread, "a number of at least 0")
     for key, rate in settings.items():
         if "dropout" in key and isinstance(rate, int | float) and not 0 <= rate < 1:
             _refuse(name, key, rate, "a share of at least 0 and less than 1")

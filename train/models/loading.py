@@ -265,6 +265,15 @@ def load_tokenizer(name: str, config: Any) -> Any:
     tokenizer = read_tokenizer(name)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{name}: its tokenizer has no padding token; texts cannot be batched")
+    try:
+        tokenizer("a", "a")
+    except BaseException as error:  # a panic of tokenizers, which is no Exception and has no class to import
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"{name}: the post_processor in its tokenizer.json names a token that it does not define "
+            f"({one_line(error)}); {COPY_AGAIN}"
+        ) from None
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise UserError(

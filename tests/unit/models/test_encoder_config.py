@@ -8,15 +8,17 @@ import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.unit.finetuning.squad_tokenizers import wordpiece
 from tests.unit.models.test_families import MODELS
 from train.errors import UserError
 from train.models.build import teacher_config
 from train.models.encoder_config import read_tokenizer
-from train.models.loading import load_masked_lm
+from train.models.loading import load_masked_lm, load_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,7 @@ from train.models.loading import load_masked_lm
         ("pad_token_id", -7),
         ("layer_norm_eps", "small"),
         ("hidden_dropout_prob", 1e308),
+        ("initializer_range", -0.5),
         ("hidden_act", 3),
         ("hidden_act", "none"),
         ("dtype", [[]]),
@@ -73,6 +76,16 @@ def test_a_tokenizer_s_limit_that_is_no_number_is_one_message(
         UserError, match=r"tokenizer: model_max_length in its tokenizer_config.json is .*; give a number"
     ):
         read_tokenizer(folder)
+
+
+def test_a_template_of_an_undefined_token_is_one_message(tmp_path: Path) -> None:
+    wordpiece().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    tree["post_processor"]["pair"][4]["SpecialToken"]["id"] = "[END]"
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"tokenizer.json names a token that it does not define .*copy"):
+        load_tokenizer(str(tmp_path), SimpleNamespace(vocab_size=1000))
 
 
 def test_nested_json_and_other_damage_of_a_config_is_one_message(tmp_path: Path) -> None:
