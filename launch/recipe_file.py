@@ -116,7 +116,7 @@ def nearest(mistyped: str) -> str:
     if not section and key not in KEYS:
         in_sections = [each for each in known_keys() if each.endswith(f".{key}")]
         found = in_sections or difflib.get_close_matches(key, [*KEYS, *known_keys()], 1)
-        return f"did you mean {found[0]}?" if found else f"there are {', '.join(KEYS)}"
+        return f"did you mean {found[0]}?" if found else f"give one of {', '.join(KEYS)}"
     if section not in KEYS:
         sections = difflib.get_close_matches(section, list(KEYS), 1)
         section = sections[0] if sections else section
@@ -125,7 +125,7 @@ def nearest(mistyped: str) -> str:
     found = close or elsewhere or difflib.get_close_matches(mistyped, known_keys(), 1, 0.8)
     if found:
         return f"did you mean {found[0]}?"
-    return f"there are {', '.join(KEYS.get(section, KEYS))}"
+    return f"give one of {', '.join(KEYS.get(section, KEYS))}"
 
 
 def explained(message: str) -> str:

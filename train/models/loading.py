@@ -264,7 +264,10 @@ def load_tokenizer(name: str, config: Any) -> Any:
     """
     tokenizer = read_tokenizer(name)
     if tokenizer.pad_token_id is None:
-        raise UserError(f"{name}: its tokenizer has no padding token; texts cannot be batched")
+        raise UserError(
+            f"{name}: its tokenizer has no padding token, so that texts cannot be batched; give its pad_token in "
+            "tokenizer_config.json"
+        )
     try:
         tokenizer("a", "a")
     except BaseException as error:  # a panic of tokenizers, which is no Exception and has no class to import

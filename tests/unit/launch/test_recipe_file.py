@@ -22,7 +22,7 @@ REFUSED = {
     "training.max_step: 3\n": r"training.max_step: no such key; did you mean training.max_steps\?",
     "training:\n  max_step: 3\n": r"training.max_step: no such key; did you mean training.max_steps\?",
     "training:\n  lr: 3\n": r"training.lr: no such key; did you mean optimizer.lr\?",
-    "optimizer:\n  learning_rate: 1\n": "optimizer.learning_rate: no such key; there are lr, betas",
+    "optimizer:\n  learning_rate: 1\n": "optimizer.learning_rate: no such key; give one of lr, betas",
     "3: 4\n": "3: no such section",
     "model:\n  teacher: caf\u00e9\n": "byte 21 is no UTF-8; save the file as UTF-8",
     "training:\n  max_steps: 3\n  max_steps: 4\n": "line 3, column 3: 'max_steps' stands there twice; mend this line",
@@ -85,11 +85,11 @@ def test_what_a_flag_overrides_is_not_blamed_on_the_recipe(tmp_path: Path) -> No
         ("--training.max_step=3", "did you mean training.max_steps?"),
         ("--max_steps=3", "did you mean training.max_steps?"),
         ("--optimizer.betas+=0.1", "did you mean optimizer.betas?"),
-        ("--run.logs=3", "there are dir, log_every_steps, "),
-        ("--zzz=3", "there are model, data, "),
+        ("--run.logs=3", "give one of dir, log_every_steps, "),
+        ("--zzz=3", "give one of model, data, "),
     ],
 )
-def test_a_mistyped_flag_is_told_the_nearest(word: str, meant: str) -> None:
+def test_a_mistyped_flag_names_the_nearest(word: str, meant: str) -> None:
     with pytest.raises(UserError) as refused:
         parse_config([word], "")
     assert str(refused.value).startswith(f"unrecognized arguments: {word}: no such key; {meant}")
