@@ -317,7 +317,7 @@ def test_retention_keeps_last_milestones_and_best(tmp_path: Path) -> None:
         folder = tmp_path / f"step-{step:08d}"
         folder.mkdir()
         (folder / "complete.json").write_text(
-            json.dumps({"step": step, "heldout_mlm_loss": loss, "files": {}})
+            json.dumps({"step": step, "world_size": 1, "heldout_mlm_loss": loss, "files": {}})
         )
         folders.insert(0, folder)
     gone = Retention(keep_last=1, milestone_every_steps=30).superfluous(folders)
