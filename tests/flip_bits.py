@@ -17,6 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,7 +33,7 @@ GOOD = "passed over and named, the step before taken"
 Weights = dict[str, torch.Tensor]
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     """Copy, flip, count, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--tries", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     import_deepspeed("error")
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
@@ -96,4 +97,4 @@ def equal(left: Weights, right: Weights) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
