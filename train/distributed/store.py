@@ -61,7 +61,9 @@ def join_store(rank: int, world_size: int, address: str, port: int, wait_s: floa
     return store
 
 
-def compare_devices(store: dist.Store, rank: int, world_size: int, kind: str, uuid: str) -> None:
+def compare_devices(
+    store: dist.Store, rank: int, world_size: int, kind: str, uuid: str, wait_s: float = WAIT_S
+) -> None:
     """All ranks compute on the same kind of device, and none shares its GPU: NCCL would hang, or say neither.
 
     Args:
@@ -69,12 +71,13 @@ def compare_devices(store: dist.Store, rank: int, world_size: int, kind: str, uu
         uuid: of the GPU.
     Raises:
         UserError: otherwise; on rank 0, and as ReportedElsewhereError on the others.
+        RendezvousError: a rank that had joined is gone, and was waited for `wait_s`.
     """
     keys = [f"halfling-device/{number}" for number in range(world_size)]
     names = [HOST_KEY.format(number) for number in range(world_size)]
     try:
         store.set(keys[rank], f"{kind} {uuid}")
-        store.wait(keys, timedelta(seconds=WAIT_S))
+        store.wait(keys, timedelta(seconds=wait_s))
         devices, hosts = ([value.decode() for value in store.multi_get(asked)] for asked in (keys, names))
     except dist.DistError as error:
         raise RendezvousError(

@@ -72,7 +72,7 @@ def join_world(log_level: str = "error") -> World:
         )
     deepspeed = import_deepspeed(log_level)
     store = join_store(world.rank, world.world_size, address, port)
-    compare_devices(store, world.rank, world.world_size, world.kind, _uuid(world.device))
+    compare_devices(store, world.rank, world.world_size, world.kind, _uuid(world.device), WAIT_S)
     _connect(backend, store, world)
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
