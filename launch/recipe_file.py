@@ -18,7 +18,7 @@ import yaml
 from data_prep.shard_format.files import read_file
 from train.config import Config
 from train.errors import UserError, one_line
-from train.run_folder import flatten
+from train.run_folder import YAML_ERRORS, flatten
 
 KEYS: dict[str, list[str]] = {
     section: [field.name for field in dataclasses.fields(kind)]
@@ -58,13 +58,7 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
         mark, what = error.problem_mark, one_line(ValueError(error.problem or error.context))
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise UserError(f"{path}: {where}{what}; mend this line") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # of ill tags: !!bool x
+    except YAML_ERRORS as error:
         raise UserError(f"{path}: cannot be read as YAML ({one_line(error)}); mend it") from None
     try:
         return _checked(path, tree)

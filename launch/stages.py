@@ -23,6 +23,8 @@ LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
 """DeepSpeed's launcher: the command `deepspeed` lies beside Python only where both were installed together."""
 # Anything lower says at a stop what the ranks have said: "exits with return code = 75".
 QUIET = ["--log_level", "critical"]
+DEFAULT_HOSTFILE = Path("/job/hostfile")
+"""What the launcher reads where it is given no other."""
 RANKS = 2
 AGAIN = "stopped: run the same command again to go on where it stopped"
 
@@ -70,9 +72,8 @@ def run_until_stopped(
     30 s. Ranks of this machine therefore run in a process group of their own, which the terminal's Ctrl-C and Ctrl-Z do
     not reach, and this process passes both on.
     """
-    has_ranks = list(command[1:3]) == LAUNCHER[1:3] and not any(
-        word.startswith(("--hostfile", "-H")) for word in command
-    )
+    names_hosts = DEFAULT_HOSTFILE.exists() or any(word.startswith(("--hostfile", "-H")) for word in command)
+    has_ranks = list(command[1:3]) == LAUNCHER[1:3] and not names_hosts
     with (
         subprocess.Popen(
             command, cwd=folder, env=environment, preexec_fn=_begin_ranks if has_ranks else _end_with_parent

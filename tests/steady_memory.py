@@ -23,8 +23,11 @@ import psutil
 os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tests.conftest import WORDS
+from tests.distributed.data_prep_runs import command as data_prep_command
+from tests.distributed.data_prep_runs import run, write_corpus
 from tests.paths import ROOT
-from tests.tiny_shards import write_tiny_shards
+from tests.tiny_tasks import save_encoder
 
 MODEL = (
     "{model_type: bert, hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 1, intermediate_size: 8, "
@@ -66,7 +69,9 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
-    write_tiny_shards(out / "shards")
+    out.mkdir(parents=True)
+    save_encoder(out / "encoder")
+    run(data_prep_command(write_corpus(out / "corpus", WORDS), str(out / "encoder"), out / "shards"))
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *settings(out)]
     samples: list[list[float]] = []
     with (out / "output.txt").open("w") as output:

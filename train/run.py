@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -107,20 +107,10 @@ def run(config: Config) -> int:
         say = functools.partial(print, flush=True) if world.is_first else lambda message: None
         checkpoint = choose_checkpoint(run_dir / "checkpoints", say)
         check_same_on_all_ranks(start_up_facts(config, inputs.corpus), world)
-        nothing_held_out = without_heldout_windows(
-            config.data.shards, inputs.manifest, config.data.sequence_length
-        )
-        if nothing_held_out is not None:
-            say(f"warning: {nothing_held_out}")
         universal = needs_conversion(checkpoint, world.world_size)
         parts = assemble(config, inputs, world, clock=clock, startup=startup, load_universal=universal)
-        if not isinstance(asked, int):
-            say(f"training.micro_batch_size: {parts.config.training.micro_batch_size} sequences fit")
-        if parts.frozen:
-            say(
-                f"no term of the objective trains {len(parts.frozen)} of the student's parameters, from "
-                f"{parts.frozen[0]} on: they stay as they are"
-            )
+        for remark in _remarks(parts, inputs, asked):
+            say(remark)
         state = load_checkpoint(parts.trainer.engine, checkpoint, world.world_size, say)
         disable_min_scale_error(parts.trainer.engine)
         changes = as_on_first_rank(changes)
@@ -134,22 +124,50 @@ def run(config: Config) -> int:
             say(f"{run_dir} is finished: {state.step} steps; give another run.dir to start anew")
             on_first_rank(world, lambda: _say_summary(run_dir))
             return 0
-        rollbacks = as_on_first_rank(read_rollbacks(run_dir))
-        next_start: TrainState | None = replace(state, left_out=all_left_out(rollbacks, state.left_out))
         try:
-            while next_start is not None:
-                next_start = _train_or_go_back(parts, inputs, next_start, world, stop, startup)
+            trained = _train_with_rollbacks(parts, inputs, state, world, stop, startup)
         except StoppedAfterSavingError:
             return STOPPED_AFTER_SAVING
-        trained = replace(
-            state,
-            step=max(state.step, parts.trainer.total_steps),
-            left_out=all_left_out(as_on_first_rank(read_rollbacks(run_dir)), state.left_out),
-        )
         on_first_rank(world, lambda: finish(parts, run_dir, trained))
     on_first_rank(world, lambda: _say_summary(run_dir))
     dist.destroy_process_group()
     return 0
+
+
+def _remarks(parts: Parts, inputs: Inputs, asked: int | str | None) -> Iterator[str]:
+    """What a user should know before the money is spent.
+
+    Args:
+        asked: training.micro_batch_size as it was given.
+    """
+    config = parts.config
+    nothing_held_out = without_heldout_windows(
+        config.data.shards, inputs.manifest, config.data.sequence_length
+    )
+    if nothing_held_out is not None:
+        yield f"warning: {nothing_held_out}"
+    if not isinstance(asked, int):
+        yield f"training.micro_batch_size: {config.training.micro_batch_size} sequences fit"
+    if parts.frozen:
+        yield (
+            f"no term of the objective trains {len(parts.frozen)} of the student's parameters, from "
+            f"{parts.frozen[0]} on: they stay as they are"
+        )
+
+
+def _train_with_rollbacks(
+    parts: Parts, inputs: Inputs, state: TrainState, world: World, stop: StopRequest, startup: StartupTimer
+) -> TrainState:
+    """Train to the end, going back after each divergence that the recipe allows; the last state."""
+    run_dir = Path(parts.config.run.dir)
+
+    def left_out() -> tuple[int, ...]:
+        return all_left_out(as_on_first_rank(read_rollbacks(run_dir)), state.left_out)
+
+    next_start: TrainState | None = replace(state, left_out=left_out())
+    while next_start is not None:
+        next_start = _train_or_go_back(parts, inputs, next_start, world, stop, startup)
+    return replace(state, step=max(state.step, parts.trainer.total_steps), left_out=left_out())
 
 
 def _train_or_go_back(

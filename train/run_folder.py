@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL, STUDENT, SUMMARY = "model", "student", "summary.json"
 STOPPING = ", stopping"
 RESTORE = "restore it, or give another run.dir"
+YAML_ERRORS = (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError)
+"""Of a damaged text; the last four of ill tags (!!bool x) and of a value that holds itself."""
 WATCHING = ("checkpoint.", "run.", "deepspeed.log_level", "data.verify", "data.cache_dir")
 """Keys that say how a run is watched or continued, not what it computes or how it is scored."""
 FREE_TO_CHANGE = (*WATCHING, "evaluation.")
@@ -234,13 +236,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a configuration that a run has left; UserError naming it where it is damaged."""
     try:
         tree = yaml.safe_load(read_file(path))
-    except (
-        yaml.YAMLError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # of ill tags: !!bool x
+    except YAML_ERRORS as error:
         raise UserError(f"{path} is damaged ({one_line(error, 200)}); {RESTORE}") from None
     if not (isinstance(tree, dict) and all(isinstance(section, dict) for section in tree.values())):
         raise UserError(f"{path} is damaged (it does not hold sections of keys); {RESTORE}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from data_prep.shard_format.files import write_json
+from data_prep.shard_format.files import read_json, write_json
 from launch.ablation.table import METRICS, Result, Scale
 from launch.ablation.variants import FREE_TO_DIFFER, FULL, Variant
 from train.build import heldout_scoring
@@ -124,7 +123,7 @@ def _measured(run_dir: Path, masking: str) -> dict[str, float]:
     """Held-out scores under a masking, of the run itself or scored afterwards; empty where neither is there."""
     afterwards, config = run_dir / AS_FULL, recorded_config(run_dir)
     found = [_summary(run_dir)["heldout"]]
-    found += [json.loads(afterwards.read_text())] if afterwards.exists() else []
+    found += [read_json(afterwards, "remove it")] if afterwards.exists() else []
     for heldout in found:
         if set(METRICS) <= set(heldout) and label_of_row(heldout, config) == masking:
             return {key: heldout[key] for key in METRICS}

@@ -94,6 +94,28 @@ def test_lists_and_nulls() -> None:
             ["--objective.projection=true", "--objective.cosine_weight=0"],
             r"objective.projection=True: has no effect",
         ),
+        (
+            ["--objective.relation_heads=4"],
+            r"objective.relation_heads=4: has no effect with .*relation_weight=0",
+        ),
+        (["--objective.relation_layers=[[1,1]]"], r"objective.relation_layers=.*: has no effect"),
+        (["--objective.relation_weight=-1"], r"objective.relation_weight=-1.0: give 0 or more"),
+        (
+            ["--objective.relation_weight=1", "--objective.relation_heads=0"],
+            r"objective.relation_heads=0: give a number above 0",
+        ),
+        (
+            ["--objective.relation_weight=1", "--objective.relation_layers=[[0,1]]"],
+            r"objective.relation_layers=\[\(0, 1\)\]: layers count from 1",
+        ),
+        (
+            ["--objective.relation_weight=1", "--objective.relation_layers=[[1,1],[1,2]]"],
+            r"objective.relation_layers=.*: give 1 pairs, one for each teacher",
+        ),
+        (
+            ["--objective.kd_weight=0", "--objective.mlm_weight=0", "--masking.probability=0.3"],
+            r"masking=.*: has no effect where no term predicts tokens",
+        ),
         (["--model.student_width=64"], r"model.student_width=64: .*layer_map=random"),
         (
             ["--checkpoint.milestone_every_steps=750"],

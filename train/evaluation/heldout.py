@@ -70,39 +70,38 @@ class HeldoutEvaluation:
         relations = objective is not None and objective.relations is not None
         was_training = student.training
         student.eval()
-        total = torch.zeros(len(fields(HeldoutSums)) + 2, dtype=torch.float64, device=self._device)
+        total = torch.zeros(len(fields(HeldoutSums)), dtype=torch.float64, device=self._device)
+        of_relations = torch.zeros(2, dtype=torch.float64, device=self._device)  # divergence, tokens
         for input_ids, window_ids in self._batches:
             masked = self._masker(input_ids.to(self._device), window_ids.to(self._device), HELDOUT_EPOCH)
             sums = heldout_statistics(student, masked, teacher(masked.input_ids) if teacher else None)
             values = [getattr(sums, field.name) for field in fields(HeldoutSums)]
+            total += torch.stack([torch.zeros_like(total[0]) if v is None else v for v in values])
             if relations:
                 assert objective is not None
                 assert teacher is not None
-                tokens = input_ids.to(self._device).long()
-                values += [
-                    _relation_sum(objective, student, teacher, tokens),
-                    total.new_tensor(tokens.numel()),
-                ]
-            else:
-                values += [None, None]
-            total += torch.stack([torch.zeros_like(total[0]) if v is None else v for v in values])
+                of_relations += _relation_sums(objective, student, teacher, input_ids.to(self._device).long())
         student.train(was_training)
         if self._world_size > 1:
             dist.all_reduce(total)
-        *by_field, relation, num_tokens = total.tolist()
-        sums_by_name = dict(zip((field.name for field in fields(HeldoutSums)), by_field, strict=True))
+            if relations:
+                dist.all_reduce(of_relations)
+        sums_by_name = dict(zip((field.name for field in fields(HeldoutSums)), total.tolist(), strict=True))
         means = _means(sums_by_name, teacher is not None)
-        means |= {"heldout_relation": relation / max(1.0, num_tokens)} if relations else {}
+        if relations:
+            divergence, num_tokens = of_relations.tolist()
+            means["heldout_relation"] = divergence / max(1.0, num_tokens)
         return {**means, LABEL: self._label}
 
 
-def _relation_sum(
+def _relation_sums(
     objective: DistillationLoss, student: PreTrainedModel, teacher: Teacher, input_ids: torch.Tensor
 ) -> torch.Tensor:
-    """The relations' divergence summed over the tokens (B, L)."""
+    """(2,) fp64: the relations' divergence summed over the tokens (B, L), and how many tokens there are."""
     family_of(student).encode(student, input_ids)
     weights = torch.ones(input_ids.shape, device=input_ids.device)
-    return objective.relation_term(teacher(input_ids), weights).double()
+    divergence = objective.relation_term(teacher(input_ids), weights).double()
+    return torch.stack([divergence, divergence.new_tensor(input_ids.numel())])
 
 
 def _means(sums: dict[str, float], with_teacher: bool) -> dict[str, float]:

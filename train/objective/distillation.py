@@ -23,11 +23,11 @@ from train.models.attention_vectors import AttentionVectors
 from train.models.families import EncoderOutput, family_of
 from train.models.teacher import TeacherOutput
 from train.objective.chunk_terms import VocabularyWeights, Workspace
-from train.objective.fused_loss import vocabulary_loss
+from train.objective.fused_loss import VocabularyTerms, vocabulary_loss
 from train.objective.hidden_loss import hidden_cosine
 from train.objective.relations import relation_loss
 from train.objective.tied_embedding import TiedGradient, tied_lookup
-from train.objective.token_selection import keep_weights, select_tokens
+from train.objective.token_selection import SelectedTokens, keep_weights, select_tokens
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class DistillationLoss(nn.Module):
             student, masked.input_ids, attention_mask, settings.needs_layers, inputs_embeds=embedded
         )
         terms = None
-        if settings.needs_teacher_logits or settings.mlm_weight > 0:
+        if settings.needs_masks:
             tokens = select_tokens(
                 masked,
                 attention_mask,
@@ -149,19 +149,7 @@ class DistillationLoss(nn.Module):
                 num_tokens=num_tokens,
                 num_masked_tokens=num_masked_tokens,
             )
-            terms = vocabulary_loss(
-                family.decoder_inputs(
-                    student, encoded.last_hidden.flatten(0, 1).index_select(0, tokens.order)
-                ),
-                teacher.decoder_inputs(tokens.order) if teacher and settings.needs_teacher_logits else (),
-                tokens,
-                VocabularyWeights(
-                    settings.temperature, settings.kd_weight, settings.mlm_weight, settings.mse_weight
-                ),
-                chunk_tokens=self.chunk_tokens,
-                workspace=self._workspace,
-                tied=tied,
-            )
+            terms = self._vocabulary_terms(student, encoded, teacher, tokens, tied)
         loss = torch.zeros((), device=masked.input_ids.device) if terms is None else terms.loss
         cosine = layer_cosine = None
         keep = keep_weights(masked.input_ids, attention_mask, num_tokens)
@@ -188,6 +176,29 @@ class DistillationLoss(nn.Module):
             top1_agreement=terms.top1_agreement
             if terms is not None and settings.needs_teacher_logits
             else None,
+        )
+
+    def _vocabulary_terms(
+        self,
+        student: PreTrainedModel,
+        encoded: EncoderOutput,
+        teacher: TeacherOutput | None,
+        tokens: SelectedTokens,
+        tied: TiedGradient | None,
+    ) -> VocabularyTerms:
+        """What is compared over the vocabulary, in one pass over the selected tokens."""
+        settings = self.settings
+        features = encoded.last_hidden.flatten(0, 1).index_select(0, tokens.order)
+        return vocabulary_loss(
+            family_of(student).decoder_inputs(student, features),
+            teacher.decoder_inputs(tokens.order) if teacher and settings.needs_teacher_logits else (),
+            tokens,
+            VocabularyWeights(
+                settings.temperature, settings.kd_weight, settings.mlm_weight, settings.mse_weight
+            ),
+            chunk_tokens=self.chunk_tokens,
+            workspace=self._workspace,
+            tied=tied,
         )
 
     def _hidden_terms(
