@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +60,14 @@ def sample(process: psutil.Process, run: Path) -> list[float]:
     return [step, resident, process.num_fds(), process.num_threads(), size / 1024, board / 1024]
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Train, sample every two seconds, fit lines."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--out", type=Path, default=Path("runs/steady-memory"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     out = options.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
