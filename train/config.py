@@ -431,13 +431,19 @@ class TrainingConfig:
     """Passes over the corpus; null: 3, as in the original code, unless max_steps is given."""
 
     max_steps: int | None = None
-    """Optimizer steps of the run, in place of `epochs`."""
+    """Optimizer steps of the run, in place of `epochs`; 0 leaves the student as it was made, scored and exported."""
 
     gradient_clipping: float = 1.0
     """Largest global gradient norm (NVIDIA's LAMB recipe); 0: not clipped."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "training", "global_batch_size", "epochs", "max_steps")
+        _require_positive(self, "training", "global_batch_size", "epochs")
+        _require(
+            self.max_steps is None or self.max_steps >= 0,
+            "training.max_steps",
+            self.max_steps,
+            "give 0 or more",
+        )
         _require_at_most(self, "training", MAX_GLOBAL_BATCH_SIZE, "global_batch_size")
         _require_at_most(self, "training", MAX_STEPS, "max_steps", "epochs")
         if self.micro_batch_size != "auto":

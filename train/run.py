@@ -263,7 +263,7 @@ def _train(
         heldout_loss=evaluating.loss_at if config.objective.needs_masks else lambda step: None,
         first_step=state.step,
     )
-    if config.run.rollback_on_divergence:
+    if config.run.rollback_on_divergence or trainer.total_steps == 0:
         checkpointing.before_first_step(state)
     overflows = Overflows(trainer.engine, config.run.stop_after_non_finite)
     profiled = profiling(run_dir / "profile", dist.get_rank(), config.run.profile_steps, events)

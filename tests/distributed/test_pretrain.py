@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from launch.cli import parse_config
 from tests.distributed.pretraining import (
@@ -103,6 +103,25 @@ def test_the_start_up_is_timed_by_stage(undisturbed: Path) -> None:
 def test_two_ranks_follow_the_curve_of_one(undisturbed: Path, on_one_rank: Path) -> None:
     """Same batches, masks and dropout; only the order of fp32 sums differs."""
     assert losses(undisturbed) == pytest.approx(losses(on_one_rank), rel=1e-6)
+
+
+def test_no_steps_leave_the_student_as_it_was_made(
+    settings: list[str], teacher_folder: str, tmp_path: Path
+) -> None:
+    """The untrained cut, scored and exported: the start of every curve."""
+    output = train(settings, tmp_path / "run", "--training.max_steps=0", ranks=1)
+    assert "nothing was trained" in output and "rows of metrics.jsonl are gone" not in output
+    (heldout,) = (row for row in read_rows(tmp_path / "run") if "heldout_mlm_loss" in row)
+    assert heldout["step"] == 0 and "teacher_heldout_mlm_loss" in heldout
+    student, teacher = (
+        AutoModelForMaskedLM.from_pretrained(folder).state_dict()
+        for folder in (tmp_path / "run" / "model", teacher_folder)
+    )
+    own, theirs = (
+        "distilbert.transformer.layer.1.attention.q_lin.weight",
+        "bert.encoder.layer.2.attention.self.query.weight",
+    )
+    assert torch.equal(student[own], teacher[theirs])
 
 
 def test_kill_of_a_rank_then_same_command_ends_bit_for_bit(

@@ -53,7 +53,7 @@ class Checkpointing:
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
 
     def before_first_step(self, state: TrainState) -> None:
-        """Save what a divergence before the first checkpoint goes back to."""
+        """Save what a divergence before the first checkpoint goes back to, or a run of no steps leaves."""
         if state.step == 0:
             self._save(state, must_succeed=True)
 

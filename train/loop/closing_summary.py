@@ -51,11 +51,12 @@ def _lines(run_dir: Path, model: Path, summary: Mapping[str, Any]) -> list[str]:
     else:
         use = f"beside its teacher: python launch/report.py {run_dir} --out {run_dir / 'report'}"
     speed = summary["tokens_per_s"]
+    measured = "not known" if summary["steps"] else "nothing was trained"
     loss = "not logged" if summary["loss"] is None else f"{summary['loss']:.4f}"
     return [
         f"training loss  {loss} after {summary['steps']:,} steps, {summary['tokens']:,} tokens",
         f"held-out loss  {heldout}",
         f"agreement      {agreement}",
-        "speed          " + ("not known" if speed is None else f"{speed:,.0f} tokens/s (median)"),
+        "speed          " + (measured if speed is None else f"{speed:,.0f} tokens/s (median)"),
         f"model          {model}; {use}",
     ]

@@ -40,7 +40,7 @@ def final_figures(rows: Rows, state: TrainState, tokens: int, log_every_steps: i
 
 def lost_figures(figures: Mapping[str, Any]) -> str | None:
     """What cannot be rebuilt of a run whose rows are gone, for the user; None where nothing is missing."""
-    lost = ["speed"] if figures["tokens_per_s"] is None else []
+    lost = ["speed"] if figures["tokens_per_s"] is None and figures["steps"] else []
     if figures["heldout"] and not figures["heldout_before"]:
         lost.append("held-out scores before training")
     if not lost:
