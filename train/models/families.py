@@ -75,8 +75,16 @@ class Family:
         "attention.self.value",
     )
     """Paths, within a layer, of the linear maps to queries, keys and values; one path where they are one map."""
+    attention_output: str = "attention.output.dense"
+    """Path, within a layer, of the linear map from the heads' values back to the residual stream."""
+    feed_forward: tuple[str, str] = ("intermediate.dense", "output.dense")
+    """Paths, within a layer, of the linear maps to the feed-forward units and back."""
     num_layers_field: str = "num_hidden_layers"
     """Name of the layer count in the config."""
+    feed_forward_field: str = "intermediate_size"
+    """Name of the number of feed-forward units in the config."""
+    rotary: bool = False
+    """Whether positions rotate queries and keys, so that a head's dimensions hang together."""
     transform_function: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = field(kw_only=True)
     """The MLM head before its decoder."""
     position_ids: Callable[[Any, torch.Tensor], torch.Tensor] | None = field(default=None, kw_only=True)
@@ -173,7 +181,10 @@ DISTILBERT = Family(
     layers="distilbert.transformer.layer",
     head=("vocab_",),
     projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+    attention_output="attention.out_lin",
+    feed_forward=("ffn.lin1", "ffn.lin2"),
     num_layers_field="n_layers",
+    feed_forward_field="hidden_dim",
     transform_function=_distilbert_transform,
 )
 ROBERTA = Family(
@@ -191,6 +202,9 @@ MODERNBERT = Family(
     layers="model.layers",
     head=("head.", "decoder."),
     projections=("attn.Wqkv",),
+    attention_output="attn.Wo",
+    feed_forward=("mlp.Wi", "mlp.Wo"),
+    rotary=True,
     transform_function=_modernbert_transform,
     config_for_depth=lambda config, layers: {"layer_types": [config.layer_types[layer] for layer in layers]},
 )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import DistilBertConfig, DistilBertForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from train.errors import UserError
 from train.models.families import BERT, DISTILBERT, Family, family_of, family_of_type
+from train.models.narrowing import Importance, choose, narrow_weights
 
 ORIGINAL_LAYERS = (0, 2, 4, 7, 9, 11)
 """Teacher layers of the published DistilBERT (scripts/extract_distilbert.py of the original code)."""
@@ -30,38 +31,66 @@ def make_student(
     layer_map: str | Sequence[int] = "every_other",
     *,
     width: int | None = None,
+    heads: int | None = None,
+    feed_forward: int | None = None,
+    measured: Callable[[Family, PreTrainedModel], Importance] | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """A trainable fp32 student on the CPU, in train mode.
 
     BERT becomes DistilBertForMaskedLM, whose positions take in token-type row 0 (DistilBERT has no token
     types; the original code dropped that row); every other family keeps its class. With all the layers and
-    the same width a student computes what its teacher does.
+    the same width a student computes what its teacher does; a narrower one keeps the part of it that matters most
+    (train/models/narrowing.py), and LayerNorms and products over fewer dimensions as they come.
 
     Args:
         num_layers: depth; None for the map's own, which is half of the teacher's except for a list.
         layer_map: "every_other" (evenly spaced from layer 0), "distilbert" (0, 2, 4, 7, 9, 11), a list of
             teacher layers counted from 0, or "random" (fresh weights everywhere).
-        width: hidden width of a "random" student; heads and inner width shrink in proportion.
+        width, heads, feed_forward: hidden width, attention heads, feed-forward units; None for the teacher's width,
+            heads of its size, and units in proportion.
+        measured: what the parts of the student at the teacher's width carry; None keeps the first ones of a narrower
+            student, where its shapes alone count.
         seed: of the fresh weights.
     Raises:
         UserError: a depth or a map that does not fit the teacher, with what would.
     """
-    config, layers = student_config(teacher_model.config, num_layers, layer_map, width)
+    config, layers = student_config(teacher_model.config, num_layers, layer_map, width, heads, feed_forward)
     family = family_of(teacher_model)
     kind = DistilBertForMaskedLM if family is BERT else type(teacher_model)
     if layer_map == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return kind(config).train()
-    student = kind(config)
+    wide, _ = student_config(teacher_model.config, num_layers, layer_map)
+    student = kind(wide)
     teacher = {name: value.detach().float() for name, value in teacher_model.state_dict().items()}
     if family is BERT:
+        if teacher_model.config.layer_norm_eps != 1e-12:
+            logger.warning(
+                "DistilBERT's layer norms use epsilon 1e-12, the teacher's %g: the student starts with a small "
+                "difference",
+                teacher_model.config.layer_norm_eps,
+            )
         student.load_state_dict(_distilbert_weights(teacher, layers))
     else:
         _check_first_layer(family, teacher_model, layers)
         student.load_state_dict(_same_class_weights(family, teacher, layers))
+    if config.to_dict() != wide.to_dict():
+        student = _narrowed(student, kind(config), measured)
     return student.train()
+
+
+def _narrowed(
+    wide: PreTrainedModel,
+    narrow: PreTrainedModel,
+    measured: Callable[[Family, PreTrainedModel], Importance] | None,
+) -> PreTrainedModel:
+    family = family_of(wide)
+    importance = None if measured is None else measured(family, wide)
+    kept = choose(family, wide.config, narrow.config, importance)
+    narrow.load_state_dict(narrow_weights(family, wide, narrow, kept))
+    return narrow
 
 
 def student_config(
@@ -69,12 +98,14 @@ def student_config(
     num_layers: int | None = None,
     layer_map: str | Sequence[int] = "every_other",
     width: int | None = None,
+    heads: int | None = None,
+    feed_forward: int | None = None,
 ) -> tuple[PretrainedConfig, tuple[int, ...]]:
     """The student's Hugging Face config, and the teacher layers that its own are copied from (or shaped like).
 
     Args:
         teacher: the teacher's Hugging Face config.
-        num_layers, layer_map, width: as for `make_student`, and refused as there.
+        num_layers, layer_map, width, heads, feed_forward: as for `make_student`, and refused as there.
     """
     family = family_of_type(teacher.model_type)
     teacher_layers = int(getattr(teacher, family.num_layers_field))
@@ -83,18 +114,12 @@ def student_config(
         _check_depth(depth)
         layers = _evenly_spaced(teacher_layers, depth)
     else:
-        if width is not None and width != teacher.hidden_size:
-            raise UserError(
-                f"a student of width {width} cannot copy layers of width {teacher.hidden_size}; "
-                "use model.layer_map=random"
-            )
         layers = resolve_layer_map(layer_map, teacher_layers, num_layers)
     if family is BERT:
         config: PretrainedConfig = _distilbert_config(teacher, len(layers))
     else:
         config = _same_class_config(family, teacher, layers)
-    if width is not None:
-        _set_width(config, width)
+    _set_width(config, width, heads, feed_forward, inherits=layer_map != "random")
     return config, layers
 
 
@@ -168,12 +193,6 @@ def _named_layer_map(name: str, teacher_layers: int, num_layers: int | None) -> 
 
 
 def _distilbert_config(config: PretrainedConfig, num_layers: int) -> DistilBertConfig:
-    if config.layer_norm_eps != 1e-12:
-        logger.warning(
-            "DistilBERT's layer norms use epsilon 1e-12, the teacher's %g: the student starts with a small "
-            "difference",
-            config.layer_norm_eps,
-        )
     student_config = DistilBertConfig(
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
@@ -265,17 +284,61 @@ def _check_first_layer(family: Family, teacher_model: PreTrainedModel, layers: t
             )
 
 
-def _set_width(config: PretrainedConfig, width: int) -> None:
-    """Fewer heads of the same size, and an inner width in proportion."""
-    distilbert = config.model_type == DISTILBERT.model_type
-    # DistilBERT's config answers to the usual names, but to its own for the inner width.
-    inner_name = "hidden_dim" if distilbert else "intermediate_size"
-    old_width, heads = config.hidden_size, config.num_attention_heads
-    head_width = old_width // heads
-    if width < 1 or width % head_width:
+def _set_width(
+    config: PretrainedConfig, width: int | None, heads: int | None, feed_forward: int | None, inherits: bool
+) -> None:
+    """Fewer heads of the same size, and an inner width in proportion, unless they are given.
+
+    Args:
+        config: the student's at its teacher's width; changed here.
+        inherits: whether its weights are its teacher's, so that no part may be larger.
+    """
+    family = family_of_type(config.model_type)
+    old_width, old_heads = config.hidden_size, config.num_attention_heads
+    old_units, head_size = getattr(config, family.feed_forward_field), old_width // old_heads
+    width = old_width if width is None else width
+    if heads is None:
+        if width < 1 or width % head_size:
+            raise UserError(
+                f"model.student_width: a student's width must be a multiple of its heads' width {head_size}; it is "
+                f"{width}: give one, or say into how many heads it is divided (model.student_heads)"
+            )
+        heads = width // head_size
+    units = old_units * width // old_width if feed_forward is None else feed_forward
+    size, remainder = divmod(width, heads)
+    if remainder:
+        raise UserError(f"model.student_heads={heads} does not divide the student's width {width}")
+    if inherits:
+        _check_inherits(family, (width, old_width), (heads, old_heads), (size, head_size), (units, old_units))
+    config.hidden_size, config.num_attention_heads = width, heads
+    setattr(config, family.feed_forward_field, units)
+
+
+def _check_inherits(
+    family: Family,
+    width: tuple[int, int],
+    heads: tuple[int, int],
+    head_size: tuple[int, int],
+    units: tuple[int, int],
+) -> None:
+    """UserError where a student's size (first of each pair) is more than its teacher's (second)."""
+    remedy = "give at most that, or model.layer_map=random"
+    if width[0] > width[1]:
+        raise UserError(f"model.student_width={width[0]}: the teacher has a width of {width[1]}; {remedy}")
+    if heads[0] > heads[1]:
+        raise UserError(f"model.student_heads={heads[0]}: the teacher has {heads[1]} heads; {remedy}")
+    if head_size[0] > head_size[1]:
         raise UserError(
-            f"a student's width must be a multiple of its heads' width {head_width}; it is {width}"
+            f"model.student_heads={heads[0]}: at a width of {width[0]} the heads' width is {head_size[0]}, the "
+            f"teacher's {head_size[1]}; give more heads, or model.layer_map=random"
         )
-    setattr(config, inner_name, getattr(config, inner_name) * width // old_width)
-    config.num_attention_heads = width // head_width
-    config.hidden_size = width
+    if family.rotary and head_size[0] != head_size[1]:
+        raise UserError(
+            f"model.student_heads={heads[0]}: at a width of {width[0]} the heads' width is {head_size[0]}; the positions "
+            f"of this {family.model_type} rotate heads of width {head_size[1]}, which are kept whole: leave "
+            "model.student_heads out, or give model.layer_map=random"
+        )
+    if units[0] > units[1]:
+        raise UserError(
+            f"model.student_feed_forward={units[0]}: the teacher has {units[1]} units; {remedy}"
+        )
