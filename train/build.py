@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from train.engine_check import check_engine_config
 from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
 from train.errors import UserError, one_line
 from train.evaluation.heldout import HeldoutEvaluation
+from train.evaluation.importance import importance_from_first_rank
 from train.evaluation.teacher_precision import check_teacher_precision
 from train.lamb import Lamb
 from train.loop.logging_observer import ComputeCost
@@ -113,12 +115,14 @@ def assemble(
     *,
     clock: Clock,
     startup: StartupTimer,
+    resumed: bool = False,
     load_universal: bool = False,
 ) -> Parts:
     """Build everything, cheap checks first. The teachers' folders are read once, here.
 
     Args:
         startup: notes the end of each stage.
+        resumed: a checkpoint's weights are to replace the student's, of which the shapes alone count.
         load_universal: the engine is to read a universal checkpoint (train/checkpointing/resume.py).
     Raises:
         UserError: what is wrong with the configuration, the shards or the teacher.
@@ -143,7 +147,8 @@ def assemble(
     startup.ended("data")
     teacher = _checked_teacher(config, world.device, folders) if config.objective.needs_teacher else None
     startup.ended("teacher")
-    student = build_student(config, manifest, folders)
+    measured = None if resumed else functools.partial(importance_from_first_rank, config, manifest, world)
+    student = build_student(config, manifest, folders, measured)
     objective = build_objective(config.objective, student, teacher, config.data.seed)
     check_sequence_length(student, config.data.sequence_length)
     startup.ended("student")

@@ -73,21 +73,25 @@ class ModelConfig:
     explicit list of teacher layers, or random weights in the teacher's shapes."""
 
     student_width: int | None = None
-    """Hidden width of a student of random weights; null: the teacher's."""
+    """Hidden width of the student; null: the teacher's. A student narrower than its teacher inherits the hidden
+    dimensions, heads and feed-forward units that carry most on 256 training windows (Minitron, Muralidharan et al.
+    2024, arXiv:2407.14679), unless layer_map is random."""
+
+    student_heads: int | None = None
+    """Attention heads of the student, which its width is divided into; null: as many as keep the teacher's head
+    width. Smaller heads inherit the dimensions that carry most; rotated ones (ModernBERT) stay whole."""
+
+    student_feed_forward: int | None = None
+    """Feed-forward units of each of the student's layers; null: the teacher's, in proportion to the width."""
 
     scratch: dict[str, Any] | None = None
     """Configuration of a model trained without a teacher: {model_type: bert, hidden_size: 256, ...}, keys as
     in that model's Hugging Face config; vocabulary and special ids come from the shards."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "model", "student_layers", "student_width")
+        sizes = ("student_layers", "student_width", "student_heads", "student_feed_forward")
+        _require_positive(self, "model", *sizes)
         _require(self.teacher != [], "model.teacher", self.teacher, "name at least one teacher, or null")
-        _require(
-            self.student_width is None or self.layer_map == "random",
-            "model.student_width",
-            self.student_width,
-            "copied layers keep the teacher's width; give model.layer_map=random as well",
-        )
         if self.teacher is None:
             _require(
                 self.scratch is not None and "model_type" in self.scratch,
@@ -96,14 +100,7 @@ class ModelConfig:
                 "with model.teacher=null say what to train, for example {model_type: bert, hidden_size: 256}",
             )
             unset = ModelConfig.__dataclass_fields__
-            for name in (
-                "student_layers",
-                "student_width",
-                "teacher_weights",
-                "teacher_dtype",
-                "teacher_compile",
-                "layer_map",
-            ):
+            for name in (*sizes, "teacher_weights", "teacher_dtype", "teacher_compile", "layer_map"):
                 value = getattr(self, name)
                 _require(
                     value == unset[name].default,

@@ -108,7 +108,15 @@ def run(config: Config) -> int:
         checkpoint = choose_checkpoint(run_dir / "checkpoints", say)
         check_same_on_all_ranks(start_up_facts(config, inputs.corpus), world)
         universal = needs_conversion(checkpoint, world.world_size)
-        parts = assemble(config, inputs, world, clock=clock, startup=startup, load_universal=universal)
+        parts = assemble(
+            config,
+            inputs,
+            world,
+            clock=clock,
+            startup=startup,
+            resumed=checkpoint is not None,
+            load_universal=universal,
+        )
         for remark in _remarks(parts, inputs, asked):
             say(remark)
         state = load_checkpoint(parts.trainer.engine, checkpoint, world.world_size, say)

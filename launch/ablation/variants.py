@@ -191,8 +191,10 @@ def _layer_maps(config: Config, student: _Student) -> list[Variant]:
         ),
     }
     reason = ""
-    if config.model.student_width is not None:
-        reason = f"a student of width {config.model.student_width} cannot copy the teacher's layers"
+    model = config.model
+    sizes = (model.student_width, model.student_heads, model.student_feed_forward)
+    if model.layer_map == "random" and sizes != (None, None, None):
+        reason = f"a random student of width {model.student_width} need not be a part of its teacher"
     elif depth > teacher_layers:
         reason = f"the student has {depth} layers, the teacher only {teacher_layers} to copy"
     if reason:

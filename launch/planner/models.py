@@ -15,9 +15,8 @@ from transformers import CONFIG_MAPPING, AutoModelForMaskedLM, PreTrainedModel
 
 from train.config import Config
 from train.errors import UserError, one_line
-from train.models.build import count_parameters, teacher_names
+from train.models.build import count_parameters, student_of, teacher_names
 from train.models.flops import ModelShape, shape_of
-from train.models.students import make_student
 
 # What the hub's config.json of each says.
 _BERT = {"model_type": "bert", "type_vocab_size": 2, "max_position_embeddings": 512}
@@ -169,9 +168,8 @@ def models_of(
                 f"model.teacher={name!r} has a vocabulary of {teacher.config.vocab_size} tokens, the shards' tokenizer "
                 f"one of {vocabulary}: write the shards with --tokenizer {name}"
             )
-    model = config.model
     with torch.device("meta"):
-        student = make_student(teachers[0], model.student_layers, model.layer_map, width=model.student_width)
+        student = student_of(teachers[0], config)
     return student, teachers if config.objective.needs_teacher else ()
 
 

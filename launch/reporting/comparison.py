@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -17,6 +18,7 @@ from data_prep.shard_format.manifest import is_remote, without_scheme
 from train.build import heldout_scoring
 from train.config import Config
 from train.errors import UserError
+from train.evaluation.importance import importance
 from train.evaluation.masking import LABEL
 from train.models.build import build_student, check_sequence_length, count_parameters, teacher_names
 from train.models.loading import load_masked_lm
@@ -72,7 +74,9 @@ def compare(run_dirs: Sequence[Path], configs: Sequence[Config]) -> list[Compare
         if not folder.is_dir():
             raise UserError(f"{run_dir} is not finished: it holds no {folder.name}/ yet")
         if teacher_names(run_config) and run_config.model.layer_map != "random":
-            models[f"{run_dir.name} before training"] = build_student(run_config, manifest).eval()
+            models[f"{run_dir.name} before training"] = build_student(
+                run_config, manifest, measured=functools.partial(importance, run_config, manifest, "cpu")
+            ).eval()
         models[run_dir.name] = load_masked_lm(str(folder)).eval()
     for model in models.values():
         check_sequence_length(model, config.data.sequence_length)

@@ -314,15 +314,16 @@ def test_narrow_student_with_a_projection_and_logit_mse(settings: list[str], tmp
 
 
 def test_relations_alone_on_a_narrow_student(settings: list[str], tmp_path: Path) -> None:
-    """Two ranks, resumed on one: no masks, no vocabulary; what no gradient reaches stays as it was drawn."""
+    """Two ranks, resumed on one: no masks, no vocabulary; what no gradient reaches stays as it was inherited."""
     from transformers import AutoModelForMaskedLM
 
-    words = ["--model.layer_map=random", "--model.student_width=16", "--objective.relation_weight=1"]
+    words = ["--model.student_width=16", "--objective.relation_weight=1"]
     words += [f"--objective.{term}_weight=0" for term in ("kd", "mlm", "cosine")]
     first, second = start_without_launcher([*settings, *words], tmp_path, [], [])
     code, output = finish(first)
     assert (code, finish(second)[0]) == (0, 0), output
     assert "stay as they are" in output
+    inherited = AutoModelForMaskedLM.from_pretrained(tmp_path / "student").vocab_transform.weight
     more = ["--training.max_steps=32", "--checkpoint.allow_changed_config=true"]
     code, output = finish(start_alone([*settings, *words, *more], tmp_path))
     assert code == 0, output
@@ -333,6 +334,7 @@ def test_relations_alone_on_a_narrow_student(settings: list[str], tmp_path: Path
     assert scores[-1] < 0.9 * scores[0]
     student = AutoModelForMaskedLM.from_pretrained(tmp_path / "student")
     assert student.config.dim == 16
+    assert torch.equal(student.vocab_transform.weight, inherited)
 
 
 def test_ensemble_and_mapped_layers(settings: list[str], teacher_folder: str, tmp_path: Path) -> None:

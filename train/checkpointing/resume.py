@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from train.checkpointing.checkpoint import any_fault, passed_over, step_folders
@@ -102,6 +103,8 @@ def load_checkpoint(
     try:
         with weights_only(checkpoint):
             path, client_state = engine.load_checkpoint(str(source.parent), tag=source.name)
+            if source != checkpoint:
+                _load_frozen(engine, checkpoint)
     except RuntimeError as error:
         if "state_dict" not in str(error) and "size" not in str(error):
             raise
@@ -123,6 +126,16 @@ def load_checkpoint(
             f"{checkpoint}: its state is none of this project's ({one_line(error, 100)}); remove it to go on "
             "from the one before"
         ) from None
+
+
+def _load_frozen(engine: Any, checkpoint: Path) -> None:
+    """The parameters that are not trained, which DeepSpeed's universal form does not hold."""
+    frozen = {name: each for name, each in engine.module.named_parameters() if not each.requires_grad}
+    if frozen:
+        file = engine._get_ckpt_name(str(checkpoint.parent), checkpoint.name)
+        saved = torch.load(file, map_location="cpu", weights_only=True)["module"]
+        for name, parameter in frozen.items():
+            parameter.data.copy_(saved[name])
 
 
 def _written_by(checkpoint: Path) -> int:

@@ -18,7 +18,7 @@ from data_prep.shard_format.manifest import Manifest, TokenizerInfo
 from train.config import DEFAULT_MICRO_BATCH_SIZE, MAX_STEPS, Config
 from train.data.loader import BatchLoader, MicroBatch
 from train.data.masking import MaskedBatch, Masker, NoMasking, continuation_table
-from train.data.order import largest_micro_batch, windows_per_shard
+from train.data.order import largest_micro_batch
 from train.data.shards import read_histogram
 from train.errors import UserError
 from train.models.build import tokenizer_source
@@ -150,28 +150,6 @@ def build_run_data(
             for first, stop, length, loader in zip([0, *stops], stops, lengths, loaders, strict=False)
         ]
     )
-
-
-def sample_windows(config: Config, manifest: Manifest, count: int) -> torch.Tensor:
-    """(at most `count`, sequence_length) int32: the first training windows of the seed's order, as one lane reads them.
-
-    Documents lie in random order, so that one shard or few, which hold them, are a sample of the corpus.
-    """
-    length = config.data.sequence_length
-    there = sum(windows_per_shard([shard.tokens for shard in manifest.splits["train"]], length))
-    loader = BatchLoader(
-        config.data.shards,
-        manifest,
-        sequence_length=length,
-        global_batch_size=min(count, there),
-        micro_batch_size=min(count, there),
-        seed=config.data.seed,
-        lanes=1,
-        cache_dir=config.data.cache_dir,
-        check_at_start=False,
-    )
-    (batch,) = loader.batches(0, 1)
-    return batch.input_ids
 
 
 def planned_phases(config: Config) -> tuple[list[int], list[float]]:

@@ -19,7 +19,7 @@ from train.errors import UserError, one_line
 from train.models.encoder_config import read_config, read_tokenizer
 from train.models.families import family_of_type, max_positions
 from train.models.loading import check_vocabulary, folder_fingerprint, load_masked_lm
-from train.models.students import make_student
+from train.models.students import Measured, make_student
 from train.models.teacher import Teacher, running_copy
 
 TEACHER_DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -109,22 +109,35 @@ def teacher_config(name: str) -> Any:
 
 
 def build_student(
-    config: Config, manifest: Manifest, folders: Sequence[TeacherFolder] = ()
+    config: Config,
+    manifest: Manifest,
+    folders: Sequence[TeacherFolder] = (),
+    measured: Measured | None = None,
 ) -> PreTrainedModel:
     """The model that is trained: made from the first teacher's layers, or from `model.scratch`. fp32, on the CPU.
 
     Args:
         folders: the recipe's teachers, where they have been opened before.
+        measured: see make_student; None where a narrower student's shapes alone count.
     """
     model = config.model
     if model.teacher is None:
         return _from_scratch(model.scratch or {}, manifest.tokenizer, config.data.seed)
     folder = folders[0] if folders else TeacherFolder(teacher_names(config)[0])
+    return student_of(folder.model, config, measured)
+
+
+def student_of(teacher: PreTrainedModel, config: Config, measured: Measured | None = None) -> PreTrainedModel:
+    """The student that a recipe makes of its first teacher, on whatever device the teacher is."""
+    model = config.model
     return make_student(
-        folder.model,
+        teacher,
         model.student_layers,
         model.layer_map,
         width=model.student_width,
+        heads=model.student_heads,
+        feed_forward=model.student_feed_forward,
+        measured=measured,
         seed=config.data.seed,
     )
 

@@ -1,16 +1,14 @@
 """A narrower copy of a model: the hidden dimensions, heads and feed-forward units that carry most of it are kept.
 
-What carries how much is measured on text, without gradients, as in Minitron (Muralidharan et al. 2024,
-arXiv:2407.14679, section 2.2). One set of hidden dimensions holds for the whole residual stream: embeddings, every
-layer's inputs and outputs, norms and the head's transform. Heads and units are chosen in each layer.
+What carries how much is measured on text (train/evaluation/importance.py). One set of hidden dimensions holds for the
+whole residual stream: embeddings, every layer's inputs and outputs, norms and the head's transform. Heads and units
+are chosen in each layer. Weights are copies: scaling the norms or the biases for what is left out did not help
+(docs/NOTES.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +16,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from train.errors import UserError
 from train.models.families import Family
-from train.models.teacher import running_copy
-
-BATCH = 16
 
 
 @dataclass(frozen=True)
 class Importance:
-    """How much each part of a model carries; float64, larger is more. The same on every rank, or ranks differ."""
+    """How much each part of a model carries; float64, more is larger."""
 
     hidden: np.ndarray
     """(width,) dimensions of the residual stream."""
@@ -45,67 +40,6 @@ class Kept:
     queries: np.ndarray
     values: np.ndarray
     units: np.ndarray
-
-
-@torch.inference_mode()
-def measure(family: Family, model: PreTrainedModel, input_ids: torch.Tensor, device: str) -> Importance:
-    """What each part of a model carries on a text.
-
-    A hidden dimension counts with its mean absolute value, summed over the embeddings' and all layers' outputs; a
-    value's dimension and a feed-forward unit with the mean square of what it adds to the residual stream; a
-    dimension of queries and keys with the mean squares of both, multiplied.
-
-    Args:
-        model: fp32, on the CPU.
-        input_ids: (windows, L) int, nothing padded.
-        device: where it is run, in fp32.
-    """
-    running = running_copy(model, device, torch.float32)
-    was_training = running.training
-    running.eval()
-    sums: dict[tuple[str, int], torch.Tensor] = {}
-
-    def add(name: str, layer: int, vectors: torch.Tensor) -> None:
-        total = vectors.flatten(0, -2).square().sum(0, dtype=torch.float64)
-        sums[name, layer] = sums.get((name, layer), 0) + total
-
-    def add_input(name: str, layer: int) -> Any:
-        return lambda module, inputs: add(name, layer, inputs[0])
-
-    def add_output(name: str, layer: int) -> Any:
-        return lambda module, inputs, output: add(name, layer, output)
-
-    hooks = []
-    layers = family.layer_list(running)
-    outputs = {"values": family.attention_output, "units": family.feed_forward[1]}
-    for index, layer in enumerate(layers):
-        for name, path in outputs.items():
-            hooks.append(attrgetter(path)(layer).register_forward_pre_hook(add_input(name, index)))
-        for path in family.projections:
-            hooks.append(attrgetter(path)(layer).register_forward_hook(add_output(path, index)))
-    hidden: Any = 0
-    for batch in input_ids.split(BATCH):
-        encoded = family.encode(running, batch.to(device).long(), output_hidden_states=True)
-        assert encoded.hidden_states is not None
-        for states in encoded.hidden_states:
-            hidden = hidden + states.flatten(0, -2).abs().sum(0, dtype=torch.float64)
-    for hook in hooks:
-        hook.remove()
-    running.train(was_training)
-
-    def per_layer(name: str) -> np.ndarray:
-        return torch.stack([sums[name, index] for index in range(len(layers))]).cpu().numpy()
-
-    def added(name: str) -> np.ndarray:
-        weights = [attrgetter(outputs[name])(layer).weight for layer in layers]
-        lengths = torch.stack([weight.square().sum(0, dtype=torch.float64) for weight in weights])
-        return per_layer(name) * lengths.cpu().numpy()
-
-    values = added("values")
-    # One map to queries, keys and values keeps its heads whole, which the values choose.
-    fused = len(family.projections) == 1
-    queries = values if fused else per_layer(family.projections[0]) * per_layer(family.projections[1])
-    return Importance(hidden.cpu().numpy(), queries, values, added("units"))
 
 
 def choose(
@@ -146,37 +80,46 @@ def _largest(scores: np.ndarray, count: int) -> np.ndarray:
 def narrow_weights(
     family: Family, wide: PreTrainedModel, narrow: PreTrainedModel, kept: Kept
 ) -> dict[str, torch.Tensor]:
-    """A wide model's weights cut to a narrower one's shapes, fp32: copies, to the bit where nothing is left out.
+    """A wide model's weights cut to what a narrow one keeps, fp32; where no size differs, the same to the bit.
 
-    Where heads get smaller, queries are scaled so that the attention's scores keep their size.
+    An axis is cut where the two models' sizes differ. Where heads get smaller, queries are scaled so that the
+    attention's scores keep their size.
 
     Raises:
         UserError: a parameter that follows the width in a way that is not known here.
     """
-    sizes = {name: wide.config.hidden_size for name in ("hidden", "queries", "values")}
-    sizes["units"] = getattr(wide.config, family.feed_forward_field)
-    head_sizes = [each.config.hidden_size // each.config.num_attention_heads for each in (narrow, wide)]
-    state = {name: value.detach().float() for name, value in wide.state_dict().items()}
-    cut = {}
+    sizes, narrow_sizes = _sizes(family, wide.config), _sizes(family, narrow.config)
+    head_size, narrow_head_size = (
+        each.config.hidden_size // each.config.num_attention_heads for each in (wide, narrow)
+    )
+    state, cut = wide.state_dict(), {}
     for name, like in narrow.state_dict().items():
-        value = state[name]
+        value = state[name].detach().float()
         for axis, (size, length) in enumerate(zip(value.shape, like.shape, strict=True)):
             if size == length:
                 continue
             kind, layer = _kind(family, name, axis)
-            index = getattr(kept, kind) if layer is None else getattr(kept, kind)[layer]
-            parts = size // sizes[kind]  # more than one where a map makes queries, keys and values, or a gate
-            if size % sizes[kind] or length != parts * len(index):
+            parts = (
+                size // sizes[kind]
+            )  # several where one map makes queries, keys and values, or units and gates
+            if (size, length) != (parts * sizes[kind], parts * narrow_sizes[kind]):
                 raise UserError(
                     f"a narrower {family.model_type} cannot inherit {name} {tuple(value.shape)}; use "
                     "model.layer_map=random"
                 )
+            index = getattr(kept, kind) if layer is None else getattr(kept, kind)[layer]
             index = np.concatenate([part * sizes[kind] + index for part in range(parts)])
             value = value.index_select(axis, torch.as_tensor(index, device=value.device))
-        if head_sizes[0] != head_sizes[1] and _path(family, name)[1] == family.projections[0]:
-            value = value * (head_sizes[0] / head_sizes[1]) ** 0.5
+        if narrow_head_size != head_size and _path(family, name)[1] == family.projections[0]:
+            value = value * (narrow_head_size / head_size) ** 0.5
         cut[name] = value
     return cut
+
+
+def _sizes(family: Family, config: PretrainedConfig) -> dict[str, int]:
+    """By field of `Kept`."""
+    width, units = config.hidden_size, getattr(config, family.feed_forward_field)
+    return {"hidden": width, "queries": width, "values": width, "units": units}
 
 
 def _path(family: Family, name: str) -> tuple[int | None, str]:

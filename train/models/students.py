@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import operator
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,9 @@ from train.models.narrowing import Importance, choose, narrow_weights
 
 ORIGINAL_LAYERS = (0, 2, 4, 7, 9, 11)
 """Teacher layers of the published DistilBERT (scripts/extract_distilbert.py of the original code)."""
+
+Measured = Callable[[Family, PreTrainedModel], Importance]
+"""What each part of a model carries."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +37,7 @@ def make_student(
     width: int | None = None,
     heads: int | None = None,
     feed_forward: int | None = None,
-    measured: Callable[[Family, PreTrainedModel], Importance] | None = None,
+    measured: Measured | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """A trainable fp32 student on the CPU, in train mode.
@@ -84,7 +88,7 @@ def make_student(
 def _narrowed(
     wide: PreTrainedModel,
     narrow: PreTrainedModel,
-    measured: Callable[[Family, PreTrainedModel], Importance] | None,
+    measured: Measured | None,
 ) -> PreTrainedModel:
     family = family_of(wide)
     importance = None if measured is None else measured(family, wide)
@@ -321,24 +325,18 @@ def _check_inherits(
     head_size: tuple[int, int],
     units: tuple[int, int],
 ) -> None:
-    """UserError where a student's size (first of each pair) is more than its teacher's (second)."""
-    remedy = "give at most that, or model.layer_map=random"
-    if width[0] > width[1]:
-        raise UserError(f"model.student_width={width[0]}: the teacher has a width of {width[1]}; {remedy}")
-    if heads[0] > heads[1]:
-        raise UserError(f"model.student_heads={heads[0]}: the teacher has {heads[1]} heads; {remedy}")
-    if head_size[0] > head_size[1]:
+    """UserError where a student's size (first of each pair) cannot be a part of its teacher's (second)."""
+    for name, (own, theirs) in (("width", width), ("heads", heads), ("feed_forward", units)):
+        if own > theirs:
+            raise UserError(
+                f"model.student_{name}={own} is more than the teacher's {theirs}, of which a part is inherited; give "
+                f"at most {theirs}, or model.layer_map=random"
+            )
+    if head_size[0] > head_size[1] or (family.rotary and head_size[0] != head_size[1]):
+        remedy = f"give {math.ceil(width[0] / head_size[1])} or more"
+        if family.rotary:
+            remedy = "rotated heads stay whole: leave it out"
         raise UserError(
-            f"model.student_heads={heads[0]}: at a width of {width[0]} the heads' width is {head_size[0]}, the "
-            f"teacher's {head_size[1]}; give more heads, or model.layer_map=random"
-        )
-    if family.rotary and head_size[0] != head_size[1]:
-        raise UserError(
-            f"model.student_heads={heads[0]}: at a width of {width[0]} the heads' width is {head_size[0]}; the positions "
-            f"of this {family.model_type} rotate heads of width {head_size[1]}, which are kept whole: leave "
-            "model.student_heads out, or give model.layer_map=random"
-        )
-    if units[0] > units[1]:
-        raise UserError(
-            f"model.student_feed_forward={units[0]}: the teacher has {units[1]} units; {remedy}"
+            f"model.student_heads={heads[0]} makes heads of {head_size[0]} dimensions of a width of {width[0]}; those "
+            f"of the teacher, which are inherited, have {head_size[1]}; {remedy}, or give model.layer_map=random"
         )

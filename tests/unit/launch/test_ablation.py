@@ -97,6 +97,10 @@ def test_what_the_variants_of_the_quickstart_change() -> None:
     }
 
 
+def test_a_narrower_student_inherits_other_layers_too() -> None:
+    assert "first-half" in variants(["--model.student_width=384"], 12)[0]
+
+
 def test_layer_maps_of_the_published_recipe() -> None:
     found, left_out = variants([], 12)
     assert list(found)[-3:] == ["every-other", "first-half", "last-half"]
@@ -124,7 +128,11 @@ def test_every_student_has_as_many_layers_as_the_recipes(name: str) -> None:
         (["--objective.kd_positions=masked"], "masked-kd", "objective.kd_positions=masked already"),
         (["--objective.kd_weight=0"], "masked-kd", "the recipe has objective.kd_weight=0"),
         (["--model.layer_map=random"], "random", "model.layer_map=random already"),
-        (["--model.layer_map=random", "--model.student_width=384"], "first-half", "a student of width 384"),
+        (
+            ["--model.layer_map=random", "--model.student_width=384"],
+            "first-half",
+            "random student of width 384",
+        ),
         (["--model.layer_map=random", "--model.student_layers=13"], "last-half", "13 layers, the teacher"),
     ],
 )

@@ -80,14 +80,18 @@ def make_batch(micro: int, length: int, masked: int) -> MaskedBatch:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer_map", ["every_other", [0, 1, 3], "random"])
-def test_planned_models_are_the_built_ones(kind: str, layer_map: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", [{}, {"width": 24, "heads": 4, "feed_forward": 20}])
+def test_planned_models_are_the_built_ones(
+    kind: str, layer_map: Any, sizes: dict[str, int], tmp_path: Path
+) -> None:
     teacher, _ = make_models(kind)
     teacher.save_pretrained(tmp_path)
+    words = [f"--model.student_{name}={size}" for name, size in sizes.items()]
     student, teachers = models_of(
-        parse_config([f"--model.teacher={tmp_path}", f"--model.layer_map={layer_map}"], "")
+        parse_config([f"--model.teacher={tmp_path}", f"--model.layer_map={layer_map}", *words], "")
     )
     assert {parameter.device.type for parameter in student.parameters()} == {"meta"}
-    assert describe(student) == describe(make_student(teacher, layer_map=layer_map))
+    assert describe(student) == describe(make_student(teacher, layer_map=layer_map, **sizes))
     assert [describe(each) for each in teachers] == [describe(teacher)]
 
 

@@ -502,7 +502,7 @@ def test_a_host_without_an_answer(script: str, limit_s: float, message: str, tmp
         (["--model.layer_map=[0,99]"], "student", r"names layers \[99\] that the teacher does not have"),
         (["--model.layer_map=distilbert"], "student", "of a 12-layer teacher"),
         (
-            ["--model.layer_map=random", "--model.student_width=33"],
+            ["--model.student_width=33"],
             "student",
             "must be a multiple of its heads. width",
         ),
@@ -531,7 +531,7 @@ def test_a_recipe_that_would_be_refused(
     "settings",
     [
         ["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[1, 3]]"],
-        ["--model.layer_map=random", "--model.student_width=16", "--objective.projection=true"],
+        ["--model.student_width=16", "--objective.projection=true"],
     ],
 )
 def test_a_recipe_that_would_be_taken(settings: list[str], shards_folder: str, teacher_folder: str) -> None:

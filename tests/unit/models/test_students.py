@@ -7,7 +7,9 @@ import torch
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from tests.unit.models.test_families import MODELS, SIZES, rough
+from train.errors import UserError
 from train.models.families import family_of
+from train.models.flops import shape_of
 from train.models.students import make_student, resolve_layer_map
 
 
@@ -163,14 +165,40 @@ def test_layer_maps_that_do_not_fit_are_refused(arguments, message):
 
 def test_other_students_that_do_not_fit_are_refused():
     bert, modern = MODELS["bert"](), MODELS["modernbert"]()
-    with pytest.raises(ValueError, match=r"a student of width 16 cannot copy layers of width 32"):
-        make_student(bert, 2, width=16)
-    with pytest.raises(ValueError, match="multiple of its heads' width 8; it is 20"):
-        make_student(bert, 2, "random", width=20)
     with pytest.raises(ValueError, match=r"model.student_layers is 0"):
         make_student(bert, 0, "random")
     with pytest.raises(ValueError, match=r"puts layer 2 of this modernbert in place 0.*keep layer 0 first"):
         make_student(modern, layer_map=[2, 3])
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer_map", "sizes", "message"),
+    [
+        ("bert", "random", {"width": 20}, r"multiple of its heads' width 8; it is 20: .*model.student_heads"),
+        ("bert", "random", {"width": 30, "heads": 4}, "student_heads=4 does not divide .* width 30"),
+        ("bert", "every_other", {"width": 40}, r"student_width=40 is more than the teacher's 32.*at most 32"),
+        ("bert", "every_other", {"heads": 8}, r"student_heads=8 is more than the teacher's 4"),
+        (
+            "bert",
+            "every_other",
+            {"feed_forward": 49},
+            r"student_feed_forward=49 is more than the teacher's 48",
+        ),
+        ("bert", "every_other", {"heads": 2}, r"student_heads=2 makes heads of 16 .* have 8; give 4 or more"),
+        ("modernbert", "every_other", {"width": 24, "heads": 4}, r"heads of 6 .*stay whole: leave it out"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(kind, layer_map, sizes, message):
+    with pytest.raises(UserError, match=message):
+        make_student(MODELS[kind](), 2, layer_map, **sizes)
+
+
+def test_random_students_of_other_sizes(teacher):
+    """Larger than the teacher in part, and with another width of the heads."""
+    student = make_student(teacher, 2, "random", width=24, heads=2, feed_forward=96)
+    sizes = student.config.hidden_size, student.config.num_attention_heads, shape_of(student).feed_forward
+    assert sizes == (24, 2, 96)
+    student(torch.randint(4, 64, (1, 9)))
 
 
 def test_a_layer_norm_epsilon_that_distilbert_cannot_have_is_said(caplog):

@@ -1,0 +1,149 @@
+"""What a narrower model keeps: every axis of every family, and what the text says carries most."""
+
+from __future__ import annotations
+
+import copy
+from operator import attrgetter
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertForMaskedLM
+
+from tests.unit.models.test_families import MODELS, rough
+from train.errors import UserError
+from train.evaluation.importance import measure
+from train.models.families import BERT, family_of
+from train.models.narrowing import Kept, choose, narrow_weights
+from train.models.students import make_student
+
+TEXT = torch.randint(4, 64, (20, 30), generator=torch.Generator().manual_seed(0))
+NARROW = {"width": 16, "feed_forward": 20}
+
+
+@pytest.fixture(params=sorted(MODELS))
+def teacher(request):
+    torch.manual_seed(0)
+    return rough(MODELS[request.param]())
+
+
+def measured(family, model):
+    return measure(family, model, TEXT, "cpu")
+
+
+@torch.no_grad()
+def test_at_full_size_the_weights_are_the_models_own(teacher):
+    family = family_of(teacher)
+    kept = choose(family, teacher.config, teacher.config, measured(family, teacher))
+    found = narrow_weights(family, teacher, teacher, kept)
+    assert all(torch.equal(value, found[name]) for name, value in teacher.state_dict().items())
+    student = make_student(teacher, 4)
+    again = make_student(teacher, 4, width=32, heads=4, feed_forward=48, measured=measured)
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert torch.equal(student.eval()(TEXT).logits, again.eval()(TEXT).logits)
+
+
+@torch.no_grad()
+def test_a_model_whose_parts_change_places_computes_the_same(teacher):
+    """Every axis that is cut belongs to the part of the model that it is taken for: its order alone may change."""
+    family, random = family_of(teacher), np.random.default_rng(0)
+    narrower = make_student(teacher, 4, **NARROW) if family is not BERT else BertForMaskedLM(_narrow(teacher))
+    heads = [random.permutation(4) for _ in range(4)]
+
+    def within_heads():
+        inside = [np.arange(8) if family.rotary else random.permutation(8) for _ in range(4)]
+        return np.stack([np.concatenate([each * 8 + inside[each] for each in order]) for order in heads])
+
+    values = within_heads()
+    moved = Kept(
+        hidden=random.permutation(32),
+        queries=values if family.rotary else within_heads(),
+        values=values,
+        units=np.stack([random.permutation(48) for _ in range(4)]),
+    )
+    other = copy.deepcopy(teacher)
+    other.load_state_dict(narrow_weights(family, teacher, narrower, moved))
+    expected, found = teacher(TEXT).logits, other(TEXT).logits
+    assert not torch.equal(teacher.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    assert (expected - found).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def _narrow(teacher):
+    config = copy.deepcopy(teacher.config)
+    config.hidden_size, config.num_attention_heads, config.intermediate_size = 16, 2, 20
+    return config
+
+
+@torch.no_grad()
+def test_what_carries_nothing_is_left_out(teacher):
+    """Dimensions, heads, halves of heads and units that are silenced: exactly they are not kept."""
+    student = make_student(teacher, 4).eval()
+    family = family_of(student)
+    dead = torch.arange(0, 32, 2)
+    for name, parameter in student.named_parameters():
+        if parameter.ndim == 1 and "norm" in name.lower():
+            parameter[dead] = 0.0
+    for layer in family.layer_list(student):
+        output, last = (attrgetter(path)(layer) for path in (family.attention_output, family.feed_forward[1]))
+        output.weight[:, 8:16] = output.weight[:, 24:] = 0.0  # heads 1 and 3
+        last.weight[:, 28:] = 0.0
+        if family.rotary:
+            output.weight[dead] = last.weight[dead] = 0.0
+        else:
+            query = attrgetter(family.projections[0])(layer)
+            query.weight[::2] = query.bias[::2] = 0.0
+    narrow = make_student(teacher, 4, width=16, feed_forward=28).config
+    kept = choose(family, student.config, narrow, measured(family, student))
+    assert kept.hidden.tolist() == list(range(1, 32, 2))
+    assert kept.values.tolist() == [[*range(8), *range(16, 24)]] * 4
+    assert kept.units.tolist() == [list(range(28))] * 4
+    if not family.rotary:
+        smaller = make_student(teacher, 4, width=16, heads=4).config
+        odd = choose(family, student.config, smaller, measured(family, student)).queries
+        assert odd.tolist() == [list(range(1, 32, 2))] * 4
+    assert student.training is False
+    assert not any(module._forward_pre_hooks for module in student.modules())
+
+
+@torch.no_grad()
+def test_narrower_students(teacher):
+    student = make_student(teacher, 2, **NARROW, measured=measured)
+    assert (student.config.hidden_size, student.config.num_attention_heads) == (16, 2)
+    again = make_student(teacher, 2, **NARROW, measured=measured)
+    shapes = make_student(teacher, 2, **NARROW)
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+        assert value.shape == shapes.state_dict()[name].shape
+    with torch.device("meta"):
+        assert make_student(copy.deepcopy(teacher).to("meta"), 2, **NARROW).device.type == "meta"
+    # Units alone: those that were silent are not missed.
+    for layer in family_of(teacher).layer_list(teacher):
+        attrgetter(family_of(teacher).feed_forward[1])(layer).weight[:, ::2] = 0.0
+    expected = make_student(teacher, 4).eval()(TEXT).logits
+    found = make_student(teacher, 4, feed_forward=24, measured=measured).eval()(TEXT).logits
+    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_smaller_heads_keep_the_size_of_their_scores():
+    teacher = rough(MODELS["roberta"]())
+    student = make_student(teacher, 4, width=24, heads=4)  # the first 6 of each head's 8
+    wide, narrow = (
+        attrgetter("roberta.encoder.layer")(each)[1].attention.self for each in (teacher, student)
+    )
+    rows = [head * 8 + inside for head in range(4) for inside in range(6)]
+    assert torch.allclose(narrow.query.bias, wide.query.bias[rows] * (6 / 8) ** 0.5)
+    assert torch.equal(narrow.key.bias, wide.key.bias[rows])
+    assert torch.equal(narrow.value.weight, wide.value.weight[rows][:, :24])
+
+
+def test_a_parameter_that_follows_the_width_otherwise_is_refused():
+    teacher = MODELS["roberta"]()
+    wide, narrow = make_student(teacher, 4), make_student(teacher, 4, width=16)
+    for model in (wide, narrow):  # as the relative positions of MPNet
+        bias = torch.nn.Embedding(32, model.config.num_attention_heads)
+        model.roberta.encoder.relative_attention_bias = bias
+    kept = choose(family_of(wide), wide.config, narrow.config, None)
+    with pytest.raises(UserError, match=r"narrower roberta cannot inherit .*relative_attention_bias.weight"):
+        narrow_weights(family_of(wide), wide, narrow, kept)
