@@ -123,8 +123,9 @@ def _sizes(family: Family, config: PretrainedConfig) -> dict[str, int]:
 
 
 def _path(family: Family, name: str) -> tuple[int | None, str]:
-    """(layer, path of the module within it) of a parameter; (None, "") outside of the layers."""
-    prefix = f"{family.layers}."
+    """(layer, path of the module within it) of a parameter, also of a bare encoder's; (None, "") outside of layers."""
+    encoder = f"{family.encoder}."
+    name, prefix = name.removeprefix(encoder), family.layers.removeprefix(encoder) + "."
     if not name.startswith(prefix):
         return None, ""
     layer, _, within = name.removeprefix(prefix).partition(".")

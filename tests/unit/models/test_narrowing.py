@@ -64,6 +64,8 @@ def test_a_model_whose_parts_change_places_computes_the_same(teacher):
     )
     other = copy.deepcopy(teacher)
     other.load_state_dict(narrow_weights(family, teacher, narrower, moved))
+    encoder, name = narrow_weights(family, teacher.base_model, narrower.base_model, moved), family.encoder
+    assert all(torch.equal(value, other.state_dict()[f"{name}.{each}"]) for each, value in encoder.items())
     expected, found = teacher(TEXT).logits, other(TEXT).logits
     assert not torch.equal(teacher.get_input_embeddings().weight, other.get_input_embeddings().weight)
     assert (expected - found).abs().max() <= 2e-5 * expected.abs().max()
