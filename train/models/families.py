@@ -83,6 +83,8 @@ class Family:
     """Name of the layer count in the config."""
     feed_forward_field: str = "intermediate_size"
     """Name of the number of feed-forward units in the config."""
+    position_projections: tuple[str, ...] = ()
+    """Paths, within a layer, of further maps to queries and keys, of relative positions; in that order."""
     rotary: bool = False
     """Whether positions rotate queries and keys, so that a head's dimensions hang together."""
     transform_function: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = field(kw_only=True)

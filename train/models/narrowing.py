@@ -110,7 +110,8 @@ def narrow_weights(
             index = getattr(kept, kind) if layer is None else getattr(kept, kind)[layer]
             index = np.concatenate([part * sizes[kind] + index for part in range(parts)])
             value = value.index_select(axis, torch.as_tensor(index, device=value.device))
-        if narrow_head_size != head_size and _path(family, name)[1] == family.projections[0]:
+        queries = (*family.projections[:1], *family.position_projections[:1])
+        if narrow_head_size != head_size and _path(family, name)[1] in queries:
             value = value * (narrow_head_size / head_size) ** 0.5
         cut[name] = value
     return cut
@@ -135,7 +136,7 @@ def _path(family: Family, name: str) -> tuple[int | None, str]:
 def _kind(family: Family, name: str, axis: int) -> tuple[str, int | None]:
     """Which field of `Kept` an axis of a parameter is cut by, and in which layer; None for all layers alike."""
     layer, path = _path(family, name)
-    if axis == 0 and path in family.projections:
+    if axis == 0 and path in (*family.projections, *family.position_projections):
         return ("values" if path == family.projections[-1] else "queries"), layer
     if axis == 1 and path == family.attention_output:
         return "values", layer

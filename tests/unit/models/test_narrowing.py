@@ -21,7 +21,7 @@ TEXT = torch.randint(4, 64, (20, 30), generator=torch.Generator().manual_seed(0)
 NARROW = {"width": 16, "feed_forward": 20}
 
 
-@pytest.fixture(params=sorted(MODELS))
+@pytest.fixture(params=sorted(set(MODELS) - {"mpnet"}))  # whose heads share a table of relative positions
 def teacher(request):
     torch.manual_seed(0)
     return rough(MODELS[request.param]())
@@ -67,7 +67,10 @@ def test_a_model_whose_parts_change_places_computes_the_same(teacher):
     encoder, name = narrow_weights(family, teacher.base_model, narrower.base_model, moved), family.encoder
     assert all(torch.equal(value, other.state_dict()[f"{name}.{each}"]) for each, value in encoder.items())
     expected, found = teacher(TEXT).logits, other(TEXT).logits
-    assert not torch.equal(teacher.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    moved_parts = [
+        not torch.equal(value, other.state_dict()[name]) for name, value in teacher.state_dict().items()
+    ]
+    assert sum(moved_parts) > 4 * 6
     assert (expected - found).abs().max() <= 2e-5 * expected.abs().max()
 
 
@@ -84,7 +87,7 @@ def test_what_carries_nothing_is_left_out(teacher):
     family = family_of(student)
     dead = torch.arange(0, 32, 2)
     for name, parameter in student.named_parameters():
-        if parameter.ndim == 1 and "norm" in name.lower():
+        if parameter.shape == (32,) and "norm" in name.lower():
             parameter[dead] = 0.0
     for layer in family.layer_list(student):
         output, last = (attrgetter(path)(layer) for path in (family.attention_output, family.feed_forward[1]))
