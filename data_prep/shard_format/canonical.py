@@ -2,7 +2,7 @@
 
 It is json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=True) without the fields that older manifests do
 not have where they are None. A manifest may name a million shards, for which that takes 13 s: their objects, of which
-there are two kinds of value alone, are written by a template instead.
+there are two kinds of value alone, are written by a template instead, and read by the same.
 """
 
 from __future__ import annotations
@@ -11,13 +11,22 @@ import contextlib
 import dataclasses
 import gc
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from data_prep.shard_format.checks import FILE_NAME
 
 LATER_FIELDS = ("token_histogram_sha256",)
 """Not there in the first manifests, whose digests stay."""
 # Nested keys stand further to the right, and a line break within a string is escaped.
 _SPLITS = '\n "splits": null,\n'
+# Their texts are plain file names and hex digits (shard_format/checks.py), which JSON escapes nothing of.
+_SHARD = '   {\n    "bytes": %s,\n    "documents": %s,\n    "name": "%s",\n    "sha256": "%s",\n    "tokens": %s\n   }'
+_COUNT = "(0|[1-9][0-9]{0,14})"  # some valid counts have a digit more
+_SHARD_TEXT = re.compile(
+    re.escape(_SHARD) % (_COUNT, _COUNT, f"({FILE_NAME.pattern})", "([0-9a-f]{64})", _COUNT)
+)
 
 
 def canonical_json(manifest: Any) -> str:
@@ -36,15 +45,16 @@ def canonical_json(manifest: Any) -> str:
 def _shards(shards: Sequence[Any]) -> str:
     if not shards:
         return "[]"
-    # Their texts are plain file names and hex digits (shard_format/checks.py), which JSON escapes nothing of.
     objects = ",\n".join(
-        [
-            f'   {{\n    "bytes": {shard.bytes},\n    "documents": {shard.documents},\n    "name": "{shard.name}",\n'
-            f'    "sha256": "{shard.sha256}",\n    "tokens": {shard.tokens}\n   }}'
-            for shard in shards
-        ]
+        [_SHARD % (each.bytes, each.documents, each.name, each.sha256, each.tokens) for each in shards]
     )
     return f"[\n{objects}\n  ]"
+
+
+def split_shards(text: str) -> tuple[str, list[list[str]]]:
+    """A canonical text with a 0 in place of every shard, and the columns (bytes, documents, name, sha256, tokens)."""
+    parts = _SHARD_TEXT.split(text)
+    return "0".join(parts[::6]), [parts[column::6] for column in range(1, 6)]
 
 
 @contextlib.contextmanager

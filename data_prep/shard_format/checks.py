@@ -13,12 +13,12 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from data_prep.shard_format.errors import UserError
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*")
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*")
 
 
 def plain_file_name(name: object) -> str:
     """`name`, or UserError where it may do harm behind a folder, in a URL or in a `pipe:` command."""
-    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+    if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
         raise UserError(
             f"{name!r} is not a plain file name: only letters, digits and _ . + = - may stand in it"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,44 @@ def test_what_is_nested_deeply_has_a_digest_or_is_refused(tmp_path: Path, field:
     assert not is_refused(100)
     first = 100 + bisect.bisect_left(range(100, 1000), True, key=is_refused)
     assert all(is_refused(depth) for depth in (*range(first, first + 12), 1000))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"tokens": 500', '"tokens": 00500'),
+        ('"tokens": 500', '"tokens": 500.0'),
+        ('"tokens": 500', '"tokens": 9007199254740992'),
+        ('"tokens": 500', '"tokens": 2'),
+        ('"documents": 3', '"documents": 4'),
+        ("train-000000", "train-\\u0030"),
+        ("train-000000", "../train"),
+        ("0" * 64, "A" * 64),
+        ('"heldout": []', '"heldout": [\n0\n  ]'),
+        ('"sources": []', '"sources": {"bytes": 1}'),
+        ("train", "trains"),
+        ("\n   {", "\n  {"),
+        ('"duplicates": 1', '"duplicates": 1, "duplicates": 2'),
+        ('"skipped"', '"shipped"'),
+        ("counts", "c\u00f6unts"),
+    ],
+)
+def test_a_text_is_read_by_its_form_as_it_is_by_its_json(tmp_path: Path, before: str, after: str) -> None:
+    text = MANIFEST.to_json().replace(before, after)
+    assert text != MANIFEST.to_json()
+    (tmp_path / "manifest.json").write_text(text)
+    results: list[Manifest | None] = []
+    for read in (lambda: Manifest.load(tmp_path), lambda: Manifest.from_dict(json.loads(text))):
+        try:
+            results.append(read())
+        except ValueError:
+            results.append(None)
+    assert results[0] == results[1]
+
+
+def test_what_looks_like_a_shard_elsewhere_is_none(tmp_path: Path) -> None:
+    shard = dataclasses.asdict(SHARD)
+    manifest = dataclasses.replace(MANIFEST, options={"x": [shard, shard]})
+    manifest.save(tmp_path)
+    assert '"x": [\n   {\n    "bytes"' in manifest.to_json(), "as in the splits"
+    assert Manifest.load(tmp_path) == manifest

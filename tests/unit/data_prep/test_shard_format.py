@@ -77,7 +77,7 @@ def test_a_manifest_in_other_clothes_is_the_same(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_many_shards_opens_fast(tmp_path: Path) -> None:
-    """A million in less than 3 s of a CPU, of which Python's JSON parser alone takes 1.3; so did 18 s before."""
+    """A million in less than 3 s of a CPU, of which Python's JSON parser alone takes 1.3."""
     shards = tuple(dataclasses.replace(SHARD, name=f"train-{i:06d}.tar") for i in range(8_000))
     dataclasses.replace(MANIFEST, splits={"train": shards, "heldout": ()}).save(tmp_path)
     times: dict[str, list[float]] = {"plain": [], "ours": []}
@@ -89,7 +89,7 @@ def test_a_manifest_of_many_shards_opens_fast(tmp_path: Path) -> None:
             start = time.process_time()
             read()
             times[name].append(time.process_time() - start)
-    assert min(times["ours"]) < 5 * min(times["plain"])
+    assert min(times["ours"]) < 3 * min(times["plain"])
 
 
 def test_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
