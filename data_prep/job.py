@@ -56,6 +56,8 @@ class Job:
     tokenizer: TokenizerInfo
     backend: str
     run: str
+    made: tuple[Path, ...] | None = None
+    """All bucket files, once there are all."""
 
     @property
     def work(self) -> Path:
@@ -67,7 +69,7 @@ class Job:
 
     def bucket_paths(self) -> list[Path]:
         """The finished bucket files, in the order of the inputs."""
-        return sorted(self.buckets.glob("*.bucket"))
+        return sorted(self.buckets.glob("*.bucket")) if self.made is None else list(self.made)
 
     @property
     def records(self) -> Path:

@@ -30,7 +30,7 @@ from data_prep.shard_format.manifest import (
     write_shard,
 )
 from data_prep.source_files import keep_records
-from data_prep.tokenize_pass import bucket_heads, write_skipped
+from data_prep.tokenize_pass import bucket_heads, wait_for, write_skipped
 from data_prep.work_folder import source_records
 from data_prep.workers import Worker
 
@@ -99,6 +99,7 @@ class ShardPass:
         return self._plan.tokens
 
     def run(self, worker: Worker) -> None:
+        wait_for(self._job.bucket_paths())
         for shard in self._plan.shards:
             worker.check()
             if (info := finished(self._job, shard)) is not None:
@@ -193,6 +194,8 @@ def finish(job: Job, plan: Plan, save_tokenizer: Any) -> Manifest:
     out = Path(job.options.out)
     histogram = np.zeros(job.tokenizer.vocab_size, dtype=np.int64)
     splits: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
+    wait_for([out / shard.name for shard in plan.shards])
+    wait_for([job.records / f"{shard.name}.json" for shard in plan.shards])
     for shard in plan.shards:
         info = finished(job, shard)
         assert info is not None, shard.name

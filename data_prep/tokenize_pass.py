@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import gc
 import json
-from collections.abc import Iterator
+import platform
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from data_prep.document_encoder import Encoder
 from data_prep.job import Job
 from data_prep.placement import order_and_deduplicate
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.files import new_file, write_text
+from data_prep.shard_format.files import new_file, until_seen, write_text
 from data_prep.sources.formats import FORMATS, document_of
 from data_prep.sources.records import Reading, Record, SourceFile
 from data_prep.sources.resolve import Unit, chunk_bytes, make_units
@@ -184,6 +185,41 @@ class _UnitReader:
 
 def _largest_first(unit: Unit) -> tuple[int, int]:
     return -unit.bytes, unit.number
+
+
+def made_buckets(job: Job) -> tuple[Path, ...]:
+    """The bucket files of a finished pass, by the numbers of chunks: a folder that is listed may lack what another host
+    has written a moment ago, and documents would be missing without a word.
+
+    Raises:
+        UserError: one of them is not seen here.
+    """
+    made: list[Path] = []
+    for unit in make_units(job.sources):
+        end = job.buckets / f"{unit.number:06d}.end"
+        wait_for([end])
+        made += [
+            job.buckets / f"{unit.number:06d}-{chunk:06d}.bucket" for chunk in range(int(end.read_text()))
+        ]
+    wait_for(made)
+    return tuple(made)
+
+
+def wait_for(paths: Sequence[Path]) -> None:
+    """Until this host sees all of these files, which others of the job have written.
+
+    Raises:
+        UserError: it does not.
+    """
+
+    def missing() -> str | None:
+        return next((str(path) for path in paths if not path.exists()), None)
+
+    if paths and (path := until_seen(missing, paths[0].parent)) is not None:
+        raise UserError(
+            f"{platform.node()} does not see {path}, which another process has written: --out must lie on a file "
+            "system that all hosts have mounted"
+        )
 
 
 def bucket_heads(job: Job) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from data_prep.sources.records import MAX_DOCUMENT_MB, check_max_document_mb, te
 from data_prep.sources.resolve import HELP as SOURCES_HELP
 from data_prep.sources.resolve import TXT_DOCUMENTS, resolve_sources
 from data_prep.sources.tables import quiet_hub
-from data_prep.tokenize_pass import TokenizePass
+from data_prep.tokenize_pass import TokenizePass, made_buckets
 from data_prep.work_folder import locked, prepare_folder
 from data_prep.workers import Team, mpi_size, mpi_team, process_team
 
@@ -183,6 +184,7 @@ def run_job(team: Team, options: JobOptions) -> Manifest:
             return manifest
         job = Job(options, tuple(sources), info, tokenizer.backend_tokenizer.to_str(), run)
         team.run(TokenizePass(job))
+        job = replace(job, made=made_buckets(job))
         plan = make_plan(job)
         if plan.pieces:
             print(f"{out}: {heldout_note(plan)}", flush=True)

@@ -9,14 +9,17 @@ import json
 import os
 import shutil
 import stat
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from data_prep.shard_format.errors import UserError
+
+SEEN_LATE_S = 75.0
 
 
 @contextlib.contextmanager
@@ -124,6 +127,23 @@ def new_folder(path: Path) -> Iterator[Path]:
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def until_seen(look: Callable[[], str | None], folder: Path) -> str | None:
+    """What `look` finds wrong with files that another host has written, tried again while they may be on their way.
+
+    NFS shows a host what others have written late: names up to a minute (acdirmax), where it had asked for them before.
+
+    Args:
+        look: None where all is there.
+        folder: where they are; opening it has NFS ask the server again.
+    """
+    deadline = time.monotonic() + SEEN_LATE_S
+    while (missing := look()) is not None and time.monotonic() < deadline:
+        time.sleep(0.2)
+        with contextlib.suppress(OSError):
+            os.listdir(folder)
+    return missing
 
 
 def try_lock(file: IO[Any]) -> bool:

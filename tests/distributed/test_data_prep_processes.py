@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import WORDS
@@ -18,6 +21,7 @@ from tests.distributed.data_prep_runs import (
     write_corpus,
     write_faulty_corpus,
 )
+from tests.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,24 @@ def test_a_lost_worker_is_one_message_and_nothing_is_lost(
     assert "Traceback" not in errors
     run(arguments)
     assert contents(out) == expected
+
+
+def test_a_lost_worker_of_train_tokenizer_is_one_message(tmp_path: Path) -> None:
+    """Documentation is parsed by workers; one of them is killed as it starts."""
+    words = ["installed-docs", "--vocab-size", "2000", "--out", str(tmp_path / "out"), "--processes", "2"]
+    script = str(ROOT / "data_prep" / "train_tokenizer.py")
+    with subprocess.Popen([sys.executable, script, *words], stderr=subprocess.PIPE, text=True) as process:
+        workers: list[psutil.Process] = []
+        while not workers:
+            assert process.poll() is None
+            children = psutil.Process(process.pid).children()
+            workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        workers[0].kill()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert "train_tokenizer: a worker process ended unexpectedly; run the same command again" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failing_worker_is_one_message(tmp_path: Path, tokenizer_folder: str) -> None:

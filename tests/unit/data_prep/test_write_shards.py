@@ -585,3 +585,35 @@ def test_verify_shows_passages(tmp_path: Path, good: list, capsys: pytest.Captur
     assert re.match(r"\[train-000000\.tar\] (\w+ )+", lines[0])
     assert "all as recorded" in lines[2]
     assert lines[-1] == f"manifest digest {Manifest.load(tmp_path / 'out').digest()}"
+
+
+def test_what_another_host_has_written_is_not_missed(
+    tmp_path: Path, good: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS: a folder's list may lack a new name for a while, and a new file is not found at first."""
+    assert make(*good, "--out", tmp_path / "expected") == 0
+    exists, glob, asked = Path.exists, Path.glob, set()
+
+    def seen_late(path: Path) -> bool:
+        is_new = path.suffix in (".bucket", ".end") and path not in asked
+        asked.add(path)
+        return exists(path) and not is_new
+
+    monkeypatch.setattr(Path, "exists", seen_late)
+    monkeypatch.setattr(
+        Path, "glob", lambda path, pattern: [] if "bucket" in pattern else glob(path, pattern)
+    )
+    assert make(*good, "--out", tmp_path / "o") == 0
+    assert Manifest.load(tmp_path / "o").digest() == Manifest.load(tmp_path / "expected").digest()
+
+
+def test_a_host_that_does_not_see_the_work_folder_is_named(
+    tmp_path: Path, good: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: path.suffix != ".bucket" and exists(path))
+    monkeypatch.setattr("data_prep.shard_format.files.SEEN_LATE_S", 0.01)
+    assert make(*good, "--out", tmp_path / "o") == 2
+    assert re.search(
+        r"does not see \S+000000-000000.bucket, which .*all hosts have mounted", capsys.readouterr().err
+    )
