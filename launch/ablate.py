@@ -7,9 +7,10 @@
 This is table 4 of the DistilBERT paper (Sanh et al. 2019) for your recipe, corpus and teacher: without the soft targets
 (no-kd), without the cosine of the hidden states (no-cosine), without masked-language modelling (no-mlm), from random
 weights (random); and further, soft targets at masked positions alone (masked-kd) and students from other layers of the
-teacher (every-other, distilbert, first-half, last-half). --list says what each changes. Seed, data order, steps and
-learning rate are the same for all. The recipe itself is trained with several seeds (--full-seeds), since a
-difference that two seeds make as well is no finding.
+teacher (every-other, distilbert, first-half, last-half), MiniLMv2's objective (relations), AdamW in place of LAMB
+(adamw) and 30 % of the tokens masked (masking-30). --list says what each changes. Seed, data order, steps and learning
+rate are the same for all, but for AdamW's rate (--adamw-lr). The recipe itself is trained with several seeds
+(--full-seeds), since a difference that two seeds make as well is no finding.
 
 Each variant is an ordinary run of launch/pretrain.py in DIR/VARIANT/; --section.key=value goes to all of them. Run the
 same command again after a kill: what is finished is skipped, what was interrupted goes on. With --tasks every student
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     # After the command line: torch and transformers take seconds, which --help shall not.
     from launch.ablation.job import Job, StoppedError, listed, run
     from launch.ablation.runs import refuse_other_runs, teacher_layers
-    from launch.ablation.variants import chosen_variants, variants_of
+    from launch.ablation.variants import ADAMW_RATE, chosen_variants, variants_of
     from train.build import load_manifest
     from train.distributed.world import quiet_libraries
     from train.models.build import teacher_names
@@ -70,7 +71,9 @@ def main(arguments: Sequence[str]) -> int:
     on_cpu = options.hostfile is None and kind_here() == "cpu"
     if on_cpu and (remark := unused_gpus(os.environ, "cpu")):
         print(f"warning: {remark}", file=sys.stderr, flush=True)
-    variants, left_out = variants_of(base, teacher_layers(base), options.full_seeds)
+    variants, left_out = variants_of(
+        base, teacher_layers(base), options.full_seeds, options.adamw_lr or (ADAMW_RATE,)
+    )
     if options.variants is not None:
         variants = chosen_variants(variants, left_out, _names(options.variants))
         left_out = {}
@@ -128,6 +131,13 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         default=2,
         metavar="N",
         help="seeds that the full recipe is trained with, to know how large chance is (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--adamw-lr",
+        type=float,
+        nargs="+",
+        metavar="RATE",
+        help="peak learning rates to try AdamW with, a run for each; LAMB's does not carry over (default: 1e-3)",
     )
     parser.add_argument("--list", action="store_true", help="say what would be trained, and stop")
     where = parser.add_mutually_exclusive_group()

@@ -24,7 +24,6 @@ from train.errors import UserError, one_line
 from train.evaluation.heldout import HeldoutEvaluation
 from train.evaluation.importance import importance_from_first_rank
 from train.evaluation.teacher_precision import check_teacher_precision
-from train.lamb import Lamb
 from train.loop.logging_observer import ComputeCost
 from train.loop.micro_batch import find_micro_batch_size
 from train.loop.startup_timing import StartupTimer
@@ -45,6 +44,7 @@ from train.models.flops import measured_matrix_rate, shape_of, training_flops_pe
 from train.models.teacher import Teacher, load_teacher
 from train.objective.build import build_objective
 from train.objective.untrained import freeze_untrained
+from train.optimizer import bind_optimizer, build_optimizer
 
 
 @dataclass(frozen=True)
@@ -300,28 +300,15 @@ def heldout_scoring(config: Config, device: str) -> tuple[Manifest, HeldoutEvalu
 def start_engine(
     config: Config, module: DistillationModule, engine_config: dict[str, Any], device: str
 ) -> Any:
-    """DeepSpeed's engine with LAMB bound to it.
+    """DeepSpeed's engine with the recipe's optimizer bound to it.
 
     Args:
         device: this rank's, "cpu" or "cuda:1".
     Raises:
-        UserError: what Lamb refuses of the recipe's optimizer section or of the engine's JSON, and what DeepSpeed
-            does, such as fp16 on a CPU.
+        UserError: what the optimizer refuses of its section or of the engine's JSON, and what DeepSpeed does, such
+            as fp16 on a CPU.
     """
-    settings = config.optimizer
-    try:
-        optimizer = Lamb(
-            [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad],
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            adapt_all=settings.adapt_all,
-            clamp=settings.clamp,
-            prenormalize=settings.prenormalize,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    optimizer = build_optimizer(config.optimizer, module.named_parameters())
     deepspeed = import_deepspeed(config.deepspeed.log_level)
     try:
         engine, *_ = deepspeed.initialize(
@@ -330,8 +317,5 @@ def start_engine(
     except (AssertionError, ValueError) as error:  # combinations that its configuration class lets through
         name = f"={config.deepspeed.config!r}" if config.deepspeed.config else ""
         raise UserError(f"deepspeed.config{name}: DeepSpeed refuses it: {one_line(error)}") from error
-    try:
-        optimizer.bind(engine)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    bind_optimizer(optimizer, engine)
     return engine

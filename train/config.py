@@ -338,12 +338,20 @@ class ObjectiveConfig:
         )
 
 
+LAMB_OPTIONS = ("adapt_all", "clamp", "prenormalize")
+"""Of OptimizerConfig: without effect for other optimizers."""
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """LAMB (You et al. 2020, arXiv:1904.00962), exact under ZeRO-2."""
+    """LAMB (You et al. 2020, arXiv:1904.00962), exact under ZeRO-2; or AdamW, to measure what LAMB is worth."""
+
+    name: Literal["lamb", "adamw"] = "lamb"
+    """lamb, or torch's fused AdamW under the same engine, schedule, clipping and exclusions from decay."""
 
     lr: float = 1.77e-3
-    """Peak learning rate (You et al. 2020, table 4: 1.77e-3 at a batch of 4K)."""
+    """Peak learning rate (You et al. 2020, table 4: 1.77e-3 at a batch of 4K). AdamW wants one of its own: 1e-3 at
+    that batch in Izsak et al. 2021 (arXiv:2104.07705)."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the first and second moments (You et al. 2020)."""
@@ -355,14 +363,13 @@ class OptimizerConfig:
     """Decoupled weight decay, not applied to biases and LayerNorms (You et al. 2020)."""
 
     adapt_all: bool = False
-    """Scale biases and LayerNorms by a trust ratio as well."""
+    """LAMB: scale biases and LayerNorms by a trust ratio as well."""
 
     clamp: tuple[float, float] | None = None
-    """Smallest and largest trust ratio; null: not clamped."""
+    """LAMB: smallest and largest trust ratio; null: not clamped."""
 
     prenormalize: bool = False
-    """Divide the gradient by its global norm first (NVIDIA's LAMB); training.gradient_clipping must then
-    be 0."""
+    """LAMB: divide the gradient by its global norm first (NVIDIA's); training.gradient_clipping must then be 0."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "optimizer", "lr", "eps")
@@ -370,6 +377,22 @@ class OptimizerConfig:
         _require(
             all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "give two numbers in [0, 1)"
         )
+        if self.name == "adamw":
+            for key in LAMB_OPTIONS:
+                value = getattr(self, key)
+                default = getattr(OptimizerConfig, key)
+                _require(
+                    value == default,
+                    f"optimizer.{key}",
+                    value,
+                    f"is LAMB's and has no effect with optimizer.name=adamw; give {default}",
+                )
+            _require(
+                self.lr != OptimizerConfig.lr,
+                "optimizer.lr",
+                self.lr,
+                "is LAMB's default; give a rate for optimizer.name=adamw, for example 1e-3 at a batch of 4,096",
+            )
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def resolve_engine_config(
     for key, needed in ENGINE_OWNS.items():
         if key in resolved and not _holds(resolved[key], needed):
             raise UserError(f"{where}: {key}={resolved[key]!r}; give {needed}")
-    # DeepSpeed keeps a list of the optimizer classes it knows; LAMB's state is its own.
+    # DeepSpeed keeps a list of the optimizer classes it knows, which lacks our LAMB.
     resolved["zero_allow_untested_optimizer"] = True
     stage, bucket = zero.get("stage", 0), zero.get("reduce_bucket_size", 1)
     if stage not in (1, 2):

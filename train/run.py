@@ -15,7 +15,12 @@ import torch.distributed as dist
 from data_prep.shard_format.files import write_json
 from train.build import Inputs, Parts, assemble, read_inputs
 from train.checkpointing.checkpoint import Checkpointer, Retention, newest_checkpoint
-from train.checkpointing.resume import choose_checkpoint, load_checkpoint, needs_conversion
+from train.checkpointing.resume import (
+    choose_checkpoint,
+    load_checkpoint,
+    needs_conversion,
+    refuse_other_optimizer,
+)
 from train.checkpointing.state import TrainState
 from train.config import Config
 from train.data.corpus import without_heldout_windows
@@ -107,6 +112,7 @@ def run(config: Config) -> int:
         say = functools.partial(print, flush=True) if world.is_first else lambda message: None
         checkpoint = choose_checkpoint(run_dir / "checkpoints", say)
         check_same_on_all_ranks(start_up_facts(config, inputs.corpus), world)
+        refuse_other_optimizer(checkpoint, config.optimizer.name)
         universal = needs_conversion(checkpoint, world.world_size)
         parts = assemble(
             config,

@@ -181,9 +181,10 @@ def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], free: tupl
     """`key: old -> new` for each key that differs and begins with none of `free`.
 
     Args:
-        before, now: configurations as trees of sections.
+        before, now: configurations as trees of sections. A key that `before` lacks, since older code wrote it, had
+            its default.
     """
-    old, new = flatten(before), flatten(now)
+    old, new = {**flatten(as_tree(Config())), **flatten(before)}, flatten(now)
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in {**old, **new}
@@ -191,14 +192,27 @@ def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], free: tupl
     ]
 
 
+def refused_changes(config: Config, changes: Sequence[str]) -> tuple[str, str] | None:
+    """What keeps a run from going on, and the remedy; None where it may.
+
+    Args:
+        changes: what `changed_config` and `changed_inputs` found. The recipe may allow any but another optimizer,
+            to which the state in the checkpoints means nothing.
+    """
+    for_good = [change for change in changes if change.startswith("optimizer.name: ")]
+    if not (for_good or (changes and not config.checkpoint.allow_changed_config)):
+        return None
+    remedy = "give another run.dir, or restore what was"
+    if not for_good:
+        remedy = f"{remedy.replace(', or', ',')}, or --checkpoint.allow_changed_config=true to go on anyway"
+    lines = "\n  ".join(for_good or changes)
+    return f"{config.run.dir} holds a run that was started with another configuration:\n  {lines}", remedy
+
+
 def refuse_changes(config: Config, changes: Sequence[str]) -> None:
-    """UserError with what `changed_config` or `changed_inputs` found, unless the recipe allows changes."""
-    if changes and not config.checkpoint.allow_changed_config:
-        raise UserError(
-            f"{config.run.dir} holds a run that was started with another configuration:\n  "
-            + "\n  ".join(changes)
-            + "\ngive another run.dir, restore what was, or --checkpoint.allow_changed_config=true to go on anyway"
-        )
+    """UserError where `refused_changes` says so."""
+    if (refused := refused_changes(config, changes)) is not None:
+        raise UserError("\n".join(refused))
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:

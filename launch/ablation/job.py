@@ -62,7 +62,7 @@ class Job:
 
 def listed(job: Job) -> str:
     """What would be trained, and what is left out."""
-    rows = [(variant.name, variant.changed, variant.title) for variant in job.variants]
+    rows = [(variant.name, variant.changed.replace(" ", "\n"), variant.title) for variant in job.variants]
     lines = [text_table(("variant", "changes", "what it is"), rows, right=False)]
     return "\n".join([*lines, *(f"left out: {name}: {reason}" for name, reason in job.left_out.items())])
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from launch.ablation.variants import FULL, PUBLISHED, REPEAT
+from launch.ablation.variants import ADAMW, FULL, PUBLISHED, REPEAT
 from launch.tables import Column, Table
 from train.evaluation.masking import LABEL
 from train.finetuning.results import macro_average
@@ -227,7 +227,9 @@ def notes(ablation: Ablation) -> list[str]:
         lines.append(
             f"{ALIKE} not larger than the largest difference between {count} seeds of the full recipe: may be chance"
         )
-    lines.append("all variants: same seed, data order, steps and learning rate; one run each")
+    rates = [result.changed for result in ablation.results if result.name.startswith(ADAMW)]
+    but = f", but for {' and '.join(rates)}" if rates else ""
+    lines.append(f"all variants: same seed, data order, steps and learning rate{but}; one run each")
     if ablation.teacher:
         scores = ", ".join(_teacher_score(key, value) for key, value in ablation.teacher.items())
         lines.append(f"the teacher itself, on the same masked tokens: {scores}")

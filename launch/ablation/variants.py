@@ -6,11 +6,11 @@ puts the results side by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.config import OBJECTIVE_WEIGHTS, Config, ObjectiveConfig
+from train.config import LAMB_OPTIONS, OBJECTIVE_WEIGHTS, Config, ObjectiveConfig
 from train.errors import UserError
 from train.models.students import default_student_layers, resolve_layer_map
 from train.run_folder import WATCHING
@@ -25,6 +25,10 @@ TERMS = {
     "no-cosine": ("cosine_weight", "without the cosine of the hidden states"),
     "no-mlm": ("mlm_weight", "without masked-language modelling"),
 }
+ADAMW, ADAMW_RATE = "adamw", 1e-3
+"""Its rate where none is given: that of Izsak et al. 2021 (arXiv:2104.07705) at a batch of 4,096."""
+MORE_MASKED = 0.3
+"""Share of the tokens; Wettig et al. 2023 (arXiv:2202.08005) found it better than 15 % for larger models."""
 FREE_TO_DIFFER = (*WATCHING, "evaluation.every_steps")
 """Between the runs of an ablation: all are scored alike."""
 
@@ -57,7 +61,10 @@ class Variant:
 
 
 def variants_of(
-    config: Config, teacher_layers: int, full_seeds: int = 1
+    config: Config,
+    teacher_layers: int,
+    full_seeds: int = 1,
+    adamw_rates: Sequence[float] = (ADAMW_RATE,),
 ) -> tuple[list[Variant], dict[str, str]]:
     """All variants that make sense for a recipe, and why the others do not.
 
@@ -65,6 +72,7 @@ def variants_of(
         config: the full recipe; it must have a teacher.
         teacher_layers: of the first teacher, from which the student's layers come.
         full_seeds: how many seeds the full recipe is trained with; further ones show how large chance is.
+        adamw_rates: peak learning rates, each of which AdamW is tried with.
     Returns:
         Variants in the order of the table, the full recipe first; {name: reason} of those that are left out.
     """
@@ -82,6 +90,9 @@ def variants_of(
         _random_weights(config, student),
         _masked_soft_targets(config.objective),
         *_layer_maps(config, student),
+        _relations(config),
+        *_adamw(config, adamw_rates),
+        _masking(config),
     ]
     candidates += [
         Variant(f"{REPEAT}{extra}", "the recipe with another seed", {"data.seed": config.data.seed + extra})
@@ -111,6 +122,8 @@ def chosen_variants(
 
 
 def _spelled(value: Any) -> str:
+    if value is None:
+        return "null"
     return str(value).replace(" ", "") if isinstance(value, list) else str(value)
 
 
@@ -141,12 +154,56 @@ def _left_idle(objective: ObjectiveConfig, term: str) -> dict[str, Any]:
         idle = ["temperature"] if objective.mse_weight else ["temperature", "kd_positions"]
     elif term == "cosine_weight" and not objective.layer_cosine_weight:
         idle = ["projection"]
-    defaults = ObjectiveConfig()
-    return {
-        f"objective.{name}": getattr(defaults, name)
-        for name in idle
-        if getattr(objective, name) != getattr(defaults, name)
-    }
+    return _at_defaults("objective", objective, idle)
+
+
+def _at_defaults(section: str, settings: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The changes that give settings their defaults, where they have another value."""
+    defaults = type(settings)()
+    found = {f"{section}.{name}": getattr(defaults, name) for name in names}
+    return {key: value for key, value in found.items() if getattr(settings, key.split(".")[1]) != value}
+
+
+def _relations(config: Config) -> Variant:
+    """MiniLMv2's objective in place of the recipe's terms; what goes with these, and masking, at their defaults."""
+    objective = config.objective
+    others = [name for name in OBJECTIVE_WEIGHTS if name != "relation_weight" and getattr(objective, name)]
+    reason = "" if others else "the recipe trains relations alone already"
+    changes: dict[str, Any] = {f"objective.{name}": 0.0 for name in others}
+    if not objective.relation_weight:
+        changes["objective.relation_weight"] = 1.0
+    changes |= _at_defaults(
+        "objective", objective, ("temperature", "kd_positions", "projection", "layer_pairs")
+    )
+    changes |= _at_defaults("masking", config.masking, vars(config.masking))
+    return Variant("relations", "relations of queries, keys and values alone (MiniLMv2)", changes, reason)
+
+
+def _adamw(config: Config, rates: Sequence[float]) -> list[Variant]:
+    """AdamW at rates of its own: LAMB's means nothing to it."""
+    settings = config.optimizer
+    reason = "the recipe has optimizer.name=adamw already" if settings.name == "adamw" else ""
+    idle = _at_defaults("optimizer", settings, LAMB_OPTIONS)
+    found = []
+    for rate in rates:
+        changes = {
+            "optimizer.name": "adamw",
+            **({} if rate == settings.lr else {"optimizer.lr": rate}),
+            **idle,
+        }
+        name = ADAMW if len(rates) == 1 else f"{ADAMW}-{rate:g}"
+        found.append(Variant(name, f"AdamW at a peak learning rate of {rate:g}", changes, reason))
+    return found
+
+
+def _masking(config: Config) -> Variant:
+    reason = ""
+    if not config.objective.needs_masks:
+        reason = "no term of the recipe predicts tokens"
+    elif config.masking.probability == MORE_MASKED:
+        reason = f"the recipe has masking.probability={MORE_MASKED} already"
+    title = f"{MORE_MASKED:.0%} of the tokens masked"
+    return Variant("masking-30", title, {"masking.probability": MORE_MASKED}, reason)
 
 
 @dataclass(frozen=True)

@@ -75,12 +75,15 @@ def memory_parts(step: Step) -> dict[str, int]:
 
 
 def model_state_bytes(step: Step) -> dict[str, int]:
-    """What stays from step to step: the student's weights, and this rank's shards of master and moments."""
+    """What stays from step to step: the student's weights, and this rank's shards of master and moments.
+
+    LAMB and AdamW keep two moments each; AdamW's second parameter group is padded by itself, some bytes that are not
+    counted."""
     shard = partition_size(step.student.parameters, step.world_size)
     return {
         "student weights": shard * step.world_size * step.engine.bytes_per_element,
         "fp32 master (shard)": shard * 4,
-        "LAMB moments (shard)": shard * 8,
+        "moments (shard)": shard * 8,
     }
 
 

@@ -38,7 +38,7 @@ from train.models.families import family_of
 from train.models.loading import check_vocabulary, folder_fingerprint
 from train.models.teacher import Teacher, running_copy
 from train.objective.build import build_objective
-from train.run_folder import changed_config, changed_inputs, found_before, read_summary
+from train.run_folder import changed_config, changed_inputs, found_before, read_summary, refused_changes
 
 CHECKPOINT_BYTES_PER_PARAMETER = 2 + 3 * 4
 """fp16 weights; fp32 master and two moments, all ranks' partitions together."""
@@ -226,13 +226,8 @@ def _run(config: Config) -> str | Finding:
     device = kind_here()
     inputs = {"deepspeed.config": engine_template(config, device)} if config.deepspeed.config else {}
     changes += changed_inputs(folder, {**read_corpus_digests(config.data.shards), **inputs})
-    if changes and not config.checkpoint.allow_changed_config:
-        return Finding(
-            "run",
-            False,
-            f"{folder} holds a run that was started with another configuration:\n" + "\n".join(changes),
-            "give another run.dir, restore what was, or --checkpoint.allow_changed_config=true to go on anyway",
-        )
+    if (refused := refused_changes(config, changes)) is not None:
+        return Finding("run", False, *refused)
     if read_summary(folder) is not None and not changes:
         return Finding("run", True, f"{folder} is finished", "nothing would be trained: give another run.dir")
     passed_over: list[str] = []

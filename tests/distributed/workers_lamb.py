@@ -15,9 +15,11 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from launch.benchmarks.lamb_alternatives import LoopLamb
 from tests.lamb_checks import BoundedReference, U, make_gradients, make_parameters, worst_error
+from train.config import OptimizerConfig
 from train.distributed.world import import_deepspeed
 from train.lamb import Lamb
 from train.lamb import native as lamb_native
+from train.optimizer import after_loading, bind_optimizer, build_optimizer, own_settings
 
 deepspeed = import_deepspeed()
 
@@ -222,7 +224,79 @@ def convert_to_universal(folder: str, tag: str) -> None:
     )
 
 
-def resume_universal(folder: str) -> dict[str, torch.Tensor]:
+def adamw_engine(settings: dict[str, Any]) -> tuple[Any, torch.optim.Optimizer]:
+    model = Bag(make_parameters())
+    optimizer = build_optimizer(
+        OptimizerConfig(name="adamw", lr=LR, weight_decay=0.1), model.named_parameters()
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    bind_optimizer(optimizer, engine)
+    return engine, optimizer
+
+
+def plain_adamw() -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+    """One process, whole tensors, torch's loop over them; what is decayed is written out by hand."""
+    whole = make_parameters()
+    decayed = {"embed.weight", "zero.weight", "layer.weight", "tiny.weight", "out.weight"}
+    groups = [
+        {"params": [whole[name] for name in whole if name in decayed], "weight_decay": 0.1},
+        {"params": [whole[name] for name in whole if name not in decayed], "weight_decay": 0.0},
+    ]
+    return whole, torch.optim.AdamW(groups, lr=LR, eps=1e-6, fused=False, foreach=False)
+
+
+def adamw(folder: str) -> dict[str, Any]:
+    """Six steps beside torch's AdamW, one of them clipped; a checkpoint after three, resumed, and converted."""
+    worst = {}
+    for name, settings in (("plain", config("fp32")), ("clipping", config("fp32", gradient_clipping=0.01))):
+        engine, _ = adamw_engine(settings)
+        whole, plain = plain_adamw()
+        for step in range(6):
+            gradients = make_gradients(step, BITS["fp32"])
+            inject(engine, gradients)
+            for key, gradient in clipped(gradients, engine).items():
+                whole[key].grad = gradient
+            plain.step()
+            if (step, name) == (2, "plain"):
+                engine.save_checkpoint(folder, tag="adamw")
+        found = full_parameters(engine)
+        worst[name] = max(float((found[key] - whole[key]).abs().max()) for key in whole)
+        if name == "plain":
+            straight = found
+    engine, _ = adamw_engine(config("fp32"))
+    engine.load_checkpoint(folder, tag="adamw")
+    train(engine, range(3, 6))
+    resumed = full_parameters(engine)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        with contextlib.redirect_stdout(io.StringIO()):
+            convert_to_universal(folder, "adamw")
+    dist.barrier()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    consolidated = dict(get_fp32_state_dict_from_zero_checkpoint(folder, tag="adamw"))
+    return {
+        "worst": worst,
+        "straight": straight,
+        "resumed": resumed,
+        "shapes": {k: v.shape for k, v in consolidated.items()},
+    }
+
+
+def adamw_universal(folder: str) -> dict[str, torch.Tensor]:
+    engine, optimizer = adamw_engine(config("fp32", checkpoint={"load_universal": True}))
+    own = own_settings(optimizer)
+    engine.load_checkpoint(folder, tag="adamw_universal")
+    after_loading(optimizer, own)
+    train(engine, range(3, 6))
+    return full_parameters(engine)
+
+
+def resume_universal(folder: str) -> dict[str, dict[str, torch.Tensor]]:
+    return {"lamb": lamb_universal(folder), "adamw": adamw_universal(folder)}
+
+
+def lamb_universal(folder: str) -> dict[str, torch.Tensor]:
     settings = config("fp32", checkpoint={"load_universal": True})
     engine, optimizer = make_engine(make_parameters(), settings)
     engine.load_checkpoint(folder, tag="three_universal")
@@ -440,6 +514,7 @@ def error_on_one_rank() -> dict[str, dict[str, Any]]:
 def everything_else(folder: str) -> dict[str, Any]:
     return {
         "resume": save_and_resume(folder),
+        "adamw": adamw(folder),
         "overflow": overflow(),
         "stage_zero": stage_zero(),
         "refusals": refusals(),

@@ -181,7 +181,7 @@ def measure(
     found |= {
         "student weights": bytes_of(p.data for p in module.parameters()),
         "fp32 master (shard)": bytes_of(zero.single_partition_of_fp32_groups),
-        "LAMB moments (shard)": bytes_of([state["exp_avg"], state["exp_avg_sq"]]),
+        "moments (shard)": bytes_of([state["exp_avg"], state["exp_avg_sq"]]),
         "gradients": held,
         "peak": peak.peak,
         "reduced": counted.reduced,

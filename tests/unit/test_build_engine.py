@@ -1,4 +1,4 @@
-"""train.build.start_engine: what Lamb refuses of the recipe and of the engine's JSON is the user's error."""
+"""train.build.start_engine: which optimizer, and what it refuses of the recipe and of the engine's JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 
 import train.build
 from train.build import start_engine
-from train.config import Config
+from train.config import Config, OptimizerConfig
 from train.errors import UserError
+from train.optimizer import build_optimizer
 
 
 class FakeDeepSpeed:
@@ -23,6 +24,10 @@ class FakeDeepSpeed:
             return (SimpleNamespace(optimizer=SimpleNamespace(fp16_partitioned_groups=[])),)
         if config.get("broken"):
             optimizer.param_groups[0]["params"] = None  # no mistake of the user's
+        if config.get("zero") is not None:
+            optimizer.param_groups[0]["params"] = [torch.ones(4, dtype=config["dtype"])]
+            zero = SimpleNamespace(optimizer=optimizer, round_robin_bit16_offsets=[], **config["zero"])
+            return (SimpleNamespace(optimizer=zero),)
         return (SimpleNamespace(optimizer=optimizer),)
 
 
@@ -43,3 +48,59 @@ def test_what_lamb_refuses_is_a_user_error() -> None:
         start_engine(clamped, module, {}, "cpu")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         start_engine(config, module, {"broken": True}, "cpu")  # type: ignore[arg-type]
+
+
+class Mixed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = torch.nn.Linear(2, 3)
+        self.sa_layer_norm = torch.nn.LayerNorm(3)
+        self.frozen = torch.nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+
+ADAMW = replace(Config(), optimizer=OptimizerConfig(name="adamw", lr=1e-3, betas=(0.8, 0.9)))
+
+
+def test_adamw_is_torchs_fused_one_with_lambs_exclusions() -> None:
+    module = Mixed()
+    optimizer = build_optimizer(ADAMW.optimizer, module.named_parameters())
+    assert type(optimizer) is torch.optim.AdamW
+    decayed, plain = optimizer.param_groups
+    assert [id(p) for p in decayed["params"]] == [id(module.dense.weight)]
+    assert len(plain["params"]) == 3
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
+    for group in (decayed, plain):
+        assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (1e-3, (0.8, 0.9), 1e-6, True)
+    alone = build_optimizer(ADAMW.optimizer, module.dense.named_parameters(prefix="x"))
+    assert len(alone.param_groups) == 2
+    assert len(build_optimizer(ADAMW.optimizer, [("weight", module.dense.weight)]).param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({}, r"wraps its optimizer in AdamW, .*use zero_optimization.stage 2"),
+        (
+            {"zero": {"cpu_offload": True}},
+            r"not tested with cpu_offload, .*remove zero_optimization.offload_opt",
+        ),
+        ({"zero": {"elastic_checkpoint": True}}, r"elastic_checkpoint, which drops the optimizer's step"),
+        ({"zero": {}, "dtype": torch.float16}, r"partition is torch.float16 .*keep fp32 master weights"),
+    ],
+)
+def test_what_adamw_refuses_of_the_engine(engine: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        start_engine(ADAMW, torch.nn.Linear(2, 2, bias=False), {"dtype": torch.float32, **engine}, "cpu")  # type: ignore[arg-type]
+
+
+def test_adamws_state_is_there_before_the_first_step() -> None:
+    """The engine links the state of its first group alone to what it saves, and only after a step."""
+    settings = {"zero": {}, "dtype": torch.float32}
+    engine = start_engine(ADAMW, torch.nn.Linear(2, 2, bias=False), settings, "cpu")  # type: ignore[arg-type]
+    optimizer = engine.optimizer.optimizer
+    (partition,) = optimizer.param_groups[0]["params"]
+    assert {key: value.shape for key, value in optimizer.state[partition].items()} == {
+        "step": (),
+        "exp_avg": (4,),
+        "exp_avg_sq": (4,),
+    }

@@ -57,6 +57,9 @@ def test_lists_and_nulls() -> None:
     assert parse("--optimizer.clamp=[0.1,10]").optimizer.clamp == (0.1, 10)
 
 
+ADAMW = ["--optimizer.name=adamw", "--optimizer.lr=1e-3"]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -145,6 +148,14 @@ def test_lists_and_nulls() -> None:
         ),
         (["--checkpoint.keep_last=0"], r"checkpoint.keep_last=0: give a number above 0"),
         (["--optimizer.betas=[0.9,1.0]"], r"optimizer.betas=.*: give two numbers in \[0, 1\)"),
+        (["--optimizer.name=sgd"], r"optimizer.name.*sgd"),
+        (
+            [*ADAMW, "--optimizer.adapt_all=true"],
+            r"optimizer.adapt_all=True: is LAMB's and has no effect with",
+        ),
+        ([*ADAMW, "--optimizer.clamp=[0.1,10]"], r"optimizer.clamp=\(0.1, 10.0\): is LAMB's .*; give None"),
+        ([*ADAMW, "--optimizer.prenormalize=true"], r"optimizer.prenormalize=True: is LAMB's .*; give False"),
+        (ADAMW[:1], r"optimizer.lr=0.00177: is LAMB's default; give a rate for optimizer.name=adamw"),
         (["--config", "no-such.yaml"], r"no-such.yaml"),
     ],
 )

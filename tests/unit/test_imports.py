@@ -18,7 +18,7 @@ FOUNDATION = ("config", "engine_config", "environment_file", "errors", "run_fold
 LAYERS = (
     {*FOUNDATION, "lamb"},
     {"distributed", "models"},
-    {"data", "engine_check"},
+    {"data", "engine_check", "optimizer"},
     {"objective"},
     {"checkpointing", "evaluation", "finetuning"},
     {"export", "loop"},

@@ -48,7 +48,27 @@ def test_changed_config_is_shown_and_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"optimizer.lr: 0.00177 -> 0.5\n.*allow_changed_config"):
         refuse_changes(Config(), changes)
     assert json.loads((tmp_path / "ds_config.json").read_text()) == {"train_batch_size": 1}
+    other = dataclasses.replace(
+        Config(),
+        optimizer=OptimizerConfig(name="adamw", lr=0.5),
+        checkpoint=CheckpointConfig(allow_changed_config=True),
+    )
+    with pytest.raises(
+        UserError, match=r"name: 'lamb' -> 'adamw'\ngive another run.dir, or restore what was$"
+    ):
+        refuse_changes(other, changed_config(tmp_path, other))
     assert "# torch: " in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_key_that_older_code_did_not_know_had_its_default(tmp_path: Path) -> None:
+    write_configs(tmp_path, Config(), {}, {})
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(
+        text.replace("  name: lamb\n", "").replace("  relation_weight: 0.0\n", "")
+    )
+    assert changed_config(tmp_path, Config()) == []
+    other = dataclasses.replace(Config(), optimizer=OptimizerConfig(name="adamw", lr=0.00177 * 2))
+    assert "optimizer.name: 'lamb' -> 'adamw'" in changed_config(tmp_path, other)
 
 
 def test_changed_inputs_are_found(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from train.checkpointing.integrity import (
 )
 from train.checkpointing.state import TrainState
 from train.errors import CheckpointNotWrittenError
+from train.optimizer import name_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Checkpointer:
         if fault is None:
             records, fault = _record(partial / name)
             if fault is None and first:
-                fault = _complete(partial / name, state.step, records, heldout_mlm_loss)
+                optimizer = name_of(self.engine.optimizer.optimizer)
+                fault = _complete(partial / name, state.step, records, heldout_mlm_loss, optimizer)
         if (fault := any_fault(fault)) is not None:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -198,11 +200,11 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def _complete(
-    path: Path, step: int, records: dict[str, Record], heldout_mlm_loss: float | None
+    path: Path, step: int, records: dict[str, Record], heldout_mlm_loss: float | None, optimizer: str
 ) -> str | None:
     """List the files; what went wrong, or None."""
     try:
-        write_facts(path, step, dist.get_world_size(), records, heldout_mlm_loss)
+        write_facts(path, step, dist.get_world_size(), records, heldout_mlm_loss, optimizer)
     except OSError as error:
         return f"rank 0: {error}"
     return None

@@ -53,6 +53,8 @@ class Facts(BaseModel):
     """Ranks that wrote it."""
     heldout_mlm_loss: float | None = None
     """Of this step, where it was evaluated."""
+    optimizer: str = "lamb"
+    """optimizer.name; checkpoints of before there was a choice do not say."""
     files: dict[Name, Annotated[int, Field(ge=0)]]
     """Bytes, by path inside the checkpoint."""
     sha256: dict[str, str] | None = None
@@ -94,12 +96,14 @@ def write_facts(
     world_size: int,
     records: Mapping[str, Record],
     heldout_mlm_loss: float | None = None,
+    optimizer: str = "lamb",
 ) -> None:
     """Write complete.json: from now on the checkpoint is whole."""
     facts = Facts(
         step=step,
         world_size=world_size,
         heldout_mlm_loss=heldout_mlm_loss,
+        optimizer=optimizer,
         files={name: records[name].size for name in sorted(records)},
         sha256={name: records[name].sha256 for name in sorted(records)},
     )

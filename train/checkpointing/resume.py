@@ -25,6 +25,7 @@ from train.checkpointing.integrity import Facts, content_fault, listed, read_fac
 from train.checkpointing.safe_load import weights_only
 from train.checkpointing.state import TrainState
 from train.errors import BAD_USAGE, RankError, UserError, one_line
+from train.optimizer import after_loading, own_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIVERSAL = ".universal"
@@ -74,6 +75,19 @@ def _fault_of_share(checkpoint: Path, facts: Facts) -> str | None:
         ) from None
 
 
+def refuse_other_optimizer(checkpoint: Path | None, name: str) -> None:
+    """UserError where a checkpoint holds another optimizer's state: the run folder's config.yaml may be gone.
+
+    Args:
+        name: optimizer.name.
+    """
+    if checkpoint is not None and (saved := read_facts(checkpoint).optimizer) != name:
+        raise UserError(
+            f"{checkpoint} was written with optimizer.name={saved}, whose state means nothing to {name}; give "
+            f"optimizer.name={saved}, or another run.dir"
+        )
+
+
 def needs_conversion(checkpoint: Path | None, world_size: int) -> bool:
     """Whether the checkpoint was written by another number of ranks."""
     return checkpoint is not None and _written_by(checkpoint) != world_size
@@ -100,6 +114,8 @@ def load_checkpoint(
         source = _convert(checkpoint)
     else:
         say(f"continuing from {checkpoint}")
+    optimizer = engine.optimizer.optimizer
+    settings = own_settings(optimizer)
     try:
         with weights_only(checkpoint):
             path, client_state = engine.load_checkpoint(str(source.parent), tag=source.name)
@@ -116,6 +132,7 @@ def load_checkpoint(
         raise UserError(
             f"{checkpoint}: DeepSpeed found nothing to load there; remove the folder and start again"
         )
+    after_loading(optimizer, settings)
     dist.barrier()
     if source != checkpoint and dist.get_rank() == 0:
         shutil.rmtree(source.parent)

@@ -108,31 +108,40 @@ def _numbers(number: dict[int, int], parameters: Sequence[torch.Tensor]) -> tupl
     return tuple(number[id(parameter)] for parameter in parameters)
 
 
-def _check_settings(zero: Any) -> None:
-    """Name the first setting of a ZeRO-1/2 wrapper under which the update would be wrong or untested."""
-    refused = (
-        (
-            "round_robin_gradients",
-            "reorders the partition",
-            "set zero_optimization.round_robin_gradients to false",
-        ),
-        ("has_moe_layers", "splits experts over other process groups (MoE)", "train without MoE layers"),
-        ("cpu_offload", "keeps the state on the CPU", "remove zero_optimization.offload_optimizer"),
-        (
-            "torch_autocast_gradscaler",
-            "may skip a step on one rank alone",
-            "use the fp16 section instead of torch_autocast with float16",
-        ),
-        ("zenflow", "updates parts of a tensor at different steps", "remove zero_optimization.zenflow"),
-        (
-            "elastic_checkpoint",
-            "drops the optimizer's step",
-            "set zero_optimization.elastic_checkpoint to false",
-        ),
-    )
-    for attribute, reason, remedy in refused:
+REFUSED = (
+    (
+        "round_robin_gradients",
+        "reorders the partition",
+        "set zero_optimization.round_robin_gradients to false",
+    ),
+    ("has_moe_layers", "splits experts over other process groups (MoE)", "train without MoE layers"),
+    ("cpu_offload", "keeps the state on the CPU", "remove zero_optimization.offload_optimizer"),
+    (
+        "torch_autocast_gradscaler",
+        "may skip a step on one rank alone",
+        "use the fp16 section instead of torch_autocast with float16",
+    ),
+    ("zenflow", "updates parts of a tensor at different steps", "remove zero_optimization.zenflow"),
+    (
+        "elastic_checkpoint",
+        "drops the optimizer's step",
+        "set zero_optimization.elastic_checkpoint to false",
+    ),
+)
+"""Settings of a ZeRO-1/2 wrapper under which an update would be wrong or is untested: attribute, reason, remedy."""
+
+
+def refused_setting(zero: Any) -> str | None:
+    """The first of REFUSED that is on, with its reason and remedy; None where there is none."""
+    for attribute, reason, remedy in REFUSED:
         if getattr(zero, attribute, False):
-            raise ValueError(f"Lamb cannot be exact with {attribute}, which {reason}: {remedy}")
+            return f"{attribute}, which {reason}: {remedy}"
+    return None
+
+
+def _check_settings(zero: Any) -> None:
+    if (refused := refused_setting(zero)) is not None:
+        raise ValueError(f"Lamb cannot be exact with {refused}")
     if len(zero.bit16_groups) != 1:
         raise ValueError(
             f"the engine made {len(zero.bit16_groups)} parameter groups where Lamb has one: do not regroup "

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from train.checkpointing.state import TrainState
 from train.config import Config
 from train.errors import NonFiniteError
+from train.lamb import Lamb
 from train.loop.loss_spikes import Spike, SpikeDetector
 from train.loop.metrics import Events
 from train.loop.observers import NON_FINITE_REMEDY
@@ -56,9 +57,10 @@ class Logging:
             return
         if self.trainer.losses.is_empty:  # every step since the last row was left out
             return
-        row = {**self._progress(state), **self._losses(), **self._optimizer(), **self._speed(state)}
-        lamb = self.trainer.engine.optimizer.optimizer
-        self.events.row(state.step, row, {"trust_ratios": lamb.trust_ratios[lamb.adapted]})
+        ratios = self._trust_ratios()
+        figures = {**self._optimizer(), **_spread(ratios)}
+        row = {**self._progress(state), **self._losses(), **figures, **self._speed(state)}
+        self.events.row(state.step, row, {} if ratios is None else {"trust_ratios": ratios})
         if not math.isfinite(row["loss"]) and not self.trainer.engine.fp16_enabled():
             raise NonFiniteError(
                 f"the loss is {row['loss']} at step {state.step} or shortly before. {NON_FINITE_REMEDY}"
@@ -100,19 +102,18 @@ class Logging:
 
     def _optimizer(self) -> dict[str, float]:
         engine = self.trainer.engine
-        lamb = engine.optimizer.optimizer
-        ratios = lamb.trust_ratios[lamb.adapted].float()
-        low, middle, high = torch.stack([ratios.min(), ratios.median(), ratios.max()]).tolist()
         norm = engine.get_global_grad_norm()
         return {
-            "lr": lamb.param_groups[0]["lr"],
+            "lr": engine.optimizer.param_groups[0]["lr"],
             "grad_norm": float("nan") if norm is None else float(norm),
             "loss_scale": float(getattr(engine.optimizer, "loss_scale", 1.0)),
             "skipped_steps": engine.skipped_steps,
-            "trust_ratio_min": low,
-            "trust_ratio_median": middle,
-            "trust_ratio_max": high,
         }
+
+    def _trust_ratios(self) -> torch.Tensor | None:
+        """LAMB's, of the tensors that are adapted; None for another optimizer."""
+        optimizer = self.trainer.engine.optimizer.optimizer
+        return optimizer.trust_ratios[optimizer.adapted].float() if isinstance(optimizer, Lamb) else None
 
     def _speed(self, state: TrainState) -> dict[str, float]:
         """Per step and per second since the last row, or since the start."""
@@ -134,6 +135,13 @@ class Logging:
             **{f"time_{name}": seconds / steps for name, seconds in spent.items()},
             "memory_gib": _memory_gib(self.trainer.engine.device),
         }
+
+
+def _spread(trust_ratios: torch.Tensor | None) -> dict[str, float]:
+    if trust_ratios is None:
+        return {}
+    low, middle, high = torch.stack([trust_ratios.min(), trust_ratios.median(), trust_ratios.max()]).tolist()
+    return {"trust_ratio_min": low, "trust_ratio_median": middle, "trust_ratio_max": high}
 
 
 def _memory_gib(device: torch.device) -> float:

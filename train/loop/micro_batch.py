@@ -56,7 +56,7 @@ def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | 
 
 def engine_bytes(parameters: int, world_size: int, engine: EngineSettings) -> int:
     """What the engine holds on one rank beside the weights and their gradients: its partition of the fp32 weights,
-    LAMB's two moments and the accumulated gradient, and the buckets that gradients are reduced in."""
+    the optimizer's two moments and the accumulated gradient, and the buckets that gradients are reduced in."""
     shard = partition_size(parameters, world_size)
     buckets = (2 if engine.overlap else 1) * min(engine.reduce_bucket_size, parameters)
     return (4 + 8 + engine.accumulation_bytes) * shard + engine.bytes_per_element * buckets

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.unit.checkpointing.test_checkpoint import change, make_checkpoint, without_digests
 from train.checkpointing import resume, safe_load
-from train.checkpointing.resume import choose_checkpoint, load_checkpoint
+from train.checkpointing.resume import choose_checkpoint, load_checkpoint, refuse_other_optimizer
 from train.checkpointing.state import TrainState
 from train.errors import RankError, UserError
 
@@ -60,8 +61,29 @@ def test_a_host_without_the_run_folder_is_named(tmp_path: Path, monkeypatch: pyt
         resume._fault_of_share(path, facts)
 
 
-class Engine(SimpleNamespace):
+def test_another_optimizers_state_is_refused(tmp_path: Path) -> None:
+    """Also where config.yaml, which says it first, is gone."""
+    path = make_checkpoint(tmp_path, 5)
+    refuse_other_optimizer(None, "adamw")
+    refuse_other_optimizer(path, "lamb")
+    with pytest.raises(
+        UserError, match=r"00005 was written with optimizer.name=lamb, .*give optimizer.name=lamb, or"
+    ):
+        refuse_other_optimizer(path, "adamw")
+
+
+class Engine:
+    """Loads as DeepSpeed does: what the checkpoint says of the groups' settings wins."""
+
+    def __init__(self, outcome: Any) -> None:
+        self.outcome = outcome
+        weight = torch.nn.Parameter(torch.ones(2))
+        self.optimizer = SimpleNamespace(optimizer=torch.optim.AdamW([weight], weight_decay=0.1, fused=True))
+
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
+        (group,) = self.optimizer.optimizer.param_groups
+        group["weight_decay"] = 0.7
+        self.optimizer.optimizer.state[group["params"][0]]["step"] = torch.tensor(3.0, dtype=torch.float64)
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return folder, {"halfling": self.outcome}
@@ -97,7 +119,12 @@ def test_the_state_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(safe_load, "engine_types", list)
     state = TrainState(5, loss_history=(1.0, 2.0))
     path = make_checkpoint(tmp_path, 5)
-    assert load_checkpoint(Engine(outcome=asdict(state)), path, 2, lambda line: None) == state
+    engine = Engine(outcome=asdict(state))
+    assert load_checkpoint(engine, path, 2, lambda line: None) == state
+    (group,) = engine.optimizer.optimizer.param_groups
+    assert group["weight_decay"] == 0.1, "a changed value would have no effect"
+    step = engine.optimizer.optimizer.state[group["params"][0]]["step"]
+    assert (step.item(), step.dtype) == (3, torch.float32)
     failed = SimpleNamespace(returncode=1, stderr="Traceback\nValueError: no")
     monkeypatch.setattr("subprocess.run", lambda *args, **options: failed)
     with pytest.raises(

@@ -21,7 +21,7 @@ from launch.ablation.variants import FREE_TO_DIFFER, FULL, PUBLISHED, Variant, c
 from launch.cli import parse_config
 from tests.paths import ROOT
 from tests.tiny_shards import write_tiny_shards
-from train.config import Config
+from train.config import OBJECTIVE_WEIGHTS, Config
 from train.errors import UserError
 from train.finetuning.results import write_scores
 from train.finetuning.tasks import GLUE
@@ -29,6 +29,8 @@ from train.models.students import resolve_layer_map
 from train.run_folder import as_tree, differing_keys, flatten
 
 QUICKSTART = ["--config", str(ROOT / "launch" / "recipes" / "quickstart-student.yaml")]
+ADAMW = ["--optimizer.name=adamw", "--optimizer.lr=0.001"]
+RELATIONS = [f"--objective.{name}={int(name == 'relation_weight')}" for name in OBJECTIVE_WEIGHTS]
 HELDOUT = {
     "heldout_kl": 0.05,
     "heldout_top1_agreement": 0.8,
@@ -56,6 +58,8 @@ def variants(
         (["--objective.temperature=3", "--objective.kd_positions=masked"], 12),
         (["--objective.kd_positions=masked", "--objective.mse_weight=1"], 12),
         (["--objective.projection=true"], 12),
+        (["--optimizer.clamp=[0.1,10]", "--optimizer.lr=0.001", "--masking.whole_word=true"], 12),
+        (["--optimizer.prenormalize=true", "--training.gradient_clipping=0"], 12),
         (
             [
                 "--objective.projection=true",
@@ -72,7 +76,7 @@ def test_each_variant_is_accepted_and_differs_in_exactly_what_it_says(
     base = flatten(as_tree(parse_config(words, "")))
     found, left_out = variants(words, teacher_layers, full_seeds=3)
     assert {"full", "no-kd", "no-cosine", "no-mlm", "full-seed-1", "full-seed-2"} <= set(found)
-    assert len(found) + len(left_out) == 12
+    assert len(found) + len(left_out) == 15
     for name, variant in found.items():
         config = flatten(as_tree(parse_config([*words, *variant.words], "")))
         assert {key: value for key, value in config.items() if value != base[key]} == variant.changes, name
@@ -90,6 +94,10 @@ def test_what_the_variants_of_the_quickstart_change() -> None:
         "masked-kd": "objective.kd_positions=masked",
         "first-half": "model.layer_map=[0,1]",
         "last-half": "model.layer_map=[2,3]",
+        "relations": "objective.kd_weight=0.0 objective.mlm_weight=0.0 objective.cosine_weight=0.0 "
+        "objective.relation_weight=1.0 masking.smoothing=0.7",
+        "adamw": "optimizer.name=adamw optimizer.lr=0.001",
+        "masking-30": "masking.probability=0.3",
     }
     assert left_out == {
         "every-other": "has the same layers [0, 2] as full",
@@ -103,7 +111,7 @@ def test_a_narrower_student_inherits_other_layers_too() -> None:
 
 def test_layer_maps_of_the_published_recipe() -> None:
     found, left_out = variants([], 12)
-    assert list(found)[-3:] == ["every-other", "first-half", "last-half"]
+    assert list(found)[-6:-3] == ["every-other", "first-half", "last-half"]
     assert found["last-half"].words == ["--model.layer_map=[6,7,8,9,10,11]"]
     assert left_out == {"distilbert": "has the same layers [0, 2, 4, 7, 9, 11] as full"}
     assert "distilbert" in variants(["--model.layer_map=every_other"], 12)[0]
@@ -127,6 +135,10 @@ def test_every_student_has_as_many_layers_as_the_recipes(name: str) -> None:
         (["--objective.cosine_weight=0", "--objective.mlm_weight=0"], "no-kd", "no other term than"),
         (["--objective.kd_positions=masked"], "masked-kd", "objective.kd_positions=masked already"),
         (["--objective.kd_weight=0"], "masked-kd", "the recipe has objective.kd_weight=0"),
+        (ADAMW, "adamw", "the recipe has optimizer.name=adamw already"),
+        (["--masking.probability=0.3"], "masking-30", "the recipe has masking.probability=0.3 already"),
+        (RELATIONS, "masking-30", "no term of the recipe predicts tokens"),
+        (RELATIONS, "relations", "the recipe trains relations alone already"),
         (["--model.layer_map=random"], "random", "model.layer_map=random already"),
         (
             ["--model.layer_map=random", "--model.student_width=384"],
@@ -142,10 +154,20 @@ def test_what_makes_no_sense_is_left_out_with_a_reason(words: list[str], name: s
     assert reason in left_out[name]
 
 
+def test_adamw_is_tried_at_rates_of_its_own() -> None:
+    found, _ = variants_of(parse_config(QUICKSTART, ""), 4, 1, (3e-4, 1e-3))
+    assert [v.changes["optimizer.lr"] for v in found if v.name in ("adamw-0.0003", "adamw-0.001")] == [
+        3e-4,
+        1e-3,
+    ]
+    results = [result(FULL, 0.05), dataclasses.replace(result("adamw", 0.06), changed="optimizer.lr=0.001")]
+    assert "steps and learning rate, but for optimizer.lr=0.001; one" in as_text(Ablation(results, SMALL))
+
+
 def test_refusals_of_the_variants() -> None:
     found, left_out = variants_of(parse_config(QUICKSTART, ""), 4, 2)
     assert [v.name for v in chosen_variants(found, left_out, ["no-mlm"])] == ["full", "no-mlm", "full-seed-1"]
-    with pytest.raises(UserError, match=r"--variants no-such: no such variant; there are first-half, full"):
+    with pytest.raises(UserError, match=r"--variants no-such: no such variant; there are adamw, first-half, full,"):
         chosen_variants(found, left_out, ["no-such"])
     with pytest.raises(
         ValueError, match=r"--variants distilbert: takes 6 layers of a teacher of 12.*leave it out"
@@ -321,14 +343,14 @@ def test_a_failed_variant_is_named_and_the_others_are_kept(
     assert "FAILED: no-mlm (exit code 1, see above)\nFAILED: random (killed by SIGKILL)" in printed.err
     saved = json.loads((tmp_path / "out" / "ablation.json").read_text())
     names = [row["name"] for row in saved["variants"]]
-    assert names == ["full", "no-kd", "no-cosine", "masked-kd", "first-half", "last-half"]
+    assert names[:6] == ["full", "no-kd", "no-cosine", "masked-kd", "first-half", "last-half"]
     assert list(saved["failed"]) == ["no-mlm", "random"]
     assert saved["teacher"] == {"heldout_mlm_loss": 4.7}
     assert "the teacher itself, on the same masked tokens: MLM loss 4.7000 nats" in printed.out
     again = stages(monkeypatch)
     assert ablate.main(words) == 0
     assert len(again.commands) == 2
-    assert "[1/8] full: the recipe as it is (nothing changed) - done before" in capsys.readouterr().out
+    assert "[1/11] full: the recipe as it is (nothing changed) - done before" in capsys.readouterr().out
 
 
 def test_a_corpus_that_holds_nothing_out_is_refused_before_anything_is_trained(

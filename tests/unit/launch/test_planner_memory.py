@@ -213,7 +213,7 @@ def test_state_by_hand() -> None:
     assert model_state_bytes(step) == {
         "student weights": 4 * shard * 2,
         "fp32 master (shard)": shard * 4,
-        "LAMB moments (shard)": shard * 8,
+        "moments (shard)": shard * 8,
     }
     assert gradient_bytes(step) == {
         "gradients, fp32 accumulation": shard * 4,
