@@ -84,9 +84,11 @@ def test_zero_to_fp32_finds_the_weights(two_ranks: Any) -> None:
 def test_universal_checkpoint_resumes_at_other_world_sizes(two_ranks: Any, world_size: int) -> None:
     folder, ranks = two_ranks
     for resumed in run_ranks(f"{WORKERS}:resume_universal", world_size, str(folder)):
-        for optimizer, result in (("lamb", "resume"), ("adamw", "adamw")):
-            for name, parameter in ranks[0][result]["straight"].items():
-                assert torch.equal(resumed[optimizer][name], parameter), (optimizer, name)
+        for name, parameter in ranks[0]["resume"]["straight"].items():
+            assert torch.equal(resumed["lamb"][name], parameter), name
+        for name, parameter in ranks[0]["adamw"]["straight"].items():
+            # torch's fused kernel rounds what does not fill a vector register otherwise: another cut, other last bits.
+            assert (resumed["adamw"][name] - parameter).abs().max() <= 2**-24, name
 
 
 def test_adamw_on_two_ranks_is_torchs_on_one(two_ranks: Any) -> None:

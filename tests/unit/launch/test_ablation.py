@@ -167,7 +167,9 @@ def test_adamw_is_tried_at_rates_of_its_own() -> None:
 def test_refusals_of_the_variants() -> None:
     found, left_out = variants_of(parse_config(QUICKSTART, ""), 4, 2)
     assert [v.name for v in chosen_variants(found, left_out, ["no-mlm"])] == ["full", "no-mlm", "full-seed-1"]
-    with pytest.raises(UserError, match=r"--variants no-such: no such variant; there are adamw, first-half, full,"):
+    with pytest.raises(
+        UserError, match=r"--variants no-such: no such variant; there are adamw, first-half, full,"
+    ):
         chosen_variants(found, left_out, ["no-such"])
     with pytest.raises(
         ValueError, match=r"--variants distilbert: takes 6 layers of a teacher of 12.*leave it out"
