@@ -151,6 +151,7 @@ def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int)
         raise UserError(
             f"model.scratch: unknown model_type {model_type!r}; for example bert or roberta"
         ) from None
+    family = family_of_type(model_type)
     for key in settings:
         if key in own:
             raise UserError(
@@ -164,7 +165,7 @@ def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int)
             torch.manual_seed(seed)
             return (
                 AutoModelForMaskedLM.from_config(
-                    hf_config, attn_implementation="sdpa", trust_remote_code=False
+                    hf_config, attn_implementation=family.attention, trust_remote_code=False
                 )
                 .float()
                 .train()

@@ -87,6 +87,15 @@ class Family:
     """Paths, within a layer, of further maps to queries and keys, of relative positions; in that order."""
     rotary: bool = False
     """Whether positions rotate queries and keys, so that a head's dimensions hang together."""
+    attention: str = "sdpa"
+    """What transformers calls the implementation of its attention: "eager" where it has no fused one."""
+    projection_calls: Callable[[Any], int] = field(default=lambda config: 1, kw_only=True)
+    """How often one forward pass calls the maps to queries and keys, by config; the hidden states come first."""
+    decoder_function: Callable[[Any], tuple[torch.Tensor, torch.Tensor | None]] = field(
+        default=lambda model: (model.get_output_embeddings().weight, model.get_output_embeddings().bias),
+        kw_only=True,
+    )
+    """The decoder's weight and bias."""
     transform_function: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = field(kw_only=True)
     """The MLM head before its decoder."""
     position_ids: Callable[[Any, torch.Tensor], torch.Tensor] | None = field(default=None, kw_only=True)
@@ -125,13 +134,12 @@ class Family:
         return EncoderOutput(output.last_hidden_state, output.hidden_states if output_hidden_states else None)
 
     def transform(self, model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-        """Features that the decoder multiplies: (..., width) from (..., width)."""
+        """Features that the decoder multiplies: (..., the embeddings' width) from (..., width)."""
         return self.transform_function(model, hidden)
 
     def decoder(self, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Decoder weight (vocabulary, width), usually tied with the embedding, and bias (vocabulary,)."""
-        output = model.get_output_embeddings()
-        return output.weight, output.bias
+        """Decoder weight (vocabulary, the embeddings' width), usually tied with them, and bias (vocabulary,)."""
+        return self.decoder_function(model)
 
     def decoder_inputs(
         self, model: PreTrainedModel, hidden: torch.Tensor, share: float = 1.0
@@ -146,7 +154,8 @@ class Family:
         return int(getattr(model.config, self.num_layers_field))
 
     def width(self, model: PreTrainedModel) -> int:
-        return int(self.decoder(model)[0].shape[1])
+        """Of its hidden states."""
+        return int(model.config.hidden_size)
 
 
 def _bert_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -165,9 +174,28 @@ def _modernbert_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return model.head(hidden)
 
 
+def _electra_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return model.generator_predictions(hidden)
+
+
+def _deberta_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    if model.config.legacy:
+        return model.cls.predictions.transform(hidden)
+    head = model.lm_predictions.lm_head
+    return head.LayerNorm(head.transform_act_fn(head.dense(hidden)))
+
+
+def _deberta_decoder(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if model.config.legacy:
+        return model.cls.predictions.decoder.weight, model.cls.predictions.decoder.bias
+    # Its get_output_embeddings is the transform's dense layer.
+    return model.get_input_embeddings().weight, model.lm_predictions.lm_head.bias
+
+
 def _roberta_positions(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    embeddings = model.roberta.embeddings
-    return embeddings.create_position_ids_from_input_ids(input_ids, embeddings.padding_idx)
+    padding_id = model.base_model.embeddings.padding_idx
+    counted = (input_ids != padding_id).long()
+    return counted.cumsum(1) * counted + padding_id
 
 
 BERT = Family(
@@ -198,6 +226,38 @@ ROBERTA = Family(
     position_ids=_roberta_positions,
 )
 XLM_ROBERTA = replace(ROBERTA, model_type="xlm-roberta")
+CAMEMBERT = replace(ROBERTA, model_type="camembert")
+MPNET = replace(
+    ROBERTA,
+    model_type="mpnet",
+    encoder="mpnet",
+    layers="mpnet.encoder.layer",
+    projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+    attention_output="attention.attn.o",
+    attention="eager",
+)
+ELECTRA = Family(
+    model_type="electra",
+    encoder="electra",
+    layers="electra.encoder.layer",
+    head=("generator_predictions.", "generator_lm_head."),
+    transform_function=_electra_transform,
+)
+DEBERTA_V2 = Family(
+    model_type="deberta-v2",
+    encoder="deberta",
+    layers="deberta.encoder.layer",
+    head=("cls.predictions.", "lm_predictions."),
+    projections=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+    position_projections=("attention.self.pos_query_proj", "attention.self.pos_key_proj"),
+    attention="eager",
+    # Version 3 maps the relative positions to queries and keys by the same two.
+    projection_calls=lambda config: (
+        2 if config.relative_attention and getattr(config, "share_att_key", False) else 1
+    ),
+    transform_function=_deberta_transform,
+    decoder_function=_deberta_decoder,
+)
 MODERNBERT = Family(
     model_type="modernbert",
     encoder="model",
@@ -211,7 +271,20 @@ MODERNBERT = Family(
     config_for_depth=lambda config, layers: {"layer_types": [config.layer_types[layer] for layer in layers]},
 )
 
-FAMILIES = {family.model_type: family for family in (BERT, DISTILBERT, ROBERTA, XLM_ROBERTA, MODERNBERT)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        BERT,
+        DISTILBERT,
+        ROBERTA,
+        XLM_ROBERTA,
+        CAMEMBERT,
+        MPNET,
+        ELECTRA,
+        DEBERTA_V2,
+        MODERNBERT,
+    )
+}
 
 POSITIONS_AFTER_PADDING = (
     "roberta",

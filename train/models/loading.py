@@ -66,7 +66,7 @@ def load_masked_lm(path_or_hub: str, config: Any = None) -> PreTrainedModel:
             f"{kinds}); give a checkpoint that was saved with its masked-language-model head"
         )
 
-    options = {"config": config, "attn_implementation": "sdpa"}
+    options = {"config": config, "attn_implementation": family.attention}
     return _load(path_or_hub, AutoModelForMaskedLM, options, without_head)[0]
 
 

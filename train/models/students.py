@@ -222,7 +222,7 @@ def _same_class_config(
     setattr(config, family.num_layers_field, len(layers))
     for name, value in family.config_for_depth(teacher, layers).items():
         setattr(config, name, value)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = family.attention
     config.dtype = torch.float32
     return config
 

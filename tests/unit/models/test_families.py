@@ -5,21 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
     BertConfig,
     BertForMaskedLM,
+    CamembertConfig,
+    CamembertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
     DistilBertConfig,
     DistilBertForMaskedLM,
     ElectraConfig,
     ElectraForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    MPNetConfig,
+    MPNetForMaskedLM,
     RobertaConfig,
     RobertaForMaskedLM,
     XLMRobertaConfig,
     XLMRobertaForMaskedLM,
 )
 
-from train.models.families import FAMILIES, family_of, max_positions
+from train.models.families import FAMILIES, POSITIONS_AFTER_PADDING, family_of, max_positions
 
 SIZES = {
     "vocab_size": 64,
@@ -38,6 +46,26 @@ MODELS = {
     ),
     "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**SIZES, pad_token_id=1)),
     "xlm-roberta": lambda: XLMRobertaForMaskedLM(XLMRobertaConfig(**SIZES, pad_token_id=1)),
+    "camembert": lambda: CamembertForMaskedLM(CamembertConfig(**SIZES, pad_token_id=1)),
+    "mpnet": lambda: MPNetForMaskedLM(MPNetConfig(**SIZES, pad_token_id=1)),
+    "electra": lambda: ElectraForMaskedLM(ElectraConfig(**SIZES, embedding_size=24)),
+    "deberta-v2": lambda: DebertaV2ForMaskedLM(
+        DebertaV2Config(**SIZES, relative_attention=True, pos_att_type="p2c|c2p", conv_kernel_size=3)
+    ),
+    # As version 3: positions only relative, mapped by the content's own projections, and no token types.
+    "deberta-v2, shared": lambda: DebertaV2ForMaskedLM(
+        DebertaV2Config(
+            **SIZES,
+            legacy=False,
+            relative_attention=True,
+            pos_att_type="p2c|c2p",
+            share_att_key=True,
+            position_biased_input=False,
+            position_buckets=8,
+            norm_rel_ebd="layer_norm",
+            type_vocab_size=0,
+        )
+    ),
     "modernbert": lambda: ModernBertForMaskedLM(
         ModernBertConfig(
             **SIZES,
@@ -68,7 +96,7 @@ def model(request):
 
 
 def test_every_family_has_a_model_here():
-    assert set(MODELS) == set(FAMILIES)
+    assert {kind.split(",")[0] for kind in MODELS} == set(FAMILIES)
 
 
 @torch.no_grad()
@@ -93,7 +121,7 @@ def test_sizes(model):
     assert family.num_layers(model) == len(family.layer_list(model)) == 4
     assert family.width(model) == 32
     longest = max_positions(model.config)
-    assert longest == (38 if model.config.model_type in ("roberta", "xlm-roberta") else 40)
+    assert longest == (38 if model.config.model_type in POSITIONS_AFTER_PADDING else 40)
     model(torch.randint(4, 64, (1, longest)))
 
 
@@ -105,8 +133,8 @@ def test_head_prefixes_cover_the_head_and_nothing_of_the_encoder(model):
 
 
 def test_an_unknown_architecture_is_refused():
-    model = ElectraForMaskedLM(ElectraConfig(**SIZES, embedding_size=32))
-    with pytest.raises(ValueError, match=r"'electra' is not supported; known are bert, distilbert, roberta"):
+    model = AlbertForMaskedLM(AlbertConfig(**SIZES, embedding_size=32))
+    with pytest.raises(ValueError, match=r"'albert' is not supported; known are bert, distilbert, roberta"):
         family_of(model)
 
 

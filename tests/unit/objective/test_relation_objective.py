@@ -41,7 +41,10 @@ def vectors_by_hand(model, layer, hidden):
     attention = block.attention
     if kind == "distilbert":
         return attention.q_lin(hidden), attention.k_lin(hidden), attention.v_lin(hidden)
-    return tuple(getattr(attention.self, name)(hidden) for name in ("query", "key", "value"))
+    if kind == "mpnet":
+        return attention.attn.q(hidden), attention.attn.k(hidden), attention.attn.v(hidden)
+    names = ("query_proj", "key_proj", "value_proj") if kind == "deberta-v2" else ("query", "key", "value")
+    return tuple(getattr(attention.self, name)(hidden) for name in names)
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
