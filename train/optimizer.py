@@ -50,7 +50,8 @@ def build_optimizer(
 
 def decay_groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict[str, Any]]:
     """torch's parameter groups: what is decayed, and what is not (LAMB's rule); an empty one is left out."""
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in named_parameters:
         (plain if is_bias_or_norm(name, parameter.ndim) else decayed).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
