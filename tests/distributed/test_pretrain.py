@@ -314,8 +314,8 @@ def test_narrow_student_with_a_projection_and_logit_mse(settings: list[str], tmp
 
 
 def test_relations_alone_on_a_narrow_student_with_adamw(settings: list[str], tmp_path: Path) -> None:
-    """Two ranks, resumed on one: no masks, no vocabulary; what no gradient reaches stays as it was inherited. AdamW's state
-    comes along, LAMB's figures do not stand in the rows, and LAMB cannot go on from it."""
+    """Two ranks, resumed on one: no masks, no vocabulary; what no gradient reaches stays as it was inherited.
+    AdamW's state comes along, LAMB's figures do not stand in the rows, and LAMB cannot go on from it."""
     from transformers import AutoModelForMaskedLM
 
     words = ["--model.student_width=16", "--objective.relation_weight=1"]

@@ -104,8 +104,8 @@ def narrow_weights(
             )  # several where one map makes queries, keys and values, or units and gates
             if (size, length) != (parts * sizes[kind], parts * narrow_sizes[kind]):
                 raise UserError(
-                    f"a narrower {family.model_type} cannot inherit {name} {tuple(value.shape)}; use "
-                    "model.layer_map=random"
+                    f"a narrower {family.model_type} cannot inherit {name} {tuple(value.shape)}; keep the "
+                    f"{wide.config.num_attention_heads} heads (model.student_heads), or use model.layer_map=random"
                 )
             index = getattr(kept, kind) if layer is None else getattr(kept, kind)[layer]
             index = np.concatenate([part * sizes[kind] + index for part in range(parts)])

@@ -8,9 +8,9 @@ from operator import attrgetter
 import numpy as np
 import pytest
 import torch
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, ElectraConfig, ElectraForMaskedLM
 
-from tests.unit.models.test_families import MODELS, rough
+from tests.unit.models.test_families import MODELS, SIZES, rough
 from train.errors import UserError
 from train.evaluation.importance import measure
 from train.models.families import BERT, family_of
@@ -143,12 +143,22 @@ def test_smaller_heads_keep_the_size_of_their_scores():
     assert torch.equal(narrow.value.weight, wide.value.weight[rows][:, :24])
 
 
-def test_a_parameter_that_follows_the_width_otherwise_is_refused():
-    teacher = MODELS["roberta"]()
-    wide, narrow = make_student(teacher, 4), make_student(teacher, 4, width=16)
-    for model in (wide, narrow):  # as the relative positions of MPNet
-        bias = torch.nn.Embedding(32, model.config.num_attention_heads)
-        model.roberta.encoder.relative_attention_bias = bias
-    kept = choose(family_of(wide), wide.config, narrow.config, None)
-    with pytest.raises(UserError, match=r"narrower roberta cannot inherit .*relative_attention_bias.weight"):
-        narrow_weights(family_of(wide), wide, narrow, kept)
+def test_mpnet_keeps_its_heads():
+    """Whose bias of relative positions, one for each, all layers share."""
+    teacher = rough(MODELS["mpnet"]())
+    with pytest.raises(
+        UserError,
+        match=r"mpnet cannot inherit .*relative_attention_bias.weight \(32, 4\); keep the 4 heads \(model.stu",
+    ):
+        make_student(teacher, 2, width=16)
+    student = make_student(teacher, 2, width=16, heads=4, measured=measured)
+    bias = "mpnet.encoder.relative_attention_bias.weight"
+    assert torch.equal(student.state_dict()[bias], teacher.state_dict()[bias])
+    student(TEXT)
+
+
+def test_embeddings_as_wide_as_the_encoder_get_narrower_with_it():
+    teacher = ElectraForMaskedLM(ElectraConfig(**SIZES, embedding_size=32))
+    student = make_student(teacher, 2, width=16)
+    assert student.get_input_embeddings().weight.shape == (64, 16)
+    student(TEXT)

@@ -14,6 +14,7 @@ from transformers import (
 
 from tests.unit.models.test_families import MODELS, SIZES
 from train.config import ObjectiveConfig
+from train.models.families import family_of
 from train.models.loading import load_masked_lm
 from train.models.students import make_student
 from train.models.teacher import Teacher, load_teacher, normalised_shares, running_copy
