@@ -35,7 +35,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "FacebookAI/xlm-roberta-base": {"model_type": "xlm-roberta", **_ROBERTA, **_BASE, "vocab_size": 250002},
     "distilbert/distilbert-base-uncased": {"model_type": "distilbert", **_DISTILBERT, "vocab_size": 30522},
 }
-FAMILIES = ("bert", "distilbert", "roberta", "xlm-roberta")
+FAMILIES = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra")
 """Model types for whose activations launch/planner/memory.py has a formula."""
 
 

@@ -145,7 +145,8 @@ def model_card(student: PreTrainedModel, checkpoint: Path, summary: Mapping[str,
         f"# {student.config.model_type} with {student.config.num_hidden_layers} layers of width "
         f"{student.config.hidden_size}",
         "",
-        f"{parameters:,} parameters, trained with Halfling for {state.step:,} steps.",
+        f"{parameters:,} parameters, trained with Halfling for {state.step:,} steps of "
+        f"{'AdamW' if state.optimizer == 'adamw' else 'LAMB'}.",
         "",
         "```python",
         "from transformers import pipeline",

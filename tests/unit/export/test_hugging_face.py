@@ -38,7 +38,9 @@ def test_the_step_before_a_damaged_one_is_exported_aloud(tmp_path: Path) -> None
 def test_a_damaged_summary_is_named(damage: dict[str, Any], teacher_folder: str, tmp_path: Path) -> None:
     checkpoint, model = make_checkpoint(tmp_path / "checkpoints", 5), load_masked_lm(teacher_folder)
     summary = {"teacher": "t", "tokens": 7, "heldout": {"heldout_kl": 0.5}, "versions": {"torch": "2"}}
-    assert "| heldout_kl | 0.5000 |" in model_card(model, checkpoint, summary)
+    card = model_card(model, checkpoint, summary)
+    assert "| heldout_kl | 0.5000 |" in card
+    assert "for 5 steps of LAMB." in card
     with pytest.raises(
         UserError, match=rf"{tmp_path}/summary.json is damaged .*{next(iter(damage))}.*; restore it"
     ):

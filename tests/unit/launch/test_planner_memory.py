@@ -31,7 +31,7 @@ from train.models.students import make_student
 from train.models.teacher import Teacher
 from train.objective.distillation import DistillationLoss
 
-KINDS = ("bert", "roberta")
+KINDS = ("bert", "roberta", "camembert", "electra")
 
 
 def make_models(kind: str, width: int = 32, inner: int = 128, layers: int = 4) -> tuple[Any, Any]:
@@ -47,6 +47,8 @@ def make_models(kind: str, width: int = 32, inner: int = 128, layers: int = 4) -
     }
     if kind == "roberta":
         settings["type_vocab_size"] = 1
+    if kind == "electra":
+        settings["embedding_size"] = width
     torch.manual_seed(0)
     teacher = AutoModelForMaskedLM.from_config(
         AutoConfig.for_model(kind, **settings), attn_implementation="sdpa"

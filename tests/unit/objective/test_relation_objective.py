@@ -8,16 +8,18 @@ import pytest
 import torch
 
 from tests.unit.models.test_families import MODELS, rough
-from train.config import ObjectiveConfig
+from train.config import ObjectiveConfig, OptimizerConfig
 from train.data.masking import MaskedBatch, NoMasking
 from train.errors import UserError
 from train.models.attention_vectors import AttentionVectors
 from train.models.families import family_of
+from train.models.loading import load_masked_lm
 from train.models.students import make_student
 from train.models.teacher import Teacher
 from train.objective.build import build_objective, relation_heads
 from train.objective.reference import reference_relations
 from train.objective.untrained import freeze_untrained
+from train.optimizer import build_optimizer
 
 RELATIONS = ObjectiveConfig(kd_weight=0, mlm_weight=0, cosine_weight=0, relation_weight=1)
 
@@ -90,6 +92,33 @@ def test_loss_and_gradients_are_the_formulas(kind):
             assert parameter.grad is None, name
         else:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_every_family_is_distilled_and_leaves_as_a_folder(kind, tmp_path):
+    """By all terms together, relations of a local layer of ModernBERT among them."""
+    original = model_of(kind)
+    teacher = Teacher([original], relation_layers=[3])
+    student = make_student(copy.deepcopy(original), 2)
+    settings = ObjectiveConfig(relation_weight=1)
+    objective = build_objective(settings, student, teacher)
+    ids = unmasked(4, 16).input_ids
+    positions = torch.tensor([[2, 5]] * 4)
+    masked = MaskedBatch(ids, positions, ids.gather(1, positions), torch.ones(4, 2, dtype=torch.bool))
+    optimizer = build_optimizer(OptimizerConfig(name="adamw", lr=3e-3), student.named_parameters())
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        terms = objective(student.eval(), masked, teacher(ids))
+        terms.loss.backward()
+        optimizer.step()
+        losses.append({name: float(value) for name, value in terms.as_dict().items()})
+    for name in ("loss", "loss_kd", "loss_cos", "loss_relation"):
+        assert losses[-1][name] < losses[0][name], (name, losses)
+    student.save_pretrained(tmp_path)
+    again = load_masked_lm(str(tmp_path)).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, student(ids).logits)
 
 
 def test_a_compiled_teacher_gives_the_same():
