@@ -99,9 +99,8 @@ def narrow_weights(
             if size == length:
                 continue
             kind, layer = _kind(family, name, axis)
-            parts = (
-                size // sizes[kind]
-            )  # several where one map makes queries, keys and values, or units and gates
+            # Several where one map makes queries, keys and values, or units and gates.
+            parts = size // sizes[kind]
             if (size, length) != (parts * sizes[kind], parts * narrow_sizes[kind]):
                 raise UserError(
                     f"a narrower {family.model_type} cannot inherit {name} {tuple(value.shape)}; keep the "
