@@ -209,7 +209,7 @@ def _as_written(data: bytearray) -> Manifest | None:
         shard.documents > shard.tokens for split in splits.values() for shard in split
     ):
         return None
-    manifest = dataclasses.replace(manifest, splits=splits)
+    manifest = dataclasses.replace(manifest, splits=_known_splits(splits))
     manifest.__dict__["_digest"] = hashlib.sha256(data).hexdigest()
     return manifest
 

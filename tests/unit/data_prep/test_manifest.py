@@ -155,6 +155,11 @@ def test_a_text_is_read_by_its_form_as_it_is_by_its_json(tmp_path: Path, before:
     assert results[0] == results[1]
 
 
+def test_train_comes_first(tmp_path: Path) -> None:
+    MANIFEST.save(tmp_path)
+    assert list(Manifest.load(tmp_path).splits) == list(MANIFEST.splits) == ["train", "heldout"]
+
+
 def test_what_looks_like_a_shard_elsewhere_is_none(tmp_path: Path) -> None:
     shard = dataclasses.asdict(SHARD)
     manifest = dataclasses.replace(MANIFEST, options={"x": [shard, shard]})
