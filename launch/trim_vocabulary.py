@@ -70,8 +70,8 @@ def main(arguments: Sequence[str]) -> int:
     print(
         f"{kept:,} of {tokens:,} tokens are kept: {result.coverage:.4%} of the train split's\n"
         f"{left:,} of {whole:,} parameters are left, {1 - left / whole:.1%} less\n"
-        f"{sample.texts:,} passages of {sample.tokens[0]:,} tokens: {sample.changed_texts:,} are spelled otherwise, "
-        f"with {sample.tokens[1]:,} tokens in all; unknown ones {sample.unknown[0]:,}, now {sample.unknown[1]:,}\n"
+        f"of {sample.tokens[0]:,} held-out tokens {sample.dropped:,} are spelled with others, which makes "
+        f"{sample.tokens[1]:,}; unknown {sample.unknown[0]:,}, now {sample.unknown[1]:,}\n"
         f"{options.out}; next: python data_prep/write_shards.py SOURCE... --tokenizer {options.out} --out SHARDS"
     )
     return 0

@@ -41,10 +41,9 @@ WRITTEN_ANEW = (
 class Sample:
     """Passages of a corpus, decoded and tokenised again with the whole vocabulary and with the trimmed one."""
 
-    texts: int
-    changed_texts: int
-    """Those with a token that is dropped."""
     tokens: tuple[int, int]
+    dropped: int
+    """Those of the first that are spelled with others now."""
     unknown: tuple[int, int]
 
 
@@ -216,14 +215,13 @@ def _tokenized_again(
     texts = [text for text in both[0].decode_batch([ids.tolist() for ids in passages]) if text.strip()]
     old, new = ([one.ids for one in each.encode_batch(texts, add_special_tokens=False)] for each in both)
     places = {int(token): place for place, token in enumerate(kept)}
-    changed = 0
+    dropped = 0
     for whole, part in zip(old, new, strict=True):
         expected = [places.get(token) for token in whole]
-        changed += None in expected
+        dropped += expected.count(None)
         assert None in expected or unknown in whole or expected == part, (whole, part)
     return Sample(
-        texts=len(texts),
-        changed_texts=changed,
         tokens=(sum(map(len, old)), sum(map(len, new))),
+        dropped=dropped,
         unknown=(sum(ids.count(unknown) for ids in old), sum(ids.count(places[unknown]) for ids in new)),
     )
