@@ -13,7 +13,7 @@ from data_prep.shard_format.checks import first_problem
 from data_prep.shard_format.files import read_json
 from train.errors import UserError
 from train.loop.metrics import read_rows
-from train.run_folder import RESTORE, read_summary
+from train.run_folder import RESTORE, read_summary, recorded_config
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -34,6 +34,8 @@ class RunFacts:
     device: str
     """"GPU", "CPU", or "device not recorded"."""
     global_batch_size: int
+    optimizer: str
+    """optimizer.name"""
 
     @property
     def tokens_per_s(self) -> float:
@@ -64,6 +66,7 @@ def read_run_facts(run_dir: Path) -> RunFacts:
         num_processes=max(1, sizes.train_batch_size // per_step),
         device=device_of(summary, engine),
         global_batch_size=sizes.train_batch_size,
+        optimizer=str(recorded_config(run_dir).get("optimizer", {}).get("name", "lamb")),
     )
 
 

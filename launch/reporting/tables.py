@@ -210,10 +210,20 @@ def _ablation_notes(ablation: AblationFile) -> list[str]:
 
 def cost_table(runs: Sequence[RunFacts]) -> Table:
     """What each run took."""
-    headings = ("steps", "tokens", "training time (s)", "tokens/s", "processes", "device", "device-hours")
+    headings = (
+        "optimizer",
+        "steps",
+        "tokens",
+        "training time (s)",
+        "tokens/s",
+        "processes",
+        "device",
+        "device-hours",
+    )
     rows = [
         (
             run.name,
+            run.optimizer,
             f"{run.steps:,}",
             f"{run.tokens:,}",
             f"{run.seconds:,.0f}" if run.seconds else DASH,

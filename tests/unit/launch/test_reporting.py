@@ -161,6 +161,7 @@ def finished_run(parent: Path) -> Path:
     (folder / "summary.json").write_text(json.dumps({**summary, "versions": {"torch": "2.13.0+cpu"}}))
     engine = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 2}
     (folder / "ds_config.json").write_text(json.dumps(engine))
+    (folder / "config.yaml").write_text("optimizer: {name: adamw, lr: 0.001}\n")
     return folder
 
 
@@ -237,7 +238,7 @@ def test_numbers_are_the_inputs(everything: Path) -> None:
         "-2.96",
     ]
     # 40 s for the first 4,000 tokens and 20 s for the others, on 64 / (16 x 2) processes
-    assert tables["Cost"]["student"] == ["20", "8,000", "60", "133", "2", "CPU", "0.0333"]
+    assert tables["Cost"]["student"] == ["adamw", "20", "8,000", "60", "133", "2", "CPU", "0.0333"]
     assert tables[f"Held-out masked tokens, the same for every model: {MASKED}"]["student"][:3] == [
         "66,000",
         "4.750",
