@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # After the command line: torch and transformers take seconds, which --help shall not.
     from launch.ablation.job import Job, StoppedError, listed, run
-    from launch.ablation.runs import refuse_other_runs, teacher_layers
+    from launch.ablation.runs import refuse_other_runs, refuse_teachers_without_head, teacher_layers
     from launch.ablation.variants import ADAMW_RATE, chosen_variants, variants_of
     from train.build import load_manifest
     from train.distributed.world import quiet_libraries
@@ -100,6 +100,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     if missing is not None:
         raise UserError(f"every variant would be trained and none could be scored: {missing}")
+    refuse_teachers_without_head(base)
     with hold(options.out):
         refuse_other_runs(options.out, variants, job.config_of)
         try:

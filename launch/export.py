@@ -7,7 +7,7 @@ and no shards.
     python launch/export.py FOLDER OUT --onnx --int8      of a Hugging Face folder: a classifier, say
 
 The folder holds safetensors weights (the optimizer's fp32 copy), the tokenizer and a model card; it is loaded
-back with stock transformers and must give the same logits before it appears under its name. model.onnx has dynamic
+back with stock transformers and must give the same outputs before it appears under its name. model.onnx has dynamic
 batch and sequence axes and optimum's names; ONNX Runtime must give torch's outputs on several shapes, with padding,
 before the folder appears. --int8 quantises weights and activations (dynamic) and says what that changed.
 """
@@ -103,7 +103,7 @@ def write_folder(source: Path, out: Path, folder: Path) -> str:
 
     checkpoint = find_checkpoint(source, print)
     difference = export_checkpoint(checkpoint, folder, read_summary(checkpoint.parent.parent))
-    return f"{checkpoint} -> {out} (logits of both differ by {difference:g})"
+    return f"{checkpoint} -> {out} (outputs of both differ by {difference:g})"
 
 
 def described(file: OnnxFile) -> list[str]:

@@ -30,18 +30,16 @@ from train.loop.startup_timing import StartupTimer
 from train.loop.timing import Clock
 from train.loop.trainer import DistillationModule, Trainer
 from train.models.build import (
-    TEACHER_DTYPES,
     TeacherFolder,
     build_student,
     build_teacher,
     check_sequence_length,
     check_tokenizer_beside,
     open_teachers,
-    teacher_names,
     tokenizer_source,
 )
 from train.models.flops import measured_matrix_rate, shape_of, training_flops_per_token
-from train.models.teacher import Teacher, load_teacher
+from train.models.teacher import Teacher
 from train.objective.build import build_objective
 from train.objective.untrained import freeze_untrained
 from train.optimizer import bind_optimizer, build_optimizer
@@ -288,13 +286,9 @@ def heldout_scoring(config: Config, device: str) -> tuple[Manifest, HeldoutEvalu
         raise UserError(
             f"{config.data.shards} has no held-out windows of {config.data.sequence_length} tokens"
         )
-    teacher = load_teacher(
-        teacher_names(config),
-        device=device,
-        dtype=None if device == "cpu" else TEACHER_DTYPES[config.model.teacher_dtype],
-        weights=config.model.teacher_weights,
-    )
-    return manifest, evaluation, teacher
+    dtype = "auto" if device == "cpu" else config.model.teacher_dtype
+    model = replace(config.model, teacher_dtype=dtype, teacher_compile=False)
+    return manifest, evaluation, build_teacher(replace(config, model=model), device)
 
 
 def start_engine(

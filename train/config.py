@@ -54,7 +54,8 @@ class ModelConfig:
 
     teacher: str | list[str] | None = "google-bert/bert-base-uncased"
     """Hugging Face folder or hub name of the frozen teacher; a list makes an ensemble, whose tempered
-    probabilities are averaged; null trains `scratch` on masked-language modelling alone."""
+    probabilities are averaged; null trains `scratch`, or `start_from` on, by masked-language modelling alone. A folder
+    without an MLM head does where no term predicts tokens (kd_weight, mlm_weight and mse_weight 0)."""
 
     teacher_weights: list[float] | None = None
     """Weight of each teacher of an ensemble (they are normalised to sum to 1); null: equal weights."""
@@ -84,6 +85,13 @@ class ModelConfig:
     student_feed_forward: int | None = None
     """Feed-forward units of each of the student's layers; null: the teacher's, in proportion to the width."""
 
+    start_from: str | None = None
+    """Hugging Face folder or hub name of a model that is trained on, whole, by masked-language modelling
+    (model.teacher=null): a teacher for a corpus of its own."""
+
+    new_head: bool = False
+    """Put a new MLM head on a `start_from` that has none: random from data.seed, its decoder tied to the embeddings."""
+
     scratch: dict[str, Any] | None = None
     """Configuration of a model trained without a teacher: {model_type: bert, hidden_size: 256, ...}, keys as
     in that model's Hugging Face config; vocabulary and special ids come from the shards."""
@@ -94,10 +102,17 @@ class ModelConfig:
         _require(self.teacher != [], "model.teacher", self.teacher, "name at least one teacher, or null")
         if self.teacher is None:
             _require(
-                self.scratch is not None and "model_type" in self.scratch,
+                self.start_from is not None or (self.scratch is not None and "model_type" in self.scratch),
                 "model.scratch",
                 self.scratch,
-                "with model.teacher=null say what to train, for example {model_type: bert, hidden_size: 256}",
+                "with model.teacher=null say what to train, for example {model_type: bert, hidden_size: 256}, or give "
+                "model.start_from",
+            )
+            _require(
+                self.start_from is None or self.scratch is None,
+                "model.scratch",
+                self.scratch,
+                "has no effect beside model.start_from; remove one",
             )
             unset = ModelConfig.__dataclass_fields__
             for name in (*sizes, "teacher_weights", "teacher_dtype", "teacher_compile", "layer_map"):
@@ -109,12 +124,17 @@ class ModelConfig:
                     "has no effect without model.teacher",
                 )
         else:
-            _require(
-                self.scratch is None,
-                "model.scratch",
-                self.scratch,
-                "has no effect beside model.teacher; remove one",
-            )
+            for name in ("scratch", "start_from"):
+                value = getattr(self, name)
+                _require(
+                    value is None, f"model.{name}", value, "has no effect beside model.teacher; remove one"
+                )
+        _require(
+            not self.new_head or self.start_from is not None,
+            "model.new_head",
+            self.new_head,
+            "goes on a model.start_from without an MLM head; give that too",
+        )
         if self.teacher_weights is not None:
             count = len(self.teacher) if isinstance(self.teacher, list) else 1
             _require(

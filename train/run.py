@@ -58,7 +58,7 @@ from train.loop.profiling import profiling
 from train.loop.startup_timing import StartupReport, StartupTimer
 from train.loop.timing import Clock
 from train.loop.trainer import Observer
-from train.models.build import count_parameters, teacher_names
+from train.models.build import count_parameters, origin_of, teacher_names
 from train.run_folder import (
     MODEL,
     STUDENT,
@@ -236,7 +236,8 @@ def _open_run(parts: Parts, inputs: Inputs, state: TrainState) -> Events:
     run_dir = Path(parts.config.run.dir)
     write_configs(run_dir, parts.config, parts.engine_config, inputs.as_record())
     (run_dir / SUMMARY).unlink(missing_ok=True)  # of a run that had ended, and now goes on with more steps
-    save_student_description(run_dir, parts.student, parts.tokenizer_source)
+    origin = origin_of(parts.config)
+    save_student_description(run_dir, parts.student, parts.tokenizer_source, origin)
     events = RunEvents(run_dir, run_dir.name, state.step, parts.trainer.total_steps)
     logged = {row.get("rollback") for row in read_rows(run_dir)}
     for number, each in enumerate(read_rollbacks(run_dir), start=1):

@@ -39,6 +39,14 @@ def teacher_layers(config: Config) -> int:
     return int(teacher_config(names[0]).num_hidden_layers) if names else 0
 
 
+def refuse_teachers_without_head(config: Config) -> None:
+    """UserError where a teacher predicts no tokens, of which all the table's held-out scores are."""
+    for name in [] if config.objective.needs_masks else teacher_names(config):  # else every run refuses it
+        load_masked_lm(
+            name, no_head_remedy="the table's scores are of predicted tokens: give a teacher with its head"
+        )
+
+
 def is_finished(run_dir: Path) -> bool:
     """Whether the run has reached its end and left its student."""
     return read_summary(run_dir) is not None and (final_model(run_dir) / "config.json").exists()

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForMaskedLM, PreTrainedModel
 from train.config import Config
 from train.errors import UserError, one_line
 from train.models.build import count_parameters, student_of, teacher_names
+from train.models.families import bare_encoder
 from train.models.flops import ModelShape, shape_of
 
 # What the hub's config.json of each says.
@@ -54,7 +55,7 @@ class PlannedModel:
     token_types: int
     """Rows of the token-type table; 0 for none."""
     parameters: int
-    """With the masked-language-modelling head, tied ones once, no pooler."""
+    """Tied ones once, no pooler."""
 
     @property
     def shape(self) -> ModelShape:
@@ -124,9 +125,12 @@ def published_model(name: str) -> PreTrainedModel:
     return model_from_config(name, PUBLISHED[name])
 
 
-def named_model(name: str) -> PreTrainedModel:
+def named_model(name: str, key: str = "model.teacher", with_head: bool = True) -> PreTrainedModel:
     """A model by the name a recipe gives it: a local folder, or one of the published ones. On the meta device.
 
+    Args:
+        key: that names it, for the message.
+        with_head: False: without its MLM head where config.json names a class that has none. Weights are not read.
     Raises:
         UserError: neither (nothing is downloaded to find out), or a config.json that describes no model.
     """
@@ -138,12 +142,15 @@ def named_model(name: str) -> PreTrainedModel:
             raise UserError(f"{path} is no JSON ({error}); save the model anew with transformers") from None
         if not isinstance(config, dict):
             raise UserError(f"{path} holds no JSON object; save the model anew with transformers")
-        return model_from_config(str(path), config)
+        model = model_from_config(str(path), config)
+        kinds = tuple(map(str, config.get("architectures") or ()))
+        has_head = any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in kinds)
+        return model if has_head or with_head else bare_encoder(model)
     known = {key.rpartition("/")[2]: key for key in PUBLISHED}
     if name.rpartition("/")[2] in known and not Path(name).exists():
         return published_model(known[name.rpartition("/")[2]])
     raise UserError(
-        f"model.teacher={name!r}: no folder with a config.json, and not in plan.py's table of published shapes "
+        f"{key}={name!r}: no folder with a config.json, and not in plan.py's table of published shapes "
         f"({', '.join(PUBLISHED)}); nothing is downloaded here: give a local folder, or the name of one like it"
     )
 
@@ -158,16 +165,19 @@ def models_of(
     Raises:
         UserError: a model whose shape is not known, a student that cannot be made of its teacher.
     """
-    if config.model.teacher is None:
-        return _from_scratch(dict(config.model.scratch or {}), vocabulary), ()
-    names = teacher_names(config)
-    teachers = tuple(named_model(name) for name in names)
+    if config.model.scratch is not None:
+        return _from_scratch(dict(config.model.scratch), vocabulary), ()
+    key = "model.teacher" if config.model.start_from is None else "model.start_from"
+    names = teacher_names(config) if config.model.start_from is None else [config.model.start_from]
+    teachers = tuple(named_model(name, key, config.objective.needs_masks) for name in names)
     for name, teacher in zip(names, teachers, strict=True):
         if vocabulary is not None and teacher.config.vocab_size < vocabulary:
             raise UserError(
-                f"model.teacher={name!r} has a vocabulary of {teacher.config.vocab_size} tokens, the shards' tokenizer "
+                f"{key}={name!r} has a vocabulary of {teacher.config.vocab_size} tokens, the shards' tokenizer "
                 f"one of {vocabulary}: write the shards with --tokenizer {name}"
             )
+    if config.model.start_from is not None:
+        return teachers[0], ()
     with torch.device("meta"):
         student = student_of(teachers[0], config)
     return student, teachers if config.objective.needs_teacher else ()

@@ -31,11 +31,11 @@ from train.models.build import (
     build_teacher,
     check_sequence_length,
     count_parameters,
-    teacher_config,
+    open_teachers,
+    teacher_folders,
     teacher_names,
 )
 from train.models.families import family_of
-from train.models.loading import check_vocabulary, folder_fingerprint
 from train.models.teacher import Teacher, running_copy
 from train.objective.build import build_objective
 from train.run_folder import changed_config, changed_inputs, found_before, read_summary, refused_changes
@@ -93,15 +93,15 @@ def check_tokenizer(config: Config) -> Finding:
 
     def question() -> str:
         tokenizer = load_manifest(config.data.shards).tokenizer
-        for name in teacher_names(config):
-            ask_hub(name)
-            check_vocabulary(name, teacher_config(name), folder_fingerprint(name), tokenizer)
+        for folder in teacher_folders(config):
+            ask_hub(folder)
+        open_teachers(config, tokenizer)
         return f"{tokenizer.vocab_size} entries, fingerprint {tokenizer.fingerprint[:12]}"
 
     return finding_of("tokenizer and shards", question, "write the shards with --tokenizer TEACHER")
 
 
-def ask_hub(name: str) -> None:
+def ask_hub(folder: TeacherFolder) -> None:
     """One question to the hub for a model that is neither a folder nor in its cache.
 
     Loading asks again and again, for 23 s, where nothing answers.
@@ -109,6 +109,7 @@ def ask_hub(name: str) -> None:
     Raises:
         UserError: the hub does not answer, or has no such model.
     """
+    name = folder.name
     try:
         if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
@@ -118,39 +119,42 @@ def ask_hub(name: str) -> None:
     except Exception as error:  # of whichever HTTP library the hub's client uses
         reason = one_line(error, 200)
         raise UserError(
-            f"model.teacher={name!r}: no folder of that name here, not in the hub's cache, and {constants.ENDPOINT} "
+            f"{folder.key}={name!r}: no folder of that name here, not in the hub's cache, and {constants.ENDPOINT} "
             f"cannot be asked ({reason}); give a folder, or download it where there is internet: hf download {name}"
         ) from None
     if not found:
         raise UserError(
-            f"model.teacher={name!r}: no folder of that name here, and no model at {constants.ENDPOINT} (or "
+            f"{folder.key}={name!r}: no folder of that name here, and no model at {constants.ENDPOINT} (or "
             "HF_TOKEN may not see it); give the folder of a masked language model, or the name of one on the hub"
         )
 
 
 def check_teacher(config: Config) -> list[Finding]:
-    """Every teacher loads with its head, and in its running precision still is the model it is in fp32."""
-    names = teacher_names(config)
-    if not names:
+    """Every teacher loads, with its head where one is needed, and in its running precision still is what it is in
+    fp32."""
+    if not teacher_names(config):
         return [Finding("teacher", True, "none: masked-language modelling alone")]
     remedy = "give a Hugging Face folder of a masked language model, or the name of one on the hub"
-    return [finding_of("teacher", lambda name=name: _compare(config, name), remedy) for name in names]  # type: ignore[misc]
+    return [
+        finding_of("teacher", lambda folder=folder: _compare(config, folder), remedy)  # type: ignore[misc]
+        for folder in teacher_folders(config)
+    ]
 
 
-def _compare(config: Config, name: str) -> str:
+def _compare(config: Config, folder: TeacherFolder) -> str:
     device = kind_here()
     # fp16 also where only a CPU is at hand: it is what the GPUs of the run will compute in.
     dtype = TEACHER_DTYPES[config.model.teacher_dtype] or torch.float16
-    ask_hub(name)
-    original = TeacherFolder(name).model
-    teacher = Teacher([running_copy(original, device, dtype)], names=[name])
+    ask_hub(folder)
+    original = folder.model
+    teacher = Teacher([running_copy(original, device, dtype)], names=[folder.name])
     length = config.data.sequence_length
     teacher.check_sequence_length(length)
     shape = (2, length) if device == "cuda" else (1, min(CPU_TOKENS, length))
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, teacher.vocab_size, shape, generator=generator).to(device)
     (report,) = check_teacher_precision(teacher, [original], input_ids)
-    return f"has its MLM head; {report.dtype} against fp32: KL {report.kl:.1e}, same choice {report.top1_agreement:.0%}"
+    return str(report)
 
 
 def check_recipe(config: Config, world_size: int) -> list[Finding]:

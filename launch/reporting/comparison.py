@@ -21,32 +21,36 @@ from train.errors import UserError
 from train.evaluation.importance import importance
 from train.evaluation.masking import LABEL
 from train.models.build import build_student, check_sequence_length, count_parameters, teacher_names
-from train.models.loading import load_masked_lm
-from train.run_folder import final_model
+from train.models.loading import load_encoder
+from train.run_folder import final_model, read_summary
 
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """A model's scores and speed."""
+    """A model's scores and speed; None for a score that was not taken, as of a model without an MLM head."""
 
     name: str
     parameters: int
-    mlm_loss: float
+    mlm_loss: float | None
     """Held-out, nats per masked token."""
-    accuracy: float
+    accuracy: float | None
     """Share of held-out masked tokens guessed right."""
-    top1_agreement: float
+    top1_agreement: float | None
     """Share of held-out masked tokens at which the teacher prefers the same token."""
-    kl: float
+    kl: float | None
     """KL(teacher || model) at T = 1, nats per masked token."""
     sentences_per_s: float
-    """Encoder and head at the masked positions, on the CPU, batches of 32."""
-    masking: str
-    """That the scores were taken under, in words; the same for all that are compared."""
+    """Of the encoder, on the CPU, batches of 32."""
+    masking: str | None
+    """That the scores of masked tokens were taken under, in words; the same for all that are compared."""
+    relation: float | None = None
+    """Held-out divergence from the teacher's relations, nats, as the run has measured it."""
+    cosine: float | None = None
+    """Held-out 1 - cos of the last hidden states and the teacher's, as the run has measured it."""
 
     @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.mlm_loss, 700.0))
+    def perplexity(self) -> float | None:
+        return None if self.mlm_loss is None else math.exp(min(self.mlm_loss, 700.0))
 
 
 def compare(run_dirs: Sequence[Path], configs: Sequence[Config]) -> list[ComparedModel]:
@@ -69,32 +73,39 @@ def compare(run_dirs: Sequence[Path], configs: Sequence[Config]) -> list[Compare
         )
     manifest, evaluation, teacher = heldout_scoring(config, "cpu")
     models: dict[str, PreTrainedModel] = {"teacher": teacher.models[0]}
+    measured: dict[str, dict[str, Any]] = {}
     for run_dir, run_config in zip(run_dirs, configs, strict=True):
         folder = final_model(run_dir)
         if not folder.is_dir():
             raise UserError(f"{run_dir} is not finished: it holds no {folder.name}/ yet")
         if teacher_names(run_config) and run_config.model.layer_map != "random":
-            models[f"{run_dir.name} before training"] = build_student(
+            before = f"{run_dir.name} before training"
+            models[before] = build_student(
                 run_config, manifest, measured=functools.partial(importance, run_config, manifest, "cpu")
             ).eval()
-        models[run_dir.name] = load_masked_lm(str(folder)).eval()
+            measured[before] = (read_summary(run_dir) or {}).get("heldout_before") or {}
+        models[run_dir.name] = load_encoder(str(folder)).eval()
+        measured[run_dir.name] = (read_summary(run_dir) or {}).get("heldout") or {}
     for model in models.values():
         check_sequence_length(model, config.data.sequence_length)
     speeds = sentences_per_second(list(models.values()), config.data.sequence_length)
     compared = []
     for (name, model), speed in zip(models.items(), speeds, strict=True):
         print(f"scoring {name}", flush=True)
-        scores = evaluation(model, teacher)
+        scores = {**measured.get(name, {}), **evaluation(model, teacher)}
+        kl = scores.get("heldout_kl")
         compared.append(
             ComparedModel(
                 name=name,
                 parameters=count_parameters(model),
-                mlm_loss=scores["heldout_mlm_loss"],
-                accuracy=scores["heldout_accuracy"],
-                top1_agreement=scores["heldout_top1_agreement"],
-                kl=max(0.0, scores["heldout_kl"]),
+                mlm_loss=scores.get("heldout_mlm_loss"),
+                accuracy=scores.get("heldout_accuracy"),
+                top1_agreement=scores.get("heldout_top1_agreement"),
+                kl=None if kl is None else max(0.0, kl),
                 sentences_per_s=speed,
-                masking=scores[LABEL],
+                masking=scores.get(LABEL),
+                relation=scores.get("heldout_relation"),
+                cosine=scores.get("heldout_cos"),
             )
         )
     return compared

@@ -23,6 +23,18 @@ ABLATED_SCORES = {
     "heldout_mlm_loss": ("MLM loss (nats)", 1.0, ".4f"),
 }
 """Key of a held-out score -> (heading, factor, format)."""
+HELDOUT = {
+    "parameters": ("parameters", "parameters", ",d"),
+    "mlm_loss": ("MLM loss (nats)", "MLM loss (nats)", ".3f"),
+    "perplexity": ("perplexity", "perplexity", ",.1f"),
+    "accuracy": ("accuracy", "accuracy", ".1%"),
+    "top1_agreement": ("top-1 agreement with teacher", "top-1 agreement\nwith teacher", ".1%"),
+    "kl": ("KL to teacher (nats)", "", ".3f"),
+    "relation": ("relations to teacher (nats)", "relations\n(nats)", ".4f"),
+    "cosine": ("1 - cos to teacher", "1 - cos", ".4f"),
+    "sentences_per_s": ("sentences/s (CPU, batch 32)", "sentences/s\n(CPU)", ",.0f"),
+}
+"""Field of a compared model -> (heading, heading in a terminal, format)."""
 
 
 def published_column(heading: str) -> Column:
@@ -41,40 +53,46 @@ def columns_of(first: str, ours: Sequence[str], theirs: Sequence[str] = ()) -> l
 
 def heldout_table(compared: Sequence[ComparedModel]) -> Table:
     """Models on the same held-out windows."""
-    headings = (
-        "parameters",
-        "MLM loss (nats)",
-        "perplexity",
-        "accuracy",
-        "top-1 agreement with teacher",
-        "KL to teacher (nats)",
-        "sentences/s (CPU, batch 32)",
-    )
+    columns = _heldout_columns(compared)
     rows = [
-        (
-            model.name,
-            f"{model.parameters:,}",
-            f"{model.mlm_loss:.3f}",
-            f"{model.perplexity:,.1f}",
-            f"{model.accuracy:.1%}",
-            f"{model.top1_agreement:.1%}",
-            f"{model.kl:.3f}",
-            f"{model.sentences_per_s:,.0f}",
-        )
+        (model.name, *(_cell(getattr(model, name), spec) for name, (_, _, spec) in columns.items()))
         for model in compared
     ]
-    maskings = {model.masking for model in compared}
-    assert len(maskings) == 1, maskings
-    title = f"Held-out masked tokens, the same for every model: {maskings.pop()}"
-    return Table(title, columns_of("model", headings), rows)
+    return Table(
+        _heldout_title(compared), columns_of("model", [heading for heading, _, _ in columns.values()]), rows
+    )
 
 
 def heldout_text(compared: Sequence[ComparedModel]) -> str:
     """The same for a terminal of any width and report.txt, without the KL."""
-    headings = ["model", "parameters", "MLM loss (nats)", "perplexity", "accuracy"]
-    headings += ["top-1 agreement\nwith teacher", "sentences/s\n(CPU)"]
-    table = heldout_table(compared)
-    return text_table(headings, [[*row[:6], row[7]] for row in table.rows], title=table.title, width=80)
+    columns = {name: column for name, column in _heldout_columns(compared).items() if name != "kl"}
+    rows = [
+        [model.name, *(_cell(getattr(model, name), spec) for name, (_, _, spec) in columns.items())]
+        for model in compared
+    ]
+    headings = ["model", *(short for _, short, _ in columns.values())]
+    return text_table(headings, rows, title=_heldout_title(compared), width=80)
+
+
+def _heldout_columns(compared: Sequence[ComparedModel]) -> dict[str, tuple[str, str, str]]:
+    """Those of `HELDOUT` that some model has."""
+    return {
+        name: column
+        for name, column in HELDOUT.items()
+        if any(getattr(model, name) is not None for model in compared)
+    }
+
+
+def _heldout_title(compared: Sequence[ComparedModel]) -> str:
+    maskings = {model.masking for model in compared} - {None}
+    assert len(maskings) <= 1, maskings
+    if not maskings:
+        return "Held-out text, the same for every model"
+    return f"Held-out masked tokens, the same for every model: {maskings.pop()}"
+
+
+def _cell(value: float | None, spec: str) -> str:
+    return DASH if value is None else format(value, spec)
 
 
 def size_table(speeds: InferenceFile) -> Table:

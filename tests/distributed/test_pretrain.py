@@ -8,11 +8,13 @@ import random
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from data_prep.shard_format.files import read_json
 from launch.cli import parse_config
 from tests.distributed.pretraining import (
     STEPS,
@@ -28,6 +30,7 @@ from tests.distributed.pretraining import (
     weights,
 )
 from tests.paths import ROOT
+from tests.unit.export.test_sentence_files import write_sentence_files
 from train.build import heldout_scoring
 from train.loop.metrics import read_rows
 
@@ -313,19 +316,29 @@ def test_narrow_student_with_a_projection_and_logit_mse(settings: list[str], tmp
     assert row["loss"] == pytest.approx(total, rel=1e-5)
 
 
-def test_relations_alone_on_a_narrow_student_with_adamw(settings: list[str], tmp_path: Path) -> None:
-    """Two ranks, resumed on one: no masks, no vocabulary; what no gradient reaches stays as it was inherited.
-    AdamW's state comes along, LAMB's figures do not stand in the rows, and LAMB cannot go on from it."""
-    from transformers import AutoModelForMaskedLM
+def test_relations_alone_on_a_narrow_student_with_adamw(
+    settings: list[str], teacher_folder: str, tmp_path: Path
+) -> None:
+    """Two ranks, resumed on one, of a teacher without head: no masks, no vocabulary; what no gradient reaches stays as
+    it was inherited; the student has no head either, and the teacher's files for sentence-transformers. AdamW's state
+    comes along, LAMB's figures do not stand in the rows, and LAMB cannot go on from it."""
+    from transformers import AutoModel, AutoModelForMaskedLM
 
-    words = ["--model.student_width=16", "--objective.relation_weight=1"]
+    bare = Path(shutil.copytree(teacher_folder, tmp_path / "bare"))
+    AutoModelForMaskedLM.from_pretrained(teacher_folder).base_model.save_pretrained(bare)
+    write_sentence_files(bare)
+    words = [f"--model.teacher={bare}", "--model.student_width=16", "--objective.relation_weight=1"]
     words += [f"--objective.{term}_weight=0" for term in ("kd", "mlm", "cosine")]
     words += ["--optimizer.name=adamw", "--optimizer.lr=0.003"]
     first, second = start_without_launcher([*settings, *words], tmp_path, [], [])
     code, output = finish(first)
     assert (code, finish(second)[0]) == (0, 0), output
     assert "stay as they are" in output
-    inherited = AutoModelForMaskedLM.from_pretrained(tmp_path / "student").vocab_transform.weight
+
+    def last_layer(student: Any) -> torch.Tensor:
+        return student.transformer.layer[-1].ffn.lin1.weight
+
+    inherited = last_layer(AutoModel.from_pretrained(tmp_path / "student"))
     more = ["--training.max_steps=32", "--checkpoint.allow_changed_config=true"]
     code, output = finish(start_alone([*settings, *words, *more], tmp_path))
     assert code == 0, output
@@ -334,9 +347,13 @@ def test_relations_alone_on_a_narrow_student_with_adamw(settings: list[str], tmp
     assert not {"loss_kd", "loss_mlm", "top1_agreement", "trust_ratio_median"} & set(rows[0])
     scores = [row["heldout_relation"] for row in read_rows(tmp_path) if "heldout_relation" in row]
     assert scores[-1] < 0.9 * scores[0]
-    student = AutoModelForMaskedLM.from_pretrained(tmp_path / "student")
+    assert not any("mlm" in key for row in read_rows(tmp_path) for key in row)
+    student, found = AutoModel.from_pretrained(tmp_path / "student", output_loading_info=True)
     assert student.config.dim == 16
-    assert torch.equal(student.vocab_transform.weight, inherited)
+    assert torch.equal(last_layer(student), inherited)
+    assert not any(found.values()), found
+    assert read_json(tmp_path / "student/1_Pooling/config.json", "")["word_embedding_dimension"] == 16
+    assert "SentenceTransformer" in (tmp_path / "student/README.md").read_text()
     (tmp_path / "config.yaml").unlink()
     code, output = finish(start_alone([*settings, *words, *more, "--optimizer.name=lamb"], tmp_path))
     assert code == 2, output
@@ -344,13 +361,21 @@ def test_relations_alone_on_a_narrow_student_with_adamw(settings: list[str], tmp
 
 
 def test_ensemble_and_mapped_layers(settings: list[str], teacher_folder: str, tmp_path: Path) -> None:
-    """Two teachers of other weights: the student comes nearer to their mean."""
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
+    """Two teachers of other weights, one of them an encoder that was given a head and trained on: the student comes
+    nearer to their mean."""
+    from transformers import AutoModel, AutoTokenizer
 
-    other = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(teacher_folder))
-    other.save_pretrained(tmp_path / "other")
-    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(tmp_path / "other")
-    words = [f'--model.teacher=["{teacher_folder}", "{tmp_path}/other"]', "--model.teacher_weights=[1,2]"]
+    AutoModel.from_config(AutoConfig.from_pretrained(teacher_folder)).save_pretrained(tmp_path / "bare")
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(tmp_path / "bare")
+    words = ["--model.teacher=null", f"--model.start_from={tmp_path}/bare", "--model.new_head=true"]
+    words += ["--model.layer_map=distilbert", "--objective.kd_weight=0", "--objective.cosine_weight=0"]
+    code, output = finish(start_alone([*settings, *words], tmp_path / "other", "--training.max_steps=4"))
+    assert code == 0, output
+    assert f"distil it with --model.teacher={tmp_path}/other/model" in output
+    words = [
+        f'--model.teacher=["{teacher_folder}", "{tmp_path}/other/model"]',
+        "--model.teacher_weights=[1,2]",
+    ]
     words += ["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[1,2],[2,4]]"]
     words += ["--objective.mlm_weight=0", "--objective.cosine_weight=0", "--model.layer_map=random"]
     code, output = finish(start_alone([*settings, *words], tmp_path / "run"))

@@ -76,6 +76,16 @@ ADAMW = ["--optimizer.name=adamw", "--optimizer.lr=1e-3"]
         (["--model.layer_map=foo"], r"model.layer_map.*every_other.*foo"),
         (["--model.teacher=null"], r"model.scratch=None: with model.teacher=null say what to train"),
         (["--model.scratch={model_type: bert}"], r"model.scratch=.*has no effect beside model.teacher"),
+        (["--model.start_from=a"], r"model.start_from='a': has no effect beside model.teacher; remove one"),
+        (["--model.new_head=true"], r"model.new_head=True: goes on a model.start_from without"),
+        (
+            ["--model.teacher=null", "--model.start_from=a", "--model.scratch={model_type: bert}"],
+            r"model.scratch=.*has no effect beside model.start_from; remove one",
+        ),
+        (
+            ["--model.teacher=null", "--model.start_from=a", "--model.student_layers=3"],
+            r"model.student_layers=3: has no effect without model.teacher",
+        ),
         (["--model.teacher_weights=[1,1]"], r"model.teacher_weights=\[1.0, 1.0\]: give 1 weights above 0"),
         (
             ["--objective.kd_weight=0", "--objective.kd_positions=masked"],

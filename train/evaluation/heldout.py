@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from data_prep.shard_format.manifest import TokenizerInfo
 from train.evaluation.masking import LABEL, evaluation_label, evaluation_masker
 from train.evaluation.scores import HeldoutSums, heldout_statistics
-from train.models.families import family_of
+from train.models.families import has_head
 from train.models.teacher import Teacher
 from train.objective.distillation import DistillationLoss
 
@@ -60,48 +60,52 @@ class HeldoutEvaluation:
         """Means over all held-out masked positions of all ranks; every rank calls this.
 
         Args:
-            objective: of student and teacher; its relation term is scored as well, if it has one.
+            objective: of student and teacher; where it has a relation term, or predicts no tokens, its terms that
+                read no logits are scored as well.
         Returns:
-            heldout_mlm_loss (nats), heldout_accuracy; with a teacher also heldout_kl (nats, T = 1),
-            heldout_top1_agreement, teacher_heldout_mlm_loss and teacher_heldout_accuracy (nats, shares); with the
-            relation term heldout_relation (nats): of the text as it is, without masks, over all positions; the
-            masking of the others under `LABEL`.
+            Of a student with an MLM head heldout_mlm_loss (nats), heldout_accuracy, and the masking under `LABEL`;
+            with a teacher that has one too also heldout_kl (nats, T = 1), heldout_top1_agreement,
+            teacher_heldout_mlm_loss and teacher_heldout_accuracy (nats, shares); of the objective heldout_relation
+            (nats), heldout_cos and heldout_layer_cos: of the text as it is, without masks, over all positions.
         """
-        relations = objective is not None and objective.relations is not None
         was_training = student.training
         student.eval()
+        scores = self._scores_of_tokens(student, teacher) if has_head(student) else {}
+        if teacher is not None and objective is not None:
+            settings = objective.settings
+            if settings.relation_weight > 0 or not settings.needs_masks:
+                scores |= self._scores_of_text(student, teacher, objective)
+        student.train(was_training)
+        return scores
+
+    def _scores_of_tokens(self, student: PreTrainedModel, teacher: Teacher | None) -> dict[str, Any]:
+        if teacher is not None and not teacher.has_head:
+            teacher = None
         total = torch.zeros(len(fields(HeldoutSums)), dtype=torch.float64, device=self._device)
-        of_relations = torch.zeros(2, dtype=torch.float64, device=self._device)  # divergence, tokens
         for input_ids, window_ids in self._batches:
             masked = self._masker(input_ids.to(self._device), window_ids.to(self._device), HELDOUT_EPOCH)
             sums = heldout_statistics(student, masked, teacher(masked.input_ids) if teacher else None)
             values = [getattr(sums, field.name) for field in fields(HeldoutSums)]
             total += torch.stack([torch.zeros_like(total[0]) if v is None else v for v in values])
-            if relations:
-                assert objective is not None
-                assert teacher is not None
-                of_relations += _relation_sums(objective, student, teacher, input_ids.to(self._device).long())
-        student.train(was_training)
         if self._world_size > 1:
             dist.all_reduce(total)
-            if relations:
-                dist.all_reduce(of_relations)
         sums_by_name = dict(zip((field.name for field in fields(HeldoutSums)), total.tolist(), strict=True))
-        means = _means(sums_by_name, teacher is not None)
-        if relations:
-            divergence, num_tokens = of_relations.tolist()
-            means["heldout_relation"] = divergence / max(1.0, num_tokens)
-        return {**means, LABEL: self._label}
+        return {**_means(sums_by_name, teacher is not None), LABEL: self._label}
 
-
-def _relation_sums(
-    objective: DistillationLoss, student: PreTrainedModel, teacher: Teacher, input_ids: torch.Tensor
-) -> torch.Tensor:
-    """(2,) fp64: the relations' divergence summed over the tokens (B, L), and how many tokens there are."""
-    family_of(student).encode(student, input_ids)
-    weights = torch.ones(input_ids.shape, device=input_ids.device)
-    divergence = objective.relation_term(teacher(input_ids), weights).double()
-    return torch.stack([divergence, divergence.new_tensor(input_ids.numel())])
+    def _scores_of_text(
+        self, student: PreTrainedModel, teacher: Teacher, objective: DistillationLoss
+    ) -> dict[str, Any]:
+        weights = objective.settings.term_weights()
+        names = [name for name in ("cos", "layer_cos", "relation") if weights[f"loss_{name}"] > 0]
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self._device)  # terms, tokens
+        for input_ids, _ in self._batches:
+            text = input_ids.to(self._device).long()
+            terms = objective.score_text(student, teacher(text), text)
+            sums += torch.stack([*(terms[name].double() for name in names), sums.new_tensor(text.numel())])
+        if self._world_size > 1:
+            dist.all_reduce(sums)
+        *totals, num_tokens = sums.tolist()
+        return {f"heldout_{name}": total / num_tokens for name, total in zip(names, totals, strict=True)}
 
 
 def _means(sums: dict[str, float], with_teacher: bool) -> dict[str, float]:

@@ -11,11 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from train.errors import UserError
-from train.models.families import DecoderInputs, Family
+from train.models.families import DecoderInputs, Family, has_head
 from train.models.teacher import Teacher
 from train.objective.chunk_terms import Workspace, tempered_logits
 from train.objective.fused_loss import chunk_rows
+from train.objective.hidden_loss import hidden_cosine
 
+LARGEST_COSINE = 0.01
+"""1 - cos of a token's last hidden states, where there is no head. fp16 is below 1e-5 and bf16 below 1e-3."""
 LARGEST_KL = 0.05
 """Nats per token. fp16 is below 1e-4 on a sound BERT and bf16 below 1e-2; a broken one is far above."""
 
@@ -26,10 +29,18 @@ class PrecisionReport:
 
     name: str
     dtype: str
-    kl: float
+    kl: float | None = None
     """Mean KL(fp32 || running precision) at T = 1, nats per token; 0 for a teacher that runs in fp32."""
-    top1_agreement: float
+    top1_agreement: float | None = None
     """Share of tokens with the same first choice."""
+    cosine: float | None = None
+    """Mean 1 - cos of the last hidden states; of a model without a head, which has no logits."""
+
+    def __str__(self) -> str:
+        if self.kl is None:
+            return f"no MLM head; {self.dtype} against fp32: 1 - cos {self.cosine:.1e}"
+        same = f"same choice {self.top1_agreement:.0%}"
+        return f"has its MLM head; {self.dtype} against fp32: KL {self.kl:.1e}, {same}"
 
 
 def check_teacher_precision(
@@ -68,6 +79,9 @@ def _compare(
     input_ids: torch.Tensor,
 ) -> PrecisionReport:
     dtype = str(model.dtype).removeprefix("torch.")
+    remedy = "set model.teacher_dtype to bf16 or fp32" if dtype != "float32" else "check it"
+    if not has_head(model):
+        return _compare_hidden(name, family, model, reference, input_ids, remedy)
     running, exact = (_decoder_inputs(family, each, input_ids) for each in (model, reference))
     tokens = input_ids.numel()
     workspace, size = Workspace(), chunk_rows(tokens, exact.weight)
@@ -85,7 +99,6 @@ def _compare(
         same = logits.argmax(-1) == expected.argmax(-1)
         sums += torch.stack([divergence, same.double()], -1).sum(0)
     kl, agreement = (sums / tokens).tolist()
-    remedy = "set model.teacher_dtype to bf16 or fp32" if dtype != "float32" else "check it"
     if not torch.isfinite(largest) or not torch.isfinite(sums).all():
         raise UserError(f"teacher {name} gives infinite or NaN logits in {dtype}: {remedy}")
     if kl > LARGEST_KL:
@@ -94,6 +107,30 @@ def _compare(
             f"{agreement:.0%} of first choices the same: {remedy}"
         )
     return PrecisionReport(name, dtype, kl, agreement)
+
+
+def _compare_hidden(
+    name: str,
+    family: Family,
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    input_ids: torch.Tensor,
+    remedy: str,
+) -> PrecisionReport:
+    dtype = str(model.dtype).removeprefix("torch.")
+    running, exact = (
+        family.encode(each, input_ids).last_hidden.flatten(0, 1).double() for each in (model, reference)
+    )
+    weights = running.new_full(running.shape[:1], 1 / len(running))
+    cosine = float(hidden_cosine(running, exact, weights))
+    if not torch.isfinite(running).all() or not torch.isfinite(exact).all():
+        raise UserError(f"teacher {name} gives infinite or NaN hidden states in {dtype}: {remedy}")
+    if cosine > LARGEST_COSINE:
+        raise UserError(
+            f"teacher {name} in {dtype} is not the model it is in float32: its hidden states differ by "
+            f"{cosine:.3g} (1 - cos): {remedy}"
+        )
+    return PrecisionReport(name, dtype, cosine=max(0.0, cosine))
 
 
 def _decoder_inputs(family: Family, model: PreTrainedModel, input_ids: torch.Tensor) -> DecoderInputs:

@@ -19,21 +19,31 @@ from train.checkpointing.integrity import COMPLETE, checkpoint_fault, read_facts
 from train.checkpointing.safe_load import weights_only
 from train.distributed.world import import_deepspeed
 from train.errors import RunError, UserError
+from train.export.sentence_files import MODULES, carry_sentence_files
 from train.models.build import count_parameters
 from train.models.encoder_config import read_config, read_tokenizer, write_length_limit
-from train.models.loading import load_masked_lm
+from train.models.families import bare_encoder, family_of, has_head
+from train.models.loading import load_encoder
 
-# Inside each checkpoint: the student's config.json and its tokenizer.
+# Inside each checkpoint: the student's config.json, its tokenizer, and the teacher's files for sentence-transformers.
 DESCRIPTION = "student-config"
 PREFIX = "student."
 
 
-def save_student_description(run_dir: Path, student: PreTrainedModel, tokenizer_source: str) -> None:
-    """Leave what each checkpoint takes along, so that it can be exported without the teacher or the shards."""
+def save_student_description(
+    run_dir: Path, student: PreTrainedModel, tokenizer_source: str, origin: str | None
+) -> None:
+    """Leave what each checkpoint takes along, so that it can be exported without the teacher or the shards.
+
+    Args:
+        origin: folder or hub name of what the student was made from; None from scratch.
+    """
     folder = description_folder(run_dir)
     student.config.save_pretrained(folder)
     read_tokenizer(tokenizer_source).save_pretrained(folder)
     write_length_limit(folder, student.config)
+    if origin is not None:
+        carry_sentence_files(origin, folder, student.config)
 
 
 def description_folder(run_dir: Path) -> Path:
@@ -84,34 +94,38 @@ def load_student(checkpoint: Path) -> PreTrainedModel:
     ):  # it is talkative
         state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     config = read_config(checkpoint / DESCRIPTION)
-    student = AutoModelForMaskedLM.from_config(config, trust_remote_code=False).float()
+    student: PreTrainedModel = AutoModelForMaskedLM.from_config(config, trust_remote_code=False).float()
     weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    if not any(name.startswith(family_of(student).head) for name in weights):
+        student = bare_encoder(student)
     student.load_state_dict(weights)
     return student.eval()
 
 
 def export_checkpoint(checkpoint: Path, out: Path, summary: Mapping[str, Any] | None = None) -> float:
-    """Write the student of a checkpoint as a Hugging Face folder, load it back and compare logits.
+    """Write the student of a checkpoint as a Hugging Face folder, load it back and compare its outputs: logits, or
+    without a head the last hidden states.
 
     The folder appears whole or not at all.
 
     Args:
         summary: the run's figures for the model card (RUN/summary.json); None leaves them out.
     Returns:
-        The largest difference between the logits of the checkpoint's student and of the folder's.
+        The largest difference between the outputs of the checkpoint's student and of the folder's.
     Raises:
-        RunError: the folder that was written does not give the same logits.
+        RunError: the folder that was written does not give the same.
     """
     student = load_student(checkpoint)
     with new_folder(out) as folder:
         student.save_pretrained(folder, safe_serialization=True)
         read_tokenizer(checkpoint / DESCRIPTION).save_pretrained(folder)
         write_length_limit(folder, student.config)
+        carry_sentence_files(str(checkpoint / DESCRIPTION), folder, student.config)
         (folder / "README.md").write_text(model_card(student, checkpoint, summary))
-        difference = _largest_difference(student, load_masked_lm(str(folder)).eval())
+        difference = _largest_difference(student, load_encoder(str(folder)).eval())
         if difference != 0:
             raise RunError(
-                f"{out}: its logits differ from the checkpoint's by {difference}; the disk may be faulty"
+                f"{out}: its outputs differ from the checkpoint's by {difference}; the disk may be faulty"
             )
     return difference
 
@@ -120,7 +134,28 @@ def export_checkpoint(checkpoint: Path, out: Path, summary: Mapping[str, Any] | 
 def _largest_difference(left: PreTrainedModel, right: PreTrainedModel) -> float:
     vocabulary = left.config.vocab_size
     input_ids = torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-    return float((left(input_ids).logits - right(input_ids).logits).abs().max())
+    return float((left(input_ids)[0] - right(input_ids)[0]).abs().max())
+
+
+USES = {
+    "fill-mask": (
+        "transformers",
+        ["from transformers import pipeline", "", 'fill_mask = pipeline("fill-mask", model="THIS_FOLDER")'],
+    ),
+    "feature-extraction": (
+        "transformers",
+        ["from transformers import AutoModel", "", 'encoder = AutoModel.from_pretrained("THIS_FOLDER")'],
+    ),
+    "sentence-similarity": (
+        "sentence-transformers",
+        [
+            "from sentence_transformers import SentenceTransformer",
+            "",
+            'model = SentenceTransformer("THIS_FOLDER")',
+        ],
+    ),
+}
+"""The hub's name of what a model does -> library, lines of code that load it."""
 
 
 class CardFigures(BaseModel):
@@ -136,10 +171,14 @@ def model_card(student: PreTrainedModel, checkpoint: Path, summary: Mapping[str,
     """README.md of the exported folder: what it is, how it was made, what it scores."""
     state = read_facts(checkpoint)
     parameters = count_parameters(student)
+    kind = "fill-mask" if has_head(student) else "feature-extraction"
+    if (checkpoint / DESCRIPTION / MODULES).exists():
+        kind = "sentence-similarity"
+    library, code = USES[kind]
     lines = [
         "---",
-        "library_name: transformers",
-        "pipeline_tag: fill-mask",
+        f"library_name: {library}",
+        f"pipeline_tag: {kind}",
         "---",
         "",
         f"# {student.config.model_type} with {student.config.num_hidden_layers} layers of width "
@@ -149,9 +188,7 @@ def model_card(student: PreTrainedModel, checkpoint: Path, summary: Mapping[str,
         f"{'AdamW' if state.optimizer == 'adamw' else 'LAMB'}.",
         "",
         "```python",
-        "from transformers import pipeline",
-        "",
-        'fill_mask = pipeline("fill-mask", model="THIS_FOLDER")',
+        *code,
         "```",
     ]
     if summary:

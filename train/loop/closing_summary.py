@@ -25,22 +25,29 @@ def closing_lines(run_dir: Path, model: Path, summary: Mapping[str, Any]) -> lis
         raise UserError(f"{run_dir / SUMMARY} is damaged ({one_line(error)}); {RESTORE}") from None
 
 
+TEXT_TERMS = {
+    "heldout_relation": "relations",
+    "heldout_cos": "1 - cos",
+    "heldout_layer_cos": "1 - cos of layers",
+}
+
+
 def _lines(run_dir: Path, model: Path, summary: Mapping[str, Any]) -> list[str]:
     before, last = summary["heldout_before"], summary["heldout"]
-    heldout, agreement = "not measured: the shards hold no held-out windows", "not measured"
+    figures, agreement = [], "not measured" + (": no MLM head guesses tokens" if last else "")
     if "heldout_mlm_loss" in last:
         others = []
         if "heldout_mlm_loss" in before:  # else its row is gone
             others.append(f"{before['heldout_mlm_loss']:.4f} before training")
         if "teacher_heldout_mlm_loss" in before:
             others.append(f"teacher {before['teacher_heldout_mlm_loss']:.4f}")
-        heldout = f"{last['heldout_mlm_loss']:.4f} nats a masked token"
-        heldout += f" ({', '.join(others)})" if others else ""
-    if "heldout_relation" in last:
-        first = before.get("heldout_relation")
-        heldout += f", relations {last['heldout_relation']:.4f}" + (
-            "" if first is None else f" ({first:.4f} before)"
-        )
+        figures.append(f"{last['heldout_mlm_loss']:.4f} nats a masked token")
+        figures[0] += f" ({', '.join(others)})" if others else ""
+    for key, words in TEXT_TERMS.items():
+        if key in last:
+            first = f" ({before[key]:.4f} before)" if key in before else ""
+            figures.append(f"{words} {last[key]:.4f}{first}")
+    heldout = ", ".join(figures) or "not measured: the shards hold no held-out windows"
     if "heldout_top1_agreement" in last:
         agreement = (
             f"{last['heldout_top1_agreement']:.1%} of held-out masked tokens guessed as the teacher does"

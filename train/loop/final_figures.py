@@ -13,7 +13,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 def lacks_last_scores(rows: Rows, state: TrainState, total_steps: int) -> bool:
     """Whether a run has ended, and the held-out scores of its last step are gone: they are then measured again."""
-    scored = any(row["step"] == state.step and row.get("heldout_mlm_loss") is not None for row in rows)
+    scored = any(row["step"] == state.step and _is_heldout(row) for row in rows)
     return state.step >= total_steps and not scored
 
 
@@ -26,7 +26,7 @@ def final_figures(rows: Rows, state: TrainState, tokens: int, log_every_steps: i
     Returns:
         "tokens_per_s" and "loss" are None, and the held-out scores empty, where nothing holds them any more.
     """
-    heldout = {row["step"]: row for row in rows if row.get("heldout_mlm_loss") is not None}
+    heldout = {row["step"]: row for row in rows if _is_heldout(row)}
     speeds = sorted(row["tokens_per_s"] for row in rows if row.get("tokens_per_s") is not None)
     return {
         "steps": state.step,
@@ -36,6 +36,10 @@ def final_figures(rows: Rows, state: TrainState, tokens: int, log_every_steps: i
         "heldout_before": _without_step(heldout.get(0, {})),
         "heldout": _without_step(heldout.get(state.step, {})),
     }
+
+
+def _is_heldout(row: Mapping[str, Any]) -> bool:
+    return any(key.startswith("heldout_") and value is not None for key, value in row.items())
 
 
 def lost_figures(figures: Mapping[str, Any]) -> str | None:

@@ -31,6 +31,7 @@ BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 BAR_FIGURES = {
     "loss": "loss {:.4g}",
     "heldout_mlm_loss": "held-out {:.4g}",
+    "heldout_relation": "relations {:.4g}",
     "tokens_per_s": "{:,.0f} tokens/s",
 }
 """Few enough characters for 80 columns."""

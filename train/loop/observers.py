@@ -55,10 +55,10 @@ class Evaluating:
         self, score: Callable[[], dict[str, Any]] | None, trainer: Trainer, events: Events, every_steps: int
     ) -> None:
         self.score, self.trainer, self.events, self.every_steps = score, trainer, events, every_steps
-        self._newest: tuple[int, float] | None = None
+        self._newest: tuple[int, float | None] | None = None
 
     def loss_at(self, step: int) -> float | None:
-        """Held-out MLM loss of that step, where it is the one evaluated last."""
+        """Held-out MLM loss of that step, where it is the one evaluated last and the model predicts tokens."""
         return self._newest[1] if self._newest is not None and self._newest[0] == step else None
 
     def before_first_step(self, state: TrainState) -> None:
@@ -76,10 +76,10 @@ class Evaluating:
             return
         with self.trainer.clock.host_section("evaluation"):
             row = self.score()
-        loss = row["heldout_mlm_loss"]
-        self._newest = (state.step, loss)
-        if not math.isfinite(loss):
-            raise NonFiniteError(f"the held-out loss is {loss} at step {state.step}. {NON_FINITE_REMEDY}")
+        self._newest = (state.step, row.get("heldout_mlm_loss"))
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise NonFiniteError(f"{name} is {value} at step {state.step}. {NON_FINITE_REMEDY}")
         if not with_teacher:  # it does not change: its own scores stand in the first row alone
             row = {key: value for key, value in row.items() if "teacher" not in key}
         self.events.row(state.step, row)

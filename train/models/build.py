@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +18,15 @@ from data_prep.shard_format.tokenizer_record import check_record
 from train.config import Config
 from train.errors import UserError, one_line
 from train.models.encoder_config import read_config, read_tokenizer
-from train.models.families import family_of_type, max_positions
-from train.models.loading import check_vocabulary, folder_fingerprint, load_masked_lm
+from train.models.families import family_of_type, has_head, max_positions
+from train.models.loading import (
+    NO_HEAD_REMEDY,
+    check_vocabulary,
+    folder_fingerprint,
+    load_encoder,
+    load_masked_lm,
+    with_new_head,
+)
 from train.models.students import Measured, make_student
 from train.models.teacher import Teacher, running_copy
 
@@ -27,14 +35,19 @@ TEACHER_DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "
 
 @dataclass(frozen=True)
 class TeacherFolder:
-    """One teacher as it lies in its folder or on the hub; each part is read once, when it is first asked for."""
+    """One teacher, or the model that is trained on, as it lies in its folder or on the hub; each part is read once,
+    when it is first asked for."""
 
     name: str
+    needs_head: bool = True
+    """Whether it is to predict tokens."""
+    key: str = "model.teacher"
+    """That names it."""
 
     @cached_property
     def config(self) -> Any:
         """Its Hugging Face config."""
-        return teacher_config(self.name)
+        return teacher_config(self.name, self.key)
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -44,12 +57,16 @@ class TeacherFolder:
     @cached_property
     def model(self) -> PreTrainedModel:
         """Its weights: fp32, on the CPU."""
-        return load_masked_lm(self.name, self.config)
+        if not self.needs_head:
+            return load_encoder(self.name, self.config)
+        is_teacher = self.key == "model.teacher"
+        remedy = NO_HEAD_REMEDY if is_teacher else "give --model.new_head=true to put a new one on it"
+        return load_masked_lm(self.name, self.config, remedy)
 
 
 def open_teachers(config: Config, tokenizer: TokenizerInfo) -> list[TeacherFolder]:
-    """The teachers of a recipe, their vocabularies compared with the shards'; no weights are read yet."""
-    folders = [TeacherFolder(name) for name in teacher_names(config)]
+    """`teacher_folders`, their vocabularies compared with the shards'; no weights are read yet."""
+    folders = teacher_folders(config)
     for folder in folders:
         check_vocabulary(folder.name, folder.config, folder.fingerprint, tokenizer)
     return folders
@@ -59,9 +76,9 @@ def build_teacher(config: Config, device: str, folders: Sequence[TeacherFolder] 
     """The frozen teacher (or ensemble) on a device.
 
     Args:
-        folders: the recipe's teachers, where they have been opened before.
+        folders: of `open_teachers`, where they have been opened before.
     """
-    folders = folders or [TeacherFolder(name) for name in teacher_names(config)]
+    folders = folders or teacher_folders(config)
     teacher = Teacher(
         [running_copy(each.model, device, TEACHER_DTYPES[config.model.teacher_dtype]) for each in folders],
         config.model.teacher_weights,
@@ -95,15 +112,23 @@ def teacher_names(config: Config) -> list[str]:
     return [teacher] if isinstance(teacher, str) else list(teacher or [])
 
 
-def teacher_config(name: str) -> Any:
-    """The Hugging Face config of a teacher; UserError naming model.teacher where there is none to be had."""
+def teacher_folders(config: Config) -> list[TeacherFolder]:
+    """The teachers of a recipe, or the model that it trains on; nothing is read yet."""
+    start = config.model.start_from
+    if start is not None:
+        return [TeacherFolder(start, not config.model.new_head, "model.start_from")]
+    return [TeacherFolder(name, config.objective.needs_masks) for name in teacher_names(config)]
+
+
+def teacher_config(name: str, key: str = "model.teacher") -> Any:
+    """The Hugging Face config of a teacher; UserError naming the key where there is none to be had."""
     try:
         return read_config(name)
     except UserError as error:
         if Path(name, "config.json").is_file():
-            raise UserError(f"model.teacher: {error}") from None
+            raise UserError(f"{key}: {error}") from None
         raise UserError(
-            f"model.teacher={name!r}: no Hugging Face folder of that name here, and none from the hub ({error}); give "
+            f"{key}={name!r}: no Hugging Face folder of that name here, and none from the hub ({error}); give "
             "the folder of a masked language model, or the name of one on the hub"
         ) from None
 
@@ -114,16 +139,19 @@ def build_student(
     folders: Sequence[TeacherFolder] = (),
     measured: Measured | None = None,
 ) -> PreTrainedModel:
-    """The model that is trained: made from the first teacher's layers, or from `model.scratch`. fp32, on the CPU.
+    """The model that is trained: made from the first teacher's layers, `model.start_from` itself, or `model.scratch`.
+    fp32, on the CPU.
 
     Args:
-        folders: the recipe's teachers, where they have been opened before.
+        folders: of `open_teachers`, where they have been opened before.
         measured: see make_student; None where a narrower student's shapes alone count.
     """
     model = config.model
-    if model.teacher is None:
-        return _from_scratch(model.scratch or {}, manifest.tokenizer, config.data.seed)
-    folder = folders[0] if folders else TeacherFolder(teacher_names(config)[0])
+    if model.scratch is not None:
+        return _from_scratch(model.scratch, manifest.tokenizer, config.data.seed)
+    folder = (folders or teacher_folders(config))[0]
+    if model.start_from is not None:
+        return _trained_on(folder, model.new_head, config.data.seed)
     return student_of(folder.model, config, measured)
 
 
@@ -140,6 +168,16 @@ def student_of(teacher: PreTrainedModel, config: Config, measured: Measured | No
         measured=measured,
         seed=config.data.seed,
     )
+
+
+def _trained_on(folder: TeacherFolder, new_head: bool, seed: int) -> PreTrainedModel:
+    if not new_head:
+        return copy.deepcopy(folder.model).train()  # what is trained is moved and rounded
+    if has_head(folder.model):
+        raise UserError(
+            f"model.new_head=True: {folder.name} has an MLM head already; leave it out to train that one on"
+        )
+    return with_new_head(folder.model, seed).train()
 
 
 def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int) -> PreTrainedModel:
@@ -197,11 +235,15 @@ def check_tokenizer_beside(shards: str, recorded: TokenizerInfo) -> None:
         check_record(folder, read_tokenizer(folder), recorded)
 
 
+def origin_of(config: Config) -> str | None:
+    """Folder or hub name of what the student's weights (or, at random, its shape) come from; None from scratch."""
+    return next(iter(teacher_names(config)), config.model.start_from)
+
+
 def tokenizer_source(config: Config) -> str:
     """Where the tokenizer that goes with the student is: beside the shards, else with the teacher."""
-    beside_shards = tokenizer_beside(config.data.shards)
-    names = teacher_names(config)
-    return str(beside_shards) if beside_shards.is_dir() or not names else names[0]
+    beside_shards, origin = tokenizer_beside(config.data.shards), origin_of(config)
+    return str(beside_shards) if beside_shards.is_dir() or origin is None else origin
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -59,14 +59,14 @@ class DecoderInputs:
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute paths of one architecture's masked language model."""
+    """Attribute paths of one architecture's masked language model, and of its bare encoder (`has_head`)."""
 
     model_type: str
     """`config.model_type` of Hugging Face."""
     encoder: str
-    """Path of the encoder without pooler or head."""
+    """Name of the encoder, without pooler or head, in the masked language model: its `base_model`."""
     layers: str
-    """Path of the ModuleList of layers."""
+    """Path of the ModuleList of layers in the masked language model, from the encoder's name on."""
     head: tuple[str, ...]
     """Prefixes of the MLM head's parameter names, tied ones aside."""
     projections: tuple[str, ...] = (
@@ -125,7 +125,7 @@ class Family:
             inputs = {"inputs_embeds": inputs_embeds}
             if self.position_ids is not None:
                 inputs["position_ids"] = self.position_ids(model, input_ids)
-        output = attrgetter(self.encoder)(model)(
+        output = model.base_model(
             **inputs,
             attention_mask=attention_mask,
             output_hidden_states=output_hidden_states,
@@ -148,7 +148,7 @@ class Family:
         return DecoderInputs(self.transform(model, hidden), *self.decoder(model), share)
 
     def layer_list(self, model: PreTrainedModel) -> nn.ModuleList:
-        return attrgetter(self.layers)(model)
+        return attrgetter(self.layers.removeprefix(f"{self.encoder}."))(model.base_model)
 
     def num_layers(self, model: PreTrainedModel) -> int:
         return int(getattr(model.config, self.num_layers_field))
@@ -304,6 +304,18 @@ def max_positions(config: Any) -> int | None:
     if not positions:
         return None
     return int(positions) - (config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0)
+
+
+def has_head(model: PreTrainedModel) -> bool:
+    """Whether a model predicts tokens. Without an MLM head it is the bare encoder, which is its own base model."""
+    return model.base_model is not model
+
+
+def bare_encoder(model: PreTrainedModel) -> PreTrainedModel:
+    """A masked language model without its head: the same tensors."""
+    encoder = model.base_model
+    assert isinstance(encoder, PreTrainedModel)
+    return encoder
 
 
 def family_of(model: PreTrainedModel) -> Family:

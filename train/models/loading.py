@@ -1,9 +1,10 @@
 """Load models and tokenizers from Hugging Face folders, refusing what would compute with noise.
 
 transformers only warns when weights are missing (and leaves them random), have another shape, or belong to layers that
-the config does not have. `_load` makes an error of each, for all four uses:
+the config does not have. `_load` makes an error of each, for all uses:
 
     load_masked_lm         a teacher, or the start of a student: its MLM head must be there
+    load_encoder           the same where no term of the objective predicts tokens: without its head if it has none
     load_with_saved_head   any encoder with the head that it was saved with: ONNX export, latency
     load_finetuned         a model that was fine-tuned on a task: a teacher of task distillation
     load_with_new_head     an encoder under a new head for a task
@@ -11,6 +12,7 @@ the config does not have. `_load` makes an error of each, for all four uses:
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,42 +34,81 @@ from train.models.encoder_config import (
     read_tokenizer,
     refuse_decoder,
 )
-from train.models.families import FAMILIES, family_of_type
+from train.models.families import FAMILIES, bare_encoder, family_of_type
 from train.models.heads import head_of_class
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors.index.json", "*.bin.index.json")
-POOLER = "pooler."
+POOLER = ("pooler.",)
 """Not every head has one: where a model's is missing, a new head draws its own."""
+NO_HEAD_REMEDY = (
+    "give a checkpoint that was saved with its masked-language-model head, or an objective that predicts no tokens "
+    "(kd_weight, mlm_weight and mse_weight 0; relation_weight=1, for example), or train a head on first "
+    "(--model.teacher=null --model.start_from={name} --model.new_head=true) and take that run's model"
+)
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
-def load_masked_lm(path_or_hub: str, config: Any = None) -> PreTrainedModel:
+def load_masked_lm(
+    path_or_hub: str, config: Any = None, no_head_remedy: str = NO_HEAD_REMEDY
+) -> PreTrainedModel:
     """A masked language model with SDPA attention, fp32 on the CPU, every weight from the checkpoint.
 
     Args:
         path_or_hub: a Hugging Face folder or a name on the hub.
         config: its Hugging Face config, where that has been read before.
+        no_head_remedy: what to do without a head; {name} is the model's.
     Raises:
         UserError: no such folder, an unsupported architecture, or weights as in `_load`, the MLM head's among them.
     """
+    model, missing = _load_with_head(path_or_hub, config)
+    if missing:
+        kinds = ", ".join(model.config.architectures or ["no architecture"])
+        raise UserError(
+            f"{path_or_hub} has no MLM head: {_listed(missing)} missing from its weights (its config.json names "
+            f"{kinds}); {no_head_remedy.format(name=path_or_hub)}"
+        )
+    return model
+
+
+def load_encoder(path_or_hub: str, config: Any = None) -> PreTrainedModel:
+    """`load_masked_lm`, or where its weights hold no MLM head the bare encoder, without a pooler.
+
+    Raises:
+        UserError: as there; a part of a head.
+    """
+    model, missing = _load_with_head(path_or_hub, config)
+    if not missing:
+        return model
+    head, tied = family_of_type(model.config.model_type).head, model.get_input_embeddings().weight
+    own = {name for name, weight in model.named_parameters() if name.startswith(head) and weight is not tied}
+    if own - set(missing):
+        raise UserError(_incomplete(path_or_hub, missing))
+    return bare_encoder(model)
+
+
+def with_new_head(encoder: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A bare encoder's weights under an MLM head drawn from `seed`, whose decoder is tied to the embeddings."""
+    config = copy.deepcopy(encoder.config)
+    config.tie_word_embeddings = True
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForMaskedLM.from_config(
+            config, attn_implementation=family_of_type(config.model_type).attention, trust_remote_code=False
+        ).float()
+    bare_encoder(model).load_state_dict(encoder.state_dict())
+    return model
+
+
+def _load_with_head(path_or_hub: str, config: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A masked language model, and which of its head's weights are missing: random numbers."""
     config = config or read_config(path_or_hub)
     refuse_decoder(path_or_hub, config)
     family = family_of_type(config.model_type)
-
-    def without_head(model: PreTrainedModel, missing: Sequence[str]) -> str | None:
-        if not any(key.startswith(family.head) for key in missing):
-            return None
-        kinds = ", ".join(config.architectures or ["no architecture"])
-        return (
-            f"{path_or_hub} has no MLM head: {_listed(missing)} missing from its weights (its config.json names "
-            f"{kinds}); give a checkpoint that was saved with its masked-language-model head"
-        )
-
     options = {"config": config, "attn_implementation": family.attention}
-    return _load(path_or_hub, AutoModelForMaskedLM, options, without_head)[0]
+    return _load(path_or_hub, AutoModelForMaskedLM, options, optional=family.head)
 
 
 def load_with_saved_head(folder: Path) -> PreTrainedModel:
@@ -82,6 +123,10 @@ def load_with_saved_head(folder: Path) -> PreTrainedModel:
     if not class_name:
         raise UserError(f"{folder}/config.json names no architectures: save the model with save_pretrained")
     auto_class = getattr(transformers, head_of_class(class_name, str(folder)).auto_class)
+    if (
+        auto_class is AutoModel
+    ):  # of which only the last hidden states are asked for: a pooler, if any, is no part
+        return _load(folder, auto_class, optional=POOLER)[0].eval()
     return _load(folder, auto_class)[0].eval()
 
 
@@ -96,7 +141,7 @@ def load_finetuned(name: str, auto_class: Any) -> PreTrainedModel:
 
     def without_head(model: PreTrainedModel, missing: Sequence[str]) -> str | None:
         encoder = f"{model.base_model_prefix}."
-        if not missing or any(key.startswith(encoder) and POOLER not in key for key in missing):
+        if not missing or any(key.startswith(encoder) and POOLER[0] not in key for key in missing):
             return None
         return (
             f"{name} is not fine-tuned: {_listed(missing)} missing from its weights; fine-tune it on the task first "
@@ -125,7 +170,7 @@ def load_with_new_head(name: str, auto_class: Any, seed: int, head: Mapping[str,
     loaded = {
         key: value for key, value in encoder.state_dict().items() if key in wanted and key not in missing
     }
-    without = [key for key in wanted if key not in loaded and POOLER not in key]
+    without = [key for key in wanted if key not in loaded and not key.startswith(POOLER)]
     assert not without, without
     model.base_model.load_state_dict(loaded, strict=False)
     return model
@@ -136,14 +181,14 @@ def _load(
     auto_class: Any,
     options: Mapping[str, Any] | None = None,
     without_head: Callable[[PreTrainedModel, Sequence[str]], str | None] | None = None,
-    optional: str | None = None,
-) -> tuple[PreTrainedModel, set[str]]:
+    optional: tuple[str, ...] = (),
+) -> tuple[PreTrainedModel, list[str]]:
     """`auto_class.from_pretrained`, on the CPU, silent, without any code of the folder's.
 
     Args:
         options: of from_pretrained; fp32 unless it says otherwise.
         without_head: gives the message for (model, missing keys) where these mean that the head is not there.
-        optional: part of the keys that may be missing; None where all must be there.
+        optional: beginnings of the keys that may be missing.
     Returns:
         The model, and the keys of `optional` that are missing: random numbers.
     Raises:
@@ -169,8 +214,8 @@ def _load(
         if (refusal := refused_pickle(error)) is not None:
             raise UserError(f"{name}: its weights cannot be read: a file {refusal}") from None
         raise UserError(f"{name}: its weights cannot be read: {one_line(error)}; {COPY_AGAIN}") from None
-    absent = {key for key in info["missing_keys"] if optional is not None and optional in key}
-    missing = sorted(set(info["missing_keys"]) - absent)
+    absent = sorted(key for key in info["missing_keys"] if key.startswith(optional))
+    missing = sorted(set(info["missing_keys"]) - set(absent))
     if without_head is not None and (message := without_head(model, missing)) is not None:
         raise UserError(message)
     _refuse_gaps(name, model.config, missing, info)
@@ -196,15 +241,17 @@ def _refuse_gaps(name: str | Path, config: Any, missing: Sequence[str], info: Ma
             f"{name}: {key} has shape {tuple(found)}, by its config.json {tuple(expected)}; {together}"
         )
     if missing:
-        raise UserError(
-            f"{name} is incomplete: {_listed(missing)} missing from its weights; give a whole checkpoint"
-        )
+        raise UserError(_incomplete(name, missing))
     pattern = _layers_of(config.model_type)
     layers = [int(found[1]) for key in info["unexpected_keys"] if (found := pattern.search(key))]
     if max(layers, default=-1) >= config.num_hidden_layers:  # others are something else's: an adapter's, say
         raise UserError(
             f"{name}: its weights have {max(layers) + 1} layers, its config.json {config.num_hidden_layers}; {together}"
         )
+
+
+def _incomplete(name: str | Path, missing: Sequence[str]) -> str:
+    return f"{name} is incomplete: {_listed(missing)} missing from its weights; give a whole checkpoint"
 
 
 def _listed(names: Sequence[str]) -> str:

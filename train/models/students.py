@@ -7,12 +7,21 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from transformers import DistilBertConfig, DistilBertForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, DistilBertConfig, PretrainedConfig, PreTrainedModel
 
 from train.errors import UserError
-from train.models.families import BERT, DISTILBERT, Family, family_of, family_of_type
+from train.models.families import (
+    BERT,
+    DISTILBERT,
+    Family,
+    bare_encoder,
+    family_of,
+    family_of_type,
+    has_head,
+)
 from train.models.narrowing import Importance, choose, narrow_weights
 
 ORIGINAL_LAYERS = (0, 2, 4, 7, 9, 11)
@@ -42,10 +51,11 @@ def make_student(
 ) -> PreTrainedModel:
     """A trainable fp32 student on the CPU, in train mode.
 
-    BERT becomes DistilBertForMaskedLM, whose positions take in token-type row 0 (DistilBERT has no token
-    types; the original code dropped that row); every other family keeps its class. With all the layers and
-    the same width a student computes what its teacher does; a narrower one keeps the part of it that matters most
-    (train/models/narrowing.py), and LayerNorms and products over fewer dimensions as they come.
+    BERT becomes DistilBERT, whose positions take in token-type row 0 (DistilBERT has no token types; the original
+    code dropped that row); every other family stays what it is. The student has an MLM head where the teacher has
+    one. With all the layers and the same width a student computes what its teacher does; a narrower one keeps the
+    part of it that matters most (train/models/narrowing.py), and LayerNorms and products over fewer dimensions as
+    they come.
 
     Args:
         num_layers: depth; None for the map's own, which is half of the teacher's except for a list.
@@ -61,14 +71,17 @@ def make_student(
     """
     config, layers = student_config(teacher_model.config, num_layers, layer_map, width, heads, feed_forward)
     family = family_of(teacher_model)
-    kind = DistilBertForMaskedLM if family is BERT else type(teacher_model)
+    kind: Any = MODEL_FOR_MASKED_LM_MAPPING[type(config)]
     if layer_map == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return kind(config).train()
+            fresh: PreTrainedModel = kind(config).train()
+            return fresh if has_head(teacher_model) else bare_encoder(fresh)
     wide, _ = student_config(teacher_model.config, num_layers, layer_map)
-    student = kind(wide)
+    student: PreTrainedModel = kind(wide)
     teacher = {name: value.detach().float() for name, value in teacher_model.state_dict().items()}
+    if not has_head(teacher_model):  # its names, as they are in a masked language model
+        teacher = {f"{family.encoder}.{name}": value for name, value in teacher.items()}
     if family is BERT:
         if teacher_model.config.layer_norm_eps != 1e-12:
             logger.warning(
@@ -76,12 +89,16 @@ def make_student(
                 "difference",
                 teacher_model.config.layer_norm_eps,
             )
-        student.load_state_dict(_distilbert_weights(teacher, layers))
+        weights = _distilbert_weights(teacher, layers)
     else:
         _check_first_layer(family, teacher_model, layers)
-        student.load_state_dict(_same_class_weights(family, teacher, layers))
+        weights = _same_class_weights(family, teacher, layers)
+    found = student.load_state_dict(weights, strict=has_head(teacher_model))
+    assert all(name.startswith(family_of(student).head) for name in found.missing_keys), found
     if config.to_dict() != wide.to_dict():
         student = _narrowed(student, kind(config), measured)
+    if not has_head(teacher_model):
+        student = bare_encoder(student)
     return student.train()
 
 
@@ -234,14 +251,14 @@ def _distilbert_weights(teacher: dict[str, torch.Tensor], layers: tuple[int, ...
             "bert.embeddings.position_embeddings.weight"
         ]
         + teacher["bert.embeddings.token_type_embeddings.weight"][0],
-        "vocab_projector.weight": teacher["cls.predictions.decoder.weight"],
-        "vocab_projector.bias": teacher["cls.predictions.decoder.bias"],
     }
-    modules = {
-        "distilbert.embeddings.LayerNorm": "bert.embeddings.LayerNorm",
+    modules = {"distilbert.embeddings.LayerNorm": "bert.embeddings.LayerNorm"}
+    head = {
         "vocab_transform": "cls.predictions.transform.dense",
         "vocab_layer_norm": "cls.predictions.transform.LayerNorm",
+        "vocab_projector": "cls.predictions.decoder",
     }
+    modules |= {name: source for name, source in head.items() if f"{source}.weight" in teacher}
     within_layer = {
         "attention.q_lin": "attention.self.query",
         "attention.k_lin": "attention.self.key",

@@ -1,4 +1,4 @@
-"""One or several frozen masked language models as a teacher.
+"""One or several frozen encoders as a teacher, with their MLM heads where a term of the objective reads logits.
 
 It lives outside the engine, the optimizer and every checkpoint: it is no submodule of anything that is
 trained. It runs in eval mode under torch.inference_mode, fp16 on a GPU and fp32 on a CPU.
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from train.errors import UserError
 from train.models.attention_vectors import AttentionVectors
-from train.models.families import DecoderInputs, Family, family_of, max_positions
+from train.models.families import DecoderInputs, Family, family_of, has_head, max_positions
 from train.models.loading import folder_fingerprint, load_masked_lm
 
 
@@ -135,6 +135,11 @@ class Teacher:
     def config(self) -> Any:
         """Config of the first teacher, from which the student is made."""
         return self.models[0].config
+
+    @property
+    def has_head(self) -> bool:
+        """Whether all members predict tokens."""
+        return all(has_head(model) for model in self.models)
 
     @property
     def vocab_size(self) -> int:

@@ -34,7 +34,7 @@ def build_objective(
         return DistillationLoss(settings)
     assert teacher is not None
     family = family_of(student)
-    vocabulary = family.decoder(student)[0].shape[0]
+    vocabulary = student.config.vocab_size
     if settings.needs_teacher_logits and vocabulary != teacher.vocab_size:
         raise UserError(
             f"the student has a vocabulary of {vocabulary} tokens, the teacher {teacher.names[0]} one of "

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from train.config import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.models.attention_vectors import AttentionVectors
-from train.models.families import EncoderOutput, family_of
+from train.models.families import EncoderOutput, family_of, has_head
 from train.models.teacher import TeacherOutput
 from train.objective.chunk_terms import VocabularyWeights, Workspace
 from train.objective.fused_loss import VocabularyTerms, vocabulary_loss
@@ -120,7 +120,7 @@ class DistillationLoss(nn.Module):
         """Run the student on a masked micro batch and compare.
 
         Args:
-            student: any model of train/models/families.py with an MLM head; see train/objective/build.py.
+            student: any model of train/models/families.py, with an MLM head where a term predicts tokens.
             masked: input_ids (B, L) int64; positions, targets (B, n) int64; valid (B, n) bool.
             teacher: the teacher's output on masked.input_ids; None if no term needs it.
             attention_mask: (B, L), non-zero where a token counts; None when nothing is padded.
@@ -134,7 +134,7 @@ class DistillationLoss(nn.Module):
         assert teacher is not None or not settings.needs_teacher
         family = family_of(student)
         embedding, tied, embedded = student.get_input_embeddings(), None, None
-        if embedding.weight is family.decoder(student)[0]:
+        if has_head(student) and embedding.weight is family.decoder(student)[0]:
             tied = TiedGradient()
             embedded = tied_lookup(embedding, masked.input_ids, tied)
         encoded = family.encode(
@@ -151,15 +151,9 @@ class DistillationLoss(nn.Module):
             )
             terms = self._vocabulary_terms(student, encoded, teacher, tokens, tied)
         loss = torch.zeros((), device=masked.input_ids.device) if terms is None else terms.loss
-        cosine = layer_cosine = None
-        keep = keep_weights(masked.input_ids, attention_mask, num_tokens)
-        if settings.needs_hidden:
-            assert teacher is not None
-            cosine, layer_cosine = self._hidden_terms(encoded, teacher, keep)
-        relation = None
-        if self.relations is not None:
-            assert teacher is not None
-            relation = self.relation_term(teacher, keep.view(masked.input_ids.shape), attention_mask)
+        keep = keep_weights(masked.input_ids, attention_mask, num_tokens).view(masked.input_ids.shape)
+        cosine, layer_cosine, relation = self._encoder_terms(encoded, teacher, keep, attention_mask)
+        if relation is not None:
             loss = loss + settings.relation_weight * relation
         if cosine is not None:
             loss = loss + settings.cosine_weight * cosine
@@ -201,30 +195,56 @@ class DistillationLoss(nn.Module):
             tied=tied,
         )
 
-    def _hidden_terms(
-        self, encoded: EncoderOutput, teacher: TeacherOutput, keep: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Cosine terms of the last hidden states and of the mapped layers; None for one that is off."""
-        settings = self.settings
-        last = self._cosine(encoded, teacher, keep, None) if settings.cosine_weight > 0 else None
-        if settings.layer_cosine_weight == 0:
-            return last, None
-        mapped = [self._cosine(encoded, teacher, keep, pair) for pair in settings.layer_pairs]
-        return last, torch.stack(mapped).mean()
-
-    def relation_term(
-        self,
-        teacher: TeacherOutput,
-        weights: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The relations' divergence after a forward pass of the student and of the teacher; members by their share.
+    @torch.no_grad()
+    def score_text(
+        self, student: PreTrainedModel, teacher: TeacherOutput, input_ids: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The terms that read no logits, of text as it is.
 
         Args:
-            weights: (B, L) of each position in the mean.
+            student: in eval mode.
+            teacher: its output on the same input_ids (B, L).
+        Returns:
+            Sums over the tokens, fp32 scalars on the device, of those that are on: "cos", "layer_cos", "relation".
         """
-        relations = self.relations
-        assert relations is not None
+        encoded = family_of(student).encode(student, input_ids, None, self.settings.needs_layers)
+        keep = torch.ones(input_ids.shape, device=input_ids.device)
+        names = ("cos", "layer_cos", "relation")
+        terms = zip(names, self._encoder_terms(encoded, teacher, keep, None), strict=True)
+        return {name: value for name, value in terms if value is not None}
+
+    def _encoder_terms(
+        self,
+        encoded: EncoderOutput,
+        teacher: TeacherOutput | None,
+        keep: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Cosine of the last hidden states, of the mapped layers, and relations; None for one that is off.
+
+        Args:
+            keep: (B, L) weight of each position in the mean.
+        """
+        settings = self.settings
+        last = mapped = relation = None
+        if settings.cosine_weight > 0:
+            last = self._cosine(encoded, teacher, keep.flatten(), None)
+        if settings.layer_cosine_weight > 0:
+            pairs = [self._cosine(encoded, teacher, keep.flatten(), pair) for pair in settings.layer_pairs]
+            mapped = torch.stack(pairs).mean()
+        if self.relations is not None:
+            relation = self._relation(self.relations, teacher, keep, attention_mask)
+        return last, mapped, relation
+
+    def _relation(
+        self,
+        relations: Relations,
+        teacher: TeacherOutput | None,
+        weights: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The relations' divergence after a forward pass of the student and of the teacher; members by their share."""
+        assert teacher is not None
         student = relations.student.take()
         parts = []
         for member in teacher.members:
@@ -243,11 +263,12 @@ class DistillationLoss(nn.Module):
     def _cosine(
         self,
         encoded: EncoderOutput,
-        teacher: TeacherOutput,
+        teacher: TeacherOutput | None,
         keep: torch.Tensor,
         pair: tuple[int, int] | None,
     ) -> torch.Tensor:
         """Cosine term of the last hidden states, or of one (student, teacher) pair; members by their share."""
+        assert teacher is not None
         if pair is None:
             student_hidden = encoded.last_hidden
         else:

@@ -11,9 +11,19 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from data_prep.shard_format.manifest import Manifest
 from train.build import build_heldout, heldout_scoring
-from train.config import Config, DataConfig, EvaluationConfig, MaskingConfig, ModelConfig, TrainingConfig
+from train.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    MaskingConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TrainingConfig,
+)
 from train.distributed.world import World
 from train.evaluation.masking import LABEL, label_of_row, training_label
+from train.models.teacher import Teacher
+from train.objective.build import build_objective
 from train.run_folder import as_tree
 
 
@@ -40,6 +50,27 @@ def test_scores_are_those_of_one_masking_whatever_the_run_trains_with(
     scores = [heldout_scoring(each, "cpu")[1](student) for each in (config, other)]
     assert scores[0] == scores[1]
     assert scores[0][LABEL] == "15 % of 32 tokens, uniform"
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+def test_terms_without_logits_are_scored_of_the_text_as_it_is(
+    config: Config, student: PreTrainedModel, with_head: bool
+) -> None:
+    """Of models without head nothing else is; a student that is its teacher has none to lose."""
+    objective = ObjectiveConfig(kd_weight=0, mlm_weight=0, relation_weight=1, relation_layers=[(2, 3)])
+    _, evaluation, teacher = heldout_scoring(replace(config, objective=objective), "cpu")
+    scored = student if with_head else student.base_model
+    terms = build_objective(objective, scored, teacher)
+    scores = evaluation(scored, teacher, terms)
+    assert scores["heldout_relation"] > 1e-4
+    assert abs(scores["heldout_cos"]) < 1e-6
+    assert ("heldout_mlm_loss" in scores, LABEL in scores) == (with_head, with_head)
+    bare = Teacher([teacher.models[0].base_model], relation_layers=[3])
+    again = evaluation(scored, bare, terms)
+    assert {key: again[key] for key in ("heldout_relation", "heldout_cos")} == {
+        key: scores[key] for key in ("heldout_relation", "heldout_cos")
+    }
+    assert "heldout_kl" not in again
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5, 7, 64])

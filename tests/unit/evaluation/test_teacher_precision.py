@@ -34,6 +34,27 @@ def test_half_precision_is_checked_against_fp32(teacher_folder, batch):
     assert (report.kl, report.top1_agreement) == (0, 1)
 
 
+def test_without_a_head_the_hidden_states_are_compared(teacher_folder, batch):
+    original = load_masked_lm(teacher_folder).base_model
+    for dtype, limit in ((torch.float16, 1e-5), (torch.bfloat16, 1e-3)):
+        report = checked(original, batch, dtype)
+        assert 0 < report.cosine < limit
+        assert str(report).startswith(
+            f"no MLM head; {str(dtype).removeprefix('torch.')} against fp32: 1 - cos "
+        )
+    assert checked(original, batch).cosine < 1e-12
+    teacher = Teacher([running_copy(original, "cpu", torch.float16)], names=["x"])
+    norm = teacher.models[0].encoder.layer[3].output.LayerNorm
+    norm.bias.data.add_(torch.randn(32).half())
+    with pytest.raises(
+        UserError, match=r"teacher x in float16 is not the model it is .* differ by 0\.\d+ \(1 - cos\)"
+    ):
+        check_teacher_precision(teacher, [original], batch)
+    norm.bias.data[3] = float("nan")
+    with pytest.raises(UserError, match="teacher x gives infinite or NaN hidden states in float16: set"):
+        check_teacher_precision(teacher, [original], batch)
+
+
 def test_overflow_and_nan_are_refused(teacher_folder, batch):
     model = load_masked_lm(teacher_folder)
     with torch.no_grad():  # fp16 ends at 65,504

@@ -53,7 +53,7 @@ def test_an_export_takes_400_words(
     model: PreTrainedModel = MODELS[kind]()
     weights = {f"student.{name}": value for name, value in model.state_dict().items()}
     monkeypatch.setattr(zero_to_fp32, "get_fp32_state_dict_from_zero_checkpoint", lambda folder, tag: weights)
-    save_student_description(tmp_path, model, tokenizer_folder)
+    save_student_description(tmp_path, model, tokenizer_folder, None)
     checkpoint = tmp_path / "checkpoints" / "step-00000001"
     (tmp_path / "checkpoints" / "student-config").rename(checkpoint.parent / "kept")
     checkpoint.mkdir()

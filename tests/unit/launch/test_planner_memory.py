@@ -25,8 +25,10 @@ from launch.planner.models import PUBLISHED, describe, models_of, named_model
 from train.config import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.engine_config import EngineSettings
+from train.errors import UserError
 from train.models.families import family_of
 from train.models.flops import training_flops_per_token
+from train.models.loading import load_masked_lm
 from train.models.students import make_student
 from train.models.teacher import Teacher
 from train.objective.distillation import DistillationLoss
@@ -95,6 +97,27 @@ def test_planned_models_are_the_built_ones(
     assert {parameter.device.type for parameter in student.parameters()} == {"meta"}
     assert describe(student) == describe(make_student(teacher, layer_map=layer_map, **sizes))
     assert [describe(each) for each in teachers] == [describe(teacher)]
+
+
+def test_without_head_and_trained_on(teacher_folder: str, tmp_path: Path) -> None:
+    """A folder's class says whether it has a head; where a term predicts tokens it will have one."""
+    teacher = load_masked_lm(teacher_folder)
+    bare = teacher.base_model
+    bare.save_pretrained(tmp_path)
+    relations = [f"--objective.{term}_weight=0" for term in ("kd", "mlm", "cosine")]
+    relations += ["--objective.relation_weight=1", "--model.layer_map=every_other"]
+    for folder, expected in ((teacher_folder, teacher), (tmp_path, bare)):
+        student, teachers = models_of(parse_config([f"--model.teacher={folder}", *relations], ""))
+        assert describe(student) == describe(make_student(expected, layer_map="every_other"))
+        assert [describe(each) for each in teachers] == [describe(expected)]
+    words = ["--model.teacher=null", f"--model.start_from={tmp_path}", "--model.new_head=true"]
+    words += ["--objective.kd_weight=0", "--objective.cosine_weight=0"]
+    student, teachers = models_of(parse_config(words, ""))
+    assert (describe(student), teachers) == (describe(teacher), ())
+    with pytest.raises(
+        UserError, match=r"model.start_from='x/y': no folder with a config.json, and not in plan.py's"
+    ):
+        models_of(parse_config([*words, "--model.start_from=x/y"], ""))
 
 
 def test_published_sizes() -> None:

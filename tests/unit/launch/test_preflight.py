@@ -43,7 +43,13 @@ from launch.preflight.checks import (
 )
 from launch.preflight.host_checks import check_network, read_env_files
 from launch.preflight.hosts import Host, UnreachableError, ask, keep_alive_s, read_hostfile
-from launch.preflight.recipe_checks import CPU_TOKENS, check_recipe, check_teacher, needed_disk_gib
+from launch.preflight.recipe_checks import (
+    CPU_TOKENS,
+    check_recipe,
+    check_teacher,
+    check_tokenizer,
+    needed_disk_gib,
+)
 from tests.distributed.pretraining import small_settings
 from tests.paths import ROOT
 from train.distributed.rendezvous import free_port
@@ -442,6 +448,30 @@ def test_teacher_that_overflows_at_a_late_token(teacher_folder: str, tmp_path: P
     (finding,) = check_teacher(parse_config([f"--model.teacher={tmp_path}", "--data.sequence_length=32"], ""))
     assert not finding.ok
     assert "infinite or NaN logits in float16" in finding.result
+
+
+def test_a_teacher_without_head_is_well_where_no_term_predicts_tokens(
+    shards_folder: str, teacher_folder: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    shutil.copytree(teacher_folder, tmp_path / "bare")
+    AutoModelForMaskedLM.from_pretrained(teacher_folder).base_model.save_pretrained(tmp_path / "bare")
+    words = [*small_settings(shards_folder, teacher_folder), f"--model.teacher={tmp_path}/bare"]
+    (finding,) = check_teacher(parse_config(words, ""))
+    assert not finding.ok
+    assert "has no MLM head" in finding.result + finding.remedy
+    relations = [f"--objective.{term}_weight=0" for term in ("kd", "mlm", "cosine")]
+    config = parse_config([*words, *relations, "--objective.relation_weight=1"], "")
+    findings = [*check_teacher(config), check_tokenizer(config), *check_recipe(config, 2)]
+    assert all(finding.ok for finding in findings), findings
+    assert "no MLM head; float16 against fp32: 1 - cos" in findings[0].result
+    words += ["--model.teacher=null", f"--model.start_from={tmp_path}/bare", "--objective.kd_weight=0"]
+    words += ["--objective.cosine_weight=0", "--model.layer_map=distilbert"]
+    for more, expected in ((["--model.new_head=true"], True), ([], False)):
+        student = check_recipe(parse_config([*words, *more], ""), 2)[-1]
+        assert student.ok == expected
+    assert student.remedy == "give --model.new_head=true to put a new one on it"
 
 
 def test_cluster_env_counts_as_a_ranks_environment(tmp_path: Path) -> None:

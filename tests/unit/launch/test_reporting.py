@@ -29,6 +29,7 @@ from launch.reporting.loss_curves import (
 )
 from launch.reporting.runs import device_of, read_run_facts
 from launch.reporting.scores import retention
+from launch.reporting.tables import heldout_table, heldout_text
 from train.config import Config, DataConfig, ModelConfig
 from train.errors import UserError
 from train.finetuning.tasks import SPLIT_OFF
@@ -199,6 +200,25 @@ def rows_of(folder: Path) -> dict[str, dict[str, list[str]]]:
     """Table title -> first cell of the row -> the other cells, from the page."""
     page = Page((folder / "report.html").read_text())
     return {title: {row[0]: row[1:] for row in rows} for title, rows in page.tables.items()}
+
+
+def test_models_without_head_have_columns_of_their_own() -> None:
+    """And none that would be empty."""
+    rest = (None, None, None, None, 1234.4, None)
+    models = [
+        ComparedModel("teacher", 110_000, *rest),
+        ComparedModel("student", 66_000, *rest, relation=0.25),
+    ]
+    table = heldout_table(models)
+    assert [column.heading for column in table.columns] == [
+        "model",
+        "parameters",
+        "relations to teacher (nats)",
+        "sentences/s (CPU, batch 32)",
+    ]
+    assert table.rows == [("teacher", "110,000", DASH, "1,234"), ("student", "66,000", "0.2500", "1,234")]
+    assert table.title == "Held-out text, the same for every model"
+    assert "0.2500" in heldout_text(models)
 
 
 def test_numbers_are_the_inputs(everything: Path) -> None:

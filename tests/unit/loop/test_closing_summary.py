@@ -27,6 +27,18 @@ def test_a_distillation_ends_with_its_figures_and_the_next_command() -> None:
     ]
 
 
+def test_models_without_head_have_figures_of_their_own() -> None:
+    before, last = (
+        {"heldout_relation": 1.5, "heldout_cos": 0.25},
+        {"heldout_relation": 0.5, "heldout_cos": 0.125},
+    )
+    summary = {**SUMMARY, "teacher": "t", "heldout_before": before, "heldout": last}
+    assert closing_lines(Path("runs/a"), Path("runs/a/model"), summary)[1:3] == [
+        "held-out loss  relations 0.5000 (1.5000 before), 1 - cos 0.1250 (0.2500 before)",
+        "agreement      not measured: no MLM head guesses tokens",
+    ]
+
+
 def test_a_run_without_teacher_or_held_out_windows() -> None:
     summary = {**SUMMARY, "loss": None, "teacher": None, "heldout_before": {}, "heldout": {}}
     lines = closing_lines(Path("runs/a"), Path("runs/a/model"), summary)

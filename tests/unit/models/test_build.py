@@ -18,6 +18,8 @@ from train.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from train.errors import UserError
 from train.loop.trainer import DistillationModule
 from train.models.build import build_student, build_teacher, open_teachers, teacher_config
+from train.models.families import has_head
+from train.models.loading import load_masked_lm
 from train.models.students import make_student
 from train.models.teacher import load_teacher
 from train.objective.build import build_objective
@@ -89,6 +91,71 @@ def test_a_manifest_that_records_another_tokenizer_is_refused(shards_folder: str
             _ = inputs.manifest
     shutil.rmtree(folder / "tokenizer")  # nothing to compare with
     load_manifest(str(folder))
+
+
+@pytest.fixture(scope="module")
+def bare_folder(teacher_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The teacher without its MLM head."""
+    folder = Path(shutil.copytree(teacher_folder, tmp_path_factory.mktemp("bare") / "model"))
+    load_masked_lm(teacher_folder).base_model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_folder_without_head_teaches_where_no_term_predicts_tokens(
+    teacher_folder: str, bare_folder: str, shards_folder: str
+) -> None:
+    manifest = Manifest.load(shards_folder)
+    weights = {"kd_weight": 0.0, "mlm_weight": 0.0, "cosine_weight": 0.0, "relation_weight": 1.0}
+    for name in (teacher_folder, bare_folder):
+        model = ModelConfig(teacher=name, layer_map="every_other")
+        config = Config(
+            model=model, data=DataConfig(sequence_length=16), objective=ObjectiveConfig(**weights)
+        )
+        folders = open_teachers(config, manifest.tokenizer)
+        teacher, student = build_teacher(config, "cpu", folders), build_student(config, manifest, folders)
+        assert has_head(student) == teacher.has_head == (name == teacher_folder)
+        build_objective(config.objective, student, teacher)
+    for on in ("kd_weight", "mlm_weight", "mse_weight"):
+        objective = ObjectiveConfig(**{**weights, on: 1.0})
+        with pytest.raises(
+            UserError, match=rf"{bare_folder} has no MLM head: .*or an objective that predicts no"
+        ):
+            build_student(replace(config, objective=objective), manifest)
+
+
+def test_a_model_is_trained_on_in_its_own_architecture(
+    teacher_folder: str, bare_folder: str, shards_folder: str
+) -> None:
+    manifest = Manifest.load(shards_folder)
+
+    def trained(name: str, **settings: Any) -> Any:
+        model = ModelConfig(teacher=None, start_from=name, layer_map="distilbert", **settings)
+        return build_student(Config(model=model, objective=PLAIN_MLM), manifest)
+
+    expected = load_masked_lm(teacher_folder)
+    model = trained(teacher_folder)
+    assert model.training
+    assert type(model) is type(expected)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+    with_new = trained(bare_folder, new_head=True)
+    assert has_head(with_new)
+    assert torch.equal(
+        with_new.bert.embeddings.word_embeddings.weight, expected.get_input_embeddings().weight
+    )
+    with pytest.raises(
+        UserError, match=rf"{bare_folder} has no MLM head: .*; give --model.new_head=true to put"
+    ):
+        trained(bare_folder)
+    with pytest.raises(
+        UserError, match=rf"model.new_head=True: {teacher_folder} has an MLM head already; leave"
+    ):
+        trained(teacher_folder, new_head=True)
+    with pytest.raises(UserError, match=r"model.start_from='\S+none': no Hugging Face folder of that name"):
+        trained(f"{bare_folder}/none")
+    other = replace(manifest.tokenizer, fingerprint="0" * 64)
+    model_config = ModelConfig(teacher=None, start_from=bare_folder, layer_map="distilbert")
+    with pytest.raises(UserError, match=f"{bare_folder} has another tokenizer than the shards"):
+        open_teachers(Config(model=model_config, objective=PLAIN_MLM), other)
 
 
 def test_a_model_from_scratch_has_the_shards_vocabulary(shards_folder: str) -> None:

@@ -27,7 +27,7 @@ from transformers import (
     XLMRobertaForMaskedLM,
 )
 
-from train.models.families import FAMILIES, POSITIONS_AFTER_PADDING, family_of, max_positions
+from train.models.families import FAMILIES, POSITIONS_AFTER_PADDING, family_of, has_head, max_positions
 
 SIZES = {
     "vocab_size": 64,
@@ -112,14 +112,17 @@ def test_encoder_transform_and_decoder_make_the_models_own_logits(model):
     assert torch.allclose(logits[mask > 0], expected.logits[mask > 0], atol=1e-5)
     assert len(encoded.hidden_states) == 5
     assert torch.equal(encoded.hidden_states[-1], encoded.last_hidden)
+    assert torch.equal(family.encode(model.base_model, input_ids, mask).last_hidden, encoded.last_hidden)
     assert family.encode(model, input_ids).hidden_states is None
     assert weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 
 def test_sizes(model):
     family = family_of(model)
-    assert family.num_layers(model) == len(family.layer_list(model)) == 4
-    assert family.width(model) == 32
+    for each in (model, model.base_model):
+        assert family.num_layers(each) == len(family.layer_list(each)) == 4
+        assert family.width(each) == 32
+    assert (has_head(model), has_head(model.base_model)) == (True, False)
     longest = max_positions(model.config)
     assert longest == (38 if model.config.model_type in POSITIONS_AFTER_PADDING else 40)
     model(torch.randint(4, 64, (1, longest)))

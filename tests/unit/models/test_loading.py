@@ -22,8 +22,15 @@ from transformers import (
 from data_prep.shard_format.manifest import tokenizer_info
 from tests.unit.models.test_families import MODELS, SIZES
 from train.errors import UserError
-from train.models.families import family_of
-from train.models.loading import check_vocabulary, folder_fingerprint, load_masked_lm, load_with_saved_head
+from train.models.families import family_of, has_head
+from train.models.loading import (
+    check_vocabulary,
+    folder_fingerprint,
+    load_encoder,
+    load_masked_lm,
+    load_with_saved_head,
+    with_new_head,
+)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -32,11 +39,33 @@ def test_a_missing_head_is_refused_in_every_family(name, tmp_path):
     encoder = getattr(model, family_of(model).encoder)
     encoder.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"has no MLM head: .* missing from its weights.*its config.json names"
+        ValueError,
+        match=r"has no MLM head: .* missing from its weights.*its config.json names .*mlm_weight and mse_weight 0.*"
+        rf"--model.start_from={tmp_path} --model.new_head=true",
     ):
         load_masked_lm(str(tmp_path))
+    bare = load_encoder(str(tmp_path))
+    assert not has_head(bare)
+    weights = {name.removeprefix("pooler."): value for name, value in encoder.state_dict().items()}
+    assert all(torch.equal(value, weights[name]) for name, value in bare.state_dict().items())
     model.save_pretrained(tmp_path)
     load_masked_lm(str(tmp_path))
+    assert has_head(load_encoder(str(tmp_path)))
+
+
+def test_a_new_head_is_the_seeds_and_its_decoder_the_embeddings(teacher_folder):
+    encoder = load_masked_lm(teacher_folder).base_model
+    state = torch.random.get_rng_state()
+    first, again, other = (with_new_head(encoder, seed) for seed in (1, 1, 2))
+    assert torch.equal(state, torch.random.get_rng_state())
+    dense = [model.cls.predictions.transform.dense.weight for model in (first, again, other)]
+    assert torch.equal(dense[0], dense[1])
+    assert not torch.equal(dense[0], dense[2])
+    assert first.cls.predictions.decoder.weight is first.get_input_embeddings().weight
+    assert all(
+        torch.equal(value, first.bert.state_dict()[name]) for name, value in encoder.state_dict().items()
+    )
+    assert first.get_input_embeddings().weight.data_ptr() != encoder.get_input_embeddings().weight.data_ptr()
 
 
 @pytest.mark.parametrize("kind", [BertForSequenceClassification, BertModel])
@@ -63,6 +92,8 @@ def test_one_missing_tensor_is_refused(teacher_folder, tmp_path):
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=message):
             load_masked_lm(str(folder))
+        with pytest.raises(ValueError, match=f"incomplete: {message.partition(': ')[2]}"):
+            load_encoder(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from tests.unit.models.test_families import MODELS, SIZES, rough
 from train.errors import UserError
-from train.models.families import family_of
+from train.models.families import family_of, has_head
 from train.models.flops import shape_of
 from train.models.students import make_student, resolve_layer_map
 
@@ -34,6 +34,26 @@ def test_a_student_with_all_the_layers_is_its_teacher(teacher, tmp_path):
     student.save_pretrained(tmp_path)
     again = AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert torch.equal(again(input_ids).logits, student(input_ids).logits)
+
+
+@torch.no_grad()
+def test_a_teacher_without_head_has_students_without_head(teacher, tmp_path):
+    """Of the same weights as those of the teacher with its head, and of the same hidden states."""
+    bare, input_ids = teacher.base_model, torch.randint(4, 64, (3, 30))
+    heads = 4 if teacher.config.model_type == "mpnet" else None  # cannot have fewer
+    for layers, width in (([0, 1, 2, 3], None), ([0, 2], None), ([0, 2], 16)):
+        student, headed = (
+            make_student(each, layer_map=layers, width=width, heads=heads) for each in (bare, teacher)
+        )
+        assert student.training
+        assert not has_head(student)
+        assert all(torch.equal(v, headed.base_model.state_dict()[k]) for k, v in student.state_dict().items())
+    student = make_student(bare, 4).eval()
+    expected = bare(input_ids)[0]
+    assert (student(input_ids)[0] - expected).abs().max() <= 2e-6 * expected.abs().max()
+    student.save_pretrained(tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(input_ids)[0], student(input_ids)[0])
+    assert not has_head(make_student(bare, 2, "random", width=16))
 
 
 def test_layers_are_copied_in_the_maps_order_and_not_shared(teacher):

@@ -121,6 +121,29 @@ def test_every_family_is_distilled_and_leaves_as_a_folder(kind, tmp_path):
         assert torch.equal(again(ids).logits, student(ids).logits)
 
 
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_without_heads_it_is_the_same_to_the_bit(kind):
+    """Loss and gradients of relations and of both cosines, where neither model has an MLM head."""
+    settings = ObjectiveConfig(
+        kd_weight=0, mlm_weight=0, relation_weight=1, layer_cosine_weight=1, layer_pairs=[(1, 3)]
+    )
+    masked, found = unmasked(), []
+    for with_head in (True, False):
+        teacher = model_of(kind)
+        teacher = teacher if with_head else teacher.base_model
+        student = make_student(copy.deepcopy(teacher), 2).eval()
+        frozen = Teacher([teacher], output_hidden_states=True, relation_layers=[4])
+        terms = build_objective(settings, student, frozen)(student, masked, frozen(masked.input_ids))
+        terms.loss.backward()
+        gradients = {n: p.grad for n, p in student.base_model.named_parameters() if p.grad is not None}
+        found.append((terms.as_dict(), gradients))
+    (terms, gradients), (bare_terms, bare_gradients) = found
+    assert terms.keys() == bare_terms.keys() == {"loss", "loss_cos", "loss_layer_cos", "loss_relation"}
+    assert all(torch.equal(value, bare_terms[name]) for name, value in terms.items())
+    assert gradients.keys() == bare_gradients.keys()
+    assert all(torch.equal(value, bare_gradients[name]) for name, value in gradients.items())
+
+
 def test_a_compiled_teacher_gives_the_same():
     teacher, masked = model_of("bert"), unmasked()
     expected = Teacher([copy.deepcopy(teacher)], relation_layers=[4])(masked.input_ids)

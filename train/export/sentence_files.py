@@ -1,0 +1,102 @@
+"""What sentence-transformers reads beside a model: carried over from a teacher's folder to its student's, so that
+`SentenceTransformer(FOLDER)` loads the student with the teacher's pooling.
+
+Read for all-MiniLM-L6-v2 (files of 2021) and as sentence-transformers 6.2 writes them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from transformers.utils import cached_file
+
+from data_prep.shard_format.checks import first_problem
+from data_prep.shard_format.files import parse_json, read_file, write_json
+from train.errors import UserError
+from train.models.encoder_config import COPY_AGAIN
+from train.models.families import max_positions
+
+MODULES = "modules.json"
+WITHOUT_WEIGHTS = ("Transformer", "Pooling", "Normalize")
+"""Modules that hold no weights of their own, the encoder aside."""
+TRANSFORMER_FILES = tuple(
+    f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "xlm-roberta")
+)
+"""Whatever its architecture is, the first one that is there counts."""
+WIDTHS = ("word_embedding_dimension", "embedding_dimension")
+"""Of the hidden states that are pooled: the key's old name and its new one."""
+
+logger = logging.getLogger(__name__)
+
+
+class _Module(BaseModel):
+    path: str
+    type: str
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its config.json is all there is of it; a folder's name beside the model, or none for the model's."""
+        package, _, kind = self.type.rpartition(".")
+        own = package.startswith("sentence_transformers.") and kind in WITHOUT_WEIGHTS
+        beside = re.fullmatch(r"" if kind == "Transformer" else r"\w[\w.-]*", self.path)
+        return own and beside is not None
+
+
+def carry_sentence_files(origin: str, folder: Path, config: Any) -> None:
+    """Copy the files from a model's folder (or hub name) to another's, fitted to that one's width and positions.
+
+    Nothing is copied where the model has none, or modules of them with weights or code of their own, which is said.
+
+    Args:
+        config: the Hugging Face config of the model in `folder`.
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    modules = _read(origin, MODULES)
+    if modules is None:
+        return
+    try:
+        known = TypeAdapter(list[_Module]).validate_python(modules)
+    except ValidationError as error:
+        raise UserError(f"{origin}/{MODULES} is damaged ({first_problem(error)}); {COPY_AGAIN}") from None
+    if others := [module.type for module in known if not module.is_plain]:
+        logger.warning(
+            "%s: sentence-transformers' %s has weights or code of its own, so that the student's folder gets none of "
+            "sentence-transformers' files",
+            origin,
+            others[0],
+        )
+        return
+    names = ["config_sentence_transformers.json", *TRANSFORMER_FILES]
+    names += [f"{module.path}/config.json" for module in known if module.path]
+    write_json(folder / MODULES, modules)
+    for name in names:
+        settings = _read(origin, name)
+        if settings is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_json(folder / name, _fitted(settings, config))
+
+
+def _fitted(settings: Any, config: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    positions, longest = max_positions(config), settings.get("max_seq_length")
+    fitted = {key: int(config.hidden_size) for key in WIDTHS if key in settings}
+    if positions is not None and isinstance(longest, int):
+        fitted["max_seq_length"] = min(longest, positions)
+    return {**settings, **fitted}
+
+
+def _read(origin: str, name: str) -> Any:
+    """A JSON file of a folder or of a name on the hub; None where there is none."""
+    path = cached_file(
+        origin,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else parse_json(read_file(path), path, COPY_AGAIN)
