@@ -8,6 +8,7 @@ are chosen in each layer. Weights are copies: scaling the norms or the biases fo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,70 @@ class Kept:
     queries: np.ndarray
     values: np.ndarray
     units: np.ndarray
+
+
+def set_sizes(
+    config: PretrainedConfig,
+    family: Family,
+    width: int | None,
+    heads: int | None,
+    feed_forward: int | None,
+    inherits: bool,
+) -> None:
+    """Fewer heads of the same size, and an inner width in proportion, unless they are given.
+
+    Args:
+        config: the student's at its teacher's width; changed here.
+        inherits: whether its weights are its teacher's, so that no part may be larger.
+    Raises:
+        UserError: sizes that do not fit each other or the teacher.
+    """
+    old_width, old_heads = config.hidden_size, config.num_attention_heads
+    old_units, head_size = getattr(config, family.feed_forward_field), old_width // old_heads
+    width = old_width if width is None else width
+    if heads is None:
+        if width < 1 or width % head_size:
+            raise UserError(
+                f"model.student_width: a student's width must be a multiple of its heads' width {head_size}; it is "
+                f"{width}: give one, or say into how many heads it is divided (model.student_heads)"
+            )
+        heads = width // head_size
+    units = old_units * width // old_width if feed_forward is None else feed_forward
+    size, remainder = divmod(width, heads)
+    if remainder:
+        raise UserError(f"model.student_heads={heads} does not divide the student's width {width}")
+    if inherits:
+        _check_inherits(family, (width, old_width), (heads, old_heads), (size, head_size), (units, old_units))
+    if (
+        getattr(config, "embedding_size", None) == old_width
+    ):  # ELECTRA's embeddings may have a width of their own
+        config.embedding_size = width
+    config.hidden_size, config.num_attention_heads = width, heads
+    setattr(config, family.feed_forward_field, units)
+
+
+def _check_inherits(
+    family: Family,
+    width: tuple[int, int],
+    heads: tuple[int, int],
+    head_size: tuple[int, int],
+    units: tuple[int, int],
+) -> None:
+    """UserError where a student's size (first of each pair) cannot be a part of its teacher's (second)."""
+    for name, (own, theirs) in (("width", width), ("heads", heads), ("feed_forward", units)):
+        if own > theirs:
+            raise UserError(
+                f"model.student_{name}={own} is more than the teacher's {theirs}, of which a part is inherited; give "
+                f"at most {theirs}, or model.layer_map=random"
+            )
+    if head_size[0] > head_size[1] or (family.rotary and head_size[0] != head_size[1]):
+        remedy = f"give {math.ceil(width[0] / head_size[1])} or more"
+        if family.rotary:
+            remedy = "rotated heads stay whole: leave it out"
+        raise UserError(
+            f"model.student_heads={heads[0]} makes heads of {head_size[0]} dimensions of a width of {width[0]}; those "
+            f"of the teacher, which are inherited, have {head_size[1]}; {remedy}, or give model.layer_map=random"
+        )
 
 
 def choose(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from train.models.families import (
     family_of_type,
     has_head,
 )
-from train.models.narrowing import Importance, choose, narrow_weights
+from train.models.narrowing import Importance, choose, narrow_weights, set_sizes
 
 ORIGINAL_LAYERS = (0, 2, 4, 7, 9, 11)
 """Teacher layers of the published DistilBERT (scripts/extract_distilbert.py of the original code)."""
@@ -140,7 +139,9 @@ def student_config(
         config: PretrainedConfig = _distilbert_config(teacher, len(layers))
     else:
         config = _same_class_config(family, teacher, layers)
-    _set_width(config, width, heads, feed_forward, inherits=layer_map != "random")
+    set_sizes(
+        config, family_of_type(config.model_type), width, heads, feed_forward, inherits=layer_map != "random"
+    )
     return config, layers
 
 
@@ -303,61 +304,3 @@ def _check_first_layer(family: Family, teacher_model: PreTrainedModel, layers: t
                 f"model.layer_map {list(layers)} puts layer {layer} of this {family.model_type} in place "
                 f"{index}, but the two are built differently; keep layer 0 first and nowhere else"
             )
-
-
-def _set_width(
-    config: PretrainedConfig, width: int | None, heads: int | None, feed_forward: int | None, inherits: bool
-) -> None:
-    """Fewer heads of the same size, and an inner width in proportion, unless they are given.
-
-    Args:
-        config: the student's at its teacher's width; changed here.
-        inherits: whether its weights are its teacher's, so that no part may be larger.
-    """
-    family = family_of_type(config.model_type)
-    old_width, old_heads = config.hidden_size, config.num_attention_heads
-    old_units, head_size = getattr(config, family.feed_forward_field), old_width // old_heads
-    width = old_width if width is None else width
-    if heads is None:
-        if width < 1 or width % head_size:
-            raise UserError(
-                f"model.student_width: a student's width must be a multiple of its heads' width {head_size}; it is "
-                f"{width}: give one, or say into how many heads it is divided (model.student_heads)"
-            )
-        heads = width // head_size
-    units = old_units * width // old_width if feed_forward is None else feed_forward
-    size, remainder = divmod(width, heads)
-    if remainder:
-        raise UserError(f"model.student_heads={heads} does not divide the student's width {width}")
-    if inherits:
-        _check_inherits(family, (width, old_width), (heads, old_heads), (size, head_size), (units, old_units))
-    if (
-        getattr(config, "embedding_size", None) == old_width
-    ):  # ELECTRA's embeddings may have a width of their own
-        config.embedding_size = width
-    config.hidden_size, config.num_attention_heads = width, heads
-    setattr(config, family.feed_forward_field, units)
-
-
-def _check_inherits(
-    family: Family,
-    width: tuple[int, int],
-    heads: tuple[int, int],
-    head_size: tuple[int, int],
-    units: tuple[int, int],
-) -> None:
-    """UserError where a student's size (first of each pair) cannot be a part of its teacher's (second)."""
-    for name, (own, theirs) in (("width", width), ("heads", heads), ("feed_forward", units)):
-        if own > theirs:
-            raise UserError(
-                f"model.student_{name}={own} is more than the teacher's {theirs}, of which a part is inherited; give "
-                f"at most {theirs}, or model.layer_map=random"
-            )
-    if head_size[0] > head_size[1] or (family.rotary and head_size[0] != head_size[1]):
-        remedy = f"give {math.ceil(width[0] / head_size[1])} or more"
-        if family.rotary:
-            remedy = "rotated heads stay whole: leave it out"
-        raise UserError(
-            f"model.student_heads={heads[0]} makes heads of {head_size[0]} dimensions of a width of {width[0]}; those "
-            f"of the teacher, which are inherited, have {head_size[1]}; {remedy}, or give model.layer_map=random"
-        )
