@@ -92,7 +92,9 @@ def test_what_carries_nothing_is_left_out(teacher):
     for layer in family.layer_list(student):
         output, last = (attrgetter(path)(layer) for path in (family.attention_output, family.feed_forward[1]))
         output.weight[:, 8:16] = output.weight[:, 24:] = 0.0  # heads 1 and 3
-        last.weight[:, 28:] = 0.0
+        last.weight[:, 28:38] = 0.0
+        for parameter in attrgetter(family.feed_forward[0])(layer).parameters():
+            parameter[38:48] = 0.0  # what these units say is nothing, not what is made of it
         if family.rotary:
             output.weight[dead] = last.weight[dead] = 0.0
         else:
