@@ -132,6 +132,15 @@ def test_narrower_students(teacher):
     assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_a_bare_encoder_is_cut_as_the_masked_language_model(teacher):
+    bare, student = (make_student(each, 2, **NARROW) for each in (teacher.base_model, teacher))
+    assert bare.config.hidden_size == 16
+    for name, value in bare.state_dict().items():
+        assert torch.equal(value, student.base_model.state_dict()[name]), name
+    again = make_student(teacher.base_model, 2, **NARROW, measured=measured)
+    assert again.state_dict().keys() == bare.state_dict().keys()
+
+
 @torch.no_grad()
 def test_smaller_heads_keep_the_size_of_their_scores():
     teacher = rough(MODELS["roberta"]())
