@@ -144,7 +144,7 @@ def named_model(name: str, key: str = "model.teacher", with_head: bool = True) -
             raise UserError(f"{path} holds no JSON object; save the model anew with transformers")
         model = model_from_config(str(path), config)
         kinds = tuple(map(str, config.get("architectures") or ()))
-        has_head = any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in kinds)
+        has_head = any(kind.endswith(("ForMaskedLM", "BertForPreTraining")) for kind in kinds)
         return model if has_head or with_head else bare_encoder(model)
     known = {key.rpartition("/")[2]: key for key in PUBLISHED}
     if name.rpartition("/")[2] in known and not Path(name).exists():

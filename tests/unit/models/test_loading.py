@@ -17,9 +17,12 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    ElectraConfig,
+    ElectraForPreTraining,
 )
 
 from data_prep.shard_format.manifest import tokenizer_info
+from launch.planner.models import named_model
 from tests.unit.models.test_families import MODELS, SIZES
 from train.errors import UserError
 from train.models.families import family_of, has_head
@@ -51,6 +54,16 @@ def test_a_missing_head_is_refused_in_every_family(name, tmp_path):
     model.save_pretrained(tmp_path)
     load_masked_lm(str(tmp_path))
     assert has_head(load_encoder(str(tmp_path)))
+
+
+def test_electras_discriminator_is_an_encoder_without_head(tmp_path):
+    ElectraForPreTraining(ElectraConfig(**SIZES, embedding_size=24)).save_pretrained(tmp_path)
+    assert not has_head(load_encoder(str(tmp_path)))
+    assert not has_head(named_model(str(tmp_path), with_head=False))
+    with pytest.raises(
+        ValueError, match=r"no MLM head: generator_lm_head.bias.* names ElectraForPreTraining"
+    ):
+        load_masked_lm(str(tmp_path))
 
 
 def test_a_new_head_is_the_seeds_and_its_decoder_the_embeddings(teacher_folder):
