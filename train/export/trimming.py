@@ -158,7 +158,9 @@ def trim_model(model: PreTrainedModel, kept: np.ndarray) -> PreTrainedModel:
     config.update({name: places[index] for name, index in _token_ids(config).items()})
     config.vocab_size = len(kept)
     with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and go
-        trimmed = type(model)(config)
+        trimmed: Any = type(model)(config)
+    if getattr(model, "pooler", trimmed) is None:
+        trimmed.pooler = None
     rows = torch.from_numpy(kept)
     shapes = {name: tensor.shape for name, tensor in trimmed.state_dict().items()}
     trimmed.load_state_dict(

@@ -123,11 +123,12 @@ def load_with_saved_head(folder: Path) -> PreTrainedModel:
     if not class_name:
         raise UserError(f"{folder}/config.json names no architectures: save the model with save_pretrained")
     auto_class = getattr(transformers, head_of_class(class_name, str(folder)).auto_class)
-    if (
-        auto_class is AutoModel
-    ):  # of which only the last hidden states are asked for: a pooler, if any, is no part
-        return _load(folder, auto_class, optional=POOLER)[0].eval()
-    return _load(folder, auto_class)[0].eval()
+    model: Any
+    # Of a bare encoder only the last hidden states are asked for, and its pooler may not be there.
+    model, absent = _load(folder, auto_class, optional=POOLER if auto_class is AutoModel else ())
+    if absent:
+        model.pooler = None  # random numbers
+    return model.eval()
 
 
 def load_finetuned(name: str, auto_class: Any) -> PreTrainedModel:

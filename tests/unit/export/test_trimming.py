@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
@@ -132,7 +133,10 @@ def xlm_roberta_tokenizer(documents: list[str]) -> XLMRobertaTokenizer:
 
 
 TEACHERS = {
-    "bert, no head": (bert_tokenizer, lambda size: BertModel(BertConfig(**{**SIZES, "vocab_size": size}))),
+    "bert, no head": (
+        bert_tokenizer,
+        lambda size: BertModel(BertConfig(**{**SIZES, "vocab_size": size}), add_pooling_layer=False),
+    ),
     "roberta": (
         roberta_tokenizer,
         lambda size: RobertaForMaskedLM(RobertaConfig(**{**SIZES, "vocab_size": size})),
@@ -169,6 +173,11 @@ def write(path: Path, documents: list[str], tokenizer: Path) -> str:
     return str(path / "shards")
 
 
+def weights_of(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_a_trimmed_teacher_is_a_teacher(
     kind: str, documents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -188,6 +197,7 @@ def test_a_trimmed_teacher_is_a_teacher(
     assert trim_vocabulary.main(arguments) == 0
     assert {path for path in (*BESIDE, *LEFT_OUT) if (out / path).exists()} == set(BESIDE)
     said = capsys.readouterr().out
+    assert weights_of(out) == weights_of(teacher)
     part = AutoTokenizer.from_pretrained(out)
     assert type(part) is type(whole)
     assert part.model_max_length == max_positions(read_config(out))
