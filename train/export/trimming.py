@@ -25,8 +25,8 @@ from train.errors import RunError, UserError
 from train.models.build import count_parameters
 from train.models.encoder_config import read_tokenizer, write_length_limit
 from train.models.families import POSITIONS_AFTER_PADDING
-from train.models.heads import longest_sequence, random_inputs
-from train.models.loading import check_encoder, check_vocabulary, load_with_saved_head
+from train.models.heads import head_of_class, longest_sequence, random_inputs
+from train.models.loading import check_encoder, check_vocabulary, load_encoder, load_with_saved_head
 from train.models.vocabulary import choose_tokens, required_tokens, trimmed_tokenizer
 
 SAMPLE_TOKENS, TEXT_TOKENS = 100_000, 64
@@ -94,7 +94,7 @@ def trim_teacher(
             f"{teacher}: all of its {len(kept)} tokens would stay; give a lower --keep or --coverage, or take it so"
         )
     trimmed = json.dumps(trimmed_tokenizer(content, kept), ensure_ascii=False, indent=2)
-    model = load_with_saved_head(teacher)
+    model = load_as_saved(teacher, config)
     with new_folder(out) as folder:
         _copy_the_rest(teacher, folder)
         trim_model(model, kept).save_pretrained(folder)
@@ -122,6 +122,19 @@ def _open(teacher: Path) -> tuple[Any, Any, TokenizerInfo]:
         return config, tokenizer, tokenizer_info(tokenizer)
     except UserError as error:
         raise UserError(f"{teacher}: {error}") from None
+
+
+def load_as_saved(teacher: Path, config: Any) -> PreTrainedModel:
+    """With its head, in eval mode; where that is none known here (ELECTRA's discriminator), as teachers are loaded.
+
+    Raises:
+        UserError: weights as in train/models/loading.py.
+    """
+    try:
+        head_of_class(next(iter(config.architectures or []), ""), str(teacher))
+    except UserError:
+        return load_encoder(str(teacher), config).eval()
+    return load_with_saved_head(teacher)
 
 
 def _token_ids(config: Any) -> dict[str, int]:

@@ -26,6 +26,8 @@ from transformers import (
     DebertaV2ForMaskedLM,
     ElectraConfig,
     ElectraForMaskedLM,
+    ElectraForPreTraining,
+    ElectraModel,
     EsmTokenizer,
     MPNetConfig,
     MPNetForMaskedLM,
@@ -43,7 +45,7 @@ from data_prep.shard_format.manifest import Manifest
 from launch import trim_vocabulary
 from tests.unit.models.test_families import MODELS, SIZES, rough
 from train.errors import UserError
-from train.export.trimming import trim_model, trim_teacher
+from train.export.trimming import load_as_saved, trim_model, trim_teacher
 from train.models.encoder_config import read_config
 from train.models.families import max_positions
 from train.models.loading import check_vocabulary, folder_fingerprint
@@ -81,6 +83,24 @@ def test_hidden_states_of_kept_tokens_are_equal_to_the_bit(kind: str) -> None:
         torch.testing.assert_close(after.logits, before.logits[..., kept], rtol=0, atol=1e-5)
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert (trimmed.get_output_embeddings().weight is trimmed.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize(
+    ("architectures", "found"),
+    [
+        (["ElectraForMaskedLM"], ElectraForMaskedLM),
+        (["ElectraForPreTraining"], ElectraModel),
+        (None, ElectraModel),
+    ],
+)
+def test_a_head_that_is_not_known_is_left_out(
+    architectures: list[str] | None, found: type, tmp_path: Path
+) -> None:
+    kind = ElectraForMaskedLM if found is ElectraForMaskedLM else ElectraForPreTraining
+    kind(ElectraConfig(**SIZES)).save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    config.architectures = architectures
+    assert type(load_as_saved(tmp_path, config)) is found
 
 
 def test_ids_in_the_config_follow() -> None:
