@@ -327,6 +327,7 @@ def summarise(parts: Parts, run_dir: Path, state: TrainState) -> dict[str, Any]:
         "model_flops_per_token": parts.cost.flops_per_token,
         "matrix_flops_per_s_of_a_rank": parts.cost.matrix_rate,
         "teacher": parts.config.model.teacher,
+        "start_from": parts.config.model.start_from,
         "versions": provenance(),
     }
     if parts.teacher is not None:

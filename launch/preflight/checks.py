@@ -205,7 +205,9 @@ def check_teachers(answers: Answers) -> Finding:
         answers, "teachers", lambda _, value: None if value == first else f"differ from those on {host}"
     )
     well = "the same on every host" if first and len(answers) > 1 else "there" if first else "no local folder"
-    remedy = "every host must see the same folder at the same path (model.teacher): mount or copy it"
+    remedy = (
+        "every host must see the same folder at the same path (model.teacher or start_from): mount or copy it"
+    )
     return finding("teacher's files", faults, well, remedy)
 
 

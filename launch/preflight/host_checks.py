@@ -22,7 +22,7 @@ from launch.preflight.probe import CONNECT_TIMEOUT_S
 from launch.preflight.recipe_checks import needed_disk_gib
 from train.config import Config
 from train.environment_file import read_utf8
-from train.models.build import teacher_names
+from train.models.build import teacher_folders
 
 FACTS_TIMEOUT_S = 120.0
 ALL_REDUCE_TIMEOUT_S = 90.0
@@ -42,7 +42,8 @@ def check_hosts(
     shards = config.data.shards if remote_shards else os.path.abspath(config.data.shards)
     words = ["facts", f"--run-dir={run_dir}", f"--shards={shards}", f"--folder={os.getcwd()}"]
     words.append(f"--port={options.master_port}")
-    words += [f"--teacher={os.path.abspath(name)}" for name in teacher_names(config) if Path(name).is_dir()]
+    names = [folder.name for folder in teacher_folders(config)]
+    words += [f"--teacher={os.path.abspath(name)}" for name in names if Path(name).is_dir()]
     words += [f"--variable={name}" for name in checks.watched_variables(os.environ, remote_shards)]
     with _file_to_see(run_dir) as marker:
         words += [f"--see={marker}"] if isinstance(marker, Path) else []

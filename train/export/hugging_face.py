@@ -162,6 +162,7 @@ class CardFigures(BaseModel):
     """What the model card takes of RUN/summary.json."""
 
     teacher: str | list[str] | None
+    start_from: str | None = None
     tokens: int
     heldout: dict[str, float | str | None]
     versions: dict[str, str]
@@ -171,9 +172,9 @@ def model_card(student: PreTrainedModel, checkpoint: Path, summary: Mapping[str,
     """README.md of the exported folder: what it is, how it was made, what it scores."""
     state = read_facts(checkpoint)
     parameters = count_parameters(student)
-    kind = "fill-mask" if has_head(student) else "feature-extraction"
-    if (checkpoint / DESCRIPTION / MODULES).exists():
-        kind = "sentence-similarity"
+    of_sentences = (checkpoint / DESCRIPTION / MODULES).exists()
+    kind = "sentence-similarity" if of_sentences else "feature-extraction"
+    kind = "fill-mask" if has_head(student) else kind
     library, code = USES[kind]
     lines = [
         "---",
@@ -201,6 +202,7 @@ def model_card(student: PreTrainedModel, checkpoint: Path, summary: Mapping[str,
             ) from None
         lines += ["", "| figure | value |", "|---|---|"]
         lines += [f"| teacher | {figures.teacher or 'none: masked-language modelling alone'} |"]
+        lines += [f"| trained on from | {figures.start_from} |"] if figures.start_from else []
         lines += [f"| tokens | {figures.tokens:,} |"]
         for name, value in figures.heldout.items():
             lines.append(f"| {name} | {format(value, '.4f') if isinstance(value, float) else value} |")

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from train.errors import UserError
 from train.models.attention_vectors import AttentionVectors
 from train.models.families import DecoderInputs, Family, family_of, has_head, max_positions
-from train.models.loading import folder_fingerprint, load_masked_lm
 
 
 @dataclass(frozen=True)
@@ -214,31 +213,3 @@ def running_copy(
     copied.config.dtype = dtype
     moved: Any = copied
     return moved.to(device)  # type: ignore[no-any-return]
-
-
-def load_teacher(
-    names: str | Sequence[str],
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    weights: Sequence[float] | None = None,
-    *,
-    output_hidden_states: bool = False,
-) -> Teacher:
-    """Load one or several teachers, frozen, onto a device.
-
-    Args:
-        names: Hugging Face folders or hub names.
-        dtype: None for fp16 on a GPU and fp32 on a CPU.
-        weights: of the ensemble's members, scaled to add up to 1.
-        output_hidden_states: see Teacher.
-    Raises:
-        UserError, OSError: see load_masked_lm; vocabularies that differ.
-    """
-    names = [names] if isinstance(names, str) else list(names)
-    return Teacher(
-        [running_copy(load_masked_lm(name), device, dtype) for name in names],
-        weights,
-        names=names,
-        fingerprints=[folder_fingerprint(name) for name in names],
-        output_hidden_states=output_hidden_states,
-    )

@@ -21,7 +21,7 @@ from train.models.build import build_student, build_teacher, open_teachers, teac
 from train.models.families import has_head
 from train.models.loading import load_masked_lm
 from train.models.students import make_student
-from train.models.teacher import load_teacher
+from train.models.teacher import Teacher
 from train.objective.build import build_objective
 
 PLAIN_MLM = ObjectiveConfig(kd_weight=0.0, cosine_weight=0.0)
@@ -64,7 +64,7 @@ def test_what_the_engine_trains_and_saves_holds_no_teacher(teacher_folder: str, 
     config = Config(
         model=ModelConfig(teacher=teacher_folder), objective=ObjectiveConfig(projection=projection)
     )
-    teacher = load_teacher(teacher_folder)
+    teacher = Teacher([load_masked_lm(teacher_folder)])
     student = make_student(teacher.models[0])
     module = DistillationModule(student, build_objective(config.objective, student, teacher))
     added = set(module.state_dict()) - {f"student.{name}" for name in student.state_dict()}

@@ -15,11 +15,16 @@ from transformers import (
 from tests.unit.models.test_families import MODELS, SIZES
 from train.config import ObjectiveConfig
 from train.models.families import family_of
-from train.models.loading import load_masked_lm
+from train.models.loading import folder_fingerprint, load_masked_lm
 from train.models.students import make_student
-from train.models.teacher import Teacher, load_teacher, normalised_shares, running_copy
+from train.models.teacher import Teacher, normalised_shares, running_copy
 from train.objective.build import build_objective
 from train.objective.distillation import DistillationLoss
+
+
+def load_teacher(*names, dtype=None, weights=None):
+    models = [running_copy(load_masked_lm(name), "cpu", dtype) for name in names]
+    return Teacher(models, weights, names=names, fingerprints=[folder_fingerprint(name) for name in names])
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,7 @@ def test_an_ensemble_of_two_teachers_trains_a_student(teacher_folder, batch, tmp
     for parameter in second.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     second.save_pretrained(tmp_path)
-    teacher = load_teacher([teacher_folder, str(tmp_path)], weights=[1, 3])
+    teacher = load_teacher(teacher_folder, str(tmp_path), weights=[1, 3])
     assert teacher.shares == (0.25, 0.75)
     assert teacher.tokenizer_fingerprint is not None
     before = [copy.deepcopy(model.state_dict()) for model in teacher.models]
@@ -97,7 +102,7 @@ def test_ensembles_that_cannot_be_are_refused(teacher_folder, tmp_path):
     other.save_pretrained(tmp_path)
     vocabulary = load_masked_lm(teacher_folder).config.vocab_size
     with pytest.raises(ValueError, match=f"has {vocabulary} tokens, {tmp_path} has 70"):
-        load_teacher([teacher_folder, str(tmp_path)])
+        load_teacher(teacher_folder, str(tmp_path))
     models = [MODELS["bert"](), MODELS["bert"]()]
     with pytest.raises(ValueError, match="tokenizers of a and b differ, though both have 64 tokens"):
         Teacher(models, names=["a", "b"], fingerprints=["1" * 64, "2" * 64])
