@@ -303,7 +303,10 @@ def max_positions(config: Any) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if not positions:
         return None
-    return int(positions) - (config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0)
+    if config.model_type not in POSITIONS_AFTER_PADDING:
+        return int(positions)
+    padding_id = 1 if config.model_type == "mpnet" else config.pad_token_id  # MPNet's class knows no other
+    return int(positions) - padding_id - 1
 
 
 def has_head(model: PreTrainedModel) -> bool:

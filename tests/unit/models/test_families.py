@@ -128,6 +128,12 @@ def test_sizes(model):
     model(torch.randint(4, 64, (1, longest)))
 
 
+def test_mpnet_counts_positions_from_2_whatever_its_padding():
+    model = MPNetForMaskedLM(MPNetConfig(**SIZES, pad_token_id=0))
+    assert max_positions(model.config) == 38
+    model(torch.randint(4, 64, (1, 38)))
+
+
 def test_head_prefixes_cover_the_head_and_nothing_of_the_encoder(model):
     family = family_of(model)
     inside = {f"{family.encoder}.{name}" for name, _ in getattr(model, family.encoder).named_parameters()}
