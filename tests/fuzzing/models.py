@@ -15,8 +15,9 @@ from tests.fuzzing.target import Target, anything
 from tests.tiny_tasks import save_encoder
 from tests.unit.finetuning.squad_tokenizers import wordpiece
 from train.models.build import TeacherFolder
-from train.models.loading import check_encoder, check_vocabulary, load_tokenizer
+from train.models.loading import check_encoder
 from train.models.students import make_student
+from train.models.tokenizer_checks import check_vocabulary, load_tokenizer
 
 TEACHER = "teacher"
 NUMPY = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}

@@ -26,7 +26,8 @@ from train.models.build import count_parameters
 from train.models.encoder_config import read_tokenizer, write_length_limit
 from train.models.families import POSITIONS_AFTER_PADDING
 from train.models.heads import head_of_class, longest_sequence, random_inputs
-from train.models.loading import check_encoder, check_vocabulary, load_encoder, load_with_saved_head
+from train.models.loading import check_encoder, load_encoder, load_with_saved_head
+from train.models.tokenizer_checks import check_vocabulary
 from train.models.vocabulary import choose_tokens, required_tokens, trimmed_tokenizer
 
 SAMPLE_TOKENS, TEXT_TOKENS = 100_000, 64

@@ -19,7 +19,8 @@ from train.finetuning.task_runner import TaskRunner
 from train.finetuning.tasks import Task
 from train.finetuning.training import TrainingSet, predict
 from train.models.encoder_config import longest_input, takes_token_types
-from train.models.loading import check_encoder, load_finetuned, load_tokenizer
+from train.models.loading import check_encoder, load_finetuned
+from train.models.tokenizer_checks import load_tokenizer
 
 
 def check(job: Job) -> None:

@@ -19,16 +19,10 @@ from train.config import Config
 from train.errors import UserError, one_line
 from train.models.encoder_config import read_config, read_tokenizer
 from train.models.families import family_of_type, has_head, max_positions
-from train.models.loading import (
-    NO_HEAD_REMEDY,
-    check_vocabulary,
-    folder_fingerprint,
-    load_encoder,
-    load_masked_lm,
-    with_new_head,
-)
+from train.models.loading import NO_HEAD_REMEDY, load_encoder, load_masked_lm, with_new_head
 from train.models.students import Measured, make_student
 from train.models.teacher import Teacher, running_copy
+from train.models.tokenizer_checks import check_vocabulary, folder_fingerprint
 
 TEACHER_DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -1,4 +1,4 @@
-"""Load models and tokenizers from Hugging Face folders, refusing what would compute with noise.
+"""Load models from Hugging Face folders, refusing what would compute with noise.
 
 transformers only warns when weights are missing (and leaves them random), have another shape, or belong to layers that
 the config does not have. `_load` makes an error of each, for all uses:
@@ -13,7 +13,6 @@ the config does not have. `_load` makes an error of each, for all uses:
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,21 +24,17 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from data_prep.shard_format.manifest import TokenizerInfo, tokenizer_fingerprint
 from train.errors import UserError, one_line, refused_pickle
 from train.models.encoder_config import (
     COPY_AGAIN,
     read_config,
     read_encoder_config,
-    read_tokenizer,
     refuse_decoder,
 )
 from train.models.families import FAMILIES, bare_encoder, family_of_type
 from train.models.heads import head_of_class
+from train.models.tokenizer_checks import TOKENIZER_FILES
 
-logger = logging.getLogger(__name__)
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors.index.json", "*.bin.index.json")
 POOLER = ("pooler.",)
 """Not every head has one: where a model's is missing, a new head draws its own."""
@@ -302,100 +297,3 @@ def check_encoder(name: str) -> Any:
     elif name.count("/") > 1 or folder.exists():
         raise UserError(f"there is no model folder {name}; give a Hugging Face folder or a name on the hub")
     return read_encoder_config(name)
-
-
-def load_tokenizer(name: str, config: Any) -> Any:
-    """The tokenizer beside a model.
-
-    Raises:
-        UserError: it cannot be read, cannot pad, or knows tokens that the model has no embedding for.
-    """
-    tokenizer = read_tokenizer(name)
-    if tokenizer.pad_token_id is None:
-        raise UserError(
-            f"{name}: its tokenizer has no padding token, so that texts cannot be batched; give its pad_token in "
-            "tokenizer_config.json"
-        )
-    try:
-        tokenizer("a", "a")
-    except BaseException as error:  # a panic of tokenizers, which is no Exception and has no class to import
-        if type(error).__name__ != "PanicException":
-            raise
-        raise UserError(
-            f"{name}: the post_processor in its tokenizer.json names a token that it does not define "
-            f"({one_line(error)}); {COPY_AGAIN}"
-        ) from None
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= config.vocab_size:
-        raise UserError(
-            f"{name}: its tokenizer goes up to token {largest}, its model has {config.vocab_size} embeddings; give a "
-            "folder whose tokenizer and weights belong together"
-        )
-    return tokenizer
-
-
-def folder_fingerprint(path_or_hub: str) -> str | None:
-    """Fingerprint of the tokenizer beside a model; None where there is none that can be compared.
-
-    Raises:
-        UserError: the folder has one, and it cannot be read.
-    """
-    folder = Path(path_or_hub)
-    if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES[:3]):
-        return None
-    try:
-        tokenizer = read_tokenizer(path_or_hub)
-    except UserError as error:
-        if folder.is_dir():
-            raise UserError(
-                f"{error}, or take its tokenizer's files out to go on without comparing them"
-            ) from None
-        _say_not_compared(path_or_hub, error)
-        return None
-    try:
-        return tokenizer_fingerprint(tokenizer)
-    except UserError as error:  # it has no `tokenizers` backend
-        _say_not_compared(path_or_hub, error)
-        return None
-
-
-def _say_not_compared(name: str, reason: UserError) -> None:
-    logger.warning("%s: its tokenizer cannot be compared: %s", name, one_line(reason))
-
-
-def check_vocabulary(name: str, config: Any, fingerprint: str | None, tokenizer: TokenizerInfo) -> None:
-    """Refuse a model whose token ids do not mean what those in the shards mean.
-
-    Args:
-        name: of the model, for the message.
-        config: its Hugging Face config.
-        fingerprint: of the tokenizer beside it (`folder_fingerprint`), or None.
-        tokenizer: the manifest's record.
-    """
-    remedy = f"write the shards with --tokenizer {name}, or give a teacher with the shards' tokenizer"
-    if fingerprint is not None and fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"{name} has another tokenizer than the shards (fingerprint {fingerprint[:12]}, shards' "
-            f"{tokenizer.fingerprint[:12]}): {remedy}"
-        )
-    # Some models pad their embedding beyond the tokenizer, which is harmless where the tokenizers are equal.
-    padded = fingerprint is not None and config.vocab_size > tokenizer.vocab_size
-    if config.vocab_size != tokenizer.vocab_size and not padded:
-        raise UserError(
-            f"{name} has a vocabulary of {config.vocab_size} tokens, the shards' tokenizer one of "
-            f"{tokenizer.vocab_size}: {remedy}"
-        )
-    special = {
-        "pad": tokenizer.pad_id,
-        "cls": tokenizer.cls_id,
-        "sep": tokenizer.sep_id,
-        "mask": tokenizer.mask_id,
-        "bos": tokenizer.cls_id,
-        "eos": tokenizer.sep_id,
-    }
-    for kind, expected in special.items() if fingerprint is None else ():
-        own = getattr(config, f"{kind}_token_id", None)
-        if own is not None and own != expected:
-            raise UserError(
-                f"{name} has {kind}_token_id {own}, the shards' tokenizer {expected} in its place: {remedy}"
-            )

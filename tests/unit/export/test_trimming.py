@@ -48,7 +48,7 @@ from train.errors import UserError
 from train.export.trimming import load_as_saved, trim_model, trim_teacher
 from train.models.encoder_config import read_config
 from train.models.families import max_positions
-from train.models.loading import check_vocabulary, folder_fingerprint
+from train.models.tokenizer_checks import check_vocabulary, folder_fingerprint
 
 KEPT = (0, 1, 2, 3, 4, 9, 17, 18, 40, 63)
 CASES: dict[str, Callable[[], PreTrainedModel]] = {

@@ -26,7 +26,8 @@ from train.finetuning.metrics import metric_names, score_predictions
 from train.finetuning.soft_labels import weights_digest
 from train.finetuning.tasks import task_named
 from train.models.encoder_config import longest_input, takes_token_types
-from train.models.loading import check_encoder, load_finetuned, load_tokenizer, load_with_new_head
+from train.models.loading import check_encoder, load_finetuned, load_with_new_head
+from train.models.tokenizer_checks import load_tokenizer
 
 TWO = {"num_labels": 2}
 

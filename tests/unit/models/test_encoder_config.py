@@ -18,7 +18,8 @@ from tests.unit.models.test_families import MODELS
 from train.errors import UserError
 from train.models.build import teacher_config
 from train.models.encoder_config import read_tokenizer
-from train.models.loading import load_masked_lm, load_tokenizer
+from train.models.loading import load_masked_lm
+from train.models.tokenizer_checks import load_tokenizer
 
 
 @pytest.mark.parametrize(

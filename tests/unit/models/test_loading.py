@@ -26,14 +26,8 @@ from launch.planner.models import named_model
 from tests.unit.models.test_families import MODELS, SIZES
 from train.errors import UserError
 from train.models.families import family_of, has_head
-from train.models.loading import (
-    check_vocabulary,
-    folder_fingerprint,
-    load_encoder,
-    load_masked_lm,
-    load_with_saved_head,
-    with_new_head,
-)
+from train.models.loading import load_encoder, load_masked_lm, load_with_saved_head, with_new_head
+from train.models.tokenizer_checks import check_vocabulary, folder_fingerprint
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -15,9 +15,10 @@ from transformers import (
 from tests.unit.models.test_families import MODELS, SIZES
 from train.config import ObjectiveConfig
 from train.models.families import family_of
-from train.models.loading import folder_fingerprint, load_masked_lm
+from train.models.loading import load_masked_lm
 from train.models.students import make_student
 from train.models.teacher import Teacher, normalised_shares, running_copy
+from train.models.tokenizer_checks import folder_fingerprint
 from train.objective.build import build_objective
 from train.objective.distillation import DistillationLoss
 

@@ -36,7 +36,8 @@ from train.finetuning.squad.scores import score_v1, score_v2
 from train.finetuning.task_runner import TaskRunner
 from train.finetuning.training import TrainingSet, predict
 from train.models.encoder_config import longest_input, takes_token_types
-from train.models.loading import check_encoder, load_finetuned, load_tokenizer
+from train.models.loading import check_encoder, load_finetuned
+from train.models.tokenizer_checks import load_tokenizer
 
 NULL_THRESHOLD = 0.0  # --null_score_diff_threshold of BERT's run_squad.py
 Floats = np.ndarray[Any, np.dtype[np.float32]]
