@@ -23,11 +23,9 @@ the others are in the table; 2 bad usage, configuration or input; 75 stopped, ru
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,64 +34,54 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch import finetune
 from launch.cli import parse_config, run_main
-from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words
+from launch.experiments.job import StoppedError
+from launch.experiments.options import (
+    FINETUNE,
+    FINETUNING_SEEDS,
+    add_where,
+    check_where,
+    checked_finetuning,
+    job_for,
+    names_in,
+    split_words,
+)
+from launch.experiments.run_folders import refuse_other_runs
+from launch.stages import AGAIN
 from train.data.corpus import without_heldout_windows
-from train.distributed.device import kind_here, unused_gpus
 from train.distributed.signals import STOPPED_AFTER_SAVING
 from train.errors import UserError
 from train.run_folder import hold
-
-FINETUNE = "--finetune."
-FINETUNING_SEEDS = 5
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, train what is not finished, score, compare."""
     options, words = _parse(arguments)
-    finetune_words = [f"--{word.removeprefix(FINETUNE)}" for word in words if word.startswith(FINETUNE)]
-    words = [word for word in words if not word.startswith(FINETUNE)]
-    words = [flag for recipe in options.config for flag in ("--config", recipe)] + words
-    if any(word.startswith("--run.dir") for word in words):
-        raise UserError("--run.dir has no effect here: every variant has its folder below --out; remove it")
+    words, finetune_words = split_words(words, options.config)
     base = parse_config(words, "")
 
     # After the command line: torch and transformers take seconds, which --help shall not.
-    from launch.ablation.job import Job, StoppedError, listed, run
-    from launch.ablation.runs import refuse_other_runs, refuse_teachers_without_head, teacher_layers
+    from launch.ablation.job import AblationPlan, listed, run
+    from launch.ablation.runs import refuse_teachers_without_head, teacher_layers
     from launch.ablation.variants import ADAMW_RATE, chosen_variants, variants_of
     from train.build import load_manifest
     from train.distributed.world import quiet_libraries
     from train.models.build import teacher_names
 
     quiet_libraries()
-    on_cpu = options.hostfile is None and kind_here() == "cpu"
-    if on_cpu and (remark := unused_gpus(os.environ, "cpu")):
-        print(f"warning: {remark}", file=sys.stderr, flush=True)
     variants, left_out = variants_of(
         base, teacher_layers(base), options.full_seeds, options.adamw_lr or (ADAMW_RATE,)
     )
     if options.variants is not None:
-        variants = chosen_variants(variants, left_out, _names(options.variants))
+        variants = chosen_variants(variants, left_out, names_in(options.variants))
         left_out = {}
-    tasks, finetuning = _finetuning(options, finetune_words, teacher_names(base)[0])
-    job = Job(
-        out=options.out,
-        words=words,
-        base=base,
-        variants=variants,
-        left_out=left_out,
-        launcher=_launcher(options, on_cpu),
-        environment=cpu_environment() if on_cpu else dict(os.environ),
-        finetuning=finetuning,
-        tasks=tasks,
-        finetuning_seeds=options.seeds or FINETUNING_SEEDS,
-    )
+    finetuning, tasks = _finetuning(options, finetune_words, teacher_names(base)[0])
+    seeds = options.seeds or FINETUNING_SEEDS
+    job, plan = job_for(options, words, finetuning, tasks, seeds), AblationPlan(base, variants, left_out)
     for variant in variants:
         job.config_of(variant)
     if options.list:
-        print(listed(job))
+        print(listed(plan))
         return 0
     missing = without_heldout_windows(
         base.data.shards, load_manifest(base.data.shards), base.data.sequence_length
@@ -104,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     with hold(options.out):
         refuse_other_runs(options.out, variants, job.config_of)
         try:
-            return run(job)
+            return run(job, plan)
         except StoppedError:
             print(f"\n{AGAIN}", file=sys.stderr)
             return STOPPED_AFTER_SAVING
@@ -141,10 +129,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="peak learning rates to try AdamW with, a run for each; LAMB's does not carry over (default: 1e-3)",
     )
     parser.add_argument("--list", action="store_true", help="say what would be trained, and stop")
-    where = parser.add_mutually_exclusive_group()
-    ranks_help = f"ranks on this machine; default: one for each GPU, or {RANKS} on the CPU"
-    where.add_argument("--ranks", type=int, metavar="N", help=ranks_help)
-    where.add_argument("--hostfile", type=Path, help="train on these hosts, as with `deepspeed --hostfile`")
+    add_where(parser)
     parser.add_argument(
         "--tasks", metavar="A,B", help="fine-tune every student on these, for example sst2,rte"
     )
@@ -153,58 +138,26 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--seeds", type=int, metavar="N", help=f"fine-tuning seeds (default: {FINETUNING_SEEDS})"
     )
     options, words = parser.parse_known_args(arguments)
-    if options.ranks is not None and options.ranks < 1:
-        raise UserError(f"--ranks {options.ranks}: give at least 1")
-    if options.hostfile is not None and not options.hostfile.is_file():
-        raise UserError(f"--hostfile {options.hostfile}: no such file")
+    check_where(options)
     return options, words
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"{text!r} names nothing: give names with commas between them")
-    return names
-
-
 def _finetuning(
-    options: argparse.Namespace, own_words: Sequence[str], stand_in: str
+    options: argparse.Namespace, own: Sequence[str], stand_in: str
 ) -> tuple[list[str], list[str]]:
-    """The tasks, and launch/finetune.py's flags for every student; both empty without --tasks.
-
-    Args:
-        stand_in: a model whose check stands for that of the students, which are not there yet: the teacher.
-    Raises:
-        UserError: what would otherwise only be found wrong after hours of training.
-    """
+    """launch/finetune.py's flags for every student, and the tasks; both empty without --tasks."""
     if options.tasks is None:
         for name, given in (("--data", options.data), ("--seeds", options.seeds)):
             if given is not None:
                 raise UserError(f"{name} has no effect without --tasks; name tasks, or remove it")
-        if own_words:
+        if own:
             raise UserError(f"{FINETUNE}* has no effect without --tasks; name tasks, or remove it")
         return [], []
-    from launch.ablation.variants import FULL
-
     if options.seeds is not None and options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: give at least 1")
-    flags = ["--task", *_names(options.tasks), "--seeds", str(options.seeds or FINETUNING_SEEDS)]
+    flags = ["--task", *names_in(options.tasks), "--seeds", str(options.seeds or FINETUNING_SEEDS)]
     flags += [] if options.data is None else ["--data", options.data]
-    flags += own_words
-    parser = finetune.parser()
-    parser.error = _refuse_flag  # type: ignore[method-assign]
-    parsed = parser.parse_args([*flags, "--model", stand_in, "--out", str(options.out / FULL / "scores")])
-    jobs = [finetune.job_of(task, parsed) for task in finetune.tasks_of(parsed.task)]
-    return [job.task.name for job in finetune.jobs_with_data(jobs, parsed.task)], flags
-
-
-def _refuse_flag(message: str) -> NoReturn:
-    raise UserError(f"{FINETUNE}KEY=VALUE, which becomes --KEY=VALUE of launch/finetune.py: {message}")
-
-
-def _launcher(options: argparse.Namespace, on_cpu: bool) -> Callable[[], list[str]]:
-    ranks = RANKS if options.ranks is None and on_cpu else options.ranks
-    return lambda: deepspeed_words(ranks, options.hostfile)
+    return checked_finetuning(flags, own, stand_in)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The run folders of an ablation: which are finished, whether they belong to this recipe, what they score."""
+"""What the finished runs of an ablation score, all under the same masking."""
 
 from __future__ import annotations
 
@@ -6,29 +6,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data_prep.shard_format.files import read_json, write_json
 from launch.ablation.table import METRICS, Result, Scale
-from launch.ablation.variants import FREE_TO_DIFFER, FULL, Variant
+from launch.ablation.variants import FULL
+from launch.experiments.run_folders import summary_of
+from launch.experiments.variant import Variant
 from train.build import heldout_scoring
 from train.config import Config
-from train.data.corpus import read_corpus_digests
 from train.distributed.device import kind_here
-from train.errors import UserError
 from train.evaluation.masking import LABEL, evaluation_label, label_of_row
 from train.finetuning.results import read_scores
 from train.models.build import teacher_config, teacher_names
 from train.models.loading import load_masked_lm
-from train.run_folder import (
-    as_tree,
-    changed_inputs,
-    differing_keys,
-    final_model,
-    found_before,
-    read_summary,
-    recorded_config,
-)
+from train.run_folder import final_model, found_before, recorded_config
 
 AS_FULL = "heldout_as_full.json"
 
@@ -47,33 +37,9 @@ def refuse_teachers_without_head(config: Config) -> None:
         )
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Whether the run has reached its end and left its student."""
-    return read_summary(run_dir) is not None and (final_model(run_dir) / "config.json").exists()
-
-
-def refuse_other_runs(out: Path, variants: Sequence[Variant], config_of: Callable[[Variant], Config]) -> None:
-    """UserError naming the first variant whose folder was made with other settings, or from other shards."""
-    begun = [variant for variant in variants if (out / variant.name / "config.yaml").exists()]
-    if not begun:
-        return
-    inputs = read_corpus_digests(config_of(begun[0]).data.shards)  # no variant changes the shards
-    for variant in begun:
-        run_dir, config = out / variant.name, config_of(variant)
-        before = yaml.safe_load((run_dir / "config.yaml").read_text())
-        changes = differing_keys(before, as_tree(found_before(run_dir, config)), FREE_TO_DIFFER)
-        changes += changed_inputs(run_dir, inputs)
-        if changes:
-            raise UserError(
-                f"{run_dir} holds a run that was started with other settings:\n  "
-                + "\n  ".join(changes)
-                + f"\ngive those again, another --out, or remove {run_dir}"
-            )
-
-
 def scale_of(run_dir: Path) -> Scale:
     """How large a finished run was."""
-    summary = _summary(run_dir)
+    summary = summary_of(run_dir)
     parameters = summary["parameters"]
     return Scale(
         student_parameters=parameters["student"],
@@ -86,7 +52,7 @@ def scale_of(run_dir: Path) -> Scale:
 def teacher_scores(run_dir: Path, masking: str) -> dict[str, float]:
     """The teacher's own held-out scores, as the run has measured them at its start; empty where it has not, or under
     another masking."""
-    before, config = _summary(run_dir)["heldout_before"], recorded_config(run_dir)
+    before, config = summary_of(run_dir)["heldout_before"], recorded_config(run_dir)
     if label_of_row(before, config) != masking:
         return {}
     return {key: before[f"teacher_{key}"] for key in METRICS if f"teacher_{key}" in before}
@@ -130,7 +96,7 @@ def scorer(config: Config) -> Callable[[Path], dict[str, float]]:
 def _measured(run_dir: Path, masking: str) -> dict[str, float]:
     """Held-out scores under a masking, of the run itself or scored afterwards; empty where neither is there."""
     afterwards, config = run_dir / AS_FULL, recorded_config(run_dir)
-    found = [_summary(run_dir)["heldout"]]
+    found = [summary_of(run_dir)["heldout"]]
     found += [read_json(afterwards, "remove it")] if afterwards.exists() else []
     for heldout in found:
         if set(METRICS) <= set(heldout) and label_of_row(heldout, config) == masking:
@@ -144,12 +110,6 @@ def _result(run_dir: Path, variant: Variant, heldout: dict[str, float], tasks: S
         name=variant.name,
         changed=variant.changed,
         heldout=heldout,
-        tokens_per_s=_summary(run_dir)["tokens_per_s"],
+        tokens_per_s=summary_of(run_dir)["tokens_per_s"],
         scores={task: found["median"]["score"] for task, found in scores.items() if found is not None},
     )
-
-
-def _summary(run_dir: Path) -> dict[str, Any]:
-    summary = read_summary(run_dir)
-    assert summary is not None, "asked before the run was finished"
-    return summary

@@ -7,13 +7,13 @@ puts the results side by side.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from launch.experiments.variant import Variant
 from train.config import LAMB_OPTIONS, OBJECTIVE_WEIGHTS, Config, ObjectiveConfig
 from train.errors import UserError
 from train.models.students import default_student_layers, resolve_layer_map
-from train.run_folder import WATCHING
 
 FULL = "full"
 REPEAT = "full-seed-"
@@ -29,35 +29,6 @@ ADAMW, ADAMW_RATE = "adamw", 1e-3
 """Its rate where none is given: that of Izsak et al. 2021 (arXiv:2104.07705) at a batch of 4,096."""
 MORE_MASKED = 0.3
 """Share of the tokens; Wettig et al. 2023 (arXiv:2202.08005) found it better than 15 % for larger models."""
-FREE_TO_DIFFER = (*WATCHING, "evaluation.every_steps")
-"""Between the runs of an ablation: all are scored alike."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One run of the ablation: the recipe with these keys changed and everything else the same."""
-
-    name: str
-    title: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    """{"section.key": value}; empty for the recipe itself."""
-    left_out: str = ""
-    """Why it makes no sense for this recipe; empty where it does."""
-
-    @property
-    def words(self) -> list[str]:
-        """The flags for launch/pretrain.py."""
-        return [f"--{key}={_spelled(value)}" for key, value in self.changes.items()]
-
-    @property
-    def changed(self) -> str:
-        """What differs, for tables."""
-        return " ".join(f"{key}={_spelled(value)}" for key, value in self.changes.items()) or "nothing"
-
-    @property
-    def is_repeat(self) -> bool:
-        """Whether it is the recipe itself with another seed."""
-        return self.name.startswith(REPEAT)
 
 
 def variants_of(
@@ -85,7 +56,7 @@ def variants_of(
         raise UserError(f"--full-seeds {full_seeds}: give at least 1")
     student = _student(config, teacher_layers)
     candidates = [
-        Variant(FULL, "the recipe as it is"),
+        Variant(FULL, "the recipe as it is", is_required=True),
         *(_without_term(name, config.objective) for name in TERMS),
         _random_weights(config, student),
         _masked_soft_targets(config.objective),
@@ -117,14 +88,10 @@ def chosen_variants(
         if name not in known:
             raise UserError(f"--variants {name}: no such variant; there are {', '.join(sorted(known))}")
     return [
-        variant for variant in variants if variant.name in names or variant.name == FULL or variant.is_repeat
+        variant
+        for variant in variants
+        if variant.name in names or variant.name == FULL or variant.name.startswith(REPEAT)
     ]
-
-
-def _spelled(value: Any) -> str:
-    if value is None:
-        return "null"
-    return str(value).replace(" ", "") if isinstance(value, list) else str(value)
 
 
 def _without_term(name: str, objective: ObjectiveConfig) -> Variant:

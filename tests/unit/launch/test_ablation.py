@@ -13,12 +13,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from launch import ablate
-from launch.ablation import job as ablation_job
 from launch.ablation import runs as ablation_runs
 from launch.ablation.figure import plot
 from launch.ablation.table import Ablation, Result, Scale, as_json, as_markdown, as_text
-from launch.ablation.variants import FREE_TO_DIFFER, FULL, PUBLISHED, Variant, chosen_variants, variants_of
+from launch.ablation.variants import FULL, PUBLISHED, chosen_variants, variants_of
 from launch.cli import parse_config
+from launch.experiments import job as experiment_job
+from launch.experiments.run_folders import FREE_TO_DIFFER
+from launch.experiments.variant import Variant
 from tests.paths import ROOT
 from tests.tiny_shards import write_tiny_shards
 from train.config import OBJECTIVE_WEIGHTS, Config
@@ -332,7 +334,7 @@ class Stages:
 
 def stages(monkeypatch: pytest.MonkeyPatch, **codes: int) -> Stages:
     stand_in = Stages({name.replace("_", "-"): code for name, code in codes.items()})
-    monkeypatch.setattr(ablation_job, "run_stage", stand_in)
+    monkeypatch.setattr(experiment_job, "run_stage", stand_in)
     return stand_in
 
 

@@ -1,0 +1,118 @@
+"""The runs of an experiment, one after another: what is finished is skipped, what was interrupted goes on."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from launch.cli import parse_config
+from launch.experiments.run_folders import is_finished
+from launch.experiments.variant import Variant
+from launch.stages import ROOT, run_stage
+from train.config import Config
+from train.distributed.signals import STOPPED_AFTER_SAVING
+
+
+class StoppedError(Exception):
+    """A stage was stopped by a signal after saving."""
+
+
+@dataclass
+class Job:
+    """How runs are started, and what became of them so far."""
+
+    out: Path
+    words: list[str]
+    """Flags of launch/pretrain.py for every run."""
+    launcher: Callable[[], list[str]]
+    environment: dict[str, str]
+    finetuning: list[str]
+    """Flags of launch/finetune.py for every model; empty without tasks."""
+    tasks: list[str]
+    finetuning_seeds: int
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    """Of the stages of this call."""
+
+    def config_of(self, variant: Variant) -> Config:
+        """Its configuration, through the same parser as launch/pretrain.py's."""
+        return parse_config([*self.words, *variant.words, f"--run.dir={self.out / variant.name}"], "")
+
+    def fail(self, name: str, reason: str) -> None:
+        """Remember a run that has no result, and say so."""
+        self.failed[name] = reason
+        print(f"{name} FAILED: {reason}", file=sys.stderr, flush=True)
+
+    def train(self, variants: Sequence[Variant]) -> None:
+        """Every run that is not finished yet; nothing further where a required one has failed.
+
+        Raises:
+            StoppedError: a signal came.
+        """
+        num_open = sum(not is_finished(self.out / variant.name) for variant in variants)
+        for number, variant in enumerate(variants, start=1):
+            run_dir, changed = (
+                self.out / variant.name,
+                variant.changed if variant.changes else "nothing changed",
+            )
+            heading = f"[{number}/{len(variants)}] {variant.name}: {variant.title} ({changed})"
+            if is_finished(run_dir):
+                print(f"{heading} - done before", flush=True)
+                continue
+            print(heading + self._time_left(num_open), flush=True)
+            num_open -= 1
+            words = [
+                str(ROOT / "launch" / "pretrain.py"),
+                *self.words,
+                *variant.words,
+                f"--run.dir={run_dir}",
+            ]
+            code = self._run([*self.launcher(), *words])
+            if code or not is_finished(run_dir):
+                self.fail(variant.name, reason_of(code))
+                if variant.is_required:
+                    return
+
+    def finetune(self, models: Mapping[str, str]) -> None:
+        """Every model on the tasks; launch/finetune.py skips what it has scored before.
+
+        Args:
+            models: folder or hub name, by the name of its folder in `out`.
+        Raises:
+            StoppedError: a signal came.
+        """
+        self.seconds.clear()
+        for number, (name, model) in enumerate(models.items(), start=1):
+            left = self._time_left(len(models) - number + 1)
+            print(f"[scores {number}/{len(models)}] {name}: {', '.join(self.tasks)}{left}", flush=True)
+            command = [sys.executable, str(ROOT / "launch" / "finetune.py"), *self.finetuning]
+            code = self._run([*command, "--model", model, "--out", str(self.out / name / "scores")])
+            if code:
+                self.fail(name, f"fine-tuning: {reason_of(code)}")
+
+    def _run(self, command: Sequence[str]) -> int:
+        start = time.monotonic()
+        code = run_stage(command, self.environment)
+        self.seconds.append(time.monotonic() - start)
+        if code == STOPPED_AFTER_SAVING:
+            raise StoppedError
+        return code
+
+    def _time_left(self, stages: int) -> str:
+        """From the stages of this call; nothing before the first has ended."""
+        if not self.seconds:
+            return ""
+        return f"  about {tqdm.format_interval(sum(self.seconds) / len(self.seconds) * stages)} left for all"
+
+
+def reason_of(code: int) -> str:
+    """Why a stage left nothing to compare, from its exit code."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}, see above" if code else "it ended without a model"
