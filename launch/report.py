@@ -10,6 +10,7 @@ teacher is the reference of the held-out scores; --curves adds runs to the plot 
   --scores     DIR/TASK/scores.json of launch/finetune.py: GLUE, IMDb, SQuAD, and what the student keeps of its teacher
   --inference  of launch/benchmark.py inference --json FILE: parameters, size on disk, latency
   --ablation   of launch/ablate.py
+  --study      of launch/study.py: every objective on every student, in scores
 
 Parts whose input is not given are left out, and the page names the command that makes them. Published figures stand
 in columns of their own.
@@ -33,7 +34,13 @@ require_packages()
 
 from data_prep.shard_format.files import write_json, write_text
 from launch.cli import parse_config, run_main
-from launch.reporting.inputs import named_folders, read_ablation, read_inference, read_model_scores
+from launch.reporting.inputs import (
+    named_folders,
+    read_ablation,
+    read_inference,
+    read_model_scores,
+    read_study,
+)
 from train.errors import UserError
 from train.run_folder import provenance
 
@@ -93,9 +100,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--inference", type=Path, metavar="FILE")
     parser.add_argument("--ablation", type=Path, metavar="FILE")
+    parser.add_argument("--study", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    if not (options.runs or options.scores or options.inference or options.ablation):
-        raise UserError("nothing to report: give run folders, --scores, --inference or --ablation")
+    if not any((options.runs, options.scores, options.inference, options.ablation, options.study)):
+        raise UserError("nothing to report: give run folders, --scores, --inference, --ablation or --study")
     if options.curves and not options.runs:
         raise UserError("--curves adds to the plot of runs: give run folders too")
     if options.reference and not options.scores:
@@ -122,6 +130,7 @@ def read(options: argparse.Namespace) -> Report:
         reference=reference_of(list(scores), options.reference) if scores else "",
         inference=read_inference(options.inference) if options.inference else None,
         ablation=read_ablation(options.ablation) if options.ablation else None,
+        study=read_study(options.study) if options.study else None,
         versions=provenance(),
     )
 

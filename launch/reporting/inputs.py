@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep.shard_format.files import read_file
+from launch.experiments.study_results import StudyFile
 from train.errors import UserError
 from train.finetuning.results import FILE
 from train.finetuning.tasks import TASKS, task_named
@@ -27,7 +28,7 @@ class _Figures(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
 
-Figures = TypeVar("Figures", bound=_Figures)
+Figures = TypeVar("Figures", bound=BaseModel)
 
 
 class TaskScores(_Figures):
@@ -198,6 +199,14 @@ def read_ablation(path: Path) -> AblationFile:
     if not ablation.variants:
         raise UserError(f"{path}: holds no variants")
     return ablation
+
+
+def read_study(path: Path) -> StudyFile:
+    """UserError, naming the file, where it is not a study's."""
+    study = _read(path, StudyFile)
+    if not study.models or not study.tasks:
+        raise UserError(f"{path}: holds no models or no tasks")
+    return study
 
 
 def read_inference(path: Path) -> InferenceFile:

@@ -9,6 +9,8 @@ from pathlib import Path
 import jinja2
 
 from launch.ablation.table import SMALL_CORPUS, SMALL_STUDENT
+from launch.experiments.study_results import StudyFile
+from launch.experiments.study_results import tables_of as study_tables
 from launch.reporting import published
 from launch.reporting.comparison import ComparedModel
 from launch.reporting.inputs import FINETUNE, AblationFile, InferenceFile, ModelScores
@@ -36,6 +38,7 @@ class Report:
     """Of the scored models: what the others' retention is a share of."""
     inference: InferenceFile | None = None
     ablation: AblationFile | None = None
+    study: StudyFile | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,11 @@ def parts_of(report: Report) -> list[Part]:
             [ablation_table(ablation)] if ablation else [],
             "python launch/ablate.py --config RECIPE --out DIR, then --ablation DIR/ablation.json",
         ),
+        Part(
+            "Study of objectives and budgets",
+            list(study_tables(report.study)) if report.study else [],
+            "python launch/study.py --teacher DIR --corpus SHARDS --tasks DATA --out DIR, then --study DIR/study.json",
+        ),
     ]
 
 
@@ -99,6 +107,7 @@ def scale_sentence(report: Report) -> str:
         own = [_run_scale(run) for run in report.runs]
     else:
         models = [*report.scores, *(report.inference.models if report.inference else ())]
+        models += report.study.models if report.study else ()
         sizes = list({model.name: model.parameters for model in models}.items())
         own = [f"{name} has {count:,} parameters" for name, count in sizes]
     is_small = any(count < SMALL_STUDENT for _, count in sizes) or any(

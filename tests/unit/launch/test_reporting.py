@@ -423,7 +423,7 @@ def test_files_that_are_cut_off_or_missing_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "nothing to report: give run folders, --scores, --inference or --ablation"),
+        ([], "nothing to report: give run folders, --scores, --inference, --ablation or --study"),
         (["--scores", "a={s}", "a={s}"], "there is a model 'a' already; each needs a name of its own"),
         (["--scores", "{s}"], "give NAME=DIR"),
         (["--scores", "a={s}", "--reference", "b"], "--reference b: --scores has a"),

@@ -1,0 +1,173 @@
+"""What is each way of distilling one teacher worth, in scores? Students, objectives and budgets side by side.
+
+    python launch/study.py --teacher encoder/ --corpus shards/ --tasks glue_data --out runs/study
+    python launch/study.py --teacher NAME --corpus shards/ --tasks glue_data --out DIR --budget-tokens 4e6 \\
+        --score-on sst2,mrpc --seeds 3 --finetune.learning-rate=1e-4 --training.global_batch_size=64
+
+Students: half the teacher's depth at its width (half), and two thirds of both (narrow). Objectives, all for the same
+number of tokens: the published triple loss (triple; a teacher without an MLM head first gets one by continued
+pretraining on the corpus), relations alone (relations), both, MLM alone from random weights (control), relations from
+random weights (relations-random); beside them the untrained cut, and relations for as much time as the triple loss
+takes. A curve follows triple and relations over other budgets (--curve), each run with a schedule of its own. Each
+objective's learning rate is the one of --rates with the lowest held-out loss after a quarter of the budget.
+
+Every model is fine-tuned with launch/finetune.py on the tasks that --tasks holds (--finetune.KEY=VALUE becomes its
+--KEY=VALUE); --section.key=value and --config go to all runs of launch/pretrain.py. Run the same command again after a
+kill: what is finished is skipped, what was interrupted goes on. As an array of jobs, give each `--only RUN` (names by
+--list) once the learning rates and the teacher's head are there, then run the command without it.
+
+Out: DIR/study.json, study.md, study.png, and the tables on the screen; for one page: launch/report.py --study
+DIR/study.json. Exit codes: 0 done; 1 a run failed, the others are in the tables; 2 bad usage, configuration or input;
+75 stopped, run again to continue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_prep.shard_format.required_packages import require_packages
+
+require_packages()
+
+from launch.cli import parse_config, run_main
+from launch.experiments.job import StoppedError
+from launch.experiments.options import (
+    add_where,
+    check_where,
+    checked_finetuning,
+    job_for,
+    names_in,
+    split_words,
+)
+from launch.experiments.study_runs import OBJECTIVES, Scale, Study, chosen, students_of
+from launch.stages import AGAIN
+from train.distributed.signals import STOPPED_AFTER_SAVING
+from train.errors import UserError
+from train.run_folder import hold
+
+TASKS = ("cola", "sst2", "mrpc", "stsb", "rte", "qnli", "mnli", "imdb", "squad")
+CURVE = (1 / 8, 1 / 4, 1 / 2, 1, 2)
+"""Of the budget."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, train what is not finished, score, compare."""
+    options, words = _parse(arguments)
+    given = [*words, f"--data.shards={options.corpus}"]
+    words, own = split_words(given, options.config)
+
+    # After the command line: torch and transformers take seconds, which --help shall not.
+    from launch.experiments.study import StudyJob, listed
+    from train.distributed.world import quiet_libraries
+    from train.models.build import TeacherFolder
+    from train.models.families import has_head
+
+    quiet_libraries()
+    base = parse_config([*words, f"--model.teacher={options.teacher}"], "")
+    folder = TeacherFolder(options.teacher, needs_head=False)
+    shape = (folder.config.num_hidden_layers, folder.config.hidden_size, folder.config.num_attention_heads)
+    study = Study(
+        teacher=options.teacher,
+        has_head=has_head(folder.model),
+        out=options.out,
+        scale=Scale(
+            options.budget_tokens,
+            options.curve,
+            base.training.global_batch_size * base.data.sequence_length,
+        ),
+        students=chosen(options.students, students_of(*shape), "--students"),
+        objectives=chosen(options.objectives, OBJECTIVES, "--objectives"),
+        rates=options.rates or [base.optimizer.lr],
+    )
+    flags = ["--task", *options.score_on, "--data", options.tasks, "--seeds", str(options.seeds)]
+    finetuning, tasks = checked_finetuning(flags, own, options.teacher)
+    job = job_for(options, words, finetuning, tasks, options.seeds)
+    for variant in study.listed():
+        job.config_of(variant)
+    if options.list:
+        print(listed(study))
+        return 0
+    # The jobs of an array share DIR; each run's folder has a lock of its own.
+    with contextlib.nullcontext() if options.only else hold(options.out):
+        try:
+            return StudyJob(job, study, options.only).run()
+        except StoppedError:
+            print(f"\n{AGAIN}", file=sys.stderr)
+            return STOPPED_AFTER_SAVING
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This command's options, and what is left for launch/pretrain.py and launch/finetune.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--teacher", required=True, metavar="DIR", help="encoder with its tokenizer: folder or hub name")
+    add("--corpus", required=True, metavar="SHARDS", help="of data_prep/write_shards.py, with its tokenizer")
+    add(
+        "--tasks", required=True, metavar="DATA", help="folder of the tasks, as for launch/finetune.py --data"
+    )
+    add("--out", type=Path, default=Path("runs/study"), help="folder for everything (default: %(default)s)")
+    add("--budget-tokens", default="4e6", metavar="N", help="of each run (default: %(default)s)")
+    add(
+        "--curve",
+        metavar="N,N",
+        help="other budgets; 0 for none (default: 1/8, 1/4, 1/2 and 2 of the budget)",
+    )
+    add("--students", metavar="A,B", help="of half, narrow (default: both)")
+    add("--objectives", metavar="A,B", help="these alone (default: all)")
+    add("--rates", metavar="R,R", help="learning rates to try (default: that of the recipe alone)")
+    add("--score-on", metavar="A,B", default=",".join(TASKS), help="tasks (default: %(default)s)")
+    add("--seeds", type=int, default=3, metavar="N", help="fine-tuning seeds (default: %(default)s)")
+    add("--config", action="append", default=[], metavar="R.yaml", help="recipe that all runs share")
+    add("--only", metavar="RUN", help="train and score this run alone, and make no tables")
+    add("--list", action="store_true", help="say what would be trained, and stop")
+    add_where(parser)
+    options, words = parser.parse_known_args(arguments)
+    check_where(options)
+    if options.seeds < 1:
+        raise UserError(f"--seeds {options.seeds}: give at least 1")
+    options.score_on = names_in(options.score_on)
+    for name in ("students", "objectives"):
+        value = getattr(options, name)
+        setattr(options, name, None if value is None else names_in(value))
+    options.rates = [_rate(word) for word in names_in(options.rates)] if options.rates else []
+    options.budget_tokens = _tokens(options.budget_tokens)
+    budgets = [round(share * options.budget_tokens) for share in CURVE]
+    options.curve = budgets if options.curve is None else _budgets(options.curve)
+    return options, words
+
+
+def _budgets(text: str) -> list[int]:
+    return [] if text == "0" else [_tokens(word) for word in names_in(text)]
+
+
+def _tokens(text: str) -> int:
+    """A number of tokens such as 4e6; UserError for anything else."""
+    try:
+        found = int(float(text))
+    except (ValueError, OverflowError):
+        found = 0
+    if found < 1:
+        raise UserError(f"{text!r} is no number of tokens; give 4e6, for example")
+    return found
+
+
+def _rate(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 1:
+        raise UserError(f"--rates {text}: give learning rates between 0 and 1")
+    return found
+
+
+if __name__ == "__main__":
+    run_main(main)

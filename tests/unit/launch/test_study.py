@@ -1,0 +1,169 @@
+"""The study's plan, its tables, and what its command refuses; tests/end_to_end/test_study.py runs one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch import report, study
+from launch.cli import parse_config
+from launch.experiments.study_figure import plot
+from launch.experiments.study_results import (
+    Scores,
+    StudiedModel,
+    StudyFile,
+    TriedRate,
+    curve_points,
+    tables_of,
+)
+from launch.experiments.study_runs import HEAD, OBJECTIVES, Scale, Study, chosen, students_of
+from train.errors import UserError
+
+BUDGET, STEP = 4_000_000, 64 * 128
+
+
+def planned(has_head: bool = False, rates: tuple[float, ...] = (0.001, 0.003)) -> Study:
+    curve = [500_000, 1_000_000, BUDGET]
+    return Study(
+        "encoder",
+        has_head,
+        Path("out"),
+        Scale(BUDGET, curve, STEP),
+        students_of(6, 384, 12),
+        OBJECTIVES,
+        rates,
+    )
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+def test_every_run_is_accepted_and_named_once(has_head: bool) -> None:
+    found = planned(has_head)
+    names = [run.name for run in found.listed()]
+    assert len(set(names)) == len(names)
+    assert (HEAD in names) is not has_head
+    assert {
+        "half-cut",
+        "half-triple",
+        "narrow-control",
+        "half-relations-0.5M",
+        "search/half-both/lr-0.003",
+    } <= set(names)
+    assert not any(name.endswith("-4M") for name in names)  # that is half-triple itself
+    for run in found.listed():
+        config = parse_config(run.words, "")
+        tokens = {"half-cut": 0, "narrow-cut": 0, "half-relations-0.5M": 500_000}.get(run.name, BUDGET)
+        tokens = BUDGET // 4 if run.name.startswith("search/") else tokens
+        if "-1M" not in run.name and "-0.5M" not in run.name:
+            assert config.training.max_steps == round(tokens / STEP), run.name
+        needs_head = config.objective.needs_masks and run.name.removeprefix("search/").split("/")[0] != HEAD
+        assert (config.model.teacher == "out/teacher-head/model") is (needs_head and not has_head), run.name
+
+
+def test_shapes_are_whole_heads() -> None:
+    half, narrow = students_of(6, 384, 12)
+    assert half.changes == {"model.student_layers": 3}
+    assert narrow.changes == {"model.student_layers": 4, "model.student_width": 256}
+    assert students_of(1, 32, 1)[1].changes == {"model.student_layers": 1, "model.student_width": 32}
+
+
+def test_one_rate_needs_no_search() -> None:
+    assert not any(run.name.startswith("search/") for run in planned(rates=(0.001,)).listed())
+
+
+def model(name: str, points: float, *, tokens: int = BUDGET, spread: float = 1.0) -> StudiedModel:
+    student, _, objective = name.partition("-")
+    scores = {
+        task: Scores(seeds=[points - spread / 2, points, points + spread / 2]) for task in ("sst2", "rte")
+    }
+    return StudiedModel(
+        name=name if tokens in (0, BUDGET) else f"{name}-x",
+        title=name,
+        student=student if objective else "",
+        objective=objective,
+        parameters=10,
+        tokens=tokens,
+        tokens_per_s=100.0,
+        scores=scores,
+    )
+
+
+@pytest.fixture
+def finished() -> StudyFile:
+    models = [
+        model("teacher", 80.0, tokens=0),
+        model("half-cut", 70.0, tokens=0),
+        model("half-triple", 77.5),
+        model("half-triple", 75.0, tokens=BUDGET // 2),
+        model("half-control", 77.0),
+        model("half-relations", 79.0),
+    ]
+    rates = [TriedRate(objective="triple", rate=0.001, key="heldout_kl", heldout=0.5, chosen=True)]
+    return StudyFile(
+        teacher="t", tasks=["sst2", "rte"], budget=BUDGET, finetuning="--seeds 3", models=models, rates=rates
+    )
+
+
+def test_tables(finished: StudyFile) -> None:
+    scores, verdict, curve, rates = tables_of(finished)
+    assert scores.rows[0] == ["teacher", "80.0 (79.5 to 80.5)", "80.0 (79.5 to 80.5)", "80.0", "100.0%"]
+    assert scores.rows[2][-2:] == ["77.5", "96.9%"]
+    by_name = {row[0]: row for row in verdict.rows}
+    assert by_name["half-triple"][4:] == [
+        "75.0%",
+        "0 of 2; not SST-2, RTE",
+    ]  # 0.5 points above, seeds 1 apart
+    assert by_name["half-relations"][4:] == ["90.0%", "2 of 2"]
+    assert [row[1] for row in curve.rows] == ["0", f"{BUDGET // 2:,}", f"{BUDGET:,}"]
+    assert rates.rows == [["triple", "0.001", "0.5000 (heldout_kl)", "yes"]]
+
+
+def test_what_is_missing_is_a_dash_and_no_point(finished: StudyFile) -> None:
+    bare = finished.models[2].model_copy(update={"scores": {}})
+    partly = finished.model_copy(update={"models": [*finished.models[:2], bare]})
+    scores, verdict = tables_of(partly)[:2]
+    assert scores.rows[2] == ["half-triple", "-", "-", "-", "-"]
+    assert verdict.rows[0][3:] == ["-", "-", "-"]
+    assert curve_points(partly, "half", "triple")[-1][1] is None
+
+
+def test_figure_and_report(finished: StudyFile, tmp_path: Path) -> None:
+    plot(finished, tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    path = tmp_path / "study.json"
+    path.write_text(finished.model_dump_json())
+    assert report.main(["--study", str(path), "--out", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "What each objective is worth" in page
+    assert "| half-relations | 4,000,000 | 100 | 79.0 | 90.0% | 2 of 2 |" in page
+    path.write_text(path.read_text().replace("80.0", "null", 1))
+    with pytest.raises(UserError, match=r"study.json: models.0.scores.sst2.seeds.* is None, no number"):
+        report.main(["--study", str(path), "--out", str(tmp_path / "report")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--budget-tokens", "many"], "'many' is no number of tokens; give 4e6"),
+        (["--curve", "1e6,-3"], "'-3' is no number of tokens"),
+        (["--rates", "0.1,2"], "--rates 2: give learning rates between 0 and 1"),
+        (["--seeds", "0"], "--seeds 0: give at least 1"),
+        (["--ranks", "0"], "--ranks 0: give at least 1"),
+        (["--run.dir=x"], "--run.dir has no effect here"),
+        (["--finetune.epoch=1"], "becomes --KEY=VALUE of launch/finetune.py"),
+    ],
+)
+def test_refusals(
+    flags: list[str], message: str, teacher_folder: str, shards_folder: str, tmp_path: Path
+) -> None:
+    words = ["--teacher", teacher_folder, "--corpus", shards_folder, "--tasks", str(tmp_path)]
+    with pytest.raises(UserError, match=message):
+        study.main([*words, "--out", str(tmp_path / "out"), "--score-on", "sst2", *flags])
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_names_are_refused_with_those_there_are() -> None:
+    with pytest.raises(
+        UserError, match=r"--objectives kd: there is no such; there are triple, relations, both"
+    ):
+        chosen(["kd"], OBJECTIVES, "--objectives")
