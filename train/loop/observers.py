@@ -76,9 +76,10 @@ class Evaluating:
             return
         with self.trainer.clock.host_section("evaluation"):
             row = self.score()
-        self._newest = (state.step, row.get("heldout_mlm_loss"))
-        for name, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
+        loss = row.get("heldout_mlm_loss")
+        self._newest = (state.step, loss)
+        for name, value in {"heldout_mlm_loss": loss}.items() if loss is not None else row.items():
+            if not math.isfinite(value):
                 raise NonFiniteError(f"{name} is {value} at step {state.step}. {NON_FINITE_REMEDY}")
         if not with_teacher:  # it does not change: its own scores stand in the first row alone
             row = {key: value for key, value in row.items() if "teacher" not in key}
