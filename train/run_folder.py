@@ -163,10 +163,13 @@ def found_before(run_dir: Path, config: Config) -> Config:
     asked = config.training.micro_batch_size
     if isinstance(asked, int):
         return config
-    found = recorded_config(run_dir).get("training", {}).get("micro_batch_size", asked)
-    if found != asked and not (type(found) is int and found > 0):
+    before = recorded_config(run_dir).get("training", {})
+    found, of = before.get("micro_batch_size", asked), before.get("global_batch_size")
+    if found != asked and not (type(found) is int and found > 0 and (type(of) is not int or of % found == 0)):
         damage = f"training.micro_batch_size: {found!r}"
         raise UserError(f"{run_dir / 'config.yaml'} is damaged ({damage}); {RESTORE}")
+    if type(found) is int and config.training.global_batch_size % found:
+        return config  # another global batch is asked for
     return dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=found))
 
 

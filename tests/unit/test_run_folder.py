@@ -132,6 +132,7 @@ def test_damaged_json_is_one_message(text: str | bytes, tmp_path: Path) -> None:
         "training: 3",
         "- a",
         "training: {micro_batch_size: word}",
+        "training: {micro_batch_size: 10000000, global_batch_size: 4096}",
         "[" * 5000,
         "a: [1",
         "training: {epochs: !!bool x}",

@@ -100,3 +100,6 @@ def test_a_later_start_keeps_what_the_first_one_found(tmp_path: Path) -> None:
     assert found_before(tmp_path, auto).training.micro_batch_size == 128
     given = Config(training=TrainingConfig(micro_batch_size=64))
     assert found_before(tmp_path, given) == given
+    other = Config(training=TrainingConfig(micro_batch_size="auto", global_batch_size=192))
+    assert found_before(tmp_path, other) == other
+    assert "training.global_batch_size: 4096 -> 192" in changed_config(tmp_path, other)
