@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -106,10 +107,14 @@ class TokenizerInfo:
 
 
 def _known_splits(splits: dict[str, Any]) -> dict[str, Any]:
-    """The splits of this version; ValueError where one is missing."""
+    """The splits of this version; ValueError where one is missing, or a shard is there twice."""
     missing = [split for split in SPLITS if split not in splits]
     if missing:
-        raise ValueError(f"there is no split {missing[0]!r}")
+        raise UserError(f"there is no split {missing[0]!r}")
+    names = [shard.name for split in SPLITS for shard in splits[split]]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise UserError(f"the shard {twice} is listed twice")
     return {split: splits[split] for split in SPLITS}
 
 

@@ -160,6 +160,20 @@ def test_train_comes_first(tmp_path: Path) -> None:
     assert list(Manifest.load(tmp_path).splits) == list(MANIFEST.splits) == ["train", "heldout"]
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("indent", [1, None])
+def test_a_shard_that_is_listed_twice_is_refused(tmp_path: Path, split: str, indent: int | None) -> None:
+    """It would be trained on twice as often, or held out and trained on."""
+    content = json.loads(MANIFEST.to_json())
+    content["splits"][split] += content["splits"]["train"]
+    text = json.dumps(content, indent=indent, sort_keys=True)
+    (tmp_path / "manifest.json").write_text(text + "\n" * (indent or 0))
+    with pytest.raises(
+        UserError, match=r"manifest of shards \(.*the shard train-000000.tar is listed twice\); make"
+    ):
+        Manifest.load(tmp_path)
+
+
 def test_what_looks_like_a_shard_elsewhere_is_none(tmp_path: Path) -> None:
     shard = dataclasses.asdict(SHARD)
     manifest = dataclasses.replace(MANIFEST, options={"x": [shard, shard]})
