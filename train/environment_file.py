@@ -47,6 +47,8 @@ def load_environment_file(environment: MutableMapping[str, str] = os.environ, fo
 
 def parse_environment(text: str, where: str = FILE) -> dict[str, str]:
     """Name -> value; UserError as above."""
+    if text.startswith("\ufeff"):
+        raise UserError(f"{where} begins with a byte order mark; save it without")
     variables = {}
     for number, line in enumerate(text.splitlines(), start=1):
         for found in parse_stream(io.StringIO(line)):

@@ -268,7 +268,12 @@ def _backend(tokenizer: Any) -> Any:
 
 def _special_ids(tokenizer: Any) -> dict[str, int | None]:
     names = ("pad", "unk", "cls", "sep", "mask")
-    return {name: getattr(tokenizer, f"{name}_token_id") for name in names}
+    try:
+        return {name: getattr(tokenizer, f"{name}_token_id") for name in names}
+    except RecursionError:  # of transformers, which looks up the unknown token's id by it
+        raise UserError(
+            f"its unk_token {tokenizer.unk_token!r} is not in its vocabulary; correct it in tokenizer_config.json"
+        ) from None
 
 
 def check_token_ids(tokenizer: Any) -> None:

@@ -37,6 +37,9 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "cluster.env").write_bytes("A=1\n".encode("utf-16"))
     with pytest.raises(UserError, match=r"/cluster\.env is not UTF-8 \(byte 0xff at offset 0\); save it as"):
         load_environment_file({}, tmp_path)
+    (tmp_path / "cluster.env").write_text("\ufeff")
+    with pytest.raises(UserError, match=r"/cluster\.env begins with a byte order mark; save it without"):
+        load_environment_file({}, tmp_path)
     (tmp_path / "cluster.env").unlink()
     (tmp_path / "cluster.env").mkdir()
     with pytest.raises(

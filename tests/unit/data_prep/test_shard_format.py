@@ -169,6 +169,20 @@ def test_tokenizer_without_mask_is_refused() -> None:
         tokenizer_info(tokenizer)
 
 
+def test_an_unknown_token_that_is_unknown_is_refused() -> None:
+    class Endless:
+        unk_token = ""
+
+        @property
+        def pad_token_id(self) -> int:
+            return self.pad_token_id
+
+    with pytest.raises(
+        ValueError, match=r"its unk_token '' is not in its vocabulary; correct it in tokenizer_con"
+    ):
+        tokenizer_info(Endless())
+
+
 def test_token_dtype() -> None:
     assert token_dtype(65_535) == np.uint16
     assert token_dtype(65_536) == np.uint32
