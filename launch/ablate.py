@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 
     quiet_libraries()
     variants, left_out = variants_of(
-        base, teacher_layers(base), options.full_seeds, options.adamw_lr or (ADAMW_RATE,)
+        base, teacher_layers(base), options.full_seeds, tuple(dict.fromkeys(options.adamw_lr or [ADAMW_RATE]))
     )
     if options.variants is not None:
         variants = chosen_variants(variants, left_out, names_in(options.variants))

@@ -536,7 +536,7 @@ class CheckpointConfig:
     """Checkpoints in a row that could not be written (full disk), after which the run stops."""
 
     allow_changed_config: bool = False
-    """Go on from a checkpoint although the configuration has changed since."""
+    """Go on from a checkpoint although the configuration has changed since, but for optimizer.name."""
 
     def __post_init__(self) -> None:
         _require_positive(
