@@ -234,9 +234,11 @@ def adamw_engine(settings: dict[str, Any]) -> tuple[Any, torch.optim.Optimizer]:
     return engine, optimizer
 
 
-def plain_adamw() -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+def plain_adamw(
+    start: dict[str, torch.Tensor],
+) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
     """One process, whole tensors, torch's loop over them; what is decayed is written out by hand."""
-    whole = make_parameters()
+    whole = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
     decayed = {"embed.weight", "zero.weight", "layer.weight", "tiny.weight", "out.weight"}
     groups = [
         {"params": [whole[name] for name in whole if name in decayed], "weight_decay": 0.1},
@@ -246,13 +248,18 @@ def plain_adamw() -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]
 
 
 def adamw(folder: str) -> dict[str, Any]:
-    """Six steps beside torch's AdamW, one of them clipped; a checkpoint after three, resumed, and converted."""
+    """Six steps beside torch's AdamW, under several engines; a checkpoint after three, resumed, and converted."""
     worst = {}
-    for name, settings in (("plain", config("fp32")), ("clipping", config("fp32", gradient_clipping=0.01))):
+    for name, settings in (
+        ("plain", config("fp32")),
+        ("clipping", config("fp32", gradient_clipping=0.01)),
+        ("bf16", config("bf16")),
+        ("stage 1", config("fp32", zero={"stage": 1})),
+    ):
         engine, _ = adamw_engine(settings)
-        whole, plain = plain_adamw()
+        whole, plain = plain_adamw(full_parameters(engine))
         for step in range(6):
-            gradients = make_gradients(step, BITS["fp32"])
+            gradients = make_gradients(step, BITS["bf16" if name == "bf16" else "fp32"])
             inject(engine, gradients)
             for key, gradient in clipped(gradients, engine).items():
                 whole[key].grad = gradient
