@@ -78,6 +78,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="between checkpoints (default 300)",
     )
+    _add_distillation(made)
+    _add_settings(made)
+    return made
+
+
+def _add_distillation(made: argparse.ArgumentParser) -> None:
     group = made.add_argument_group("task distillation")
     group.add_argument(
         "--teacher",
@@ -101,6 +107,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--hard-weight", type=float, metavar="A", help="share of the loss on true labels (default 0.5)"
     )
+
+
+def _add_settings(made: argparse.ArgumentParser) -> None:
     group = made.add_argument_group("settings (default: the task's, as published; see docs/FINETUNING.md)")
     group.add_argument("--epochs", type=float)
     group.add_argument("--learning-rate", type=float)
@@ -126,7 +135,6 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max-answer-length", type=int, metavar="TOKENS", help="SQuAD: longest answer (default 30)"
     )
-    return made
 
 
 def main(arguments: Sequence[str]) -> int:
