@@ -77,7 +77,7 @@ def parse_config(arguments: Sequence[str], description: str) -> Config:
     return config
 
 
-@cache  # most of the time goes into reading the docstrings of train/config.py; an ablation parses ten times
+@cache  # most of the time goes into reading the docstrings of train/config_sections/; an ablation parses ten times
 def _config_parser(description: str, prog: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         description=description,

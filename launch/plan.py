@@ -27,7 +27,9 @@ from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import MANIFEST_NAME
 from launch.cli import parse_config, run_main
 from launch.planner.hardware import LINK_EFFICIENCY, find_gpu
-from train.config import DEFAULT_MICRO_BATCH_SIZE, Config, DataConfig
+from train.config import Config
+from train.config_sections.data import DataConfig
+from train.config_sections.training import DEFAULT_MICRO_BATCH_SIZE
 from train.engine_config import (
     EngineSettings,
     default_engine_config,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from train.config import OptimizerConfig
+from train.config_sections.training import OptimizerConfig
 from train.errors import UserError
 from train.lamb import Lamb, is_bias_or_norm, refused_setting
 

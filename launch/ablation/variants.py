@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.experiments.variant import Variant
-from train.config import LAMB_OPTIONS, OBJECTIVE_WEIGHTS, Config, ObjectiveConfig
+from train.config import Config
+from train.config_sections.objective import OBJECTIVE_WEIGHTS, ObjectiveConfig
+from train.config_sections.training import LAMB_OPTIONS
 from train.errors import UserError
 from train.models.students import default_student_layers, resolve_layer_map
 

@@ -34,7 +34,7 @@ from data_prep.shard_format.files import write_json
 from launch.benchmarks import options
 from launch.benchmarks.machine import hardware
 from launch.benchmarks.options import Shape
-from train.config import ObjectiveConfig
+from train.config_sections.objective import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.models.attention_vectors import AttentionVectors
 from train.models.families import DecoderInputs, family_of

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launch.planner.models import PlannedModel
-from train.config import ObjectiveConfig
+from train.config_sections.objective import ObjectiveConfig
 from train.engine_config import EngineSettings, partition_size
 from train.objective.build import relation_heads
 from train.objective.fused_loss import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES

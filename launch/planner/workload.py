@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from launch.planner.memory import Step
 from launch.planner.models import PlannedModel, describe, models_of
-from train.config import Config, ObjectiveConfig
+from train.config import Config
+from train.config_sections.objective import ObjectiveConfig
 from train.data.order import DataOrder, windows_per_shard
 from train.data.pipeline import phase_stops, planned_phases, total_steps
 from train.engine_config import EngineSettings

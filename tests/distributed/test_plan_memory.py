@@ -15,7 +15,7 @@ from launch.planner.cost import traffic
 from launch.planner.memory import Step, memory_parts, model_state_bytes
 from launch.planner.models import PlannedModel
 from tests.distributed.harness import run_ranks
-from train.config import ObjectiveConfig
+from train.config_sections.objective import ObjectiveConfig
 from train.engine_config import engine_settings
 
 # (family, precision, ZeRO stage, accumulation); bf16 with fp32 accumulation is laid out as fp16 on a GPU is.

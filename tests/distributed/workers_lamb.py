@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from launch.benchmarks.lamb_alternatives import LoopLamb
 from tests.lamb_checks import BoundedReference, U, make_gradients, make_parameters, worst_error
-from train.config import OptimizerConfig
+from train.config_sections.training import OptimizerConfig
 from train.distributed.world import import_deepspeed
 from train.lamb import Lamb
 from train.lamb import native as lamb_native

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
-from train.config import ObjectiveConfig
+from train.config_sections.objective import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.distributed.world import import_deepspeed
 from train.models.students import make_student

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
 from launch.planner.models import describe
-from train.config import ObjectiveConfig
+from train.config_sections.objective import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.distributed.world import import_deepspeed
 from train.lamb import Lamb

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from train.config import ObjectiveConfig
+from train.config_sections.objective import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.evaluation.scores import heldout_statistics
 from train.evaluation.teacher_precision import check_teacher_precision

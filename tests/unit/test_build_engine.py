@@ -11,7 +11,8 @@ import torch
 
 import train.build
 from train.build import start_engine
-from train.config import Config, OptimizerConfig
+from train.config import Config
+from train.config_sections.training import OptimizerConfig
 from train.errors import UserError
 from train.optimizer import build_optimizer
 

@@ -13,7 +13,8 @@ import pytest
 
 from tests.paths import ROOT
 from train.build import engine_config_for
-from train.config import Config, DeepSpeedConfig
+from train.config import Config
+from train.config_sections.running import DeepSpeedConfig
 from train.data.pipeline import fit_micro_batch
 from train.engine_config import engine_settings, read_engine_config
 from train.errors import UserError

@@ -13,7 +13,15 @@ import pytest
 from tests.paths import ROOT
 
 PACKAGES = ("data_prep", "train", "launch")
-FOUNDATION = ("config", "engine_config", "environment_file", "errors", "run_folder", "versions")
+FOUNDATION = (
+    "config",
+    "config_sections",
+    "engine_config",
+    "environment_file",
+    "errors",
+    "run_folder",
+    "versions",
+)
 """Files at the top of train/ that everything in it shares; build.py and run.py there join everything."""
 LAYERS = (
     {*FOUNDATION, "lamb"},

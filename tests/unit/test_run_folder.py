@@ -18,7 +18,9 @@ import pytest
 
 from data_prep.shard_format.files import read_json, write_text
 from tests.paths import ROOT
-from train.config import CheckpointConfig, Config, OptimizerConfig, RunConfig
+from train.config import Config
+from train.config_sections.running import CheckpointConfig, RunConfig
+from train.config_sections.training import OptimizerConfig
 from train.distributed.signals import StopRequest
 from train.errors import UserError
 from train.loop.metrics import RunEvents

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from data_prep.shard_format.manifest import Manifest, TokenizerInfo
-from train.config import DEFAULT_MICRO_BATCH_SIZE, MAX_STEPS, Config
+from train.config import Config
+from train.config_sections.training import DEFAULT_MICRO_BATCH_SIZE, MAX_STEPS
 from train.data.loader import BatchLoader, MicroBatch
 from train.data.masking import MaskedBatch, Masker, NoMasking, continuation_table
 from train.data.order import largest_micro_batch

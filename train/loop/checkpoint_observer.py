@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from train.checkpointing.checkpoint import Checkpointer
 from train.checkpointing.state import TrainState
-from train.config import CheckpointConfig
+from train.config_sections.running import CheckpointConfig
 from train.distributed.signals import StopRequest
 from train.distributed.world import any_rank_stops
 from train.errors import CheckpointNotWrittenError, NonFiniteError

@@ -77,7 +77,7 @@ class Teacher:
         relation_layers: Sequence[int] | None = None,
         compile: bool = False,
     ) -> None:
-        assert models, "train/config.py refuses an empty list"
+        assert models, "train/config_sections/model.py refuses an empty list"
         # transformers collects the layers' outputs with hooks, which torch.compile does not run.
         assert not (compile and output_hidden_states), "train/config.py refuses this"
         self.names = tuple(names or (f"teacher {index}" for index in range(len(models))))

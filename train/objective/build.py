@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from train.config import ObjectiveConfig
+from train.config_sections.objective import ObjectiveConfig
 from train.errors import UserError
 from train.models.attention_vectors import AttentionVectors
 from train.models.families import family_of

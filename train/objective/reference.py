@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from train.config import ObjectiveConfig
+from train.config_sections.objective import ObjectiveConfig
 from train.data.masking import MaskedBatch
 
 

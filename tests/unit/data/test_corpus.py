@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.tiny_shards import with_histogram, write_tiny_shards
-from train.config import Config, DataConfig
+from train.config import Config
+from train.config_sections.data import DataConfig
 from train.data.corpus import read_corpus_digests
 from train.distributed.consistency import start_up_facts
 

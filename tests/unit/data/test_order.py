@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.config import DataConfig
+from train.config_sections.data import DataConfig
 from train.data import order as order_module
 from train.data.order import (
     DataOrder,

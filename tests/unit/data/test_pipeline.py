@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from data_prep.shard_format.manifest import Manifest
-from train.config import Config, DataConfig, MaskingConfig, ScheduleConfig, TrainingConfig
+from train.config import Config
+from train.config_sections.data import DataConfig, MaskingConfig
+from train.config_sections.training import ScheduleConfig, TrainingConfig
 from train.data.pipeline import RunData, build_run_data, build_schedule, total_steps
 
 GLOBAL, SHORT, LONG = 16, 16, 32

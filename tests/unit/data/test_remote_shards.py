@@ -25,7 +25,7 @@ from data_prep.shard_format.manifest import Manifest
 from tests.loopback_stores import Store, served
 from tests.paths import ROOT
 from tests.tiny_shards import write_tiny_shards
-from train.config import DataConfig
+from train.config_sections.data import DataConfig
 from train.data import prefetch
 from train.data.loader import BatchLoader, heldout_windows
 from train.data.shard_cache import ShardCache

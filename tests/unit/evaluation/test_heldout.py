@@ -11,15 +11,12 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from data_prep.shard_format.manifest import Manifest
 from train.build import build_heldout, heldout_scoring
-from train.config import (
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    MaskingConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    TrainingConfig,
-)
+from train.config import Config
+from train.config_sections.data import DataConfig, MaskingConfig
+from train.config_sections.model import ModelConfig
+from train.config_sections.objective import ObjectiveConfig
+from train.config_sections.running import EvaluationConfig
+from train.config_sections.training import TrainingConfig
 from train.distributed.world import World
 from train.evaluation.masking import LABEL, label_of_row, training_label
 from train.models.teacher import Teacher

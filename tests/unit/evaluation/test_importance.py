@@ -8,7 +8,9 @@ from dataclasses import replace
 import torch
 
 from data_prep.shard_format.manifest import Manifest
-from train.config import Config, DataConfig, ModelConfig
+from train.config import Config
+from train.config_sections.data import DataConfig
+from train.config_sections.model import ModelConfig
 from train.evaluation.importance import importance, sample_windows
 from train.models.build import build_student
 

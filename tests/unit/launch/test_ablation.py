@@ -23,7 +23,8 @@ from launch.experiments.run_folders import FREE_TO_DIFFER
 from launch.experiments.variant import Variant
 from tests.paths import ROOT
 from tests.tiny_shards import write_tiny_shards
-from train.config import OBJECTIVE_WEIGHTS, Config
+from train.config import Config
+from train.config_sections.objective import OBJECTIVE_WEIGHTS
 from train.errors import UserError
 from train.finetuning.results import write_scores
 from train.finetuning.tasks import GLUE

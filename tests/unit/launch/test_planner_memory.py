@@ -22,7 +22,7 @@ from launch.planner.memory import (
     teacher_bytes,
 )
 from launch.planner.models import PUBLISHED, describe, models_of, named_model
-from train.config import ObjectiveConfig
+from train.config_sections.objective import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.engine_config import EngineSettings
 from train.errors import UserError

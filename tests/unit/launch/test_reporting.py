@@ -30,7 +30,9 @@ from launch.reporting.loss_curves import (
 from launch.reporting.runs import device_of, read_run_facts
 from launch.reporting.scores import retention
 from launch.reporting.tables import heldout_table, heldout_text
-from train.config import Config, DataConfig, ModelConfig
+from train.config import Config
+from train.config_sections.data import DataConfig
+from train.config_sections.model import ModelConfig
 from train.errors import UserError
 from train.finetuning.tasks import SPLIT_OFF
 

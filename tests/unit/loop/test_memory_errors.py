@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from train.config import Config, TrainingConfig
+from train.config import Config
+from train.config_sections.training import TrainingConfig
 from train.distributed.world import World
 from train.errors import OutOfMemoryError, exit_code
 from train.loop.memory_errors import explained_memory_errors, is_out_of_memory

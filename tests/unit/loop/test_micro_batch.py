@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.shard_format.manifest import Manifest
-from train.config import Config, DataConfig, TrainingConfig
+from train.config import Config
+from train.config_sections.data import DataConfig
+from train.config_sections.training import TrainingConfig
 from train.data.order import check_fit
 from train.data.pipeline import fit_micro_batch
 from train.distributed.world import World

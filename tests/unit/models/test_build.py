@@ -14,7 +14,10 @@ import torch
 import train.models.build
 from data_prep.shard_format.manifest import Manifest
 from train.build import heldout_scoring, load_manifest, read_inputs
-from train.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from train.config import Config
+from train.config_sections.data import DataConfig
+from train.config_sections.model import ModelConfig
+from train.config_sections.objective import ObjectiveConfig
 from train.errors import UserError
 from train.loop.trainer import DistillationModule
 from train.models.build import build_student, build_teacher, open_teachers, teacher_config

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from tests.unit.models.test_families import MODELS, SIZES
-from train.config import ObjectiveConfig
+from train.config_sections.objective import ObjectiveConfig
 from train.models.families import family_of
 from train.models.loading import load_masked_lm
 from train.models.students import make_student

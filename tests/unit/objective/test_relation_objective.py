@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.unit.models.test_families import MODELS, rough
-from train.config import ObjectiveConfig, OptimizerConfig
+from train.config_sections.objective import ObjectiveConfig
+from train.config_sections.training import OptimizerConfig
 from train.data.masking import MaskedBatch, NoMasking
 from train.errors import UserError
 from train.models.attention_vectors import AttentionVectors
