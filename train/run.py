@@ -26,8 +26,8 @@ from train.config import Config
 from train.data.corpus import without_heldout_windows
 from train.data.pipeline import fit_micro_batch
 from train.distributed.consistency import (
-    as_on_first_rank,
     check_same_on_all_ranks,
+    from_first_rank,
     on_first_rank,
     start_up_facts,
 )
@@ -85,12 +85,13 @@ def run(config: Config) -> int:
     startup = StartupTimer()
     startup.ended("imports")
     run_dir, asked = Path(config.run.dir), config.training.micro_batch_size
-    config = found_before(run_dir, config)
-    changes = changed_config(run_dir, config)
-    refuse_changes(config, changes)
     world = join_world(config.deepspeed.log_level)
     startup.ended("joining_ranks")
+    # What lies in the run folder is rank 0's word, here and below: another host may see an older state of it.
+    found, changes = from_first_rank(world, lambda: _compared_with_run(run_dir, config))
     if not isinstance(asked, int):
+        size = found.training.micro_batch_size
+        config = replace(config, training=replace(config.training, micro_batch_size=size))
         config = fit_micro_batch(config, world.world_size)
     clock = Clock(world.device)
     with (
@@ -106,7 +107,7 @@ def run(config: Config) -> int:
         ExitStack() as opened,
     ):
         inputs = read_inputs(config, world.device)
-        changes += changed_inputs(run_dir, inputs.as_record())
+        changes += from_first_rank(world, lambda: changed_inputs(run_dir, inputs.as_record()))
         refuse_changes(config, changes)
         on_first_rank(world, lambda: stop.when_asked(opened.enter_context(hold(run_dir))))
         say = functools.partial(print, flush=True) if world.is_first else lambda message: None
@@ -127,25 +128,32 @@ def run(config: Config) -> int:
             say(remark)
         state = load_checkpoint(parts.trainer.engine, checkpoint, world.world_size, say)
         disable_min_scale_error(parts.trainer.engine)
-        changes = as_on_first_rank(changes)
-        if not changes:  # losses of another objective or another batch make no mean with those to come
-            parts.trainer.losses.restore(state.losses, world.device)
-        elif state.step:
+        if changes and state.step:
             say("going on with a changed configuration:\n  " + "\n  ".join(changes))
         startup.ended("checkpoint")
-        # Decided by rank 0: another host may see an older state of a shared folder.
-        if as_on_first_rank(state.step >= parts.trainer.total_steps and read_summary(run_dir) is not None):
+        if state.step >= parts.trainer.total_steps and from_first_rank(
+            world, lambda: read_summary(run_dir) is not None
+        ):
             say(f"{run_dir} is finished: {state.step} steps; give another run.dir to start anew")
             on_first_rank(world, lambda: _say_summary(run_dir))
             return 0
         try:
-            trained = _train_with_rollbacks(parts, inputs, state, world, stop, startup)
+            others_until = state.step if changes else -1
+            trained = _train_with_rollbacks(parts, inputs, state, world, stop, startup, others_until)
         except StoppedAfterSavingError:
             return STOPPED_AFTER_SAVING
         on_first_rank(world, lambda: finish(parts, run_dir, trained))
     on_first_rank(world, lambda: _say_summary(run_dir))
     dist.destroy_process_group()
     return 0
+
+
+def _compared_with_run(run_dir: Path, config: Config) -> tuple[Config, list[str]]:
+    """With the micro batch that an earlier start found; and what is otherwise than then, UserError where it may not."""
+    config = found_before(run_dir, config)
+    changes = changed_config(run_dir, config)
+    refuse_changes(config, changes)
+    return config, changes
 
 
 def _remarks(parts: Parts, inputs: Inputs, asked: int | str | None) -> Iterator[str]:
@@ -170,16 +178,30 @@ def _remarks(parts: Parts, inputs: Inputs, asked: int | str | None) -> Iterator[
 
 
 def _train_with_rollbacks(
-    parts: Parts, inputs: Inputs, state: TrainState, world: World, stop: StopRequest, startup: StartupTimer
+    parts: Parts,
+    inputs: Inputs,
+    state: TrainState,
+    world: World,
+    stop: StopRequest,
+    startup: StartupTimer,
+    others_until: int,
 ) -> TrainState:
-    """Train to the end, going back after each divergence that the recipe allows; the last state."""
+    """Train to the end, going back after each divergence that the recipe allows; the last state.
+
+    Args:
+        others_until: checkpoints of steps up to this are of another configuration: losses of another objective or
+            another batch make no mean with those to come.
+    """
     run_dir = Path(parts.config.run.dir)
 
     def left_out() -> tuple[int, ...]:
-        return all_left_out(as_on_first_rank(read_rollbacks(run_dir)), state.left_out)
+        return all_left_out(from_first_rank(world, lambda: read_rollbacks(run_dir)), state.left_out)
 
     next_start: TrainState | None = replace(state, left_out=left_out())
     while next_start is not None:
+        parts.trainer.losses = LossSums()
+        if next_start.step > others_until:
+            parts.trainer.losses.restore(next_start.losses, world.device)
         next_start = _train_or_go_back(parts, inputs, next_start, world, stop, startup)
     return replace(state, step=max(state.step, parts.trainer.total_steps), left_out=left_out())
 
@@ -195,7 +217,7 @@ def _train_or_go_back(
                 f"left out: the batches of steps {', '.join(map(str, state.left_out))} (rollbacks.json)"
             )
         try:
-            _train(parts, state, events, stop, startup)
+            _train(parts, state, events, world, stop, startup)
         except StoppedAfterSavingError as stopped:
             events.say(str(stopped))
             raise
@@ -210,7 +232,7 @@ def _go_back(
     """Load the last checkpoint again, without the bad steps; raises the error where the recipe allows no more."""
     run_dir, engine = Path(parts.config.run.dir), parts.trainer.engine
     allowed = parts.config.run.rollback_on_divergence
-    before = as_on_first_rank(read_rollbacks(run_dir))
+    before = from_first_rank(world, lambda: read_rollbacks(run_dir))
     try:
         checkpoint = choose_checkpoint(run_dir / "checkpoints", say) if len(before) < allowed else None
     except UserError:  # none of them is whole
@@ -220,8 +242,6 @@ def _go_back(
     engine._config.load_universal_checkpoint = needs_conversion(checkpoint, world.world_size)
     loaded = load_checkpoint(engine, checkpoint, world.world_size, say)
     disable_min_scale_error(engine)
-    parts.trainer.losses = LossSums()
-    parts.trainer.losses.restore(loaded.losses, world.device)
     entry = Rollback(error.done, loaded.step, error.bad_steps, str(error))
     on_first_rank(world, lambda: write_rollbacks(run_dir, [*before, entry]))
     say(
@@ -251,13 +271,13 @@ def _open_run(parts: Parts, inputs: Inputs, state: TrainState) -> Events:
 
 
 def _train(
-    parts: Parts, state: TrainState, events: Events, stop: StopRequest, startup: StartupTimer
+    parts: Parts, state: TrainState, events: Events, world: World, stop: StopRequest, startup: StartupTimer
 ) -> TrainState:
     config, trainer, run_dir = parts.config, parts.trainer, Path(parts.config.run.dir)
     logging = Logging(trainer, events, config, parts.cost, state)
     evaluating = Evaluating(parts.score(), trainer, events, config.evaluation.every_steps)
     evaluating.before_first_step(state)
-    if as_on_first_rank(lacks_last_scores(read_rows(run_dir), state, trainer.total_steps)):
+    if from_first_rank(world, lambda: lacks_last_scores(read_rows(run_dir), state, trainer.total_steps)):
         evaluating.after_step(state)
     if parts.heldout is not None:
         startup.ended("evaluation")

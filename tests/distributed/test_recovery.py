@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from data_prep.shard_format.manifest import Manifest
+from tests.distributed.late_files import see_late
 from tests.distributed.pretraining import (
     STEPS,
     finish,
@@ -39,14 +41,16 @@ KILLS = int(os.environ.get("HALFLING_KILLS", "10"))
 
 
 def test_from_2_to_1_to_2_ranks(settings: list[str], tmp_path: Path) -> None:
+    """Two ranks see late what the other one has written in the run folder, as on NFS."""
     # The learning rate depends on the run's length, so a part of it is made by a stop, not by fewer steps; there
     # are many, so that none of the stops comes after the end.
     settings = [*settings, "--training.max_steps=160", "--checkpoint.every_steps=1000"]
     train(settings, tmp_path / "undisturbed", ranks=1)
     run_dir = tmp_path / "run"
     resumed_at = []
-    for ranks, until in ((2, 20), (1, 40), (2, 160)):
-        jobs = start_without_launcher(settings, run_dir, *[[]] * ranks)
+    for ranks, until in ((2, 20), (2, 40), (1, 60), (2, 160)):
+        late = functools.partial(see_late, str(run_dir)) if ranks > 1 else None
+        jobs = start_without_launcher(settings, run_dir, *[[]] * ranks, before=late)
         if until < 160:
             wait_for(run_dir / "metrics.jsonl", jobs[0], lambda until=until: _logged(run_dir, until))
             for job in jobs:
@@ -56,7 +60,7 @@ def test_from_2_to_1_to_2_ranks(settings: list[str], tmp_path: Path) -> None:
         assert [code for code, _ in ends] == [0 if until == 160 else 75] * ranks, output
         resumed_at += [int(step) for step in re.findall(r"continuing from \S+/step-(\d+)", output)]
     assert "converting it for 2" in output
-    assert len(resumed_at) == 2
+    assert len(resumed_at) == 3
     assert not (run_dir / "checkpoints" / ".universal").exists()
     expected = {row["step"]: row["loss"] for row in read_rows(tmp_path / "undisturbed") if "loss" in row}
     got = {row["step"]: row["loss"] for row in read_rows(run_dir) if "loss" in row}

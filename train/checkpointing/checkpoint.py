@@ -9,15 +9,17 @@ a message.
 from __future__ import annotations
 
 import contextlib
+import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from data_prep.shard_format.files import until_seen
 from train.checkpointing.integrity import (
     Record,
     checkpoint_fault,
@@ -25,6 +27,7 @@ from train.checkpointing.integrity import (
     listed,
     read_facts,
     record_own_files,
+    size_fault,
     write_facts,
 )
 from train.checkpointing.state import TrainState
@@ -94,9 +97,12 @@ class Checkpointer:
             fault = any_fault(_save_engine(self.engine, partial, name, state))
         if fault is None:
             records, fault = _record(partial / name)
+            sizes = {file: record.size for file, record in records.items()}
             if fault is None and first:
                 optimizer = name_of(self.engine.optimizer.optimizer)
-                fault = _complete(partial / name, state.step, records, heldout_mlm_loss, optimizer)
+                fault = unseen(partial / name, sizes) or _complete(
+                    partial / name, state.step, records, heldout_mlm_loss, optimizer
+                )
         if (fault := any_fault(fault)) is not None:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -109,8 +115,7 @@ class Checkpointer:
             for old in self.retention.superfluous(complete):
                 _remove(old, partial)
         dist.barrier()
-        size = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
-        return Written(time.perf_counter() - start, size)
+        return Written(time.perf_counter() - start, sum(sizes.values()))
 
 
 def _remove(checkpoint: Path, partial: Path) -> None:
@@ -174,6 +179,21 @@ def _record(checkpoint: Path) -> tuple[dict[str, Record], str | None]:
     dist.all_gather_object(gathered, (own, fault))
     records = {name: record for own, _ in gathered for name, record in own.items()}
     return records, next((fault for _, fault in gathered if fault is not None), None)
+
+
+def unseen(folder: Path, sizes: Mapping[str, int]) -> str | None:
+    """What this rank does not see of the files that others have written; None where it sees all, maybe after a while.
+
+    Args:
+        sizes: bytes, by path inside the folder.
+    """
+    fault = until_seen(lambda: size_fault(folder, sizes), folder)
+    if fault is None:
+        return None
+    return (
+        f"rank {dist.get_rank()} on {platform.node()} does not see in {folder} what others have written ({fault}): "
+        "run.dir must lie on a file system that all hosts have mounted"
+    )
 
 
 def any_fault(fault: str | None) -> str | None:

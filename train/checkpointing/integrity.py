@@ -29,6 +29,7 @@ from train.errors import UserError, one_line
 COMPLETE = "complete.json"
 _STEP = re.compile(r"step-(\d{8})")
 _PARTITION = re.compile(r"zero_pp_rank_(\d+)_")
+_READ = re.compile(r"/|_states\.pt|_rank_|^layer_")
 _CHUNK = 2**20
 _THREADS = 4
 """hashlib computes outside of Python's lock."""
@@ -78,9 +79,16 @@ def record_own_files(checkpoint: Path, rank: int, world_size: int) -> dict[str, 
     Raises:
         OSError: one of them cannot be read or flushed.
     """
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
-    names = [str(path.relative_to(checkpoint)) for path in files]
-    own = [name for name in names if name != COMPLETE and _owner(name, world_size) == rank]
+    # Another rank's files may not be seen here yet; partitions lie at the top.
+    names = sorted(
+        path.relative_to(checkpoint).as_posix()
+        for path in (checkpoint.iterdir() if rank else checkpoint.rglob("*"))
+    )
+    own = [
+        name
+        for name in names
+        if name != COMPLETE and _owner(name, world_size) == rank and (checkpoint / name).is_file()
+    ]
 
     def record(name: str) -> Record:
         flush(checkpoint / name)
@@ -133,9 +141,13 @@ def read_facts(checkpoint: Path) -> Facts:
         raise UserError(f"{path} is damaged ({first_problem(error)}); {remedy}") from None
 
 
-def size_fault(checkpoint: Path, facts: Facts) -> str | None:
-    """The first file that is missing or has another size; None where all are as listed."""
-    for name, size in facts.files.items():
+def size_fault(checkpoint: Path, files: Mapping[str, int]) -> str | None:
+    """The first file that is missing or has another size; None where all are as listed.
+
+    Args:
+        files: bytes, by path inside the checkpoint.
+    """
+    for name, size in files.items():
         path = checkpoint / name
         try:
             if not path.is_file():
@@ -145,6 +157,16 @@ def size_fault(checkpoint: Path, facts: Facts) -> str | None:
             return f"{name[:100]} cannot be read ({error.strerror})"
         if found != size:
             return f"{name} has {found} bytes instead of {size}"
+    return None
+
+
+def _foreign_file(checkpoint: Path, files: Mapping[str, int]) -> str | None:
+    """A file that was put beside those of the checkpoint where something would read it: DeepSpeed finds its files by
+    patterns, and the tokenizer's folder is loaded whole. Notes at the top are nobody's concern."""
+    for path in sorted(checkpoint.rglob("*")):
+        name = path.relative_to(checkpoint).as_posix()
+        if name not in files and _READ.search(name) and not path.name.startswith(".") and path.is_file():
+            return f"{name[:100]} does not belong to it; take that file out of the folder"
     return None
 
 
@@ -181,7 +203,7 @@ def listed(checkpoint: Path) -> tuple[Facts | None, str | None]:
     named = _STEP.fullmatch(checkpoint.name)  # other names are the user's, who may copy a step where he likes
     if named and int(named[1]) != facts.step:
         return None, f"it holds step {facts.step}, copied over it; remove that checkpoint, or restore it"
-    fault = size_fault(checkpoint, facts)
+    fault = size_fault(checkpoint, facts.files) or _foreign_file(checkpoint, facts.files)
     return (facts, None) if fault is None else (None, fault)
 
 

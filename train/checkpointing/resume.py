@@ -9,7 +9,6 @@ run goes on with the same batches.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train.checkpointing.checkpoint import any_fault, passed_over, step_folders
+from train.checkpointing.checkpoint import any_fault, passed_over, step_folders, unseen
 from train.checkpointing.integrity import Facts, content_fault, listed, read_facts
 from train.checkpointing.safe_load import weights_only
 from train.checkpointing.state import TrainState
@@ -65,14 +64,11 @@ def _from_first_rank(value: Any) -> Any:
 
 
 def _fault_of_share(checkpoint: Path, facts: Facts) -> str | None:
-    rank = dist.get_rank()
-    try:
-        return content_fault(checkpoint, facts, rank, dist.get_world_size())
-    except FileNotFoundError as error:
-        raise RankError(
-            f"rank {rank} on {platform.node()} does not see {error.filename}, which rank 0 does: run.dir must lie on a "
-            "file system that all hosts have mounted"
-        ) from None
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    read = {*facts.share(rank, world_size), *facts.share(0, world_size)}
+    if rank and (fault := unseen(checkpoint, {name: facts.files[name] for name in read})) is not None:
+        raise RankError(fault)
+    return content_fault(checkpoint, facts, rank, world_size)
 
 
 def refuse_other_optimizer(checkpoint: Path | None, name: str) -> None:
@@ -89,7 +85,7 @@ def refuse_other_optimizer(checkpoint: Path | None, name: str) -> None:
 
 
 def needs_conversion(checkpoint: Path | None, world_size: int) -> bool:
-    """Whether the checkpoint was written by another number of ranks."""
+    """Whether the checkpoint was written by another number of ranks; every rank calls this."""
     return checkpoint is not None and _written_by(checkpoint) != world_size
 
 
@@ -106,12 +102,10 @@ def load_checkpoint(
     """
     if checkpoint is None:
         return TrainState()
-    source = checkpoint
-    if needs_conversion(checkpoint, world_size):
-        say(
-            f"continuing from {checkpoint}, written by {_written_by(checkpoint)} ranks; converting it for {world_size}"
-        )
-        source = _convert(checkpoint)
+    source, written_by = checkpoint, _written_by(checkpoint)
+    if written_by != world_size:
+        say(f"continuing from {checkpoint}, written by {written_by} ranks; converting it for {world_size}")
+        source = _convert(checkpoint, written_by)
     else:
         say(f"continuing from {checkpoint}")
     optimizer = engine.optimizer.optimizer
@@ -156,19 +150,28 @@ def _load_frozen(engine: Any, checkpoint: Path) -> None:
 
 
 def _written_by(checkpoint: Path) -> int:
-    return read_facts(checkpoint).world_size
+    return _from_first_rank(read_facts(checkpoint).world_size if dist.get_rank() == 0 else None)
 
 
-def _convert(checkpoint: Path) -> Path:
-    """Rank 0 has the universal form written; the others wait."""
-    target = checkpoint.parent / UNIVERSAL / checkpoint.name
-    failure = _from_first_rank(_run_conversion(checkpoint, target) if dist.get_rank() == 0 else None)
+def _convert(checkpoint: Path, written_by: int) -> Path:
+    """Rank 0 has the universal form written; the others wait, and until they see it."""
+    target, first = checkpoint.parent / UNIVERSAL / checkpoint.name, dist.get_rank() == 0
+    failure = _from_first_rank(_run_conversion(checkpoint, target, written_by) if first else None)
     if failure is not None:
         raise UserError(failure)
+    files = _from_first_rank(_sizes(target) if first else None)
+    if not first and (fault := unseen(target, files)) is not None:
+        raise RankError(fault)
     return target
 
 
-def _run_conversion(checkpoint: Path, target: Path) -> str | None:
+def _sizes(folder: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def _run_conversion(checkpoint: Path, target: Path, written_by: int) -> str | None:
     """What went wrong, or None."""
     shutil.rmtree(target.parent, ignore_errors=True)
     command = [sys.executable, "-m", "train.checkpointing.convert", str(checkpoint), str(target)]
@@ -181,5 +184,5 @@ def _run_conversion(checkpoint: Path, target: Path) -> str | None:
         return last
     return (
         f"{checkpoint} cannot be converted for another number of ranks ({last}); start as many ranks as wrote it, "
-        f"{_written_by(checkpoint)}"
+        f"{written_by}"
     )

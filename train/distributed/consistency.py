@@ -72,6 +72,11 @@ def on_first_rank(world: World, action: Callable[[], Result]) -> Result | None:
     return result
 
 
+def from_first_rank(world: World, action: Callable[[], Result]) -> Result:
+    """What an action gives on rank 0, on every rank; a fault there ends all, as `on_first_rank` says."""
+    return as_on_first_rank(on_first_rank(world, action))  # type: ignore[return-value]
+
+
 def as_on_first_rank(value: Result) -> Result:
     """Rank 0's value, on every rank."""
     values = [value]

@@ -80,6 +80,26 @@ def test_missing_file_or_list_is_passed_over(tmp_path: Path) -> None:
     assert [words in line for words, line in zip(found, said, strict=True)] == [True] * 4
 
 
+@pytest.mark.parametrize(
+    ("name", "is_read"),
+    [
+        ("mp_rank_01_model_states.pt", True),
+        ("copy_optim_states.pt", True),
+        ("zero_pp_rank_1_mp_rank_00_optim_states.pt.bak", True),
+        ("student-config/added_tokens.json", True),
+        ("notes.txt", False),
+        ("student-config/.nfs0001", False),
+    ],
+)
+def test_a_file_put_beside_those_of_a_checkpoint(tmp_path: Path, name: str, is_read: bool) -> None:
+    """DeepSpeed loads and converts what fits its patterns: it would be part of the model without a word."""
+    path, said = make_checkpoint(tmp_path, 5), []
+    (path / name).write_bytes(b"x")
+    assert newest_checkpoint(tmp_path, said.append) == (None if is_read else path)
+    fault = f"{name} does not belong to it; take that file out of the folder"
+    assert said == ([f"{path} is passed over: {fault}"] if is_read else [])
+
+
 def test_a_list_of_impossible_names_is_passed_over(tmp_path: Path) -> None:
     said: list[str] = []
     for step, name in enumerate(("x" * 5000, "/etc/hostname", "../up", "zero_pp_rank_" + "9" * 5000 + "_")):

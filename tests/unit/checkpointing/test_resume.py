@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -49,16 +50,33 @@ def test_where_none_is_whole_the_run_does_not_start_anew(tmp_path: Path) -> None
         choose_checkpoint(tmp_path, lambda line: None)
 
 
-def test_a_host_without_the_run_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = make_checkpoint(tmp_path, 5)
-    facts = resume.read_facts(path)
-    (path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+def on_rank_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+
+
+@pytest.mark.parametrize("name", ["zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"])
+def test_a_host_without_the_run_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = make_checkpoint(tmp_path, 5)
+    facts = resume.read_facts(path)
+    (path / name).unlink()
+    monkeypatch.setattr("data_prep.shard_format.files.SEEN_LATE_S", 0.01)
+    on_rank_1(monkeypatch)
     with pytest.raises(
-        RankError, match=r"rank 1 on \S+ does not see \S+optim_states.pt, .*all hosts have mounted"
+        RankError, match=rf"rank 1 on \S+ does not see .*{name} is missing.*all hosts have mounted"
     ):
         resume._fault_of_share(path, facts)
+
+
+def test_files_that_a_host_sees_late_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_checkpoint(tmp_path, 5)
+    facts = resume.read_facts(path)
+    on_rank_1(monkeypatch)
+    path.rename(tmp_path / "elsewhere")
+    threading.Timer(0.3, (tmp_path / "elsewhere").rename, (path,)).start()
+    assert resume._fault_of_share(path, facts) is None
 
 
 def test_another_optimizers_state_is_refused(tmp_path: Path) -> None:
