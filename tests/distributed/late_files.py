@@ -15,7 +15,8 @@ LATE_S = 1.0
 
 
 def see_late(folder: str) -> None:
-    """In this process: what another rank has made under `folder` is not there for a second from when it is asked for.
+    """In this process: what another rank has made under `folder` is not there for a second from when it is asked for,
+    unless the folder that it lies in is listed.
 
     A rank's own are its partitions of checkpoints; all else is rank 0's.
     """
@@ -40,8 +41,18 @@ def see_late(folder: str) -> None:
 
         return wrapped
 
-    for name in ("stat", "lstat", "open", "scandir", "listdir"):
+    def listing(call: Callable[..., Any], names: Callable[..., list[str]] = os.listdir) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def wrapped(path: Any = ".") -> Any:
+            if not isinstance(path, int):
+                first_asked.update((os.path.join(path, name), -LATE_S) for name in names(path))
+            return call(path)
+
+        return wrapped
+
+    for name in ("stat", "lstat", "open"):
         setattr(os, name, late(getattr(os, name)))
+    os.listdir, os.scandir = listing(os.listdir), listing(os.scandir)  # type: ignore[assignment]
     builtins.open = io.open = late(io.open)  # type: ignore[assignment]
     make = os.mkdir
 

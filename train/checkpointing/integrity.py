@@ -203,6 +203,7 @@ def listed(checkpoint: Path) -> tuple[Facts | None, str | None]:
     named = _STEP.fullmatch(checkpoint.name)  # other names are the user's, who may copy a step where he likes
     if named and int(named[1]) != facts.step:
         return None, f"it holds step {facts.step}, copied over it; remove that checkpoint, or restore it"
+    os.listdir(checkpoint)  # NFS then asks the server for names that this host did not find a moment ago
     fault = size_fault(checkpoint, facts.files) or _foreign_file(checkpoint, facts.files)
     return (facts, None) if fault is None else (None, fault)
 

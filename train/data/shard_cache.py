@@ -50,6 +50,8 @@ class ShardCache:
         except FileNotFoundError:
             return None
         except OSError as error:
+            if error.errno == errno.ESTALE:  # NFS: another host has just replaced it
+                return None
             raise self._unusable(error) from None
         return data if len(data) == shard.bytes else None
 
@@ -61,7 +63,11 @@ class ShardCache:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with new_file(self.path(shard), binary=True, shared=True) as file:
+            # One whose clock is hours ahead takes this partial file for a killed process's: the next reader keeps it.
+            with (
+                contextlib.suppress(FileNotFoundError),
+                new_file(self.path(shard), binary=True, shared=True) as file,
+            ):
                 file.write(data)
         except OSError as error:
             raise self._unusable(error) from None

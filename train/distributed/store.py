@@ -7,10 +7,12 @@ that lets only rank 0's port through, gloo would try for five times its timeout 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import platform
 import socket
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 
 import psutil
@@ -25,6 +27,7 @@ RESOLVE_S = 5.0
 """A name server may be slow to answer when a cluster has just started."""
 HOST_KEY = "halfling-here/{}"
 """By rank; its value is the name of the host."""
+SHOWN = 10
 CONNECT_S = 20.0
 """A lost packet of a TCP handshake is sent again after 1, 3, 7 and 15 s."""
 
@@ -61,6 +64,35 @@ def join_store(rank: int, world_size: int, address: str, port: int, wait_s: floa
     return store
 
 
+def compare_versions(
+    store: dist.Store, rank: int, world_size: int, versions: Mapping[str, str], wait_s: float = WAIT_S
+) -> None:
+    """All ranks run the same Python and packages, by their exact versions: others round otherwise, or draw other
+    dropout, or cannot read each other's messages.
+
+    Args:
+        versions: by package.
+    Raises:
+        UserError, RendezvousError: as `compare_devices`.
+    """
+    answers, hosts = _exchanged(store, "versions", rank, world_size, json.dumps(versions), wait_s)
+    found = [json.loads(answer) for answer in answers]
+    differences = [
+        f"{name}: rank {number} on {hosts[number]} has {other.get(name)}, rank 0 on {hosts[0]} has {version}"
+        for name, version in found[0].items()
+        for number, other in enumerate(found)
+        if other.get(name) != version
+    ]
+    if differences:
+        raise _reported_by_rank_0(
+            rank,
+            UserError(
+                "the ranks run different versions; install requirements.txt in one environment on every host:\n  "
+                + "\n  ".join(differences[:SHOWN])
+            ),
+        )
+
+
 def compare_devices(
     store: dist.Store, rank: int, world_size: int, kind: str, uuid: str, wait_s: float = WAIT_S
 ) -> None:
@@ -73,16 +105,7 @@ def compare_devices(
         UserError: otherwise; on rank 0, and as ReportedElsewhereError on the others.
         RendezvousError: a rank that had joined is gone, and was waited for `wait_s`.
     """
-    keys = [f"halfling-device/{number}" for number in range(world_size)]
-    names = [HOST_KEY.format(number) for number in range(world_size)]
-    try:
-        store.set(keys[rank], f"{kind} {uuid}")
-        store.wait(keys, timedelta(seconds=wait_s))
-        devices, hosts = ([value.decode() for value in store.multi_get(asked)] for asked in (keys, names))
-    except dist.DistError as error:
-        raise RendezvousError(
-            f"rank {rank} on {platform.node()} lost another rank while the job started ({cause_of(error)}); run again"
-        ) from error
+    devices, hosts = _exchanged(store, "device", rank, world_size, f"{kind} {uuid}", wait_s)
     kinds = [device.split()[0] for device in devices]
     if len(set(kinds)) > 1:
         odd = kinds.index("cpu")
@@ -113,6 +136,23 @@ def _port_in_use(address: str, port: int) -> str:
         f"port {port} of {address}, the ranks' rendezvous, is in use, perhaps by another job: choose another "
         "(deepspeed --master_port, or MASTER_PORT)"
     )
+
+
+def _exchanged(
+    store: dist.Store, what: str, rank: int, world_size: int, value: str, wait_s: float
+) -> tuple[list[str], list[str]]:
+    """Every rank's value, and its host."""
+    keys = [f"halfling-{what}/{number}" for number in range(world_size)]
+    names = [HOST_KEY.format(number) for number in range(world_size)]
+    try:
+        store.set(keys[rank], value)
+        store.wait(keys, timedelta(seconds=wait_s))
+        values, hosts = ([value.decode() for value in store.multi_get(asked)] for asked in (keys, names))
+    except dist.DistError as error:
+        raise RendezvousError(
+            f"rank {rank} on {platform.node()} lost another rank while the job started ({cause_of(error)}); run again"
+        ) from error
+    return values, hosts
 
 
 def _resolve(address: str) -> None:

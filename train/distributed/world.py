@@ -19,8 +19,9 @@ from train.distributed.collective_errors import cause_of, is_from_a_collective
 from train.distributed.device import device_of, num_visible_gpus, unused_gpus
 from train.distributed.discovery import Ranks, discover_ranks
 from train.distributed.rendezvous import interface_towards, rendezvous
-from train.distributed.store import WAIT_S, compare_devices, join_store
+from train.distributed.store import WAIT_S, compare_devices, compare_versions, join_store
 from train.errors import RankError, RendezvousError
+from train.versions import installed_versions
 
 # The last resort: train/distributed/heartbeat.py ends a job with a lost or stuck rank long before, and names the rank.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -51,7 +52,7 @@ def join_world(log_level: str = "error") -> World:
 
     Raises:
         RankError: contradicting variables, too few GPUs, a taken port, a host name that nobody knows.
-        UserError: ranks share a GPU, or some have none.
+        UserError: ranks share a GPU, or some have none; they run different versions.
         RendezvousError: a rank did not come.
     """
     ranks = discover_ranks(os.environ)
@@ -72,6 +73,7 @@ def join_world(log_level: str = "error") -> World:
         )
     deepspeed = import_deepspeed(log_level)
     store = join_store(world.rank, world.world_size, address, port)
+    compare_versions(store, world.rank, world.world_size, installed_versions(), WAIT_S)
     compare_devices(store, world.rank, world.world_size, world.kind, _uuid(world.device), WAIT_S)
     _connect(backend, store, world)
     deepspeed.init_distributed(

@@ -15,11 +15,12 @@ class StartupTimer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._since = psutil.Process().create_time()
+        # A clock that is set later does not count.
+        self._since = time.monotonic() - (time.time() - psutil.Process().create_time())
 
     def ended(self, stage: str) -> None:
         """A stage ends here, and the next begins."""
-        now = time.time()
+        now = time.monotonic()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
         self._since = now
 

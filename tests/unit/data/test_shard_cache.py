@@ -96,6 +96,27 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     assert fresh.exists()
 
 
+def test_a_clock_that_is_hours_ahead_costs_a_copy_and_no_run(
+    folder: Path, manifest: Manifest, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process of such a clock begins while a shard is written, and removes what looks old."""
+    shard, fsync, now = manifest.splits["train"][0], os.fsync, time.time
+
+    def begun_by_another(handle: int) -> None:
+        fsync(handle)
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: now() + 7200)
+            ShardCache(str(tmp_path))
+
+    cache, content = ShardCache(str(tmp_path)), (folder / shard.name).read_bytes()
+    monkeypatch.setattr(os, "fsync", begun_by_another)
+    assert bytes(read_shard(store.url, shard, cache=cache)) == content
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert bytes(read_shard(store.url, shard, cache=cache)) == content
+    assert cache.path(shard).exists()
+
+
 def test_a_folder_that_cannot_be_used_is_an_error(
     manifest: Manifest, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from tests.unit.distributed.test_world import HYDRA, OPEN_MPI, SRUN, TORCH
 from train.distributed.device import device_of, engine_arguments, gpus_of_driver, kind_of_device, unused_gpus
 from train.distributed.discovery import discover_ranks
 from train.distributed.rendezvous import free_port
-from train.distributed.store import compare_devices, join_store
+from train.distributed.store import compare_devices, compare_versions, join_store
 from train.errors import RankError, ReportedElsewhereError, UserError
 
 # Every launcher starts local rank 1 of 4.
@@ -125,6 +126,35 @@ def test_a_device_that_is_not_here(asked: str, num_visible: int, message: str) -
         kind_of_device({"DS_ACCELERATOR": asked}, num_visible)
 
 
+def outcomes_of_three(act: Callable[[dist.Store, int], None]) -> list[BaseException | None]:
+    """What becomes of `act` with the joined store and the number of each of three ranks."""
+    port, stores = free_port(), []
+
+    def join(rank: int) -> None:
+        stores.append(join_store(rank, 3, "127.0.0.1", port, 20))  # rank 0's must outlive the others
+        act(stores[-1], rank)
+
+    with ThreadPoolExecutor() as pool:
+        return [one.exception() for one in [pool.submit(join, rank) for rank in range(3)]]
+
+
+@pytest.mark.parametrize("package", ["python", "deepspeed"])
+def test_ranks_compare_their_versions(package: str) -> None:
+    versions = {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"}
+    same = outcomes_of_three(lambda store, rank: compare_versions(store, rank, 3, versions))
+    assert same == [None] * 3
+    errors = outcomes_of_three(
+        lambda store, rank: compare_versions(
+            store, rank, 3, {**versions, package: "9"} if rank == 2 else versions
+        )
+    )
+    assert [type(error) for error in errors] == [UserError, *2 * [ReportedElsewhereError]]
+    with pytest.raises(
+        UserError, match=rf"{package}: rank 2 on \S+ has 9, rank 0 on \S+ has {versions[package]}$"
+    ):
+        raise errors[0]  # type: ignore[misc]
+
+
 @pytest.mark.parametrize(
     ("devices", "message"),
     [
@@ -141,17 +171,11 @@ def test_a_device_that_is_not_here(asked: str, num_visible: int, message: str) -
     ],
 )
 def test_ranks_compare_their_devices(devices: list[str], message: str | None) -> None:
-    port = free_port()
-
-    def join(rank: int) -> None:
-        store = join_store(rank, 3, "127.0.0.1", port, 20)
-        stores.append(store)  # rank 0's must outlive the others
+    def compare(store: dist.Store, rank: int) -> None:
         kind, _, uuid = devices[rank].partition(" ")
         compare_devices(store, rank, 3, kind, uuid)
 
-    stores: list[dist.Store] = []
-    with ThreadPoolExecutor() as pool:
-        errors = [one.exception() for one in [pool.submit(join, rank) for rank in range(3)]]
+    errors = outcomes_of_three(compare)
     if message is None:
         assert errors == [None] * 3
         return
