@@ -74,10 +74,12 @@ def _fault_of_share(checkpoint: Path, facts: Facts) -> str | None:
 def refuse_other_optimizer(checkpoint: Path | None, name: str) -> None:
     """UserError where a checkpoint holds another optimizer's state: the run folder's config.yaml may be gone.
 
+    Every rank calls this.
+
     Args:
         name: optimizer.name.
     """
-    if checkpoint is not None and (saved := read_facts(checkpoint).optimizer) != name:
+    if checkpoint is not None and (saved := _facts(checkpoint).optimizer) != name:
         raise UserError(
             f"{checkpoint} was written with optimizer.name={saved}, whose state means nothing to {name}; give "
             f"optimizer.name={saved}, or another run.dir"
@@ -86,7 +88,7 @@ def refuse_other_optimizer(checkpoint: Path | None, name: str) -> None:
 
 def needs_conversion(checkpoint: Path | None, world_size: int) -> bool:
     """Whether the checkpoint was written by another number of ranks; every rank calls this."""
-    return checkpoint is not None and _written_by(checkpoint) != world_size
+    return checkpoint is not None and _facts(checkpoint).world_size != world_size
 
 
 def load_checkpoint(
@@ -102,7 +104,7 @@ def load_checkpoint(
     """
     if checkpoint is None:
         return TrainState()
-    source, written_by = checkpoint, _written_by(checkpoint)
+    source, written_by = checkpoint, _facts(checkpoint).world_size
     if written_by != world_size:
         say(f"continuing from {checkpoint}, written by {written_by} ranks; converting it for {world_size}")
         source = _convert(checkpoint, written_by)
@@ -149,8 +151,9 @@ def _load_frozen(engine: Any, checkpoint: Path) -> None:
             parameter.data.copy_(saved[name])
 
 
-def _written_by(checkpoint: Path) -> int:
-    return _from_first_rank(read_facts(checkpoint).world_size if dist.get_rank() == 0 else None)
+def _facts(checkpoint: Path) -> Facts:
+    """As rank 0 reads them."""
+    return _from_first_rank(read_facts(checkpoint) if dist.get_rank() == 0 else None)
 
 
 def _convert(checkpoint: Path, written_by: int) -> Path:
