@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.distributed.forked import Forked, run_script
 from tests.distributed.harness import rank_environment
 from tests.distributed.pretraining import finish, losses, start_without_launcher, wait_for, weights
@@ -115,3 +117,38 @@ def test_overflows_in_fp16_end_with_our_message(settings: list[str], tmp_path: P
     assert "ds_configs/bf16.json" in output
     assert "Bad batches: of step 0, 1, 2, 3, 4, 5, 6, 7 and 12 more; the last has the sequences " in output
     assert "already at minimum" not in output
+
+
+def test_a_rollback_in_fp16_that_goes_on_on_another_number_of_ranks(
+    settings: list[str], tmp_path: Path
+) -> None:
+    """Two ranks go back to step 8 and are killed; one goes on, as one that never diverged and leaves out as much."""
+    run_dir, given, bad = tmp_path / "run", tmp_path / "given", (9, 10, 11)
+    words = [*settings, "--deepspeed.config=ds_configs/fp16.json", "--checkpoint.every_steps=8"]
+    words += ["--run.rollback_on_divergence=1", "--run.stop_after_non_finite=3", "--run.log_every_steps=1"]
+    jobs = start_with_nan(words, run_dir, 2, bad)
+    wait_for(run_dir / "rollbacks.json", jobs[0])
+    wait_for(run_dir / "metrics.jsonl", jobs[0], lambda: "loss" in _rows_after_rollback(run_dir))
+    for job in jobs:
+        job.kill()
+    output = "".join(finish(job)[1] for job in jobs)
+    assert "rollback 1 of 1: gradients were infinite or NaN in 3 steps in a row up to step 12." in output
+    assert "going on after step 8 without the batches of steps 9, 10, 11" in output
+    given.mkdir()
+    shutil.copy(run_dir / "rollbacks.json", given)
+    for folder, steps in ((run_dir, bad), (given, ())):
+        (job,) = start_with_nan(words, folder, 1, steps)
+        code, output = finish(job)
+        assert code == 0, output
+    assert "left out: the batches of steps 9, 10, 11 (rollbacks.json)" in output
+    curves = [
+        {
+            row["step"]: (row["loss"], row["loss_scale"], row["tokens"])
+            for row in read_rows(folder)
+            if "loss" in row
+        }
+        for folder in (run_dir, given)
+    ]
+    assert list(curves[0]) == list(curves[1]) == [step for step in range(1, 25) if step not in (10, 11, 12)]
+    for step, row in curves[0].items():
+        assert row == pytest.approx(curves[1][step], rel=1e-3), step

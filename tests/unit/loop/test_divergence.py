@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from train.checkpointing.state import TrainState
+from train import run
+from train.checkpointing.state import LossWindow, TrainState
+from train.config import Config
 from train.data.pipeline import Phase, RunData
 from train.errors import UserError
 from train.loop.divergence import (
@@ -75,3 +78,28 @@ def test_deepspeed_leaves_the_end_of_an_overflowing_run_to_us(monkeypatch: pytes
     for _ in range(30):
         scaler.update_scale(True)
     assert scaler.cur_scale == 1
+
+
+@pytest.mark.parametrize(("others_until", "empty"), [(-1, [False, False, False]), (4, [True, False, True])])
+def test_sums_of_another_configuration_are_left_out_also_after_a_rollback(
+    others_until: int, empty: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start goes on with step 4, goes back to 6, which it has saved itself, and, 6 being damaged, back to 4."""
+    parts: Any = SimpleNamespace(config=Config(), trainer=SimpleNamespace(total_steps=9))
+    window = LossWindow({"loss": [1.5]}, 2)
+    to_come = [TrainState(6, window), TrainState(4, window), None]
+    found: list[bool] = []
+
+    def train(*_: object) -> TrainState | None:
+        found.append(parts.trainer.losses.is_empty)
+        return to_come.pop(0)
+
+    monkeypatch.setattr(run, "_train_or_go_back", train)
+    monkeypatch.setattr(run, "from_first_rank", lambda world, action: [])
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    anything: Any = SimpleNamespace(device="cpu")
+    last = run._train_with_rollbacks(
+        parts, anything, TrainState(4, window), anything, anything, anything, others_until
+    )
+    assert (found, last.step) == (empty, 9)
