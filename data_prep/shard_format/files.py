@@ -136,13 +136,13 @@ def until_seen(look: Callable[[], str | None], folder: Path) -> str | None:
 
     Args:
         look: None where all is there.
-        folder: where they are; opening it has NFS ask the server again.
+        folder: where they are; listing it has NFS ask the server again.
     """
     deadline = time.monotonic() + SEEN_LATE_S
     while (missing := look()) is not None and time.monotonic() < deadline:
         time.sleep(0.2)
-        with contextlib.suppress(OSError):
-            os.listdir(folder)
+        for _ in os.walk(folder):
+            pass
     return missing
 
 
