@@ -66,11 +66,12 @@ def main(arguments: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     if options.runs:
-        plot_losses(report.curves, out / "loss.png")
+        lines = [heldout_text(report.compared)]
+        if any(curve.losses for curve in report.curves):  # without an MLM head there is no MLM loss
+            plot_losses(report.curves, out / "loss.png")
+            lines.append(f"loss curves: {out / 'loss.png'}")
         write_json(out / "summary.json", summary_of(report))
-        lines = [
-            heldout_text(report.compared),
-            f"loss curves: {out / 'loss.png'}",
+        lines += [
             f"figures:     {out / 'summary.json'}",
             f"TensorBoard: tensorboard --logdir {os.path.commonpath([*options.curves, *options.runs])}",
         ]

@@ -223,6 +223,17 @@ def test_models_without_head_have_columns_of_their_own() -> None:
     assert "0.2500" in heldout_text(models)
 
 
+def test_a_run_without_mlm_losses_has_no_plot(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_folder / "metrics.jsonl").write_text('{"step": 0, "heldout_relation": 0.5}\n')
+    student = ComparedModel("student", 66_000, None, None, None, None, 1234.4, None, relation=0.25)
+    monkeypatch.setattr(launch.report, "compare_runs", lambda runs: [student])
+    assert main([str(run_folder), "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out/loss.png").exists()
+    assert "loss curves" not in (tmp_path / "out/report.txt").read_text()
+
+
 def test_numbers_are_the_inputs(everything: Path) -> None:
     tables = rows_of(everything)
     assert tables["Table 1. GLUE"]["CoLA"] == ["0.0 (-1.5 to 0.5)", "12.0 (10.5 to 12.5)", "56.3", "51.3"]
