@@ -49,9 +49,11 @@ def build_objective(
             return DistillationLoss(settings, widths, relations)
     for name, (own, theirs) in zip(teacher.names, widths, strict=True):
         if settings.needs_hidden and own != theirs:
+            terms = ("cosine_weight", "layer_cosine_weight")
+            weights = " and ".join(f"objective.{term}=0" for term in terms if getattr(settings, term) > 0)
             raise UserError(
                 f"the student's hidden states are {own} wide, those of teacher {name} {theirs}: their cosine "
-                "needs a learned projection (objective.projection=true), or set objective.cosine_weight=0"
+                f"needs a learned projection (objective.projection=true), or set {weights}"
             )
     return DistillationLoss(settings, relations=relations)
 

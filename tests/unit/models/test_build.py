@@ -210,7 +210,10 @@ def test_what_the_models_cannot_do_is_refused_by_name(teacher_folder: str, shard
         build_teacher(taught(teacher_folder, sequence_length=65), "cpu")
     config = taught(teacher_folder)
     student = build_student(config, Manifest.load(shards_folder))
-    with pytest.raises(ValueError, match=r"16 wide.*objective.projection=true"):
+    with pytest.raises(ValueError, match=r"16 wide.*objective.projection=true.*objective.cosine_weight=0$"):
+        build_objective(config.objective, student, build_teacher(config, "cpu"))
+    config = taught(teacher_folder, cosine_weight=0.0, layer_cosine_weight=1.0, layer_pairs=[(1, 4)])
+    with pytest.raises(ValueError, match=r"or set objective.layer_cosine_weight=0$"):
         build_objective(config.objective, student, build_teacher(config, "cpu"))
 
 
