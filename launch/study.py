@@ -47,11 +47,23 @@ from launch.experiments.options import (
 )
 from launch.experiments.study_runs import OBJECTIVES, Scale, Study, chosen, students_of
 from launch.stages import AGAIN
+from train.data.corpus import without_heldout_windows
 from train.distributed.signals import STOPPED_AFTER_SAVING
 from train.errors import UserError
 from train.run_folder import hold
 
 TASKS = ("cola", "sst2", "mrpc", "stsb", "rte", "qnli", "mnli", "imdb", "squad")
+OWN = {
+    "model.teacher": "--teacher",
+    "model.layer_map": "--students and --objectives",
+    "model.student_layers": "--students",
+    "model.student_width": "--students",
+    "data.shards": "--corpus",
+    "training.max_steps": "--budget-tokens and --curve",
+    "training.epochs": "--budget-tokens and --curve",
+    "evaluation.every_steps": "--budget-tokens and --curve",
+}
+"""Keys that each run has of its own -> the options that say them."""
 CURVE = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 """Of the budget."""
 
@@ -59,14 +71,19 @@ CURVE = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 def main(arguments: Sequence[str]) -> int:
     """Parse, train what is not finished, score, compare."""
     options, words = _parse(arguments)
+    for word in words:
+        if (key := word.partition("=")[0].removeprefix("--")) in OWN:
+            raise UserError(f"--{key} has no effect here: {OWN[key]} says it for each run; remove it")
     given = [*words, f"--data.shards={options.corpus}"]
     words, own = split_words(given, options.config)
 
     # After the command line: torch and transformers take seconds, which --help shall not.
     from launch.experiments.study import StudyJob, listed
+    from train.build import load_manifest
     from train.distributed.world import quiet_libraries
     from train.models.build import TeacherFolder
     from train.models.families import has_head
+    from train.models.tokenizer_checks import check_vocabulary
 
     quiet_libraries()
     base = parse_config([*words, f"--model.teacher={options.teacher}"], "")
@@ -84,6 +101,7 @@ def main(arguments: Sequence[str]) -> int:
         students=chosen(options.students, students_of(*shape), "--students"),
         objectives=chosen(options.objectives, OBJECTIVES, "--objectives"),
         rates=options.rates or [base.optimizer.lr],
+        has_cosine=base.objective.needs_hidden,
     )
     flags = ["--task", *options.score_on, "--data", options.tasks, "--seeds", str(options.seeds)]
     finetuning, tasks = checked_finetuning(flags, own, options.teacher)
@@ -93,6 +111,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.list:
         print(listed(study))
         return 0
+    manifest = load_manifest(base.data.shards)
+    check_vocabulary(folder.name, folder.config, folder.fingerprint, manifest.tokenizer)
+    if (missing := without_heldout_windows(options.corpus, manifest, base.data.sequence_length)) is not None:
+        raise UserError(f"nothing could be compared on held-out text: {missing}")
     # The jobs of an array share DIR; each run's folder has a lock of its own.
     with contextlib.nullcontext() if options.only else hold(options.out):
         try:
@@ -137,7 +159,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for name in ("students", "objectives"):
         value = getattr(options, name)
         setattr(options, name, None if value is None else names_in(value))
-    options.rates = [_rate(word) for word in names_in(options.rates)] if options.rates else []
+    options.rates = list(dict.fromkeys(map(_rate, names_in(options.rates)))) if options.rates else []
     options.budget_tokens = _tokens(options.budget_tokens)
     budgets = [round(share * options.budget_tokens) for share in CURVE]
     options.curve = budgets if options.curve is None else _budgets(options.curve)

@@ -40,28 +40,42 @@ class Objective:
     """Whether it learns from the teacher's logits, or is a masked language model itself."""
     curve: bool = False
     """Whether it is trained for every budget of the curve."""
+    published: bool = False
+    """Whether it has the terms of the published loss, a cosine of hidden states among them."""
 
 
 RANDOM = {"model.layer_map": "random"}
 OBJECTIVES = (
-    Objective("triple", "soft targets, MLM and cosine (the published loss)", {}, "heldout_kl", True, True),
+    Objective(
+        "triple",
+        "soft targets, MLM and cosine (the published loss)",
+        {},
+        "heldout_kl",
+        needs_head=True,
+        curve=True,
+        published=True,
+    ),
     Objective(
         "relations",
         "relations alone, from the teacher as it is",
         RELATIONS_ALONE,
         "heldout_relation",
-        False,
-        True,
+        curve=True,
     ),
     Objective(
-        "both", "the published loss and relations", {"objective.relation_weight": 1.0}, "heldout_kl", True
+        "both",
+        "the published loss and relations",
+        {"objective.relation_weight": 1.0},
+        "heldout_kl",
+        needs_head=True,
+        published=True,
     ),
     Objective(
         CONTROL,
         "MLM alone, from random weights: no teacher",
         {**RANDOM, **MLM_ALONE},
         "heldout_mlm_loss",
-        True,
+        needs_head=True,
     ),
     Objective(
         "relations-random",
@@ -129,6 +143,8 @@ class Study:
 
     Args:
         has_head: whether the teacher is a masked language model already.
+        has_cosine: whether the recipe's published loss compares hidden states: a narrower student then gets a
+            projection.
     """
 
     teacher: str
@@ -138,6 +154,7 @@ class Study:
     students: Sequence[Student]
     objectives: Sequence[Objective]
     rates: Sequence[float]
+    has_cosine: bool = True
 
     @property
     def needs_head(self) -> bool:
@@ -198,11 +215,13 @@ class Study:
             tokens: None for the budget.
         """
         teacher = str(self.out / HEAD / MODEL) if objective.needs_head and not self.has_head else self.teacher
+        projects = self.has_cosine and objective.published and "model.student_width" in student.changes
         changes = {
             "model.teacher": teacher,
             "model.layer_map": "every_other",
             **student.changes,
             **objective.changes,
+            **({"objective.projection": True} if projects else {}),
             **self._length(rate, tokens),
         }
         return Variant(
@@ -223,7 +242,8 @@ class Study:
                 run = self.run(student, each, rates[each.name])
                 found.append(StudyRun(run, student.name, each.name))
         first, steps = self.students[0], self.scale.steps
-        others = [tokens for tokens in self.scale.curve if steps(tokens) != steps(self.scale.budget)]
+        by_steps = {steps(tokens): tokens for tokens in self.scale.curve}  # equal ones are one run
+        others = [tokens for number, tokens in by_steps.items() if number != steps(self.scale.budget)]
         for each in self.objectives:
             for tokens in others if each.curve else ():
                 run = self.run(first, each, rates[each.name], tokens, f"-{spelled_tokens(tokens)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from launch.experiments.study_results import (
     tables_of,
 )
 from launch.experiments.study_runs import HEAD, OBJECTIVES, Scale, Study, chosen, students_of
+from tests.tiny_tasks import write_sst2
 from train.errors import UserError
 
 BUDGET, STEP = 4_000_000, 64 * 128
@@ -58,6 +60,16 @@ def test_every_run_is_accepted_and_named_once(has_head: bool) -> None:
             assert config.training.max_steps == round(tokens / STEP), run.name
         needs_head = config.objective.needs_masks and run.name.removeprefix("search/").split("/")[0] != HEAD
         assert (config.model.teacher == "out/teacher-head/model") is (needs_head and not has_head), run.name
+        if config.model.student_width is not None:  # a cosine of other widths needs one
+            assert config.objective.projection is config.objective.needs_hidden, run.name
+
+
+def test_runs_that_come_to_the_same_are_one() -> None:
+    scale = Scale(BUDGET, [BUDGET // 4, BUDGET // 4, BUDGET // 4 + 1], STEP)
+    names = [run.name for run in replace(planned(), scale=scale).listed()]
+    assert len(set(names)) == len(names)
+    without = replace(planned(), has_cosine=False).listed()
+    assert not any("objective.projection" in run.changes for run in without)
 
 
 def test_shapes_are_whole_heads() -> None:
@@ -150,6 +162,8 @@ def test_figure_and_report(finished: StudyFile, tmp_path: Path) -> None:
         (["--seeds", "0"], "--seeds 0: give at least 1"),
         (["--ranks", "0"], "--ranks 0: give at least 1"),
         (["--run.dir=x"], "--run.dir has no effect here"),
+        (["--model.student_width=16"], "--model.student_width has no effect here: --students says it"),
+        (["--training.max_steps", "7"], "--training.max_steps has no effect here: --budget-tokens and"),
         (["--finetune.epoch=1"], "becomes --KEY=VALUE of launch/finetune.py"),
     ],
 )
@@ -160,6 +174,20 @@ def test_refusals(
     with pytest.raises(UserError, match=message):
         study.main([*words, "--out", str(tmp_path / "out"), "--score-on", "sst2", *flags])
     assert not (tmp_path / "out").exists()
+
+
+def test_shards_are_looked_at_before_anything_is_trained(
+    teacher_folder: str, shards_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--teacher", teacher_folder, "--tasks", str(write_sst2(tmp_path / "data")), "--score-on", "sst2"]
+    words += ["--out", str(tmp_path / "out"), "--rates", "1e-3,0.001", "--corpus"]
+    with pytest.raises(UserError, match=r"holds no manifest.json; make shards"):
+        study.main([*words, str(tmp_path)])
+    with pytest.raises(UserError, match=r"compared on held-out text: .*4096"):
+        study.main([*words, shards_folder, "--data.sequence_length=4096"])
+    assert not (tmp_path / "out").exists()
+    assert study.main([*words, shards_folder, "--list"]) == 0
+    assert "search/" not in capsys.readouterr().out  # equal rates are one
 
 
 def test_unknown_names_are_refused_with_those_there_are() -> None:
