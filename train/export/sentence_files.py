@@ -71,19 +71,24 @@ def carry_sentence_files(origin: str, folder: Path, config: Any) -> None:
             others[0],
         )
         return
-    names = ["config_sentence_transformers.json", *TRANSFORMER_FILES]
-    names += [f"{module.path}/config.json" for module in known if module.path]
+    found: dict[str, Any] = {}
+    for module in known:
+        name = f"{module.path}/config.json"
+        found[name] = _read(origin, name) if module.path else None
+        if module.type.endswith(".Pooling") and found[name] is None:
+            raise UserError(f"{origin} has no {name}, which its {MODULES} names; {COPY_AGAIN}")
+    found |= {name: _read(origin, name) for name in ("config_sentence_transformers.json", *TRANSFORMER_FILES)}
     write_json(folder / MODULES, modules)
-    for name in names:
-        settings = _read(origin, name)
-        if settings is not None:
-            (folder / name).parent.mkdir(exist_ok=True)
-            write_json(folder / name, _fitted(settings, config))
+    for name, settings in found.items():
+        if settings is None:
+            continue
+        if not isinstance(settings, dict):
+            raise UserError(f"{origin}/{name} is damaged (no JSON object); {COPY_AGAIN}")
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, _fitted(settings, config))
 
 
-def _fitted(settings: Any, config: Any) -> Any:
-    if not isinstance(settings, dict):
-        return settings
+def _fitted(settings: dict[str, Any], config: Any) -> dict[str, Any]:
     positions, longest = max_positions(config), settings.get("max_seq_length")
     fitted = {key: int(config.hidden_size) for key in WIDTHS if key in settings}
     if positions is not None and isinstance(longest, int):

@@ -75,6 +75,21 @@ def test_a_damaged_list_is_named(content: str, tmp_path: Path) -> None:
         carry_sentence_files(str(tmp_path), tmp_path, CONFIG)
 
 
+def test_files_that_the_list_names_must_be_there(tmp_path: Path) -> None:
+    """A folder that was copied without its folders; nothing is left of the half."""
+    write_sentence_files(tmp_path / "teacher")
+    pooling, student = tmp_path / "teacher/1_Pooling/config.json", tmp_path / "student"
+    student.mkdir()
+    pooling.write_text("[1]")
+    with pytest.raises(UserError, match=r"1_Pooling/config.json is damaged \(no JSON object\); copy the"):
+        carry_sentence_files(str(tmp_path / "teacher"), student, CONFIG)
+    pooling.unlink()
+    with pytest.raises(
+        UserError, match=r"has no 1_Pooling/config.json, which its modules.json names; copy the"
+    ):
+        carry_sentence_files(str(tmp_path / "teacher"), student, CONFIG)
+
+
 @pytest.mark.parametrize("of_sentences", [True, False])
 def test_a_model_without_head_leaves_as_one(
     of_sentences: bool, tokenizer_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
