@@ -11,7 +11,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -132,12 +133,18 @@ def explained(message: str) -> str:
         return message
     section, key, value = ill_typed[1], ill_typed[2], ill_typed[3] or "an empty text"
     hint = get_type_hints(get_type_hints(Config)[section])[key]
-    wanted = (
-        (hint.__name__ if isinstance(hint, type) else str(hint))
-        .replace("typing.", "")
-        .replace("None", "null")
-    )
-    return f"{section}.{key}: give {wanted}, not {value}"
+    return f"{section}.{key}: give {_spelled(hint)}, not {value}"
+
+
+def _spelled(hint: Any) -> str:
+    """A type as a recipe's values are written: "int | auto | null"."""
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(map(_spelled, get_args(hint)))
+    if hint is NoneType:
+        return "null"
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -53,12 +53,11 @@ class OptimizerConfig:
         if self.name == "adamw":
             for key in LAMB_OPTIONS:
                 value = getattr(self, key)
-                default = getattr(OptimizerConfig, key)
                 require(
-                    value == default,
+                    value == getattr(OptimizerConfig, key),
                     f"optimizer.{key}",
                     value,
-                    f"is LAMB's and has no effect with optimizer.name=adamw; give {default}",
+                    "is LAMB's and has no effect with optimizer.name=adamw; remove it",
                 )
             require(
                 self.lr != OptimizerConfig.lr,
