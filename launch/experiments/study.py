@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from data_prep.shard_format.files import write_json, write_text
 from launch.experiments.job import Job
@@ -45,6 +47,9 @@ class StudyJob:
             UserError: `only` names no run.
         """
         study, job = self.study, self.job
+        names = [run.variant.name for run in study.runs({each.name: 0.0 for each in study.objectives})]
+        if self.only and self.only not in names:
+            raise UserError(f"--only {self.only}: no such run; there are {', '.join(names)}")
         if study.needs_head:
             rate = self.best_rate(HEAD, study.search(study.head()), "heldout_mlm_loss")
             self.train([study.head(rate)])
@@ -59,9 +64,6 @@ class StudyJob:
         self.made = study.runs(rates)
         if self.only:
             self.made = [run for run in self.made if run.variant.name == self.only]
-        if not self.made:
-            names = ", ".join(run.variant.name for run in study.runs(rates))
-            raise UserError(f"--only {self.only}: no such run; there are {names}")
         self.train([run.variant for run in self.made])
         if self.only is None:
             self.made += self.equal_time(rates)
@@ -84,11 +86,15 @@ class StudyJob:
         if not runs:
             return self.study.rates[0]
         self.train(runs)
-        tried = {
-            rate: float(summary_of(self.job.out / run.name)["heldout"][key])
-            for rate, run in zip(self.study.rates, runs, strict=True)
-            if run.name not in self.job.failed
-        }
+        tried = {}
+        for rate, run in zip(self.study.rates, runs, strict=True):
+            if run.name in self.job.failed:
+                continue
+            figures = _numbers(summary_of(self.job.out / run.name)["heldout"])
+            if key in figures:
+                tried[rate] = figures[key]
+            else:
+                self.job.fail(run.name, f"its {key} is no number")
         if not tried:
             raise UserError(
                 f"every learning rate of {objective} has failed; see above, and give other --rates"
@@ -154,10 +160,7 @@ class StudyJob:
             if not is_finished(self.job.out / run.name):
                 continue
             figures = summary_of(self.job.out / run.name)
-            heldout = {
-                name: {key: value for key, value in figures[name].items() if isinstance(value, float)}
-                for name in ("heldout_before", "heldout")
-            }
+            heldout = {name: _numbers(figures[name]) for name in ("heldout_before", "heldout")}
             models.append(
                 StudiedModel(
                     name=run.name,
@@ -190,6 +193,11 @@ class StudyJob:
             for task, scores in found.items()
             if scores is not None
         }
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a held-out row: a divergence from a teacher that overflows has none."""
+    return {key: value for key, value in row.items() if isinstance(value, float) and math.isfinite(value)}
 
 
 def listed(study: Study) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from launch import report, study
 from launch.cli import parse_config
+from launch.experiments.job import Job
+from launch.experiments.study import StudyJob
 from launch.experiments.study_figure import plot
 from launch.experiments.study_results import (
     Scores,
@@ -81,6 +84,29 @@ def test_shapes_are_whole_heads() -> None:
 
 def test_one_rate_needs_no_search() -> None:
     assert not any(run.name.startswith("search/") for run in planned(rates=(0.001,)).listed())
+
+
+def job_of(out: Path) -> Job:
+    return Job(out, [], list, {}, [], [], 1)
+
+
+def test_a_rate_is_chosen_among_those_that_have_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = planned(rates=(0.001, 0.002, 0.003, 0.004))
+    runs = found.search(found.run(found.students[0], OBJECTIVES[0]))
+    for run, value in zip(runs, (float("nan"), 0.75, 0.5, None), strict=True):
+        (tmp_path / run.name).mkdir(parents=True)
+        (tmp_path / run.name / "summary.json").write_text(json.dumps({"heldout": {"heldout_kl": value}}))
+    monkeypatch.setattr(StudyJob, "train", lambda self, runs: None)
+    job = job_of(tmp_path)
+    assert StudyJob(job, found).best_rate("triple", runs, "heldout_kl") == 0.003
+    assert job.failed == {run.name: "its heldout_kl is no number" for run in (runs[0], runs[3])}
+
+
+def test_a_run_that_is_none_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--only half-kd: no such run; there are half-cut, half-triple"):
+        StudyJob(job_of(tmp_path), planned(), "half-kd").run()
 
 
 def model(name: str, points: float, *, tokens: int = BUDGET, spread: float = 1.0) -> StudiedModel:
