@@ -17,6 +17,7 @@ from launch.experiments.variant import Variant
 from launch.stages import ROOT, run_stage
 from train.config import Config
 from train.distributed.signals import STOPPED_AFTER_SAVING
+from train.errors import UserError
 
 
 class StoppedError(Exception):
@@ -41,8 +42,11 @@ class Job:
     """Of the stages of this call."""
 
     def config_of(self, variant: Variant) -> Config:
-        """Its configuration, through the same parser as launch/pretrain.py's."""
-        return parse_config([*self.words, *variant.words, f"--run.dir={self.out / variant.name}"], "")
+        """Its configuration, through the same parser as launch/pretrain.py's; UserError naming the run."""
+        try:
+            return parse_config([*self.words, *variant.words, f"--run.dir={self.out / variant.name}"], "")
+        except UserError as error:
+            raise UserError(f"{variant.name}: {error}") from None
 
     def fail(self, name: str, reason: str) -> None:
         """Remember a run that has no result, and say so."""

@@ -104,6 +104,12 @@ def test_a_rate_is_chosen_among_those_that_have_a_figure(
     assert job.failed == {run.name: "its heldout_kl is no number" for run in (runs[0], runs[3])}
 
 
+def test_the_run_that_a_setting_does_not_go_with_is_named(tmp_path: Path) -> None:
+    job = replace(job_of(tmp_path), words=["--objective.relation_heads=4"])
+    with pytest.raises(UserError, match=r"^half-triple: objective.relation_heads=4: has no effect"):
+        job.config_of(planned().run(planned().students[0], OBJECTIVES[0]))
+
+
 def test_a_run_that_is_none_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--only half-kd: no such run; there are half-cut, half-triple"):
         StudyJob(job_of(tmp_path), planned(), "half-kd").run()
