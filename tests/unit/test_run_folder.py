@@ -135,7 +135,7 @@ def test_damaged_json_is_one_message(text: str | bytes, tmp_path: Path) -> None:
         "- a",
         "training: {micro_batch_size: word}",
         "training: {micro_batch_size: 10000000, global_batch_size: 4096}",
-        "[" * 5000,
+        pytest.param("[" * 5000, id="nested 5000 deep"),
         "a: [1",
         "training: {epochs: !!bool x}",
         "training: {epochs: !!timestamp x}",

@@ -62,6 +62,7 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "touched"
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("save", [as_zip, as_before_zip, as_bare_pickle])
 def test_a_checkpoints_pickle_is_refused_whatever_its_reader_asks_for(
     save: Callable[[Any, Path], None], target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -91,6 +92,7 @@ class Counts:
         self.number = number
 
 
+@pytest.mark.filterwarnings("ignore:'torch.load' received a zip file")
 def test_torch_script_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safe_load, "engine_types", list)
     torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)), tmp_path / "states.pt")
