@@ -1,19 +1,22 @@
 # Two commands a new user needs: `make quickstart` and `make test`. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
-# Files of unit tests at a time. The other tests start ranks, which want the cores for themselves.
+# Files of tests at a time; those of ranks spend half of their time waiting.
 TEST_WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+# They start ranks; some take minutes, and so they begin first.
+RANK_TESTS = tests/end_to_end tests/distributed tests/cluster tests/gpu
 # Not compiled: of the 300 MB of Python that come, each module that is used is compiled when it is first imported.
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: quickstart test lint types unit-tests rank-tests clean
+.PHONY: quickstart test lint types tests unit-tests rank-tests clean
 
 quickstart: .venv/installed
 	python launch/quickstart.py
 
 # Every one of them runs, also after one has failed.
 test: .venv/installed-dev
-	$(MAKE) --no-print-directory --keep-going lint types unit-tests rank-tests
+	$(MAKE) --no-print-directory --keep-going lint types tests
 
 lint: .venv/installed-dev
 	ruff check .
@@ -22,11 +25,14 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	mypy
 
+tests: .venv/installed-dev
+	$(PYTEST) $(RANK_TESTS) tests/unit
+
 unit-tests: .venv/installed-dev
-	OMP_NUM_THREADS=1 python -m pytest tests/unit -n $(TEST_WORKERS) --dist loadfile
+	$(PYTEST) tests/unit
 
 rank-tests: .venv/installed-dev
-	python -m pytest tests/distributed tests/end_to_end tests/cluster tests/gpu
+	$(PYTEST) $(RANK_TESTS)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

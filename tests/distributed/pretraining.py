@@ -134,3 +134,8 @@ def weights(run_dir: Path) -> bytes:
 def losses(run_dir: Path) -> list[float]:
     """Training losses, by logging step."""
     return [row["loss"] for row in read_rows(run_dir) if "loss" in row]
+
+
+def logged(run_dir: Path, step: int) -> bool:
+    """Whether a training loss of that step or a later one is there."""
+    return any(row["step"] >= step for row in read_rows(run_dir) if "loss" in row)
