@@ -9,7 +9,8 @@ number of tokens: the published triple loss (triple; a teacher without an MLM he
 pretraining on the corpus), relations alone (relations), both, MLM alone from random weights (control), relations from
 random weights (relations-random); beside them the untrained cut, and relations for as much time as the triple loss
 takes. A curve follows triple and relations over other budgets (--curve), each run with a schedule of its own. Each
-objective's learning rate is the one of --rates with the lowest held-out loss after a quarter of the budget.
+objective's learning rate is the one of --rates with the lowest held-out loss, after a quarter of the budget on the
+first student.
 
 Every model is fine-tuned with launch/finetune.py on the tasks that --tasks holds (--finetune.KEY=VALUE becomes its
 --KEY=VALUE); --section.key=value and --config go to all runs of launch/pretrain.py. Run the same command again after a
@@ -64,6 +65,8 @@ OWN = {
     "evaluation.every_steps": "--budget-tokens and --curve",
 }
 """Keys that each run has of its own -> the options that say them."""
+RELATION_WEIGHT = 1.0
+"""Of the objectives that have relations, where the recipe gives none."""
 CURVE = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 """Of the budget."""
 
@@ -74,8 +77,9 @@ def main(arguments: Sequence[str]) -> int:
     for word in words:
         if (key := word.partition("=")[0].removeprefix("--")) in OWN:
             raise UserError(f"--{key} has no effect here: {OWN[key]} says it for each run; remove it")
-    given = [*words, f"--data.shards={options.corpus}"]
-    words, own = split_words(given, options.config)
+    shared = [f"--data.shards={options.corpus}", f"--objective.relation_weight={RELATION_WEIGHT}"]
+    shared += [f"--optimizer.lr={options.rates[0]}"] if options.rates else []
+    words, own = split_words([*shared, *words], options.config)
 
     # After the command line: torch and transformers take seconds, which --help shall not.
     from launch.experiments.study import StudyJob, listed
@@ -101,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
         students=chosen(options.students, students_of(*shape), "--students"),
         objectives=chosen(options.objectives, OBJECTIVES, "--objectives"),
         rates=options.rates or [base.optimizer.lr],
-        has_cosine=base.objective.needs_hidden,
+        recipe=base,
     )
     flags = ["--task", *options.score_on, "--data", options.tasks, "--seeds", str(options.seeds)]
     finetuning, tasks = checked_finetuning(flags, own, options.teacher)

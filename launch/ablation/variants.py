@@ -6,10 +6,11 @@ puts the results side by side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launch.experiments.objective_changes import at_defaults, terms_alone
 from launch.experiments.variant import Variant
 from train.config import Config
 from train.config_sections.objective import OBJECTIVE_WEIGHTS, ObjectiveConfig
@@ -59,7 +60,7 @@ def variants_of(
     student = _student(config, teacher_layers)
     candidates = [
         Variant(FULL, "the recipe as it is", is_required=True),
-        *(_without_term(name, config.objective) for name in TERMS),
+        *(_without_term(name, config) for name in TERMS),
         _random_weights(config, student),
         _masked_soft_targets(config.objective),
         *_layer_maps(config, student),
@@ -96,14 +97,15 @@ def chosen_variants(
     ]
 
 
-def _without_term(name: str, objective: ObjectiveConfig) -> Variant:
+def _without_term(name: str, config: Config) -> Variant:
     term, title = TERMS[name]
+    objective = config.objective
     others = [weight for weight in OBJECTIVE_WEIGHTS if weight != term]
     if not getattr(objective, term):
         return Variant(name, title, left_out=f"the recipe has objective.{term}=0 already")
     if not any(getattr(objective, weight) for weight in others):
         return Variant(name, title, left_out=f"the recipe has no other term than objective.{term}")
-    return Variant(name, title, {f"objective.{term}": 0.0, **_left_idle(objective, term)})
+    return Variant(name, title, terms_alone(config, others))
 
 
 def _masked_soft_targets(objective: ObjectiveConfig) -> Variant:
@@ -116,35 +118,14 @@ def _masked_soft_targets(objective: ObjectiveConfig) -> Variant:
     return Variant("masked-kd", title, {"objective.kd_positions": "masked"}, reason)
 
 
-def _left_idle(objective: ObjectiveConfig, term: str) -> dict[str, Any]:
-    """Settings that would have no effect without the term, which the configuration refuses; at their defaults."""
-    idle: list[str] = []
-    if term == "kd_weight":
-        idle = ["temperature"] if objective.mse_weight else ["temperature", "kd_positions"]
-    elif term == "cosine_weight" and not objective.layer_cosine_weight:
-        idle = ["projection"]
-    return _at_defaults("objective", objective, idle)
-
-
-def _at_defaults(section: str, settings: Any, names: Iterable[str]) -> dict[str, Any]:
-    """The changes that give settings their defaults, where they have another value."""
-    defaults = type(settings)()
-    found = {f"{section}.{name}": getattr(defaults, name) for name in names}
-    return {key: value for key, value in found.items() if getattr(settings, key.split(".")[1]) != value}
-
-
 def _relations(config: Config) -> Variant:
     """MiniLMv2's objective in place of the recipe's terms; what goes with these, and masking, at their defaults."""
     objective = config.objective
     others = [name for name in OBJECTIVE_WEIGHTS if name != "relation_weight" and getattr(objective, name)]
     reason = "" if others else "the recipe trains relations alone already"
-    changes: dict[str, Any] = {f"objective.{name}": 0.0 for name in others}
+    changes = terms_alone(config, ["relation_weight"])
     if not objective.relation_weight:
         changes["objective.relation_weight"] = 1.0
-    changes |= _at_defaults(
-        "objective", objective, ("temperature", "kd_positions", "projection", "layer_pairs")
-    )
-    changes |= _at_defaults("masking", config.masking, vars(config.masking))
     return Variant("relations", "relations of queries, keys and values alone (MiniLMv2)", changes, reason)
 
 
@@ -152,7 +133,7 @@ def _adamw(config: Config, rates: Sequence[float]) -> list[Variant]:
     """AdamW at rates of its own: LAMB's means nothing to it."""
     settings = config.optimizer
     reason = "the recipe has optimizer.name=adamw already" if settings.name == "adamw" else ""
-    idle = _at_defaults("optimizer", settings, LAMB_OPTIONS)
+    idle = at_defaults("optimizer", settings, LAMB_OPTIONS)
     found = []
     for rate in rates:
         changes = {

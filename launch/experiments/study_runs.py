@@ -6,23 +6,20 @@ launch/experiments/study_results.py puts their scores side by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launch.experiments.objective_changes import terms_alone
 from launch.experiments.study_results import CONTROL, CUT
 from launch.experiments.variant import Variant
+from train.config import Config
+from train.config_sections.objective import OBJECTIVE_WEIGHTS
 from train.errors import UserError
 from train.run_folder import MODEL
 
 HEAD = "teacher-head"
-MLM_ALONE = {
-    "objective.kd_weight": 0.0,
-    "objective.cosine_weight": 0.0,
-    "objective.mlm_weight": 1.0,
-}
-RELATIONS_ALONE = {**MLM_ALONE, "objective.mlm_weight": 0.0, "objective.relation_weight": 1.0}
 SEARCH_SHARE = 4
 """A learning rate is tried for this part of the budget."""
 
@@ -33,55 +30,43 @@ class Objective:
 
     name: str
     title: str
-    changes: Mapping[str, Any]
+    terms: Collection[str]
+    """Of the recipe's, in which relations have a weight too."""
     selects: str
     """Key of the held-out row by which its learning rate is chosen: the lowest."""
+    random: bool = False
+    """Whether it begins with random weights."""
     needs_head: bool = False
     """Whether it learns from the teacher's logits, or is a masked language model itself."""
     curve: bool = False
     """Whether it is trained for every budget of the curve."""
-    published: bool = False
-    """Whether it has the terms of the published loss, a cosine of hidden states among them."""
 
 
-RANDOM = {"model.layer_map": "random"}
+MLM, RELATIONS = ("mlm_weight",), ("relation_weight",)
+PUBLISHED = [name for name in OBJECTIVE_WEIGHTS if name not in RELATIONS]
 OBJECTIVES = (
     Objective(
         "triple",
         "soft targets, MLM and cosine (the published loss)",
-        {},
+        PUBLISHED,
         "heldout_kl",
         needs_head=True,
         curve=True,
-        published=True,
     ),
     Objective(
-        "relations",
-        "relations alone, from the teacher as it is",
-        RELATIONS_ALONE,
-        "heldout_relation",
-        curve=True,
+        "relations", "relations alone, from the teacher as it is", RELATIONS, "heldout_relation", curve=True
     ),
-    Objective(
-        "both",
-        "the published loss and relations",
-        {"objective.relation_weight": 1.0},
-        "heldout_kl",
-        needs_head=True,
-        published=True,
-    ),
+    Objective("both", "the published loss and relations", OBJECTIVE_WEIGHTS, "heldout_kl", needs_head=True),
     Objective(
         CONTROL,
         "MLM alone, from random weights: no teacher",
-        {**RANDOM, **MLM_ALONE},
+        MLM,
         "heldout_mlm_loss",
+        random=True,
         needs_head=True,
     ),
     Objective(
-        "relations-random",
-        "relations alone, from random weights",
-        {**RANDOM, **RELATIONS_ALONE},
-        "heldout_relation",
+        "relations-random", "relations alone, from random weights", RELATIONS, "heldout_relation", random=True
     ),
 )
 
@@ -143,8 +128,7 @@ class Study:
 
     Args:
         has_head: whether the teacher is a masked language model already.
-        has_cosine: whether the recipe's published loss compares hidden states: a narrower student then gets a
-            projection.
+        recipe: what all runs share, relations among its terms.
     """
 
     teacher: str
@@ -154,7 +138,7 @@ class Study:
     students: Sequence[Student]
     objectives: Sequence[Objective]
     rates: Sequence[float]
-    has_cosine: bool = True
+    recipe: Config
 
     @property
     def needs_head(self) -> bool:
@@ -167,7 +151,7 @@ class Study:
             "model.teacher": None,
             "model.start_from": self.teacher,
             "model.new_head": True,
-            **MLM_ALONE,
+            **terms_alone(self.recipe, MLM),
             **self._length(rate, None),
         }
         title = "the teacher gets an MLM head by continued pretraining"
@@ -193,7 +177,7 @@ class Study:
     def cut(self, student: Student) -> Variant:
         """The student as it was made: the teacher's layers, untrained."""
         relations = next(each for each in OBJECTIVES if each.name == "relations")
-        made = self.run(student, relations)
+        made = self.run(student, relations, self.rates[0])
         return replace(
             made,
             name=f"{student.name}-{CUT}",
@@ -215,12 +199,17 @@ class Study:
             tokens: None for the budget.
         """
         teacher = str(self.out / HEAD / MODEL) if objective.needs_head and not self.has_head else self.teacher
-        projects = self.has_cosine and objective.published and "model.student_width" in student.changes
+        recipe, cosines = (
+            self.recipe.objective,
+            {"cosine_weight", "layer_cosine_weight"} & set(objective.terms),
+        )
+        is_narrow = "model.student_width" in student.changes
+        projects = is_narrow and any(getattr(recipe, name) for name in cosines)
         changes = {
             "model.teacher": teacher,
-            "model.layer_map": "every_other",
+            "model.layer_map": "random" if objective.random else "every_other",
             **student.changes,
-            **objective.changes,
+            **terms_alone(self.recipe, objective.terms),
             **({"objective.projection": True} if projects else {}),
             **self._length(rate, tokens),
         }

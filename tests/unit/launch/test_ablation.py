@@ -98,7 +98,7 @@ def test_what_the_variants_of_the_quickstart_change() -> None:
         "first-half": "model.layer_map=[0,1]",
         "last-half": "model.layer_map=[2,3]",
         "relations": "objective.kd_weight=0.0 objective.mlm_weight=0.0 objective.cosine_weight=0.0 "
-        "objective.relation_weight=1.0 masking.smoothing=0.7",
+        "masking.smoothing=0.7 objective.relation_weight=1.0",
         "adamw": "optimizer.name=adamw optimizer.lr=0.001",
         "masking-30": "masking.probability=0.3",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,12 @@ from train.errors import UserError
 BUDGET, STEP = 4_000_000, 64 * 128
 
 
-def planned(has_head: bool = False, rates: tuple[float, ...] = (0.001, 0.003)) -> Study:
+SHARED = ["--model.teacher=encoder", "--objective.relation_weight=1"]
+
+
+def planned(
+    has_head: bool = False, rates: tuple[float, ...] = (0.001, 0.003), words: Sequence[str] = ()
+) -> Study:
     curve = [500_000, 1_000_000, BUDGET]
     return Study(
         "encoder",
@@ -38,6 +44,7 @@ def planned(has_head: bool = False, rates: tuple[float, ...] = (0.001, 0.003)) -
         students_of(6, 384, 12),
         OBJECTIVES,
         rates,
+        parse_config([*SHARED, *words], ""),
     )
 
 
@@ -56,7 +63,7 @@ def test_every_run_is_accepted_and_named_once(has_head: bool) -> None:
     } <= set(names)
     assert not any(name.endswith("-4M") for name in names)  # that is half-triple itself
     for run in found.listed():
-        config = parse_config(run.words, "")
+        config = parse_config([*SHARED, *run.words], "")
         tokens = {"half-cut": 0, "narrow-cut": 0, "half-relations-0.5M": 500_000}.get(run.name, BUDGET)
         tokens = BUDGET // 4 if run.name.startswith("search/") else tokens
         if "-1M" not in run.name and "-0.5M" not in run.name:
@@ -71,8 +78,41 @@ def test_runs_that_come_to_the_same_are_one() -> None:
     scale = Scale(BUDGET, [BUDGET // 4, BUDGET // 4, BUDGET // 4 + 1], STEP)
     names = [run.name for run in replace(planned(), scale=scale).listed()]
     assert len(set(names)) == len(names)
-    without = replace(planned(), has_cosine=False).listed()
-    assert not any("objective.projection" in run.changes for run in without)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--objective.relation_heads=4", "--objective.relation_layers=[[1,1]]", "--objective.temperature=3"],
+        ["--objective.kd_positions=masked", "--masking.probability=0.3", "--masking.smoothing=0"],
+        ["--objective.mse_weight=1", "--objective.kd_weight=0", "--objective.projection=true"],
+        [
+            "--objective.layer_cosine_weight=1",
+            "--objective.layer_pairs=[[1,2]]",
+            "--objective.cosine_weight=0",
+        ],
+        ["--objective.cosine_weight=0"],
+        ["--optimizer.name=adamw", "--optimizer.lr=0.001"],
+    ],
+)
+def test_settings_of_one_term_reach_the_runs_that_have_it(words: list[str]) -> None:
+    """And no run is refused for a setting that is idle there."""
+    settings = dict(word.removeprefix("--").split("=") for word in words)
+    for run in planned(words=words).listed():
+        config = parse_config([*SHARED, *words, *run.words], "")
+        objective, name = config.objective, run.name.removeprefix("search/").split("/")[0]
+        terms = {each for each, weight in objective.term_weights().items() if weight}
+        if name in ("half-cut", "half-relations", "narrow-relations-random"):
+            assert terms == {"loss_relation"}
+            assert objective.relation_heads == (4 if "objective.relation_heads" in settings else None)
+        elif name in (HEAD, "half-control"):
+            assert terms == {"loss_mlm"}
+        elif name in ("half-triple", "half-both"):
+            assert ("loss_relation" in terms) is (name == "half-both")
+            assert config.masking.probability == float(settings.get("masking.probability", 0.15))
+        has_cosine = bool(terms & {"loss_cos", "loss_layer_cos"})
+        if config.model.student_width is not None:  # a cosine of other widths needs one
+            assert objective.projection is has_cosine
 
 
 def test_shapes_are_whole_heads() -> None:
