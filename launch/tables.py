@@ -16,6 +16,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as RichTable
 
+DASH = "–"  # noqa: RUF001
+"""Where there is no figure."""
+
 
 @dataclass(frozen=True)
 class Column:

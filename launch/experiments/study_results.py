@@ -6,21 +6,17 @@ import statistics
 from collections.abc import Sequence
 from functools import cached_property
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
-from launch.tables import Column, Table
+from launch.figure_files import Figures
+from launch.tables import DASH, Column, Table
 from train.finetuning.tasks import TASKS
 
 CONTROL, CUT = "control", "cut"
 EQUAL_TIME = "-equal-time"
-DASH = "-"
 
 
-class _Figures(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Scores(_Figures):
+class Scores(Figures):
     """One task: points of 0 to 100, by fine-tuning seed."""
 
     seeds: list[float]
@@ -35,7 +31,7 @@ class Scores(_Figures):
         return max(self.seeds) - min(self.seeds)
 
 
-class StudiedModel(_Figures):
+class StudiedModel(Figures):
     """The teacher, or a student after one run."""
 
     name: str
@@ -49,9 +45,9 @@ class StudiedModel(_Figures):
     """The flags of launch/pretrain.py that made it."""
     tokens: int = 0
     tokens_per_s: float | None = None
-    heldout_before: dict[str, float] = {}
-    heldout: dict[str, float] = {}
-    scores: dict[str, Scores] = {}
+    heldout_before: dict[str, float] = Field(default_factory=dict)
+    heldout: dict[str, float] = Field(default_factory=dict)
+    scores: dict[str, Scores] = Field(default_factory=dict)
 
     def mean(self, tasks: Sequence[str]) -> float | None:
         """Of the medians; None where a task is missing."""
@@ -60,7 +56,7 @@ class StudiedModel(_Figures):
         return statistics.fmean(self.scores[task].median for task in tasks)
 
 
-class TriedRate(_Figures):
+class TriedRate(Figures):
     """One short run of the search for a learning rate."""
 
     objective: str
@@ -71,7 +67,7 @@ class TriedRate(_Figures):
     chosen: bool
 
 
-class StudyFile(_Figures):
+class StudyFile(Figures):
     """Everything that a study has found so far."""
 
     teacher: str
@@ -82,8 +78,8 @@ class StudyFile(_Figures):
     """The flags of launch/finetune.py, the same for all."""
     models: list[StudiedModel]
     """The teacher first."""
-    rates: list[TriedRate] = []
-    versions: dict[str, str] = {}
+    rates: list[TriedRate] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
 
     @cached_property
     def reference(self) -> StudiedModel:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
-from data_prep.shard_format.files import read_file
 from launch.experiments.study_results import StudyFile
+from launch.figure_files import Figures, read_figures
 from train.errors import UserError
 from train.finetuning.results import FILE
 from train.finetuning.tasks import TASKS, task_named
@@ -22,16 +22,7 @@ from train.finetuning.tasks import TASKS, task_named
 FINETUNE = "python launch/finetune.py --model MODEL --task sst2 mrpc ... --data DIR --out SCORES"
 
 
-class _Figures(BaseModel):
-    """Of a JSON file: numbers are finite numbers, and keys that no table needs are passed over."""
-
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
-
-
-Figures = TypeVar("Figures", bound=BaseModel)
-
-
-class TaskScores(_Figures):
+class TaskScores(Figures):
     """One scores.json of launch/finetune.py: points of 0..100."""
 
     task: str
@@ -58,31 +49,31 @@ class ModelScores:
     tasks: Mapping[str, TaskScores]
 
 
-class AblatedVariant(_Figures):
+class AblatedVariant(Figures):
     """One variant of an ablation."""
 
     name: str
     changed: str
     heldout: dict[str, float]
-    difference: dict[str, float] = {}
+    difference: dict[str, float] = Field(default_factory=dict)
     """To the full recipe, in points and nats, by held-out key and task; empty for the recipe itself."""
     glue: float | None
 
 
-class AblationFile(_Figures):
+class AblationFile(Figures):
     """ablation.json of launch/ablate.py."""
 
     variants: list[AblatedVariant]
-    scale: dict[str, Any] = {}
+    scale: dict[str, Any] = Field(default_factory=dict)
     heldout_masking: str = "not recorded: that of the recipe"
     """Of the held-out scores."""
     noise: dict[str, float] | None = None
     """Largest difference between two seeds of the full recipe; None where there is one seed."""
-    left_out: dict[str, str] = {}
-    failed: dict[str, str] = {}
+    left_out: dict[str, str] = Field(default_factory=dict)
+    failed: dict[str, str] = Field(default_factory=dict)
 
 
-class Speed(_Figures):
+class Speed(Figures):
     """One model in one runtime on one workload."""
 
     workload: str = ""
@@ -101,7 +92,7 @@ class Speed(_Figures):
         return self.workload, self.runtime, self.device, self.batch, self.sequence_length
 
 
-class ModelSpeed(_Figures):
+class ModelSpeed(Figures):
     """One model of launch/benchmark.py inference."""
 
     name: str
@@ -111,7 +102,7 @@ class ModelSpeed(_Figures):
     rows: list[Speed]
 
 
-class SpeedRatio(_Figures):
+class SpeedRatio(Figures):
     """How many times faster than the reference a model is."""
 
     model: str
@@ -124,7 +115,7 @@ class SpeedRatio(_Figures):
     """Over the rounds; None where the file is of an older version."""
 
 
-class InferenceFile(_Figures):
+class InferenceFile(Figures):
     """What launch/benchmark.py inference --json wrote."""
 
     hardware: str
@@ -181,7 +172,7 @@ def read_model_scores(name: str, folder: Path) -> ModelScores:
 
 
 def _read_task(path: Path) -> tuple[str, TaskScores]:
-    scores = _read(path, TaskScores)
+    scores = read_figures(path, TaskScores)
     try:
         task, folder = task_named(scores.task).name, task_named(path.parent.name).name
     except UserError as error:
@@ -195,7 +186,7 @@ def _read_task(path: Path) -> tuple[str, TaskScores]:
 
 def read_ablation(path: Path) -> AblationFile:
     """UserError, naming the file, where it is not an ablation's."""
-    ablation = _read(path, AblationFile)
+    ablation = read_figures(path, AblationFile)
     if not ablation.variants:
         raise UserError(f"{path}: holds no variants")
     return ablation
@@ -203,7 +194,7 @@ def read_ablation(path: Path) -> AblationFile:
 
 def read_study(path: Path) -> StudyFile:
     """UserError, naming the file, where it is not a study's."""
-    study = _read(path, StudyFile)
+    study = read_figures(path, StudyFile)
     if not study.models or not study.tasks:
         raise UserError(f"{path}: holds no models or no tasks")
     return study
@@ -211,24 +202,8 @@ def read_study(path: Path) -> StudyFile:
 
 def read_inference(path: Path) -> InferenceFile:
     """UserError, naming the file, where it is not the benchmark's."""
-    speeds = _read(path, InferenceFile)
+    speeds = read_figures(path, InferenceFile)
     names = [model.name for model in speeds.models]
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path}: its models are named {names}; each needs a name of its own")
     return speeds
-
-
-def _read(path: Path, kind: type[Figures]) -> Figures:
-    """A checked JSON file; the first thing that is wrong with it becomes a UserError that names the file."""
-    try:
-        return kind.model_validate_json(read_file(path))
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except ValidationError as invalid:
-        error = invalid.errors()[0]
-    where = ".".join(map(str, error["loc"]))
-    if error["type"] == "missing":
-        raise UserError(f"{path}: lacks {where!r}; make it again with this version")
-    if error["type"].startswith(("float_", "int_", "finite_")):
-        raise UserError(f"{path}: {where} is {error['input']!r}, no number; score or measure it again")
-    raise UserError(f"{path}: is not such a file ({where}: {error['msg']}); make it again")

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from launch.reporting import published
 from launch.reporting.inputs import ModelScores, TaskScores
-from launch.reporting.tables import DASH, columns_of, published_column
-from launch.tables import Table
+from launch.reporting.tables import columns_of, published_column
+from launch.tables import DASH, Table
 from train.errors import UserError
 from train.finetuning.tasks import GLUE, SPLIT_OFF, TASKS
 

@@ -13,9 +13,8 @@ from launch.reporting import published
 from launch.reporting.comparison import ComparedModel
 from launch.reporting.inputs import AblatedVariant, AblationFile, InferenceFile, Speed, SpeedRatio
 from launch.reporting.runs import RunFacts
-from launch.tables import Column, Table, text_table
+from launch.tables import DASH, Column, Table, text_table
 
-DASH = "–"  # noqa: RUF001
 OURS = "ours"
 ABLATED_SCORES = {
     "heldout_kl": ("KL to teacher (nats)", 1.0, ".4f"),

@@ -16,7 +16,7 @@ from data_prep.shard_format.manifest import Manifest
 from train.config import Config
 from train.data.loader import BatchLoader
 from train.data.order import windows_per_shard
-from train.distributed.consistency import as_on_first_rank, on_first_rank
+from train.distributed.consistency import from_first_rank
 from train.distributed.world import World
 from train.models.families import Family
 from train.models.narrowing import Importance
@@ -30,10 +30,7 @@ def importance_from_first_rank(
     config: Config, manifest: Manifest, world: World, family: Family, model: PreTrainedModel
 ) -> Importance:
     """Measured on the first rank and the same on all: the last bits of another machine's could keep something else."""
-    measured = on_first_rank(world, lambda: importance(config, manifest, world.device, family, model))
-    shared = as_on_first_rank(measured)
-    assert shared is not None
-    return shared
+    return from_first_rank(world, lambda: importance(config, manifest, world.device, family, model))
 
 
 def importance(

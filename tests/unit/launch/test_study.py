@@ -23,6 +23,7 @@ from launch.experiments.study_results import (
     tables_of,
 )
 from launch.experiments.study_runs import HEAD, OBJECTIVES, Scale, Study, chosen, students_of
+from launch.tables import DASH
 from tests.tiny_tasks import write_sst2
 from train.errors import UserError
 
@@ -206,8 +207,8 @@ def test_what_is_missing_is_a_dash_and_no_point(finished: StudyFile) -> None:
     bare = finished.models[2].model_copy(update={"scores": {}})
     partly = finished.model_copy(update={"models": [*finished.models[:2], bare]})
     scores, verdict = tables_of(partly)[:2]
-    assert scores.rows[2] == ["half-triple", "-", "-", "-", "-"]
-    assert verdict.rows[0][3:] == ["-", "-", "-"]
+    assert scores.rows[2] == ["half-triple", DASH, DASH, DASH, DASH]
+    assert verdict.rows[0][3:] == [DASH, DASH, DASH]
     assert curve_points(partly, "half", "triple")[-1][1] is None
 
 
