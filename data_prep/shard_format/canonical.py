@@ -23,6 +23,8 @@ LATER_FIELDS = ("token_histogram_sha256",)
 _SPLITS = '\n "splits": null,\n'
 # Their texts are plain file names and hex digits (shard_format/checks.py), which JSON escapes nothing of.
 _SHARD = '   {\n    "bytes": %s,\n    "documents": %s,\n    "name": "%s",\n    "sha256": "%s",\n    "tokens": %s\n   }'
+_SHARD_END = b"\n   }"
+_PIECE = 1 << 20
 _COUNT = "(0|[1-9][0-9]{0,14})"  # some valid counts have a digit more
 _SHARD_TEXT = re.compile(
     re.escape(_SHARD) % (_COUNT, _COUNT, f"({FILE_NAME.pattern})", "([0-9a-f]{64})", _COUNT)
@@ -51,10 +53,19 @@ def _shards(shards: Sequence[Any]) -> str:
     return f"[\n{objects}\n  ]"
 
 
-def split_shards(text: str) -> tuple[str, list[list[str]]]:
-    """A canonical text with a 0 in place of every shard, and the columns (bytes, documents, name, sha256, tokens)."""
-    parts = _SHARD_TEXT.split(text)
-    return "0".join(parts[::6]), [parts[column::6] for column in range(1, 6)]
+def split_shards(data: bytearray) -> Iterator[tuple[str, list[list[str]]]]:
+    """A canonical text, in pieces, with a 0 in place of every shard; the columns of each piece's shards.
+
+    Columns: bytes, documents, name, sha256, tokens. Pieces end where shards do, and are small, since the memory that
+    the fields of a million take at once costs a second.
+    """
+    start = 0
+    while start < len(data):
+        end = data.find(_SHARD_END, start + _PIECE)
+        end = len(data) if end < 0 else end + len(_SHARD_END)
+        parts = _SHARD_TEXT.split(data[start:end].decode("ascii", "replace"))
+        yield "0".join(parts[::6]), [parts[column::6] for column in range(1, 6)]
+        start = end
 
 
 @contextlib.contextmanager

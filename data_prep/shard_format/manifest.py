@@ -199,7 +199,11 @@ def _as_written(data: bytearray) -> Manifest | None:
     None for any other text, and for any that is wrong, which `from_dict` can tell better. The shards' objects are cut
     out by their exact form; where the rest is what `save` writes around them, all of the text is.
     """
-    outline, (sizes, documents, names, digests, tokens) = split_shards(data.decode("ascii", "replace"))
+    outline = ""
+    shards: list[ShardInfo] = []
+    for piece, (sizes, documents, names, digests, tokens) in split_shards(data):
+        outline += piece
+        shards += map(ShardInfo, names, map(int, sizes), digests, map(int, documents), map(int, tokens))
     rest = re.sub(r"\[\n(?:0,\n)*0\n  \]", "[]", outline)
     try:
         manifest = _MANIFEST.validate_json(rest)
@@ -207,13 +211,11 @@ def _as_written(data: bytearray) -> Manifest | None:
         return None
     if manifest.to_json() != rest:
         return None
-    places = {split: len(zeros) for split, zeros in json.loads(outline)["splits"].items()}
-    shards = map(ShardInfo, names, map(int, sizes), digests, map(int, documents), map(int, tokens))
-    splits = {split: tuple(itertools.islice(shards, number)) for split, number in places.items()}
-    if sum(places.values()) != len(names) or any(
-        shard.documents > shard.tokens for split in splits.values() for shard in split
-    ):
+    numbers = {split: len(zeros) for split, zeros in json.loads(outline)["splits"].items()}
+    if sum(numbers.values()) != len(shards) or any(shard.documents > shard.tokens for shard in shards):
         return None
+    in_order = iter(shards)
+    splits = {split: tuple(itertools.islice(in_order, number)) for split, number in numbers.items()}
     manifest = dataclasses.replace(manifest, splits=_known_splits(splits))
     manifest.__dict__["_digest"] = hashlib.sha256(data).hexdigest()
     return manifest
