@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.shard_format.manifest import TokenizerInfo, token_dtype
+from data_prep.shard_format.manifest import token_dtype
+from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from data_prep.sources.texts import digest, pieces_of, utf8
 
 BATCH_CHARACTERS = 1 << 20

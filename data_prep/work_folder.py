@@ -18,7 +18,8 @@ from data_prep.bucket_files import read_head
 from data_prep.job import HISTOGRAM_NAME, SKIPPED_NAME, WORK_FOLDER, JobOptions, describe_sources
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import read_json, try_lock, write_text
-from data_prep.shard_format.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, TokenizerInfo
+from data_prep.shard_format.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest
+from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from data_prep.source_files import (
     RECORD_NAME,
     SAMPLE,

@@ -26,8 +26,9 @@ from data_prep.job import SKIPPED_NAME, Job, JobOptions
 from data_prep.placement import Plan
 from data_prep.shard_format.errors import UserError, refuse_empty_words
 from data_prep.shard_format.hub import require_hub
-from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest, tokenizer_info
+from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest
 from data_prep.shard_format.tokenizer_files import save_tokenizer
+from data_prep.shard_format.tokenizer_info import tokenizer_info
 from data_prep.shard_pass import ShardPass, finish, make_plan
 from data_prep.sources.records import MAX_DOCUMENT_MB, check_max_document_mb, text_fields
 from data_prep.sources.resolve import HELP as SOURCES_HELP

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.manifest import MANIFEST_NAME, TokenizerInfo, tokenizer_info
+from data_prep.shard_format.manifest import MANIFEST_NAME
+from data_prep.shard_format.tokenizer_info import TokenizerInfo, tokenizer_info
 
 
 def check_record(folder: Path, tokenizer: Any, recorded: TokenizerInfo) -> None:

@@ -26,7 +26,8 @@ import webdataset
 
 from data_prep.job import HISTOGRAM_NAME
 from data_prep.shard_format.files import write_json
-from data_prep.shard_format.manifest import Manifest, ShardInfo, TokenizerInfo, shard_url, write_shard
+from data_prep.shard_format.manifest import Manifest, ShardInfo, shard_url, write_shard
+from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from launch.benchmarks import options
 from launch.benchmarks.machine import hardware
 from train.config_sections.data import DataConfig

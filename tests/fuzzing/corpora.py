@@ -19,7 +19,8 @@ import zstandard
 
 from data_prep import verify_shards
 from data_prep.job import Job, JobOptions
-from data_prep.shard_format.manifest import TOKENIZER_FOLDER, tokenizer_info
+from data_prep.shard_format.manifest import TOKENIZER_FOLDER
+from data_prep.shard_format.tokenizer_info import tokenizer_info
 from data_prep.sources.resolve import make_units, resolve_sources
 from data_prep.tokenize_pass import _Chunk, _UnitReader
 from tests.conftest import WORDS

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.shard_format.manifest import TokenizerInfo, tokenizer_info
+from data_prep.shard_format.tokenizer_info import TokenizerInfo, tokenizer_info
 from tests.fuzzing.target import Target, anything
 from tests.tiny_tasks import save_encoder
 from tests.unit.finetuning.squad_tokenizers import wordpiece

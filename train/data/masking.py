@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data_prep.shard_format.manifest import TokenizerInfo
+from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from train.errors import UserError
 
 # Independent streams of the hash: which positions, what to do with each, which random token.

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.shard_format.manifest import Manifest, TokenizerInfo
+from data_prep.shard_format.manifest import Manifest
+from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from train.config import Config
 from train.config_sections.training import DEFAULT_MICRO_BATCH_SIZE, MAX_STEPS
 from train.data.loader import BatchLoader, MicroBatch

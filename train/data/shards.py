@@ -14,13 +14,13 @@ import numpy as np
 from data_prep.shard_format.manifest import (
     Manifest,
     ShardInfo,
-    TokenizerInfo,
     npy_array,
     shard_url,
     token_blocks,
     token_dtype,
 )
 from data_prep.shard_format.remote import is_remote, read_bytes
+from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from train.data.shard_cache import ShardCache
 from train.errors import UserError, one_line
 

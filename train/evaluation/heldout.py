@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from data_prep.shard_format.manifest import TokenizerInfo
+from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from train.evaluation.masking import LABEL, evaluation_label, evaluation_masker
 from train.evaluation.scores import HeldoutSums, heldout_statistics
 from train.models.families import has_head

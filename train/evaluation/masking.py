@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data_prep.shard_format.manifest import TokenizerInfo
+from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from train.data.masking import Masker
 
 EVALUATION = {"probability": 0.15, "smoothing": 0.0, "whole_word": False}

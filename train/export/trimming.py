@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from data_prep.shard_format.files import new_folder, write_text
-from data_prep.shard_format.manifest import Manifest, TokenizerInfo, tokenizer_info
+from data_prep.shard_format.manifest import Manifest
 from data_prep.shard_format.tokenizer_files import save_tokenizer
+from data_prep.shard_format.tokenizer_info import TokenizerInfo, tokenizer_info
 from train.data.shards import read_histogram, read_shard, shard_tokens
 from train.errors import RunError, UserError
 from train.models.build import count_parameters

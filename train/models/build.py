@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
-from data_prep.shard_format.manifest import TOKENIZER_FOLDER, Manifest, TokenizerInfo, without_scheme
+from data_prep.shard_format.manifest import TOKENIZER_FOLDER, Manifest, without_scheme
+from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from data_prep.shard_format.tokenizer_record import check_record
 from train.config import Config
 from train.errors import UserError, one_line

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from data_prep.shard_format.files import read_json, refuse_pipe, write_json
 from data_prep.shard_format.hub import require_hub
-from data_prep.shard_format.manifest import check_token_ids
+from data_prep.shard_format.tokenizer_info import check_token_ids
 from train.errors import UserError, one_line
 from train.models.families import POSITIONS_AFTER_PADDING, max_positions
 

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from data_prep.shard_format.manifest import TokenizerInfo, tokenizer_fingerprint
+from data_prep.shard_format.tokenizer_info import TokenizerInfo, tokenizer_fingerprint
 from train.errors import UserError, one_line
 from train.models.encoder_config import COPY_AGAIN, read_tokenizer
 

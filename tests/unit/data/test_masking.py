@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from data_prep.shard_format.manifest import TokenizerInfo
+from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from tests.tiny_shards import TOKENIZER
 from train.data import masking
 from train.data.masking import MaskedBatch, Masker, continuation_table

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.manifest import Manifest, ShardInfo, TokenizerInfo
+from data_prep.shard_format.manifest import Manifest, ShardInfo
+from data_prep.shard_format.tokenizer_info import TokenizerInfo
 
 TOKENIZER = TokenizerInfo("f" * 64, 64, 0, 1, 2, 3, 4, (0, 1, 2, 3, 4))
 SHARD = ShardInfo("train-000000.tar", 10240, "0" * 64, 3, 500)

@@ -19,16 +19,14 @@ from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.manifest import (
     Manifest,
     ShardInfo,
-    TokenizerInfo,
     _as_written,
     blocks_of,
     count_tokens,
     read_blocks,
     token_dtype,
-    tokenizer_fingerprint,
-    tokenizer_info,
     write_shard,
 )
+from data_prep.shard_format.tokenizer_info import TokenizerInfo, tokenizer_fingerprint, tokenizer_info
 
 TOKENIZER = TokenizerInfo("f" * 64, 64, 0, 1, 2, 3, 4, (0, 1, 2, 3, 4))
 SHARD = ShardInfo("train-000000.tar", 10240, "0" * 64, 3, 500)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep.shard_format.manifest import tokenizer_fingerprint, tokenizer_info
+from data_prep.shard_format.tokenizer_info import tokenizer_fingerprint, tokenizer_info
 from data_prep.train_tokenizer import main, train_wordpiece
 
 

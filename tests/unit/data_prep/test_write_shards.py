@@ -26,7 +26,8 @@ from transformers import AutoTokenizer
 
 from data_prep import document_encoder, shard_pass, verify_shards, write_shards
 from data_prep.document_encoder import Encoder
-from data_prep.shard_format.manifest import Manifest, read_blocks, tokenizer_info
+from data_prep.shard_format.manifest import Manifest, read_blocks
+from data_prep.shard_format.tokenizer_info import tokenizer_info
 from data_prep.sources import texts
 from data_prep.sources.texts import normalised
 from data_prep.work_folder import locked

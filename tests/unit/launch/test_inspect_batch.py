@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.shard_format.manifest import Manifest, tokenizer_info
+from data_prep.shard_format.manifest import Manifest
+from data_prep.shard_format.tokenizer_info import tokenizer_info
 from launch import inspect_batch
 from tests.tiny_shards import with_histogram, write_tiny_shards
 from train.data.loader import BatchLoader

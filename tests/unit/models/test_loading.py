@@ -21,7 +21,7 @@ from transformers import (
     ElectraForPreTraining,
 )
 
-from data_prep.shard_format.manifest import tokenizer_info
+from data_prep.shard_format.tokenizer_info import tokenizer_info
 from launch.planner.models import named_model
 from tests.unit.models.test_families import MODELS, SIZES
 from train.errors import UserError

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 
 from data_prep.shard_format.files import write_json
-from data_prep.shard_format.manifest import tokenizer_fingerprint
 from data_prep.shard_format.terminal import progress_bar
+from data_prep.shard_format.tokenizer_info import tokenizer_fingerprint
 from train.errors import UserError
 from train.finetuning.batches import Features, Padding
 from train.finetuning.readers import hub_name
