@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import pty
 import random
 import shlex
+import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -73,10 +76,16 @@ def test_ctrl_c_lets_the_ranks_save_and_the_launcher_end_by_itself(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     """On a terminal, whose Ctrl-C goes to everything in its foreground."""
-    started, terminal = pty.fork()
-    if started == 0:
-        os.chdir(ROOT)
-        os.execve(sys.executable, [sys.executable, "-m", "launch", str(tmp_path / "rank.py")], environment)
+    terminal, theirs = pty.openpty()
+    job = subprocess.Popen(
+        [sys.executable, "-m", "launch", str(tmp_path / "rank.py")],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
     output, deadline = b"", time.monotonic() + 30
     while output.count(b"training") < 2 and time.monotonic() < deadline:
         output += os.read(terminal, 1000)
@@ -87,7 +96,8 @@ def test_ctrl_c_lets_the_ranks_save_and_the_launcher_end_by_itself(
             after += os.read(terminal, 1000)
         except OSError:  # Linux's way to say that nobody writes any more
             break
-    assert os.waitstatus_to_exitcode(os.waitpid(started, 0)[1]) == 75
+    os.close(terminal)
+    assert job.wait(30) == 75
     assert after.replace(b"^C", b"").split() == [b"saved"]
 
 
