@@ -24,7 +24,7 @@ from typing import Any
 import jsonargparse
 
 from data_prep.shard_format.errors import refuse_empty_words
-from launch.recipe_file import explained, read_recipe_file
+from launch.recipe_file import explained, found_recipe, read_recipe_file
 from train.config import Config
 from train.distributed.discovery import discover_ranks, probable_rank
 from train.environment_file import load_environment_file
@@ -62,6 +62,7 @@ def parse_config(arguments: Sequence[str], description: str) -> Config:
     parser = _config_parser(description, os.path.basename(sys.argv[0]))
     # The deepspeed launcher adds --local_rank; the environment's LOCAL_RANK says the same.
     kept = [argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))]
+    kept = [_with_found_recipe(before, word) for before, word in pairwise(["", *kept])]
     recipes = {path: read_recipe_file(path) for path in _recipes_of(kept)}
     try:
         namespace = parser.parse_args(kept)
@@ -87,10 +88,22 @@ def _config_parser(description: str, prog: str) -> jsonargparse.ArgumentParser:
         formatter_class=_Help,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML recipe; later ones override earlier ones.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML recipe, or the name of one in launch/recipes; later ones override earlier ones.",
+    )
     parser.add_argument("--profile", action="store_true", help="Short for --run.profile_steps=3.")
     parser.add_class_arguments(Config, None)
     return parser
+
+
+def _with_found_recipe(before: str, word: str) -> str:
+    """A word of the command line, with the path of the recipe that it names."""
+    if before == "--config":
+        return found_recipe(word)
+    flag, _, name = word.partition("=")
+    return f"--config={found_recipe(name)}" if flag == "--config" and name else word
 
 
 def _recipes_of(arguments: Sequence[str]) -> list[Path]:

@@ -27,6 +27,13 @@ KEYS: dict[str, list[str]] = {
 }
 """Section -> its keys."""
 BESIDE_SECTIONS = ("config", "profile")
+RECIPES = Path(__file__).resolve().parent / "recipes"
+
+
+def found_recipe(word: str) -> str:
+    """The path of the recipe that --config names: a file, or one of launch/recipes/ by its name, from any folder."""
+    path = RECIPES / f"{word}.yaml"
+    return str(path) if "/" not in word and not Path(word).exists() and path.is_file() else word
 
 
 class _Loader(yaml.SafeLoader):

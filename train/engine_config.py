@@ -82,7 +82,7 @@ def read_engine_config(path: str | Path) -> dict[str, Any]:
     """
     where = f"deepspeed.config={str(path)!r}"
     try:
-        config = json.loads(read_file(path), object_pairs_hook=_object, parse_constant=_refuse)
+        config = json.loads(read_file(_found(path)), object_pairs_hook=_object, parse_constant=_refuse)
     except FileNotFoundError:
         shipped = ", ".join(
             f"ds_configs/{file.name}" for file in sorted((ROOT / "ds_configs").glob("*.json"))
@@ -95,6 +95,12 @@ def read_engine_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{where} holds a {type(config).__name__}; a JSON object is needed")
     return config
+
+
+def _found(path: str | Path) -> Path:
+    """The file itself, or the one of this project's ds_configs/ where a command was started in another folder."""
+    shipped = ROOT / path
+    return shipped if not Path(path).exists() and shipped.parent == ROOT / "ds_configs" else Path(path)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -48,6 +48,8 @@ def provenance() -> dict[str, str]:
 
 
 def _commit() -> str:
+    if not (ROOT / ".git").exists():  # installed: the folder may lie in another project's checkout
+        return "unknown"
     try:
         git = ["git", "-C", str(ROOT)]
         commit = subprocess.run(

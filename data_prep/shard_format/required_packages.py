@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+REQUIREMENTS = ROOT / "requirements.txt"
+"""Of a checkout; an installed package has its own list."""
 
 
 def require_packages() -> None:
@@ -18,7 +20,7 @@ def require_packages() -> None:
     if not missing:
         return
     others = f" and {len(missing) - 1} more packages are" if len(missing) > 1 else " is"
-    remedy = f"pip install -r {ROOT / 'requirements.txt'}"
+    remedy = f"pip install -r {REQUIREMENTS}" if REQUIREMENTS.exists() else "pip install halfling"
     if (ROOT / ".venv").is_dir() and Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
         remedy = f"type `source {ROOT / '.venv/bin/activate'}` first, or {remedy}"
     print(f"error: {missing[0]}{others} not installed for {sys.executable}: {remedy}", file=sys.stderr)
@@ -27,7 +29,11 @@ def require_packages() -> None:
 
 def required() -> Iterator[str]:
     """Names in requirements.txt; which of several versions of one is wanted does not matter here."""
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
+    if REQUIREMENTS.exists():
+        lines = REQUIREMENTS.read_text().splitlines()
+    else:
+        lines = [line for line in importlib.metadata.requires("halfling") or () if "extra ==" not in line]
+    for line in lines:
         if found := re.match(r"[\w-]+", line):
             yield found[0]
 
