@@ -1,6 +1,7 @@
-"""Fine-tune an encoder on GLUE, IMDb or SQuAD and score it: what a student is worth, in the papers' own tables.
+"""Fine-tune an encoder on GLUE, IMDb, SQuAD or your own data and score it: what a student is worth.
 
     python launch/finetune.py --model runs/quickstart/student/model --task sst2 rte --data glue --out scores --seeds 3
+    python launch/finetune.py --model runs/student/model --task csv:news.csv --label topic --out scores
 
 The model is any folder with an encoder and its tokenizer (teacher or student, BERT, DistilBERT, RoBERTa, ...) or a name
 on the hub. The data are local files in their usual layouts, or come from the hub (no --data). Each seed is another new
@@ -36,6 +37,7 @@ from launch.cli import run_main
 from launch.tables import text_table
 from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
 from train.errors import UserError
+from train.finetuning.data.own import LABEL_TYPES, OwnOptions, is_own, own_task
 from train.finetuning.results import macro_average
 from train.finetuning.settings import Job, settings_for
 from train.finetuning.tasks import GLUE, TASKS, NoTrainingSetError, Settings, Task, task_named
@@ -56,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="TASK",
-        help=f"{', '.join(TASKS)}, or as papers spell them (SST-2); glue: all of GLUE that --data holds",
+        help=f"{', '.join(TASKS)}, or as papers spell them (SST-2); glue: all of GLUE that --data holds; your own: "
+        "csv:FILE, tsv:FILE, jsonl:FILE, conll:FILE or hub:NAME[:CONFIG]",
     )
     made.add_argument(
         "--data", metavar="DIR", help="folder of the task, or of all tasks; hub:NAME[:CONFIG]; default: hub"
@@ -78,9 +81,55 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="between checkpoints (default 300)",
     )
+    _add_own(made)
     _add_distillation(made)
     _add_settings(made)
     return made
+
+
+def _add_own(made: argparse.ArgumentParser) -> None:
+    group = made.add_argument_group("your own data (--task KIND:FILE is the training set)")
+    group.add_argument(
+        "--dev",
+        metavar="FILE",
+        help="dev set, of the same kind; without, a tenth of the training set, by a hash",
+    )
+    group.add_argument(
+        "--text",
+        nargs="+",
+        default=(),
+        metavar="COLUMN",
+        help="column of the text, or two of a pair of texts (default: text; of tags: tokens)",
+    )
+    group.add_argument(
+        "--label",
+        nargs="+",
+        default=(),
+        metavar="COLUMN",
+        help="column of the label (default: label; of tags: tags, and in CoNLL files the last); of --label-type "
+        "classes also a column of 0 and 1 for each class",
+    )
+    group.add_argument(
+        "--label-type",
+        choices=LABEL_TYPES,
+        help="class (default): one name for a text; classes: any number of them, as a JSON list or a|b; number: a "
+        "regression; tags: a class for each word",
+    )
+    group.add_argument(
+        "--columns",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="of a file whose first row does not name them",
+    )
+    group.add_argument(
+        "--metrics",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="accuracy, macro_f1, micro_f1, matthews, f1; pearson, spearman; entity_f1 (default: by --label-type); the "
+        "score is their mean",
+    )
 
 
 def _add_distillation(made: argparse.ArgumentParser) -> None:
@@ -140,7 +189,7 @@ def _add_settings(made: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Exit code: 0, or 75 when stopped by a signal after a checkpoint."""
     options = parser().parse_args(arguments)
-    tasks = tasks_of(options.task)
+    tasks = tasks_of(options.task, own_options(options))
     jobs = [job_of(task, options) for task in tasks]
     if options.seeds < 1:
         raise UserError(f"--seeds is {options.seeds}; give at least 1")
@@ -148,10 +197,42 @@ def main(arguments: Sequence[str]) -> int:
     return run_jobs(jobs_with_data(jobs, options.task), range(options.seeds))
 
 
-def tasks_of(names: Sequence[str]) -> list[Task]:
-    """The tasks in the order given, each once; UserError for an unknown one."""
+def own_options(options: argparse.Namespace) -> OwnOptions:
+    """What is said of a task of one's own; UserError where --task names none, or several."""
+    own = [name for name in options.task if is_own(name)]
+    given = [field.name for field in fields(OwnOptions) if getattr(options, field.name)]
+    if given and len(own) != 1:
+        flag = f"--{given[0].replace('_', '-')}"
+        those = f"and there are {len(own)}; run one at a time" if own else "as csv:FILE; leave it out"
+        raise UserError(f"{flag} is about one --task of your own, {those}")
+    if options.data and len(own) == len(options.task):
+        raise UserError(f"--data has no effect on {own[0]}, which names its own data; leave it out")
+    return OwnOptions(
+        options.dev,
+        tuple(options.columns),
+        tuple(options.text),
+        tuple(options.label),
+        options.label_type,
+        tuple(options.metrics),
+    )
+
+
+def tasks_of(names: Sequence[str], own: OwnOptions | None = None) -> list[Task]:
+    """The tasks in the order given, each once.
+
+    Raises:
+        UserError: an unknown one, or two of a name.
+    """
+    found: dict[str, Task] = {}
     spelled = [name for given in names for name in (GLUE if given.lower() == "glue" else (given,))]
-    return list({task.name: task for task in map(task_named, spelled)}.values())
+    for name in spelled:
+        task = own_task(name, own or OwnOptions()) if is_own(name) else task_named(name)
+        if found.setdefault(task.name, task) != task:
+            raise UserError(
+                f"--task {name}: there is one named {task.name} already, and their scores would lie in one folder; run "
+                "one at a time, each with an --out of its own"
+            )
+    return list(found.values())
 
 
 def job_of(task: Task, options: argparse.Namespace) -> Job:
@@ -172,10 +253,11 @@ def job_of(task: Task, options: argparse.Namespace) -> Job:
         raise UserError(f"--checkpoint-seconds is {options.checkpoint_seconds}; give 0 or more")
     given = {field.name: getattr(options, field.name) for field in fields(Settings)}
     teachers = tuple(map(for_task, options.teacher))
+    data = for_task(options.data) if options.data and options.data != "hub" else None
     return Job(
         task=task,
         model=for_task(options.model),
-        data=for_task(options.data) if options.data and options.data != "hub" else None,
+        data=task.own.train if task.own is not None else data,
         settings=settings_for(task, given, teachers),
         folder=options.out / task.name,
         teachers=teachers,
@@ -203,13 +285,13 @@ def jobs_with_data(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
 
     quiet_libraries()
     set_deepspeed_log_level("error")  # accelerate imports it
-    named = {task.name for task in tasks_of([name for name in names if name.lower() != "glue"])}
+    named = {task_named(name).name for name in names if name.lower() != "glue" and not is_own(name)}
     kept = []
     for job in jobs:
         try:
             check_task(job)
         except NoTrainingSetError as error:
-            if job.task.name in named:
+            if job.task.name in named or job.task.own is not None:
                 raise
             print(f"{job.task.name} is left out: {error}", flush=True)
         else:

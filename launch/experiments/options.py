@@ -87,7 +87,9 @@ def checked_finetuning(
     parser = finetune.parser()
     parser.error = _refuse_flag  # type: ignore[method-assign]
     parsed = parser.parse_args([*flags, *own, "--model", stand_in, "--out", "scores"])
-    jobs = [finetune.job_of(task, parsed) for task in finetune.tasks_of(parsed.task)]
+    jobs = [
+        finetune.job_of(task, parsed) for task in finetune.tasks_of(parsed.task, finetune.own_options(parsed))
+    ]
     return [*flags, *own], [job.task.name for job in finetune.jobs_with_data(jobs, parsed.task)]
 
 

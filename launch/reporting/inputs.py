@@ -38,6 +38,8 @@ class TaskScores(Figures):
     """Of the fine-tuning."""
     teacher: list[str]
     """Whose soft labels it learnt from; empty without task distillation."""
+    own: dict[str, Any] = Field(default_factory=dict)
+    """What a user's own task is; empty for those of the table."""
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,16 @@ def read_model_scores(name: str, folder: Path) -> ModelScores:
             f"{folder} holds no TASK/{FILE} (--scores {name}={folder}); make them with {FINETUNE}"
         )
     parameters = max(scores.parameters for scores in found.values())
-    return ModelScores(name, parameters, {task: found[task] for task in TASKS if task in found})
+    known = [task for task in TASKS if task in found]
+    return ModelScores(name, parameters, {task: found[task] for task in dict.fromkeys([*known, *found])})
 
 
 def _read_task(path: Path) -> tuple[str, TaskScores]:
     scores = read_figures(path, TaskScores)
     try:
-        task, folder = task_named(scores.task).name, task_named(path.parent.name).name
+        task, folder = (
+            name if scores.own else task_named(name).name for name in (scores.task, path.parent.name)
+        )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if task != folder:

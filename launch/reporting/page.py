@@ -16,7 +16,7 @@ from launch.reporting.comparison import ComparedModel
 from launch.reporting.inputs import FINETUNE, AblationFile, InferenceFile, ModelScores
 from launch.reporting.loss_curves import COLORS, Curve, svg_charts
 from launch.reporting.runs import RunFacts
-from launch.reporting.scores import downstream_table, glue_table, retention_table
+from launch.reporting.scores import downstream_table, glue_table, own_table, retention_table
 from launch.reporting.tables import ablation_table, cost_table, heldout_table, size_table, speed_table
 from launch.tables import Table, markdown_escaped
 
@@ -70,6 +70,7 @@ def parts_of(report: Report) -> list[Part]:
             [downstream_table(scores)],
             f"{FINETUNE.replace('sst2 mrpc ...', 'imdb squad')}, then --scores",
         ),
+        *([Part("Tasks of one's own", [own], "")] if (own := own_table(scores)) is not None else []),
         Part(
             "Table 3, size and speed",
             [size_table(inference), speed_table(inference)] if inference else [],

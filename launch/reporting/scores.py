@@ -1,4 +1,4 @@
-"""The report's tables of fine-tuned models: GLUE (table 1), IMDb and SQuAD (table 2), and what the student keeps."""
+"""The report's tables of fine-tuned models: GLUE (table 1), IMDb and SQuAD (table 2), others, retention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launch.reporting.inputs import ModelScores, TaskScores
 from launch.reporting.tables import columns_of, published_column
 from launch.tables import DASH, Table
 from train.errors import UserError
-from train.finetuning.tasks import GLUE, SPLIT_OFF, TASKS
+from train.finetuning.tasks import GLUE, SPLIT_OFF, title_of
 
 DOWNSTREAM = (
     ("imdb", "accuracy"),
@@ -50,7 +50,7 @@ def glue_table(models: Sequence[ModelScores]) -> Table | None:
     theirs = (published.TEACHER, published.STUDENT)
     rows = [
         [
-            TASKS[task].title,
+            title_of(task),
             *(_score(model.tasks.get(task), "score") for model in models),
             *(f"{published.GLUE[name][task]:.1f}" for name in theirs),
         ]
@@ -92,7 +92,7 @@ def retention_table(models: Sequence[ModelScores], reference: str) -> Table | No
         return None
     rows = [
         [
-            TASKS[task].title,
+            title_of(task),
             *(
                 retention(model.tasks[task].median["score"], teacher.tasks[task].median["score"])
                 if task in model.tasks
@@ -131,7 +131,7 @@ def downstream_table(models: Sequence[ModelScores]) -> Table | None:
         figures = published.DOWNSTREAM.get((task, metric), {})
         rows.append(
             [
-                f"{TASKS[task].title}, {METRIC_TITLES[metric]}",
+                f"{title_of(task)}, {METRIC_TITLES[metric]}",
                 *(_score(model.tasks.get(task), metric) for model in models),
                 *(f"{figures[name]:g}" if name in figures else DASH for name in theirs),
             ]
@@ -142,6 +142,25 @@ def downstream_table(models: Sequence[ModelScores]) -> Table | None:
     ]
     columns = columns_of("task", [model.name for model in models], theirs)
     return Table("Table 2. IMDb and SQuAD", columns, rows, notes)
+
+
+def own_table(models: Sequence[ModelScores]) -> Table | None:
+    """Tasks of one's own, metric by metric; None where no model was scored on any."""
+    metrics = {
+        task: [name for name in scores.median if name != "score"]
+        for model in models
+        for task, scores in model.tasks.items()
+        if scores.own
+    }
+    if not metrics:
+        return None
+    rows = [
+        [f"{task}, {name.replace('_', ' ')}", *(_score(model.tasks.get(task), name) for model in models)]
+        for task, names in metrics.items()
+        for name in names
+    ]
+    columns = columns_of("task", [model.name for model in models])
+    return Table("Tasks of one's own", columns, rows, _score_notes(models, list(metrics)))
 
 
 def _score(scores: TaskScores | None, metric: str) -> str:
@@ -166,7 +185,7 @@ def _score_notes(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[st
     ]
     for model in models:
         taught = [
-            TASKS[task].title
+            title_of(task)
             for task in dict.fromkeys(tasks)
             if task in model.tasks and model.tasks[task].teacher
         ]
@@ -196,11 +215,11 @@ def _sizes(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[str]:
             if task in model.tasks:
                 by_size.setdefault(_size(model.tasks[task]), []).append(model.name)
                 if SPLIT_OFF in model.tasks[task].dev_examples:
-                    stand_ins.append(f"{TASKS[task].title} of {model.name}")
+                    stand_ins.append(f"{title_of(task)} of {model.name}")
         sizes_by_set = [
             size if len(by_size) == 1 else f"{size} ({', '.join(names)})" for size, names in by_size.items()
         ]
-        sizes.append(f"{TASKS[task].title} {' or '.join(sizes_by_set)}")
+        sizes.append(f"{title_of(task)} {' or '.join(sizes_by_set)}")
     notes = [f"Examples of ours, training and dev: {'; '.join(sizes)}."]
     if stand_ins:
         notes.append(
@@ -231,7 +250,7 @@ def _differences(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[st
         ):  # fmt: skip
             if any(size != sizes[0] for size in sizes):
                 notes.append(
-                    f"{TASKS[task].title}: the models had different {words} examples; not to be compared."
+                    f"{title_of(task)}: the models had different {words} examples; not to be compared."
                 )
         settings = [model.tasks[task].settings for model in models if task in model.tasks]
         differing = [
@@ -241,7 +260,7 @@ def _differences(models: Sequence[ModelScores], tasks: Sequence[str]) -> list[st
         ]
         if differing:
             notes.append(
-                f"{TASKS[task].title}: the models were fine-tuned with different settings ({', '.join(differing)})."
+                f"{title_of(task)}: the models were fine-tuned with different settings ({', '.join(differing)})."
             )
     return notes
 
@@ -254,11 +273,11 @@ def _published_retention(task: str) -> str:
     figures: Mapping[str, float] = (
         {name: scores[task] for name, scores in published.GLUE.items()}
         if task in GLUE
-        else published.DOWNSTREAM.get((task, "f1" if TASKS[task].kind == "span" else "accuracy"), {})
+        else published.DOWNSTREAM.get((task, "f1" if task.startswith("squad") else "accuracy"), {})
     )
     return retention(figures[published.STUDENT], figures[published.TEACHER]) if figures else DASH
 
 
 def _by_title(task: str) -> tuple[bool, str]:
     """GLUE first, each in the paper's alphabetical order."""
-    return task not in GLUE, TASKS[task].title.lower()
+    return task not in GLUE, title_of(task).lower()

@@ -13,7 +13,7 @@ from launch.reporting.inputs import read_model_scores
 from launch.reporting.scores import downstream_table, glue_table
 from tests.fuzzing.target import Target, anything
 from tests.tiny_tasks import sentences
-from train.finetuning.readers import read_task, read_unlabelled
+from train.finetuning.data.readers import read_task, read_unlabelled
 from train.finetuning.results import read_scores
 from train.finetuning.runs import OPTIONS, _refuse_changes, finished_seeds
 from train.finetuning.soft_labels import teacher_outputs

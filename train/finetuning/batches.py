@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from train.errors import UserError
-from train.finetuning.examples import Examples
+from train.finetuning.data.examples import Examples
 
 ENCODED_TOGETHER = 2000
 POOL_BATCHES = 50

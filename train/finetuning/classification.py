@@ -1,4 +1,4 @@
-"""Tasks of one label for a text or a pair: GLUE and IMDb."""
+"""Tasks of a label for a text or a pair: GLUE, IMDb, and a user's own, where it may be several labels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from train.errors import UserError
-from train.finetuning import readers, soft_labels
+from train.finetuning import soft_labels
 from train.finetuning.batches import Features, Padding, check_pairs, check_room, encode
-from train.finetuning.examples import Examples
+from train.finetuning.data import readers
+from train.finetuning.data.examples import Examples
 from train.finetuning.metrics import metric_names, score_predictions
 from train.finetuning.settings import Job
 from train.finetuning.task_runner import TaskRunner
@@ -29,14 +30,14 @@ def check(job: Job) -> None:
     Raises:
         UserError: what is missing or does not fit.
     """
-    _model_and_tokenizer(job, job.model)
+    model_and_tokenizer(job, job.model)
     if readers.hub_name(job.task, job.data) is None:
         assert job.data is not None
         readers.find_files(job.task, job.data)
     if job.unlabelled and not Path(job.unlabelled).is_file():
         raise UserError(f"--unlabelled {job.unlabelled}: there is no such file")
     for teacher in job.teachers:
-        config, _ = _model_and_tokenizer(job, teacher)
+        config, _ = model_and_tokenizer(job, teacher)
         soft_labels.class_order(teacher, config, job.task.labels)
 
 
@@ -45,21 +46,18 @@ class Classification(TaskRunner):
 
     def __init__(self, job: Job) -> None:
         settings, task = job.settings, job.task
-        train, dev = readers.read_task(task, job.data, job.say)
-        train = train.sample(settings.max_train_examples)
-        dev = {name: examples.sample(settings.max_eval_examples) for name, examples in dev.items()}
+        train, dev = read_sets(job)
         if job.unlabelled:
             more = readers.read_unlabelled(task, Path(job.unlabelled), job.say)
             train = more if settings.unlabelled_only else train.joined(more)
         self.train_examples = len(train)
         self.dev_examples = {name: len(examples) for name, examples in dev.items()}
         self.metrics = metric_names(task, dev)
-        digests = [train.digest(), *(examples.digest() for examples in dev.values())]
-        self.fingerprints = {"data": " ".join(digests)}
-        config, tokenizer = _model_and_tokenizer(job, job.model)
+        self.fingerprints = fingerprints(train, dev)
+        config, tokenizer = model_and_tokenizer(job, job.model)
         super().__init__(job, tokenizer, AutoModelForSequenceClassification, _head(task))
         token_types = takes_token_types(self.describe_model())
-        length = _clipped(job, job.model, longest_input(config, tokenizer))
+        length = clipped(job, job.model, longest_input(config, tokenizer))
         self._padding = Padding(tokenizer.pad_token_id)
         features: list[dict[str, Any]] = [*encode(tokenizer, train, length, token_types)]
         self._dev = {name: encode(tokenizer, examples, length, token_types) for name, examples in dev.items()}
@@ -70,7 +68,7 @@ class Classification(TaskRunner):
         if job.teachers:
             assert settings.hard_weight is not None
             logits = [teacher_logits(job, teacher, train) for teacher in job.teachers]
-            soft = soft_labels.mean_soft_labels(logits, settings.temperature)
+            soft = soft_labels.mean_soft_labels(logits, settings.temperature, task.many)
             for example, label in zip(features, soft, strict=True):
                 example["soft_labels"] = label
             loss = soft_labels.distillation_loss(settings.temperature, settings.hard_weight)
@@ -87,14 +85,33 @@ class Classification(TaskRunner):
         return score_predictions(self.job.task, outputs, self._dev_labels)
 
 
+def read_sets(job: Job) -> tuple[Examples, dict[str, Examples]]:
+    """(train, dev sets by name), or as much of them as the settings ask for."""
+    settings = job.settings
+    train, dev = readers.read_task(job.task, job.data, job.say)
+    return train.sample(settings.max_train_examples), {
+        name: examples.sample(settings.max_eval_examples) for name, examples in dev.items()
+    }
+
+
+def fingerprints(train: Examples, dev: Mapping[str, Examples]) -> dict[str, str]:
+    return {"data": " ".join([train.digest(), *(examples.digest() for examples in dev.values())])}
+
+
 def _head(task: Task) -> dict[str, Any]:
     """Fields of the config that describe the task's head."""
     if not task.labels:
         return {"num_labels": 1, "problem_type": "regression"}
+    kind = "multi_label_classification" if task.many else "single_label_classification"
+    return {**label_names(task), "problem_type": kind}
+
+
+def label_names(task: Task) -> dict[str, Any]:
+    """The classes, in the fields of a config."""
+    labels = task.labels or ()
     return {
-        "id2label": dict(enumerate(task.labels)),
-        "label2id": {label: index for index, label in enumerate(task.labels)},
-        "problem_type": "single_label_classification",
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
     }
 
 
@@ -103,9 +120,9 @@ def teacher_logits(job: Job, teacher: str, examples: Examples) -> np.ndarray:
 
     The teacher reads with its own tokenizer: nothing of it has to match the student's but the labels.
     """
-    config, tokenizer = _model_and_tokenizer(job, teacher)
+    config, tokenizer = model_and_tokenizer(job, teacher)
     order = soft_labels.class_order(teacher, config, job.task.labels)
-    length = _clipped(job, teacher, longest_input(config, tokenizer))
+    length = clipped(job, teacher, longest_input(config, tokenizer))
 
     def compute() -> np.ndarray:
         model = load_finetuned(teacher, AutoModelForSequenceClassification)
@@ -118,7 +135,7 @@ def teacher_logits(job: Job, teacher: str, examples: Examples) -> np.ndarray:
     return soft_labels.teacher_outputs(job.folder, teacher, contents, shape, compute)[:, order]
 
 
-def _model_and_tokenizer(job: Job, name: str) -> tuple[Any, Any]:
+def model_and_tokenizer(job: Job, name: str) -> tuple[Any, Any]:
     config = check_encoder(name)
     tokenizer = load_tokenizer(name, config)
     if job.task.is_pair:
@@ -127,7 +144,7 @@ def _model_and_tokenizer(job: Job, name: str) -> tuple[Any, Any]:
     return config, tokenizer
 
 
-def _clipped(job: Job, name: str, longest: int) -> int:
+def clipped(job: Job, name: str, longest: int) -> int:
     wanted = job.settings.max_length
     if wanted > longest:
         job.say(

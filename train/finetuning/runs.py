@@ -17,7 +17,8 @@ from typing import Any
 
 from data_prep.shard_format.files import new_folder, read_json, write_json
 from train.errors import UserError
-from train.finetuning import classification
+from train.finetuning import classification, tagging
+from train.finetuning.data.own import describe
 from train.finetuning.results import FILE, read_scores, read_seed_scores, write_scores
 from train.finetuning.settings import Job
 from train.finetuning.soft_labels import weights_digest
@@ -37,6 +38,8 @@ def check_task(job: Job) -> None:
     """
     if job.task.kind == "span":
         squad.check(job)
+    elif job.task.kind == "tokens":
+        tagging.check(job)
     else:
         classification.check(job)
 
@@ -45,6 +48,8 @@ def prepare(job: Job) -> TaskRunner:
     """Read and encode the data, ask the teachers: once for all seeds."""
     if job.task.kind == "span":
         return squad.SpanRunner(job)
+    if job.task.kind == "tokens":
+        return tagging.Tagging(job)
     return classification.Classification(job)
 
 
@@ -114,6 +119,7 @@ def _description(job: Job, runner: TaskRunner) -> dict[str, Any]:
     """scores.json without its seeds."""
     return {
         "task": job.task.name,
+        **_own(job),
         "model": job.model,
         "teacher": list(job.teachers),
         "unlabelled": job.unlabelled,
@@ -128,12 +134,18 @@ def _description(job: Job, runner: TaskRunner) -> dict[str, Any]:
 def _options(job: Job) -> dict[str, Any]:
     return {
         "task": job.task.name,
+        **_own(job),
         "model": _absolute(job.model),
         "data": _absolute(job.data) if job.data else None,
         "teacher": [_absolute(teacher) for teacher in job.teachers],
         "unlabelled": _absolute(job.unlabelled) if job.unlabelled else None,
         "settings": job.settings.as_json(),
     }
+
+
+def _own(job: Job) -> dict[str, Any]:
+    """What a user's own task is; nothing of one of the table."""
+    return {"own": describe(job.task)} if job.task.own is not None else {}
 
 
 def _absolute(name: str) -> str:

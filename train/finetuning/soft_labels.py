@@ -3,7 +3,8 @@
     L = a CE(true label) + (1 - a) T^2 KL(teachers' mean probabilities at T || student's at T)
 
 (Hinton et al. 2015, arXiv:1503.02531; T = 2 and a = 0.5 as in DistilBERT's run_squad_w_distillation.py). A regression
-has squared errors to the true and to the teachers' mean number in their places. A text that nobody has labelled counts
+has squared errors to the true and to the teachers' mean number in their places; where a text may have several classes,
+each is a question of its own with two outcomes, and their terms are averaged. A text that nobody has labelled counts
 with its soft label alone (Bucila et al. 2006: an ensemble labels, a small model learns).
 """
 
@@ -18,25 +19,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    kl_div,
+    log_softmax,
+    logsigmoid,
+    mse_loss,
+)
 
 from data_prep.shard_format.files import new_file, read_file
 from train.errors import UserError
-from train.finetuning.examples import NO_LABEL
+from train.finetuning.data.examples import NO_LABEL
 
 
-def mean_soft_labels(logits: list[np.ndarray], temperature: float | None) -> np.ndarray:
+def mean_soft_labels(logits: list[np.ndarray], temperature: float | None, many: bool = False) -> np.ndarray:
     """The teachers' tempered probabilities, averaged; of regressions the mean number.
 
     Args:
-        logits: for each teacher (N, C) fp32; C = 1 is a regression.
+        logits: for each teacher (N, C) fp32.
+        temperature: T > 0; None of a regression.
+        many: a text may have several classes.
     Returns:
-        (N, C) fp32; rows add up to 1 unless C = 1.
+        (N, C) fp32; rows add up to 1 unless `many`, or of a regression.
     """
-    if logits[0].shape[1] == 1:
+    if temperature is None:
         return np.stack(logits).mean(axis=0, dtype=np.float32)
-    assert temperature is not None
-    tempered = [torch.softmax(torch.from_numpy(each).double() / temperature, dim=-1) for each in logits]
+    scaled = [torch.from_numpy(each).double() / temperature for each in logits]
+    tempered = [torch.sigmoid(each) if many else torch.softmax(each, dim=-1) for each in scaled]
     return torch.stack(tempered).mean(dim=0).float().numpy()
 
 
@@ -44,23 +54,33 @@ def soft_label_loss(
     logits: torch.Tensor,
     soft_labels: torch.Tensor,
     labels: torch.Tensor,
-    temperature: float,
+    temperature: float | None,
     hard_weight: float,
 ) -> torch.Tensor:
     """The loss above, averaged over the batch.
 
     Args:
-        logits: (B, C) of the student; C = 1 is a regression.
+        logits: (B, C) of the student.
         soft_labels: (B, C), see `mean_soft_labels`.
-        labels: (B,) int64 classes, NO_LABEL where there is none; fp32 numbers, NaN where there is none.
-        temperature: T > 0; without effect on a regression.
+        labels: (B,) int64 classes, NO_LABEL where there is none; fp32 numbers, NaN where there is none; (B, C) zeros
+            and ones where a text may have several classes, NaN where nobody has labelled it.
+        temperature: T > 0; None of a regression.
         hard_weight: a, of the true labels.
     """
-    if logits.shape[1] == 1:
+    if labels.dim() == 2:
+        assert temperature is not None
+        known = ~labels.isnan().any(dim=1)
+        hard = binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none").mean(dim=1)
+        student = logits / temperature
+        yes = kl_div(logsigmoid(student), soft_labels, reduction="none")
+        no = kl_div(logsigmoid(-student), 1 - soft_labels, reduction="none")
+        soft = temperature**2 * (yes + no).mean(dim=1)
+    elif logits.shape[1] == 1:
         known = ~labels.isnan()
         hard = mse_loss(logits[:, 0], labels.nan_to_num(), reduction="none")
         soft = mse_loss(logits[:, 0], soft_labels[:, 0], reduction="none")
     else:
+        assert temperature is not None
         known = labels != NO_LABEL
         hard = cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
         student = log_softmax(logits / temperature, dim=-1)
@@ -72,12 +92,19 @@ def soft_label_loss(
 def distillation_loss(
     temperature: float | None, hard_weight: float
 ) -> Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]:
-    """(model, batch with labels and soft_labels) -> `soft_label_loss`; no temperature for a regression."""
+    """(model, batch with labels and soft_labels) -> `soft_label_loss`; no temperature for a regression.
+
+    Where each word has a label, "labels" is (B, S), NO_LABEL where no word begins, and "soft_labels" has a row for each
+    of the others.
+    """
 
     def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         soft_labels, labels = batch.pop("soft_labels"), batch.pop("labels")
         logits = model(**batch).logits
-        return soft_label_loss(logits, soft_labels, labels, temperature or 1.0, hard_weight)
+        if logits.dim() == 3:
+            of_words = labels != NO_LABEL
+            logits, labels = logits[of_words], labels[of_words]
+        return soft_label_loss(logits, soft_labels, labels, temperature, hard_weight)
 
     return loss
 
@@ -90,15 +117,17 @@ def class_order(name: str, config: Any, labels: tuple[str, ...] | None) -> list[
     Raises:
         UserError: other labels, or another number of them.
     """
-    own = [str(config.id2label[index]).lower() for index in range(config.num_labels)]
+    own = [str(config.id2label[index]) for index in range(config.num_labels)]
     wanted = list(labels) if labels else None
+    if wanted is not None and sorted(own) != sorted(wanted):
+        own = [name.lower() for name in own]
     if len(own) != (len(wanted) if wanted else 1):
         expected = f"{len(wanted)} labels ({', '.join(wanted)})" if wanted else "one number, a regression"
         raise UserError(
             f"teacher {name} has {len(own)} labels ({', '.join(own)}), the task {expected}; give a teacher that was "
             "fine-tuned on this task"
         )
-    if wanted is None or own == [f"label_{index}" for index in range(len(own))]:
+    if wanted is None or [name.lower() for name in own] == [f"label_{index}" for index in range(len(own))]:
         return list(range(len(own)))
     if sorted(own) != sorted(wanted):
         raise UserError(

@@ -73,6 +73,18 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class OwnFiles:
+    """Where the data of a user's own task lie."""
+
+    format: str
+    """csv, tsv, jsonl, conll or hub."""
+    train: str
+    """File, or hub:NAME[:CONFIG]."""
+    dev: str | None
+    """File, of the same format."""
+
+
+@dataclass(frozen=True)
 class Task:
     """One row of the table. Columns are tuples of the names that they go by, in files and on the hub."""
 
@@ -89,6 +101,9 @@ class Task:
     labels: tuple[str, ...] | None = None
     """Class names, in the hub's order; None for a number (regression) or a span."""
     label: tuple[str, ...] = ("label",)
+    """Of several classes at a time, also the columns of 0 and 1 that stand for them."""
+    many: bool = False
+    """A text may have several of the classes, or none."""
     label_range: tuple[float, float] | None = None
     """Of a regression's labels."""
     dev: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"dev": ("dev", "validation")})
@@ -98,8 +113,11 @@ class Task:
     split_off: float | None = None
     """Share of the training set, chosen by a hash, that serves as dev set where there is no file of one."""
     kind: str = "sequence"
+    """sequence: a label for a text or a pair; tokens: a label for each word; span: a part of a text."""
     glue: bool = False
     defaults: Settings = field(default_factory=Settings)
+    own: OwnFiles | None = None
+    """None for the tasks of the table below."""
 
     @property
     def is_pair(self) -> bool:
@@ -219,6 +237,11 @@ TASKS: dict[str, Task] = {
     )
 }
 GLUE = tuple(name for name, task in TASKS.items() if task.glue)
+
+
+def title_of(name: str) -> str:
+    """As in tables of papers; a user's own task has its name alone."""
+    return TASKS[name].title if name in TASKS else name
 
 
 def task_named(name: str) -> Task:

@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.shard_format import hub
 from train.errors import UserError
-from train.finetuning.readers import read_splits
+from train.finetuning.data.readers import read_splits
 from train.models.encoder_config import read_config
 
 

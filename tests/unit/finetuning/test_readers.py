@@ -11,8 +11,8 @@ import pytest
 
 from tests.tiny_tasks import write_pairs, write_sst2
 from train.errors import UserError
-from train.finetuning.examples import Examples
-from train.finetuning.readers import hub_name, read_task, read_unlabelled
+from train.finetuning.data.examples import Examples
+from train.finetuning.data.readers import hub_name, read_task, read_unlabelled
 from train.finetuning.tasks import SPLIT_OFF, task_named
 
 
@@ -179,9 +179,9 @@ def test_unlabelled_texts(tmp_path: Path) -> None:
     assert read_unlabelled(task_named("cola"), tmp_path / "c.tsv", said.append).first == [
         "four words and more"
     ]
-    (tmp_path / "d.csv").write_text("x")
-    with pytest.raises(UserError, match=r"give a .txt, .tsv or .jsonl file"):
-        read_unlabelled(task_named("sst2"), tmp_path / "d.csv", said.append)
+    (tmp_path / "d.xls").write_text("x")
+    with pytest.raises(UserError, match=r"give a .txt, .csv, .tsv or .jsonl file"):
+        read_unlabelled(task_named("sst2"), tmp_path / "d.xls", said.append)
     with pytest.raises(UserError, match="there is no such file"):
         read_unlabelled(task_named("sst2"), tmp_path / "e.txt", said.append)
 

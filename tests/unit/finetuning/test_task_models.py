@@ -21,7 +21,7 @@ from tests.unit.finetuning.squad_tokenizers import wordpiece
 from train.distributed.world import quiet_libraries
 from train.errors import UserError
 from train.finetuning.batches import check_pairs, encode
-from train.finetuning.examples import Examples
+from train.finetuning.data.examples import Examples
 from train.finetuning.metrics import metric_names, score_predictions
 from train.finetuning.soft_labels import weights_digest
 from train.finetuning.tasks import task_named

@@ -28,7 +28,7 @@ from launch.reporting.loss_curves import (
     svg_charts,
 )
 from launch.reporting.runs import device_of, read_run_facts
-from launch.reporting.scores import retention
+from launch.reporting.scores import own_table, retention, retention_table
 from launch.reporting.tables import heldout_table, heldout_text
 from train.config import Config
 from train.config_sections.data import DataConfig
@@ -611,3 +611,20 @@ def test_shards_that_count_from_another_folder_are_named(tmp_path: Path, teacher
     config = Config(data=DataConfig(shards="no/shards"), model=ModelConfig(teacher=teacher_folder))
     with pytest.raises(UserError, match=r"mine/config.yaml names data.shards='no/shards', which is not here"):
         compare([tmp_path / "mine"], [config])
+
+
+def test_tasks_of_ones_own_have_a_table(tmp_path: Path) -> None:
+    own = {"format": "csv", "labels": ["a", "b"]}
+    more = {"own": own, "metrics": {"macro_f1": 71.5}}
+    one = write_scores(tmp_path / "one", news=scores("news", 80.0, **more), rte=scores("rte", 60.0))
+    two = write_scores(tmp_path / "two", news=scores("news", 60.0, **more))
+    models = [read_model_scores("teacher", one), read_model_scores("student", two)]
+    table = own_table(models)
+    assert table is not None
+    assert [row[0] for row in table.rows] == ["news, accuracy", "news, macro f1"]
+    assert table.rows[0][1:] == ["80.0 (78.5 to 80.5)", "60.0 (58.5 to 60.5)"]
+    kept = retention_table(models, "teacher")
+    assert kept is not None
+    assert kept.rows[0][:2] == ["news", "75.0%"]
+    with pytest.raises(UserError, match="there is no task 'news'"):
+        read_model_scores("x", write_scores(tmp_path / "x", news=scores("news", 80.0)))

@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, Validation
 
 from data_prep.shard_format.files import read_file
 from train.errors import UserError
-from train.finetuning.examples import sampled
-from train.finetuning.readers import MEND, data_folder, hub_name, read_splits
+from train.finetuning.data.examples import sampled
+from train.finetuning.data.readers import data_folder, hub_name, read_splits
+from train.finetuning.data.tables import MEND
 from train.finetuning.settings import Job
 from train.finetuning.tasks import Task
 

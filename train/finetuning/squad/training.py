@@ -19,7 +19,7 @@ from data_prep.shard_format.terminal import progress_bar
 from data_prep.shard_format.tokenizer_info import tokenizer_fingerprint
 from train.errors import UserError
 from train.finetuning.batches import Features, Padding
-from train.finetuning.readers import hub_name
+from train.finetuning.data.readers import hub_name
 from train.finetuning.settings import Job
 from train.finetuning.soft_labels import teacher_outputs, weights_digest
 from train.finetuning.squad.answers import find_answers

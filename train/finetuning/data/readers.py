@@ -1,31 +1,20 @@
-"""The data of a task: local files in their usual layouts (glue_data's .tsv, .jsonl, aclImdb; plain or .gz), or the hub.
-
-A .tsv is split at tabs here, without a library: pandas, which `datasets` reads with, fills rows that lack cells and
-shifts the columns of rows that have too many, both in silence; and `datasets` turns texts that look like dates into
-dates. Both kinds of row must be seen, and counted aloud.
-"""
+"""The data of a task: local files in their usual layouts (glue_data's, aclImdb), a user's own, or the hub."""
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.shard_format.files import parse_json, refuse_pipe
 from data_prep.shard_format.hub import require_hub
 from train.errors import UserError, one_line
-from train.finetuning.examples import Examples, Table, examples_of
+from train.finetuning.data.examples import Examples, Table, examples_of
+from train.finetuning.data.tables import Say, format_of, lines_of, read_table
 from train.finetuning.tasks import SPLIT_OFF, NoTrainingSetError, Task
 
 ENDINGS = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
-MALFORMED_SHARE = 0.01
-"""GLUE's own QQP has a few broken rows; more than this share is a wrong file."""
-MEND = "mend it, or fetch the file again"
 HUB = "hub:"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -53,6 +42,8 @@ def find_files(task: Task, data: str) -> Files:
     Raises:
         UserError: none are there, with what was looked for; `data` is no folder.
     """
+    if task.own is not None:
+        return Files(Path(data), {"dev": Path(task.own.dev)} if task.own.dev else {})
     folder = data_folder(data)
     plain = {_plain(name) for name in task.folders}
     folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and _plain(path.name) in plain]
@@ -80,8 +71,8 @@ def read_task(task: Task, data: str | None, say: Say) -> tuple[Examples, dict[st
     """
     hub = hub_name(task, data)
     if hub is not None:
-        found = read_splits(hub, {"train": ("train",), **task.dev})
-        examples = {name: examples_of(task, _hub_table(task, *split)) for name, split in found.items()}
+        tables = hub_tables(task, hub)
+        examples = {name: examples_of(task, table) for name, table in tables.items()}
         return examples.pop("train"), examples
     assert data is not None
     files = find_files(task, data)
@@ -93,8 +84,8 @@ def read_task(task: Task, data: str | None, say: Say) -> tuple[Examples, dict[st
         train, part = train.split(task.split_off)
         dev[SPLIT_OFF] = part
         say(
-            f"{task.name}: no dev set beside {files.train}: {len(part):,} of its examples serve as one, chosen "
-            "by a hash"
+            f"{task.name}: no dev set {'given with' if task.own else 'beside'} {files.train}: {len(part):,} of its "
+            "examples serve as one, chosen by a hash"
         )
         if not len(train) or not len(part):
             raise UserError(f"{files.train} is too small to split a dev set off; give a dev set")
@@ -104,7 +95,7 @@ def read_task(task: Task, data: str | None, say: Say) -> tuple[Examples, dict[st
 
 
 def read_unlabelled(task: Task, path: Path, say: Say) -> Examples:
-    """Texts for the teachers to label: .txt with one on each line, or .tsv or .jsonl with the task's text columns.
+    """Texts for the teachers to label: .txt with one on each line, or a table with the task's text columns.
 
     Raises:
         UserError: not there, not such a file, or single texts for a task of pairs.
@@ -118,28 +109,12 @@ def read_unlabelled(task: Task, path: Path, say: Say) -> Examples:
                 f"--unlabelled {path}: {task.title} is about pairs of texts; give a .tsv or .jsonl with the "
                 f"columns {names}"
             )
-        kept = list(_lines(path))
+        kept = lines_of(path)
         column = {task.texts[0][0]: [line for _, line in kept]}
         return examples_of(task, Table(column, str(path), [row for row, _ in kept]), labelled=False)
-    if not path.name.endswith(ENDINGS):
-        raise UserError(f"--unlabelled {path}: give a .txt, .tsv or .jsonl file, plain or .gz")
+    if format_of(path) not in ("csv", "tsv", "jsonl"):
+        raise UserError(f"--unlabelled {path}: give a .txt, .csv, .tsv or .jsonl file, plain or .gz")
     return examples_of(task, read_table(task, path, say, headerless=False), labelled=False)
-
-
-def read_table(task: Task, path: Path, say: Say, headerless: bool = True) -> Table:
-    """A file, or a folder with a folder of .txt files for each class, as columns.
-
-    Args:
-        headerless: whether a .tsv of this task may lack the row of column names, as CoLA's do.
-    """
-    if path.is_dir():
-        return _read_class_folders(task, path)
-    rows = list(_lines(path))
-    if not rows:
-        raise UserError(f"{path} is empty; fetch it again")
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _json_table(path, rows)
-    return _tsv_table(path, rows, task.headerless if headerless else None, say)
 
 
 def _find_set(task: Task, folder: Path, names: Sequence[str]) -> Path | None:
@@ -154,62 +129,6 @@ def _find_set(task: Task, folder: Path, names: Sequence[str]) -> Path | None:
 
 def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line) of each that is not blank; only "\\n" ends one: texts hold other separators of Unicode."""
-    number = 0
-    refuse_pipe(path)
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, content in enumerate(file, start=1):
-                line = content.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if line.strip():
-                    yield number, line
-    except UnicodeDecodeError:
-        raise UserError(f"{path}, row {number}: not UTF-8; save it as UTF-8 text") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is damaged or cut short: {error}; fetch it again") from None
-
-
-def _tsv_table(path: Path, lines: Sequence[tuple[int, str]], names: Sequence[str] | None, say: Say) -> Table:
-    rows = [(row, line.split("\t")) for row, line in lines]
-    if names is None or len(rows[0][1]) != len(names):
-        names = rows.pop(0)[1]
-    good = [(row, cells) for row, cells in rows if len(cells) == len(names)]
-    if num_bad := len(rows) - len(good):
-        bad = next(row for row, cells in rows if len(cells) != len(names))
-        if num_bad > MALFORMED_SHARE * len(rows):
-            raise UserError(
-                f"{path}: {num_bad:,} of {len(rows):,} rows do not have the {len(names)} columns {', '.join(names)}; "
-                f"the first is row {bad}; {MEND}"
-            )
-        say(f"{path}: {num_bad:,} rows without {len(names)} columns are left out; the first is row {bad}")
-    columns = {name: [cells[index] for _, cells in good] for index, name in enumerate(names)}
-    return Table(columns, str(path), [row for row, _ in good])
-
-
-def _json_table(path: Path, lines: Sequence[tuple[int, str]]) -> Table:
-    records = []
-    for row, line in lines:
-        record = parse_json(line, f"{path}, row {row}", MEND)
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, row {row}: not a JSON object with named fields; {MEND}")
-        records.append(record)
-    columns = {name: [record.get(name) for record in records] for name in records[0]}
-    return Table(columns, str(path), [row for row, _ in lines])
-
-
-def _read_class_folders(task: Task, folder: Path) -> Table:
-    """aclImdb: pos/ and neg/ with a text in each file, whose name is its id."""
-    assert task.labels is not None
-    files = [(path, label) for label in task.labels for path in sorted((folder / label).glob("*.txt"))]
-    columns = {
-        "id": [f"{label}/{path.stem}" for path, label in files],
-        task.texts[0][0]: [path.read_text(encoding="utf-8", errors="replace") for path, _ in files],
-        task.label[0]: [label for _, label in files],
-    }
-    return Table(columns, str(folder), range(1, len(files) + 1))
 
 
 def hub_name(task: Task, data: str | None) -> tuple[str, str | None] | None:
@@ -266,10 +185,22 @@ def read_splits(
     return found
 
 
+def hub_tables(task: Task, hub: tuple[str, str | None]) -> dict[str, Table]:
+    """The splits "train" and the task's dev sets, with classes by name; errors as of `read_splits`."""
+    found = read_splits(hub, {"train": ("train",), **task.dev})
+    return {name: _hub_table(task, *split) for name, split in found.items()}
+
+
 def _hub_table(task: Task, where: str, dataset: Any) -> Table:
     columns = {column: dataset[column][:] for column in dataset.column_names if column != "idx"}
     for column, feature in dataset.features.items():
-        if column in task.label and getattr(feature, "names", None):
-            classes = dict(enumerate(feature.names))
-            columns[column] = [classes.get(value, value) for value in columns[column]]
+        each = getattr(feature, "feature", feature)  # of a list of classes
+        if column in task.label and getattr(each, "names", None):
+            classes = dict(enumerate(each.names))
+            columns[column] = [
+                [classes.get(one, one) for one in value]
+                if isinstance(value, list)
+                else classes.get(value, value)
+                for value in columns[column]
+            ]
     return Table(columns, where, range(1, dataset.num_rows + 1))
