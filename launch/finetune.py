@@ -173,6 +173,12 @@ def _add_settings(made: argparse.ArgumentParser) -> None:
         help="batches of texts of like length, for less padding (default)",
     )
     group.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="matrix products in bfloat16: faster on GPUs, and on processors with AMX or AVX512-BF16",
+    )
+    group.add_argument(
         "--max-train-examples", type=int, metavar="N", help="a fixed random part of the training set"
     )
     group.add_argument(

@@ -41,6 +41,8 @@ class Settings:
     weight_decay: float = 0.01
     group_by_length: bool = True
     """Batches of texts of like length: less padding."""
+    bf16: bool | None = None
+    """Matrix products in bfloat16, by autocast, in training and on the dev set. None: all in fp32."""
     max_train_examples: int | None = None
     max_eval_examples: int | None = None
     temperature: float | None = None

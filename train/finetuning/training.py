@@ -87,7 +87,7 @@ def fit(model: PreTrainedModel, data: TrainingSet, job: Job, seed: int, work: Pa
         max_grad_norm=1.0,
         seed=seed,
         save_total_limit=2,
-        **_quiet_arguments(),
+        **_quiet_arguments(job),
     )
     trainer = _FineTuner(model, arguments, data, batches)
     trainer.remove_callback(PrinterCallback)
@@ -128,7 +128,7 @@ def predict(
     """
     order = np.argsort([-len(example["input_ids"]) for example in examples], kind="stable")
     arguments = TrainingArguments(
-        output_dir=str(job.folder), per_device_eval_batch_size=EVAL_BATCH_SIZE, **_quiet_arguments()
+        output_dir=str(job.folder), per_device_eval_batch_size=EVAL_BATCH_SIZE, **_quiet_arguments(job)
     )
     trainer = Trainer(model, arguments, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
@@ -172,8 +172,10 @@ def _is_whole(checkpoint: Path) -> bool:
     )
 
 
-def _quiet_arguments() -> dict[str, Any]:
+def _quiet_arguments(job: Job) -> dict[str, Any]:
     return {
+        "bf16": bool(job.settings.bf16),
+        "use_cpu": not torch.cuda.is_available(),  # else Trainer asks for a GPU where bf16 is on
         "disable_tqdm": True,
         "logging_strategy": "no",
         "save_strategy": "no",

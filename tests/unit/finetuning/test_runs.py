@@ -99,6 +99,17 @@ def test_seeds_leave_models_and_scores(taught: Path, model: str, data: Path) -> 
     assert not torch.equal(weights(taught)["classifier.weight"], weights(taught, seed=1)["classifier.weight"])
 
 
+def test_bf16_changes_the_products_and_not_what_is_kept(
+    taught: Path, model: str, data: Path, tmp_path: Path
+) -> None:
+    scores = run_task(job_for(tmp_path, model, "sst2", data, *QUICK, "--bf16")[0], range(1))
+    assert scores["settings"]["bf16"] is True
+    assert scores["median"]["score"] > 90
+    half, full = weights(tmp_path), weights(taught)
+    assert {weight.dtype for weight in half.values()} == {torch.float32}
+    assert any(not torch.equal(half[name], full[name]) for name in full)
+
+
 def test_finished_seeds_are_not_trained_again(taught: Path, model: str, data: Path, tmp_path: Path) -> None:
     shutil.copytree(taught, tmp_path / "out")
     before = (tmp_path / "out/sst2/seed-0/model.safetensors").stat()
