@@ -157,7 +157,8 @@ def _finetuning(
         raise UserError(f"--seeds {options.seeds}: give at least 1")
     flags = ["--task", *names_in(options.tasks), "--seeds", str(options.seeds or FINETUNING_SEEDS)]
     flags += [] if options.data is None else ["--data", options.data]
-    return checked_finetuning(flags, own, stand_in)
+    flags, settings = checked_finetuning(flags, own, stand_in)
+    return flags, list(settings)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,22 @@
 
 Students: half the teacher's depth at its width (half), and two thirds of both (narrow). Objectives, all for the same
 number of tokens: the published triple loss (triple; a teacher without an MLM head first gets one by continued
-pretraining on the corpus), relations alone (relations), both, MLM alone from random weights (control), relations from
-random weights (relations-random); beside them the untrained cut, and relations for as much time as the triple loss
-takes. A curve follows triple and relations over other budgets (--curve), each run with a schedule of its own. Each
-objective's learning rate is the one of --rates with the lowest held-out loss, after a quarter of the budget on the
-first student.
+pretraining on the corpus), relations alone (relations), the cosine of the hidden states alone (hidden), the published
+loss and relations (both), MLM alone from random weights (control), relations from random weights (relations-random);
+beside them the untrained cut, and relations for as much time as the triple loss takes. A curve follows triple and
+relations over other budgets (--curve), each run with a schedule of its own. Each objective's learning rate is the one
+of --rates with the lowest held-out loss, after a quarter of the budget on the first student.
 
 Every model is fine-tuned with launch/finetune.py on the tasks that --tasks holds (--finetune.KEY=VALUE becomes its
 --KEY=VALUE); --section.key=value and --config go to all runs of launch/pretrain.py. Run the same command again after a
-kill: what is finished is skipped, what was interrupted goes on. As an array of jobs, give each `--only RUN` (names by
---list) once the learning rates and the teacher's head are there, then run the command without it.
+kill: what is finished is skipped, what was interrupted goes on. DIR/study.json alone is enough to go on with, on
+another machine too: what it records with the same settings is neither trained nor scored again. Checkpoints and
+fine-tuned weights are removed once a run is scored (--keep leaves them). As an array of jobs, give each `--only RUN`
+(names by --list) once the learning rates and the teacher's head are there, then run the command without it.
 
-Out: DIR/study.json, study.md, study.png, and the tables on the screen; for one page: launch/report.py --study
-DIR/study.json. Exit codes: 0 done; 1 a run failed, the others are in the tables; 2 bad usage, configuration or input;
-75 stopped, run again to continue.
+Out: DIR/study.json, study.md, study.png, and the tables on the screen, also where it is stopped; for one page:
+launch/report.py --study DIR/study.json. Exit codes: 0 done; 1 a run failed, the others are in the tables; 2 bad usage,
+configuration or input; 75 stopped, run again to continue.
 """
 
 from __future__ import annotations
@@ -83,8 +85,10 @@ def main(arguments: Sequence[str]) -> int:
 
     # After the command line: torch and transformers take seconds, which --help shall not.
     from launch.experiments.study import StudyJob, listed
+    from launch.experiments.study_records import Records
     from train.build import load_manifest
     from train.distributed.world import quiet_libraries
+    from train.finetuning.soft_labels import weights_digest
     from train.models.build import TeacherFolder
     from train.models.families import has_head
     from train.models.tokenizer_checks import check_vocabulary
@@ -103,13 +107,15 @@ def main(arguments: Sequence[str]) -> int:
             base.training.global_batch_size * base.data.sequence_length,
         ),
         students=chosen(options.students, students_of(*shape), "--students"),
-        objectives=chosen(options.objectives, OBJECTIVES, "--objectives"),
+        objectives=[
+            each for each in chosen(options.objectives, OBJECTIVES, "--objectives") if each.is_on(base)
+        ],
         rates=options.rates or [base.optimizer.lr],
         recipe=base,
     )
     flags = ["--task", *options.score_on, "--data", options.tasks, "--seeds", str(options.seeds)]
-    finetuning, tasks = checked_finetuning(flags, own, options.teacher)
-    job = job_for(options, words, finetuning, tasks, options.seeds)
+    finetuning, settings = checked_finetuning(flags, own, options.teacher)
+    job = job_for(options, words, finetuning, list(settings), options.seeds)
     for variant in study.listed():
         job.config_of(variant)
     if options.list:
@@ -122,8 +128,12 @@ def main(arguments: Sequence[str]) -> int:
     # The jobs of an array share DIR; each run's folder has a lock of its own.
     with contextlib.nullcontext() if options.only else hold(options.out):
         try:
-            return StudyJob(job, study, options.only).run()
+            names = {options.teacher: weights_digest(options.teacher)}
+            records = Records.read(options.out, settings, options.seeds, names)
+            made = StudyJob(job, study, records, options.only, options.keep)
+            return made.run()
         except StoppedError:
+            print("" if options.only else "\n" + made.write())
             print(f"\n{AGAIN}", file=sys.stderr)
             return STOPPED_AFTER_SAVING
 
@@ -153,6 +163,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--seeds", type=int, default=3, metavar="N", help="fine-tuning seeds (default: %(default)s)")
     add("--config", action="append", default=[], metavar="R.yaml", help="recipe that all runs share")
     add("--only", metavar="RUN", help="train and score this run alone, and make no tables")
+    add("--keep", action="store_true", help="leave checkpoints and fine-tuned weights of what is scored")
     add("--list", action="store_true", help="say what would be trained, and stop")
     add_where(parser)
     options, words = parser.parse_known_args(arguments)

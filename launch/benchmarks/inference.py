@@ -40,7 +40,7 @@ from launch.benchmarks.inference_models import (
     numbers,
     prepare,
 )
-from launch.benchmarks.machine import hardware
+from launch.machine import hardware
 from launch.reporting import published
 from launch.tables import text_table
 from train.distributed.world import quiet_libraries

@@ -32,8 +32,8 @@ from transformers.utils import logging as transformers_logging
 
 from data_prep.shard_format.files import write_json
 from launch.benchmarks import options
-from launch.benchmarks.machine import hardware
 from launch.benchmarks.options import Shape
+from launch.machine import hardware
 from train.config_sections.objective import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.models.attention_vectors import AttentionVectors

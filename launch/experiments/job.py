@@ -83,19 +83,23 @@ class Job:
                 if variant.is_required:
                     return
 
-    def finetune(self, models: Mapping[str, str]) -> None:
+    def finetune(self, models: Mapping[str, str], tasks: Sequence[str] = ()) -> None:
         """Every model on the tasks; launch/finetune.py skips what it has scored before.
 
         Args:
             models: folder or hub name, by the name of its folder in `out`.
+            tasks: some of the tasks; empty for all.
         Raises:
             StoppedError: a signal came.
         """
         self.seconds.clear()
         for number, (name, model) in enumerate(models.items(), start=1):
             left = self._time_left(len(models) - number + 1)
-            print(f"[scores {number}/{len(models)}] {name}: {', '.join(self.tasks)}{left}", flush=True)
+            print(
+                f"[scores {number}/{len(models)}] {name}: {', '.join(tasks or self.tasks)}{left}", flush=True
+            )
             command = [sys.executable, str(ROOT / "launch" / "finetune.py"), *self.finetuning]
+            command += ["--task", *tasks] if tasks else []  # the last --task is the one that counts
             code = self._run([*command, "--model", model, "--out", str(self.out / name / "scores")])
             if code:
                 self.fail(name, f"fine-tuning: {reason_of(code)}")

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from launch import finetune
 from launch.experiments.job import Job
@@ -75,8 +75,8 @@ def job_for(
 
 def checked_finetuning(
     flags: Sequence[str], own: Sequence[str], stand_in: str
-) -> tuple[list[str], list[str]]:
-    """launch/finetune.py's flags for every model, and the tasks that they name.
+) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """launch/finetune.py's flags for every model, and the settings of the tasks that they name.
 
     Args:
         own: what the user gave as --finetune.KEY=VALUE.
@@ -90,7 +90,8 @@ def checked_finetuning(
     jobs = [
         finetune.job_of(task, parsed) for task in finetune.tasks_of(parsed.task, finetune.own_options(parsed))
     ]
-    return [*flags, *own], [job.task.name for job in finetune.jobs_with_data(jobs, parsed.task)]
+    kept = finetune.jobs_with_data(jobs, parsed.task)
+    return [*flags, *own], {job.task.name: job.settings.as_json() for job in kept}
 
 
 def _refuse_flag(message: str) -> NoReturn:

@@ -6,12 +6,14 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from data_prep.shard_format.files import write_json, write_text
 from launch.experiments.job import Job
 from launch.experiments.run_folders import is_finished, refuse_other_runs, summary_of
 from launch.experiments.study_figure import plot
+from launch.experiments.study_records import FILE, Records, made_here, remove_state
 from launch.experiments.study_results import EQUAL_TIME, Scores, StudiedModel, StudyFile, TriedRate, tables_of
 from launch.experiments.study_runs import HEAD, Study, StudyRun
 from launch.experiments.variant import Variant
@@ -19,7 +21,7 @@ from launch.tables import text_table
 from train.errors import UserError
 from train.finetuning.results import read_scores
 from train.models.build import TeacherFolder, count_parameters
-from train.run_folder import final_model, provenance
+from train.run_folder import MODEL, final_model, provenance
 
 TEACHER = "teacher"
 
@@ -29,110 +31,170 @@ class StudyJob:
     """A study while it runs.
 
     Args:
+        records: what study.json remembers of runs whose folders may be gone.
         only: the one run that is trained and scored; None for all.
+        keep: leave checkpoints and fine-tuned weights of what is scored.
     """
 
     job: Job
     study: Study
+    records: Records
     only: str | None = None
+    keep: bool = False
     rates: list[TriedRate] = field(default_factory=list)
     made: list[StudyRun] = field(default_factory=list)
     """Every student, in the order of the tables."""
 
     def run(self) -> int:
-        """Everything that is not finished; the exit code.
+        """Everything that is not finished, one run after another trained and scored; the exit code.
 
         Raises:
             StoppedError: a signal came.
-            UserError: `only` names no run.
+            UserError: `only` names no run, or a record is of other settings.
         """
         study, job = self.study, self.job
         names = [run.variant.name for run in study.runs({each.name: 0.0 for each in study.objectives})]
         if self.only and self.only not in names:
             raise UserError(f"--only {self.only}: no such run; there are {', '.join(names)}")
+        head_rate = None
         if study.needs_head:
-            rate = self.best_rate(HEAD, study.search(study.head()), "heldout_mlm_loss")
-            self.train([study.head(rate)])
-            if HEAD in job.failed:
-                print("without the teacher's head nothing of the rest can be trained", file=sys.stderr)
-                return 1
-        first = study.students[0]
-        rates = {
-            each.name: self.best_rate(each.name, study.search(study.run(first, each)), each.selects)
-            for each in study.objectives
-        }
+            head_rate = self.best_rate(HEAD, study.search(study.head()), "heldout_mlm_loss")
+            self.records.names[str(study.out / HEAD / MODEL)] = f"{HEAD}, learning rate {head_rate:g}"
+        self.head = study.head(head_rate)
+        rates = {}
+        for each in study.objectives:
+            runs = study.search(study.run(study.students[0], each))
+            rates[each.name] = self.best_rate(each.name, runs, each.selects)
         self.made = study.runs(rates)
+        for run in self.made:
+            self.records.model(
+                run.variant.name, self.settings(run.variant)
+            )  # refused before hours, not after
         if self.only:
             self.made = [run for run in self.made if run.variant.name == self.only]
-        self.train([run.variant for run in self.made])
+        else:
+            self.score(TEACHER, study.teacher)
+        planned = list(self.made)
+        for run in planned:
+            self.train_and_score(run)
         if self.only is None:
-            self.made += self.equal_time(rates)
-            self.train([run.variant for run in self.made if run.variant.name.endswith(EQUAL_TIME)])
-            self.write()  # what is known is worth keeping before the hours of fine-tuning
-        self.score()
-        if self.only is None:
+            for run in self.equal_time(rates):
+                self.made.append(run)
+                self.train_and_score(run)
             print("\n" + self.write(), flush=True)
         for name, reason in job.failed.items():
             print(f"FAILED: {name} ({reason})", file=sys.stderr)
         return 1 if job.failed else 0
 
+    def settings(self, variant: Variant) -> dict[str, Any]:
+        """What the run's result depends on."""
+        return self.records.settings(self.job.config_of(variant))
+
     def train(self, runs: Sequence[Variant]) -> None:
-        """`Job.train`, after a look at what their folders hold already."""
+        """`Job.train`, after a look at what their folders hold; the teacher's head first, where one needs it."""
+        teacher = str(self.study.out / HEAD / MODEL)
+        if any(run.changes["model.teacher"] == teacher for run in runs) and not is_finished(
+            self.job.out / HEAD
+        ):
+            if HEAD not in self.job.failed:
+                self.train([self.head])
+            if HEAD in self.job.failed:
+                for run in runs:
+                    self.job.fail(run.name, "without the teacher's head it cannot be trained")
+                return
         refuse_other_runs(self.job.out, runs, self.job.config_of)
         self.job.train(runs)
+
+    def train_and_score(self, run: StudyRun) -> None:
+        """One run, unless all of it is recorded; its bulky state goes."""
+        name = run.variant.name
+        record = self.records.model(name, self.settings(run.variant))
+        if record is not None and not self.unscored(name):
+            print(f"{name}: recorded in {self.records.path}", flush=True)
+            return
+        self.train([run.variant])
+        if name in self.job.failed:
+            return
+        self.save()  # what is known is worth keeping before fine-tuning
+        self.score(name, str(final_model(self.job.out / name)))
+
+    def unscored(self, name: str) -> list[str]:
+        """The tasks of which there is no record."""
+        return [task for task in self.job.tasks if task not in self.records.scores(name)]
+
+    def score(self, name: str, model: str) -> None:
+        """Fine-tune a model on the tasks that are not recorded."""
+        if not (tasks := self.unscored(name)):
+            return
+        self.job.finetune({name: model}, tasks)
+        self.save()
+        if not self.keep and name not in self.job.failed:
+            remove_state(self.job.out / name)
 
     def best_rate(self, objective: str, runs: Sequence[Variant], key: str) -> float:
         """The learning rate of the run with the lowest held-out loss; without runs there is only one."""
         if not runs:
             return self.study.rates[0]
-        self.train(runs)
-        tried = {}
+        found = []
         for rate, run in zip(self.study.rates, runs, strict=True):
+            settings = self.settings(run)
+            if (tried := self.records.tried(settings)) is not None:
+                found.append(tried)
+                continue
+            self.train([run])
             if run.name in self.job.failed:
                 continue
             figures = _numbers(summary_of(self.job.out / run.name)["heldout"])
-            if key in figures:
-                tried[rate] = figures[key]
-            else:
+            if key not in figures:
                 self.job.fail(run.name, f"its {key} is no number")
-        if not tried:
+                continue
+            tried = TriedRate(
+                objective=objective,
+                rate=rate,
+                key=key,
+                heldout=figures[key],
+                chosen=False,
+                settings=settings,
+            )
+            found.append(tried)
+        if not found:
             raise UserError(
                 f"every learning rate of {objective} has failed; see above, and give other --rates"
             )
-        best = min(tried, key=lambda rate: tried[rate])
-        self.rates += [
-            TriedRate(objective=objective, rate=rate, key=key, heldout=value, chosen=rate == best)
-            for rate, value in tried.items()
-        ]
+        best = min(found, key=lambda tried: tried.heldout).rate
+        self.rates += [tried.model_copy(update={"chosen": tried.rate == best}) for tried in found]
+        self.save()
         return best
 
     def equal_time(self, rates: Mapping[str, float]) -> list[StudyRun]:
-        """Relations for as long as the triple loss takes on this machine, by the tokens/s of the runs of the budget."""
+        """Relations for as long as the triple loss takes, by the tokens/s of the runs of the budget on one machine."""
         compared, found = ("triple", "relations"), []
         objectives = {each.name: each for each in self.study.objectives if each.name in compared}
+        models = {each.name: each for each in self.result().models}
         for student in self.study.students if len(objectives) == len(compared) else ():
-            folders = [self.job.out / f"{student.name}-{name}" for name in compared]
-            if not all(map(is_finished, folders)):
+            runs = [models.get(f"{student.name}-{name}") for name in compared]
+            slow, fast = (0.0 if run is None else run.tokens_per_s or 0.0 for run in runs)
+            known = self.records.models.get(f"{student.name}-relations{EQUAL_TIME}")
+            if known is not None:
+                tokens = known.tokens
+            elif fast > slow > 0 and len({run.made["hardware"] for run in runs if run is not None}) == 1:
+                tokens = round(self.study.scale.budget * fast / slow)
+            else:
                 continue
-            slow, fast = (summary_of(folder)["tokens_per_s"] or 0.0 for folder in folders)
-            if fast <= slow or not slow:
-                continue
-            tokens = round(self.study.scale.budget * fast / slow)
-            run = self.study.run(student, objectives["relations"], rates["relations"], tokens, EQUAL_TIME)
-            found.append(StudyRun(run, student.name, "relations"))
+            made = self.study.run(student, objectives["relations"], rates["relations"], tokens, EQUAL_TIME)
+            found.append(StudyRun(made, student.name, "relations"))
         return found
 
-    def score(self) -> None:
-        """Fine-tune the teacher and every student."""
-        names = [run.variant.name for run in self.made if run.variant.name not in self.job.failed]
-        students = {name: str(final_model(self.job.out / name)) for name in names}
-        self.job.finetune(students if self.only else {TEACHER: self.study.teacher, **students})
+    def save(self) -> None:
+        """study.json of what is finished; the jobs of an array leave it to the call for all."""
+        if self.only is None:
+            write_json(self.job.out / FILE, self.result().model_dump())
 
     def write(self) -> str:
         """study.json, study.md and study.png of what is finished; the tables for the screen."""
         study, out = self.result(), self.job.out
         tables = tables_of(study)
-        write_json(out / "study.json", study.model_dump())
+        write_json(out / FILE, study.model_dump())
         parts = [
             f"# {study.teacher}: what each way of distilling it is worth",
             "![mean score of every model, and over tokens](study.png)",
@@ -146,53 +208,67 @@ class StudyJob:
 
     def result(self) -> StudyFile:
         """What is finished so far."""
-        teacher = TeacherFolder(self.study.teacher, needs_head=False)
+        records, made = self.records, made_here()
         models = [
             StudiedModel(
                 name=TEACHER,
                 title=self.study.teacher,
-                parameters=count_parameters(teacher.model),
+                parameters=self.parameters,
+                settings=records.of_teacher(self.study.teacher),
                 scores=self.scores_of(TEACHER),
             )
         ]
-        for made in self.made:
-            run = made.variant
-            if not is_finished(self.job.out / run.name):
-                continue
-            figures = summary_of(self.job.out / run.name)
-            heldout = {name: _numbers(figures[name]) for name in ("heldout_before", "heldout")}
-            models.append(
-                StudiedModel(
-                    name=run.name,
-                    title=run.title,
-                    student=made.student,
-                    objective=made.objective,
-                    parameters=figures["parameters"]["student"],
-                    changed=run.changed,
-                    tokens=figures["tokens"],
-                    tokens_per_s=figures["tokens_per_s"],
-                    scores=self.scores_of(run.name),
-                    **heldout,
+        for run in self.made:
+            variant = run.variant
+            name = variant.name
+            if (record := records.models.get(name)) is not None:
+                models.append(record.model_copy(update={"scores": self.scores_of(name)}))
+            elif is_finished(self.job.out / name):
+                figures = summary_of(self.job.out / name)
+                heldout = {key: _numbers(figures[key]) for key in ("heldout_before", "heldout")}
+                models.append(
+                    StudiedModel(
+                        name=name,
+                        title=variant.title,
+                        student=run.student,
+                        objective=run.objective,
+                        parameters=figures["parameters"]["student"],
+                        changed=variant.changed,
+                        settings=self.settings(variant),
+                        made=made,
+                        tokens=figures["tokens"],
+                        tokens_per_s=figures["tokens_per_s"],
+                        scores=self.scores_of(name),
+                        **heldout,
+                    )
                 )
-            )
+        names = {model.name for model in models}
+        models += [record for name, record in records.models.items() if name not in names]
+        tried = [rate.settings for rate in self.rates]
         return StudyFile(
             teacher=self.study.teacher,
             tasks=self.job.tasks,
             budget=self.study.scale.budget,
             finetuning=" ".join(self.job.finetuning),
             models=models,
-            rates=self.rates,
+            rates=[*self.rates, *(rate for rate in records.rates if rate.settings not in tried)],
             versions=provenance(),
         )
 
+    @cached_property
+    def parameters(self) -> int:
+        """Of the teacher."""
+        return count_parameters(TeacherFolder(self.study.teacher, needs_head=False).model)
+
     def scores_of(self, name: str) -> dict[str, Scores]:
-        """Of the tasks that are scored, by task."""
-        found = {task: read_scores(self.job.out / name / "scores" / task) for task in self.job.tasks}
-        return {
-            task: Scores(seeds=[float(seed["score"]) for seed in scores["seeds"].values()])
-            for task, scores in found.items()
-            if scores is not None
-        }
+        """By task: the recorded ones, and those that were taken here."""
+        found = self.records.scores(name)
+        for task in self.job.tasks:
+            if task in found or (scores := read_scores(self.job.out / name / "scores" / task)) is None:
+                continue
+            seeds = [float(seed["score"]) for seed in scores["seeds"].values()]
+            found[task] = Scores(seeds=seeds, settings=scores["settings"], made=made_here())
+        return found
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 from pydantic import Field
 
@@ -20,6 +21,11 @@ class Scores(Figures):
     """One task: points of 0 to 100, by fine-tuning seed."""
 
     seeds: list[float]
+    """Of seed 0, 1, ..."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Of launch/finetune.py."""
+    made: dict[str, str] = Field(default_factory=dict)
+    """Date, commit and hardware."""
 
     @property
     def median(self) -> float:
@@ -43,6 +49,10 @@ class StudiedModel(Figures):
     parameters: int
     changed: str = ""
     """The flags of launch/pretrain.py that made it."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """What its training depends on: launch/experiments/study_records.py."""
+    made: dict[str, str] = Field(default_factory=dict)
+    """Date, commit and hardware of its training."""
     tokens: int = 0
     tokens_per_s: float | None = None
     heldout_before: dict[str, float] = Field(default_factory=dict)
@@ -65,6 +75,8 @@ class TriedRate(Figures):
     """Of the held-out row."""
     heldout: float
     chosen: bool
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """As a model's."""
 
 
 class StudyFile(Figures):

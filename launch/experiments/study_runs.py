@@ -41,8 +41,13 @@ class Objective:
     curve: bool = False
     """Whether it is trained for every budget of the curve."""
 
+    def is_on(self, recipe: Config) -> bool:
+        """Whether the recipe has one of its terms at all."""
+        return any(getattr(recipe.objective, term) for term in self.terms)
+
 
 MLM, RELATIONS = ("mlm_weight",), ("relation_weight",)
+HIDDEN = ("cosine_weight", "layer_cosine_weight")
 PUBLISHED = [name for name in OBJECTIVE_WEIGHTS if name not in RELATIONS]
 OBJECTIVES = (
     Objective(
@@ -55,6 +60,9 @@ OBJECTIVES = (
     ),
     Objective(
         "relations", "relations alone, from the teacher as it is", RELATIONS, "heldout_relation", curve=True
+    ),
+    Objective(
+        "hidden", "cosine of the hidden states alone, from the teacher as it is", HIDDEN, "heldout_cos"
     ),
     Objective("both", "the published loss and relations", OBJECTIVE_WEIGHTS, "heldout_kl", needs_head=True),
     Objective(
@@ -199,10 +207,7 @@ class Study:
             tokens: None for the budget.
         """
         teacher = str(self.out / HEAD / MODEL) if objective.needs_head and not self.has_head else self.teacher
-        recipe, cosines = (
-            self.recipe.objective,
-            {"cosine_weight", "layer_cosine_weight"} & set(objective.terms),
-        )
+        recipe, cosines = self.recipe.objective, set(HIDDEN) & set(objective.terms)
         is_narrow = "model.student_width" in student.changes
         projects = is_narrow and any(getattr(recipe, name) for name in cosines)
         changes = {

@@ -7,8 +7,10 @@ what both commands share.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -61,7 +63,7 @@ def words(teacher_folder: str, shards_folder: str, tmp_path: Path) -> list[str]:
 def test_smallest_form(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The teacher gets a head; its student's runs are scored beside it; a stop after the head costs nothing."""
+    """The teacher gets a head; its student's runs are scored beside it; a stop after the first scores costs nothing."""
     out, stages = tmp_path / "out", []
 
     def run_stage(command: Sequence[str], environment: object) -> int:
@@ -77,7 +79,7 @@ def test_smallest_form(
 
     monkeypatch.setattr(job, "run_stage", run_stage)
     assert study.main(words) == STOPPED_AFTER_SAVING
-    assert (out / "teacher-head" / "summary.json").exists()
+    assert (out / "teacher" / "scores" / "cola" / "scores.json").exists()
     assert study.main(words) == 0
     assert "teacher-head: the teacher gets an MLM head by continued pretraining" in capsys.readouterr().out
     runs = stages.count("pretrain.py")
@@ -100,5 +102,43 @@ def test_smallest_form(
     assert summary["teacher"] == str(out / "teacher-head" / "model")
     assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
     assert "## What each objective is worth" in (out / "study.md").read_text()
-    with pytest.raises(ValueError, match=r"(?s)holds a run.*optimizer.lr: 0.01 -> 0.02"):
+    assert not list(out.glob("half-*/checkpoints")), "what is scored keeps its model and its scores alone"
+    assert not list(out.glob("*/scores/*/seed-*/*.safetensors"))
+    with pytest.raises(
+        ValueError, match=r"(?s)study.json holds half-cut, trained with.*optimizer.lr: 0.01 -> 0.02"
+    ):
         study.main([*words, "--optimizer.lr=0.02"])
+    goes_on_with_study_json_alone(words, out, stages, study_file)
+
+
+def goes_on_with_study_json_alone(
+    words: list[str], out: Path, stages: list[str], before: dict[str, Any]
+) -> None:
+    """Nothing is trained or scored again; of what is taken out of the records, that alone."""
+
+    def call(records: dict[str, Any], *more: str) -> dict[str, Any]:
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / "study.json").write_text(json.dumps(records))
+        stages[:] = ["", ""]  # past the stop
+        assert study.main([*words, *more]) == 0
+        found: dict[str, Any] = json.loads((out / "study.json").read_text())
+        return found
+
+    assert call(before)["models"] == before["models"]
+    assert stages == ["", ""]
+    partly = json.loads(json.dumps(before))
+    partly["models"] = [model for model in partly["models"] if model["name"] != "half-relations"]
+    assert [model["name"] for model in call(partly)["models"]][3] == "half-relations"
+    assert stages[2:4] == ["pretrain.py", "finetune.py"]
+    partly = json.loads(json.dumps(before))
+    del partly["models"][0]["scores"]["cola"]
+    after = call(partly, "--objectives", "relations")  # the others' records stay
+    assert stages[2:] == ["finetune.py"]
+    assert {model["name"]: set(model["scores"]) for model in after["models"]} == {
+        model["name"]: {"sst2", "cola"} for model in before["models"]
+    }
+    with pytest.raises(
+        ValueError, match=r"(?s)study.json holds .* scored with.*learning_rate: 0.003 -> 0.01"
+    ):
+        study.main([*words, "--finetune.learning-rate=0.01"])

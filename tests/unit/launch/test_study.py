@@ -14,6 +14,7 @@ from launch.cli import parse_config
 from launch.experiments.job import Job
 from launch.experiments.study import StudyJob
 from launch.experiments.study_figure import plot
+from launch.experiments.study_records import Records
 from launch.experiments.study_results import (
     Scores,
     StudiedModel,
@@ -37,15 +38,16 @@ def planned(
     has_head: bool = False, rates: tuple[float, ...] = (0.001, 0.003), words: Sequence[str] = ()
 ) -> Study:
     curve = [500_000, 1_000_000, BUDGET]
+    recipe = parse_config([*SHARED, *words], "")
     return Study(
         "encoder",
         has_head,
         Path("out"),
         Scale(BUDGET, curve, STEP),
         students_of(6, 384, 12),
-        OBJECTIVES,
+        [each for each in OBJECTIVES if each.is_on(recipe)],
         rates,
-        parse_config([*SHARED, *words], ""),
+        recipe,
     )
 
 
@@ -127,6 +129,10 @@ def test_one_rate_needs_no_search() -> None:
     assert not any(run.name.startswith("search/") for run in planned(rates=(0.001,)).listed())
 
 
+def recorded(out: Path) -> Records:
+    return Records.read(out, {}, 1, {"encoder": "digest"})
+
+
 def job_of(out: Path) -> Job:
     return Job(out, [], list, {}, [], [], 1)
 
@@ -141,7 +147,9 @@ def test_a_rate_is_chosen_among_those_that_have_a_figure(
         (tmp_path / run.name / "summary.json").write_text(json.dumps({"heldout": {"heldout_kl": value}}))
     monkeypatch.setattr(StudyJob, "train", lambda self, runs: None)
     job = job_of(tmp_path)
-    assert StudyJob(job, found).best_rate("triple", runs, "heldout_kl") == 0.003
+    monkeypatch.setattr(StudyJob, "save", lambda self: None)
+    monkeypatch.setattr(StudyJob, "settings", lambda self, run: {"name": run.name})
+    assert StudyJob(job, found, recorded(tmp_path)).best_rate("triple", runs, "heldout_kl") == 0.003
     assert job.failed == {run.name: "its heldout_kl is no number" for run in (runs[0], runs[3])}
 
 
@@ -153,7 +161,30 @@ def test_the_run_that_a_setting_does_not_go_with_is_named(tmp_path: Path) -> Non
 
 def test_a_run_that_is_none_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--only half-kd: no such run; there are half-cut, half-triple"):
-        StudyJob(job_of(tmp_path), planned(), "half-kd").run()
+        StudyJob(job_of(tmp_path), planned(), recorded(tmp_path), "half-kd").run()
+
+
+def test_a_recorded_rate_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = planned(rates=(0.001, 0.002))
+    runs = found.search(found.run(found.students[0], OBJECTIVES[0]))
+    records = recorded(tmp_path)
+    records.rates = [
+        TriedRate(
+            objective="triple",
+            rate=rate,
+            key="heldout_kl",
+            heldout=value,
+            chosen=False,
+            settings={"of": run.name},
+        )
+        for run, rate, value in zip(runs, found.rates, (0.5, 0.25), strict=True)
+    ]
+    monkeypatch.setattr(StudyJob, "train", lambda self, runs: pytest.fail("trained"))
+    monkeypatch.setattr(StudyJob, "save", lambda self: None)
+    monkeypatch.setattr(StudyJob, "settings", lambda self, run: {"of": run.name})
+    made = StudyJob(job_of(tmp_path), found, records)
+    assert made.best_rate("triple", runs, "heldout_kl") == 0.002
+    assert [rate.chosen for rate in made.rates] == [False, True]
 
 
 def model(name: str, points: float, *, tokens: int = BUDGET, spread: float = 1.0) -> StudiedModel:
@@ -265,6 +296,6 @@ def test_shards_are_looked_at_before_anything_is_trained(
 
 def test_unknown_names_are_refused_with_those_there_are() -> None:
     with pytest.raises(
-        UserError, match=r"--objectives kd: there is no such; there are triple, relations, both"
+        UserError, match=r"--objectives kd: there is no such; there are triple, relations, hidden, both"
     ):
         chosen(["kd"], OBJECTIVES, "--objectives")
