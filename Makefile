@@ -42,7 +42,7 @@ rank-tests: .venv/installed-dev
 	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements-onnx.txt requirements-remote.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-onnx.txt requirements-remote.txt requirements-sources.txt .venv/installed
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from data_prep.sources.csv_files import parse_csv, read_csv
 from data_prep.sources.installed_docs import read_docstrings
+from data_prep.sources.pages import parse_html, parse_markdown
 from data_prep.sources.records import Reading, ReadOptions, Record, SourceFile
 from data_prep.sources.tables import parse_cell, read_dataset, read_hub, read_parquet
 from data_prep.sources.text_files import (
@@ -40,6 +42,9 @@ FORMATS = {
     "block": Format(read_blocks, parse_text),
     "jsonl": Format(read_lines, parse_json),
     "wiki": Format(read_wiki, parse_wiki),
+    "csv": Format(read_csv, parse_csv),
+    "markdown": Format(read_file_as_one, parse_markdown),
+    "html": Format(read_file_as_one, parse_html),
     "parquet": Format(read_parquet, parse_cell),
     "dataset": Format(read_dataset, parse_cell),
     "hub": Format(read_hub, parse_cell),

@@ -21,11 +21,23 @@ from data_prep.sources.streams import COMPRESSIONS, plain_name
 from data_prep.sources.tables import dataset_parts, hub_parts, is_dataset_folder, parquet_parts
 
 TXT_DOCUMENTS = ("file", "line", "block")
-_ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".md": "markdown",
+    ".markdown": "markdown",
+    ".html": "html",
+    ".htm": "html",
+}
+_BY_NAME_ALONE = ("csv",)
+"""Not looked for in folders: beside texts lie tables about them."""
 _WIKI = re.compile(r"wiki_\d+$")
 HELP = """sources, freely mixed:
-  PATH            .txt, .jsonl or .parquet, plain or .gz/.bz2/.xz/.zst; WikiExtractor's wiki_NN files;
-                  a folder of these (searched through); a 'glob*'; a folder saved by `datasets`
+  PATH            .txt, .jsonl, .parquet, .csv, .md or .html, plain or .gz/.bz2/.xz/.zst; WikiExtractor's
+                  wiki_NN files; a folder of these (searched through, but for .csv); a 'glob*'; a folder
+                  saved by `datasets`. Of .html the main text counts (pip install -r requirements-sources.txt)
   file:PATH, line:PATH, block:PATH
                   .txt with one document per file, per line, or per block between blank lines
   hub:NAME[:CONFIG[:SPLIT]]
@@ -93,17 +105,22 @@ def _resolve_path(name: str, path: str, txt_documents: str) -> Source:
     if os.path.isdir(path):
         if is_dataset_folder(path):
             return Source(name, "dataset", tuple(dataset_parts(path)))
-        files = [file for file in _walk(path) if _format(file, txt_documents)]
+        kinds = {file: _format(file, txt_documents) for file in _walk(path)}
+        files = [file for file, kind in kinds.items() if kind and kind not in _BY_NAME_ALONE]
         if not files:
+            tables = (
+                f"; of .csv files name them: '{os.path.join(path, '*.csv')}'" if any(kinds.values()) else ""
+            )
             raise UserError(
-                f"{path}: no .txt, .jsonl, .parquet or wiki_NN file in this folder; give one that holds some"
+                f"{path}: no .txt, .jsonl, .parquet, .md, .html or wiki_NN file in this folder; give one that holds "
+                f"some{tables}"
             )
         return Source(name, "files", _source_files(files, txt_documents))
     if os.path.exists(path):
         if not _format(path, txt_documents):
             raise UserError(
-                f"{path}: not a kind of file that is read; give .txt, .jsonl or .parquet, plain or with "
-                f"{', '.join(COMPRESSIONS)}, or WikiExtractor's wiki_NN"
+                f"{path}: not a kind of file that is read; give .txt, .jsonl, .parquet, .csv, .md or .html, plain "
+                f"or with {', '.join(COMPRESSIONS)}, or WikiExtractor's wiki_NN"
             )
         return Source(name, "files", _source_files([path], txt_documents))
     if glob.has_magic(path):

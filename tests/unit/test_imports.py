@@ -51,6 +51,7 @@ OPTIONAL = {
     "mpi4py": "wants an MPI library",
     "onnx": "requirements-onnx.txt",
     "onnxruntime": "requirements-onnx.txt",
+    "trafilatura": "requirements-sources.txt",
     "triton": "comes with CUDA builds of torch",
 }
 FREE = {

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import zstandard
 
 from data_prep.shard_format.errors import MissingFile
+from data_prep.sources import pages
 from data_prep.sources.formats import FORMATS, document_of
 from data_prep.sources.installed_docs import docstrings, installed_doc_files
 from data_prep.sources.records import Reading, ReadOptions, SourceFile
@@ -115,12 +117,80 @@ def test_folders_and_globs_are_sorted(tmp_path: Path) -> None:
     assert read(f"{tmp_path}/b", f"{tmp_path}/a/9.txt") == ["b/2.txt", "a/9.txt"]
 
 
+@pytest.mark.parametrize("ending", list(PACK))
+def test_csv(tmp_path: Path, ending: str) -> None:
+    texts = ['One, with "quotes"\nand a line more.', "Two — 漢字.", "Three."]
+    quoted = ['"' + text.replace('"', '""') + '"' for text in texts]
+    rows = "\r\n".join(["\ufeffid,text", *(f"{number},{text}" for number, text in enumerate(quoted)), ""])
+    path = tmp_path / f"a.csv{ending}"
+    path.write_bytes(PACK[ending](rows.encode()))
+    assert read(str(path)) == texts
+    with pytest.raises(ValueError, match=r"no text field 'body'; the fields are 'id', 'text'"):
+        read(str(path), fields=("body",))
+    with pytest.raises(ValueError, match=r"no \.txt.*; of \.csv files name them: '.*/\*\.csv'"):
+        read(str(tmp_path))
+    (tmp_path / "b.txt").write_text("Beside it.")
+    assert read(str(tmp_path)) == ["Beside it."]
+    assert read(f"{tmp_path}/*.csv{ending}") == texts
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (b"id,text\n1,a\n2,\xff\n", r"invalid UTF-8 \(byte 0xff at offset 0\)"),
+        (b"id,text\n1\n", "the row has too few cells"),
+        (b'id,text\n1,"a\n', r"a\.csv, line 2: no CSV \(unexpected end of data\)"),
+        (b'id,text\n1,"a"b\n', r"a\.csv, line 2: no CSV"),
+        (b"id,text\n1," + b"x" * 1_000_003 + b"\n", r"line 2: no CSV \(field larger than field limit"),
+        (b"", "no text field 'text'; the fields are none"),
+    ],
+)
+def test_bad_csv(tmp_path: Path, rows: bytes, message: str) -> None:
+    (tmp_path / "a.csv").write_bytes(rows)
+    with pytest.raises(ValueError, match=message):
+        read(str(tmp_path / "a.csv"), max_document_mb=1)
+
+
+def test_markdown_is_its_words(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text(
+        "---\ntitle: x\n---\n# Head *of* it\n\nA [link](http://x.y) and ![a picture](p.png), `code`\nnext line\n\n"
+        "- one\n- two\n  - deep\n\n> quoted &amp; <b>bold</b>\n\n```py\nx = 1\n\ny = 2\n```\n\n<div>left out</div>\n\n"
+        "| a | b |\n|---|---|\n| 1 | *2* |\n"
+    )
+    assert read(str(tmp_path)) == [
+        "Head of it\n\nA link and a picture, code\nnext line\n\none\n\ntwo\n\ndeep\n\nquoted & bold\n\n"
+        "x = 1\n\ny = 2\n\na\tb\n\n1\t2"
+    ]
+    (tmp_path / "a.md").write_text("<!-- nothing -->\n")
+    with pytest.raises(BadRecord, match="no text is in it"):
+        read(str(tmp_path))
+
+
+def test_html_is_its_main_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paragraphs = [
+        f"Paragraph {n} of the page has a number of words so that it counts as text — 漢字." for n in (1, 2)
+    ]
+    body = "".join(f"<p>{text}</p>" for text in paragraphs)
+    page = f"<html><body><nav><a href='/'>Home</a></nav><article><h1>Title</h1>{body}</article></body></html>"
+    (tmp_path / "a.html").write_text(page)
+    [found] = read(str(tmp_path))
+    assert found == "\n".join(["Title", *paragraphs])
+    (tmp_path / "b.htm.gz").write_bytes(gzip.compress(b"<html></html>"))
+    with pytest.raises(BadRecord, match="no text is in it"):
+        read(str(tmp_path / "b.htm.gz"))
+    pages._extractor.cache_clear()
+    monkeypatch.setitem(sys.modules, "trafilatura", None)
+    with pytest.raises(ValueError, match=r"trafilatura, which is not installed .*requirements-sources\.txt"):
+        read(str(tmp_path / "a.html"))
+    pages._extractor.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
         ("none.txt", MissingFile, r"source '.*none\.txt' does not exist"),
         ("*.none", MissingFile, "no readable file matches"),
-        ("", ValueError, r"no \.txt, \.jsonl, \.parquet or wiki_NN file in this folder"),
+        ("", ValueError, r"no \.txt, \.jsonl, \.parquet, \.md, \.html or wiki_NN file in this folder"),
         ("page.pdf", ValueError, r"page\.pdf: not a kind of file that is read; give \.txt, \.jsonl"),
         (
             "no.parquet",
