@@ -57,12 +57,14 @@ from train.loop.observers import Evaluating, Overflows
 from train.loop.profiling import profiling
 from train.loop.startup_timing import StartupReport, StartupTimer
 from train.loop.timing import Clock
+from train.loop.trackers import require_trackers
 from train.loop.trainer import Observer
 from train.models.build import count_parameters, origin_of, teacher_names
 from train.run_folder import (
     MODEL,
     STUDENT,
     SUMMARY,
+    as_tree,
     changed_config,
     changed_inputs,
     final_model,
@@ -87,6 +89,7 @@ def run(config: Config) -> int:
     run_dir, asked = Path(config.run.dir), config.training.micro_batch_size
     world = join_world(config.deepspeed.log_level)
     startup.ended("joining_ranks")
+    on_first_rank(world, lambda: require_trackers(config.run.trackers))
     # What lies in the run folder is rank 0's word, here and below: another host may see an older state of it.
     found, changes = from_first_rank(world, lambda: _compared_with_run(run_dir, config))
     if not isinstance(asked, int):
@@ -258,7 +261,14 @@ def _open_run(parts: Parts, inputs: Inputs, state: TrainState) -> Events:
     (run_dir / SUMMARY).unlink(missing_ok=True)  # of a run that had ended, and now goes on with more steps
     origin = origin_of(parts.config)
     save_student_description(run_dir, parts.student, parts.tokenizer_source, origin)
-    events = RunEvents(run_dir, run_dir.name, state.step, parts.trainer.total_steps)
+    events = RunEvents(
+        run_dir,
+        run_dir.name,
+        state.step,
+        parts.trainer.total_steps,
+        parts.config.run.trackers,
+        as_tree(parts.config),
+    )
     logged = {row.get("rollback") for row in read_rows(run_dir)}
     for number, each in enumerate(read_rollbacks(run_dir), start=1):
         if number not in logged and each.continued_from_step <= state.step:

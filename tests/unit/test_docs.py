@@ -16,12 +16,13 @@ import jsonargparse
 import pytest
 from deepspeed.launcher import runner
 
+from launch.__main__ import script_of
 from tests.paths import ROOT
 from train.errors import UserError
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("train/*/README.md"))]
 OURS = ("train", "launch", "data_prep", "tests", "ds_configs", "docs", ".ci")
-STARTERS = ("python", "deepspeed", "mpirun", "sbatch", "srun", "make", "torchrun")
+STARTERS = ("python", "deepspeed", "mpirun", "sbatch", "srun", "make", "torchrun", "halfling")
 BATCH_SCRIPTS = {
     "launch/slurm/pretrain.sbatch": "launch/pretrain.py",
     "launch/slurm/data-prep.sbatch": "data_prep/write_shards.py",
@@ -69,7 +70,7 @@ def commands() -> list[Command]:
             if (
                 len(words) > 1
                 and words[0] in STARTERS
-                and re.search(r"\.(py|sbatch)\b|^make ", " ".join(words))
+                and re.search(r"\.(py|sbatch)\b|^make |^halfling [a-z-]+ \S", " ".join(words))
             ):
                 found.append(Command(page.name, line))
     return found
@@ -87,6 +88,11 @@ def words_of(text: str) -> list[str]:
 
 def script_and_arguments(words: list[str]) -> tuple[str, list[str]]:
     """The script of this repository that a command ends up in, and what it is given there."""
+    if words[:2] == ["halfling", "launch"]:
+        arguments = runner.parse_args(words[2:])
+        return script_of(arguments.user_script) or "none", arguments.user_args
+    if words[0] == "halfling":
+        return script_of(words[1]) or "none", words[2:]
     if words[0] in ("deepspeed", "torchrun"):
         arguments = runner.parse_args(words[1:])
         return arguments.user_script, arguments.user_args

@@ -48,11 +48,14 @@ SLOW = {
     "webdataset": "2 s",
 }
 OPTIONAL = {
+    "mlflow": "requirements-trackers.txt",
     "mpi4py": "wants an MPI library",
     "onnx": "requirements-onnx.txt",
     "onnxruntime": "requirements-onnx.txt",
+    "trackio": "requirements-trackers.txt",
     "trafilatura": "requirements-sources.txt",
     "triton": "comes with CUDA builds of torch",
+    "wandb": "requirements-trackers.txt",
 }
 FREE = {
     "launch/preflight/probe.py": "starts on hosts that lack the packages, and says so",

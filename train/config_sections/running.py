@@ -70,6 +70,10 @@ class RunConfig:
     log_every_steps: int = 10
     """Steps between rows of metrics.jsonl, TensorBoard points and updates of the progress bar."""
 
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where figures are shown beside metrics.jsonl: TensorBoard in the run folder, and services through their own
+    libraries and environment variables (requirements-trackers.txt); [] for none."""
+
     stop_after_non_finite: int = 20
     """Steps in a row with a non-finite gradient after which the run stops."""
 

@@ -1,4 +1,4 @@
-"""One stream of rows, several readers: metrics.jsonl, TensorBoard, and the progress bar or plain lines.
+"""One stream of rows, several readers: metrics.jsonl, TensorBoard and other trackers, the progress bar or plain lines.
 
 A row of losses is the mean since the row before, also where a kill came between (loss_accumulator.py); speeds and
 times after a resume cover the steps since the resume.
@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from data_prep.shard_format.files import parse_json, read_file, write_text
 from data_prep.shard_format.terminal import progress_bar
-from train.errors import UserError
+from train.errors import UserError, one_line
 from train.evaluation.masking import LABEL
+from train.loop.trackers import Start, Tracker, open_tracker
 
 PLAIN_LINE_EVERY_S = 15.0
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -73,23 +74,41 @@ class RunEvents:
     """Writes the rows of steps after `resumed_step`; rows that a killed run had already written past that step
     are removed, so that each step stands in metrics.jsonl once. A start at step 0 writes that step's row anew.
 
-    A disk that fills up costs rows, said once, and not the run: whether that goes on, the checkpoints decide.
+    A disk that fills up, or a service that is gone, costs rows, said once, and not the run: whether that goes on, the
+    checkpoints decide.
+
+    Args:
+        trackers: of run.trackers.
+        config: the resolved configuration, for them.
     """
 
-    def __init__(self, run_dir: Path, name: str, resumed_step: int, total_steps: int) -> None:
-        self._run_dir, self._warned = run_dir, False
+    def __init__(
+        self,
+        run_dir: Path,
+        name: str,
+        resumed_step: int,
+        total_steps: int,
+        trackers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] = {},
+    ) -> None:
+        self._run_dir = run_dir
+        self._warned: set[str] = set()
         for record in RECORDS:
             _drop_rows_after(run_dir / f"{record}.jsonl", resumed_step)
         self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self._board: Any = _open_board(run_dir, resumed_step + 1 if resumed_step else 0)
+        start = Start(run_dir, name, resumed_step, config)
+        self._trackers: dict[str, Tracker] = {each: open_tracker(each, start) for each in trackers}
         self._progress = _Progress(name, resumed_step, total_steps)
 
     def row(self, step: int, values: Row, histograms: Mapping[str, torch.Tensor] = {}) -> None:
-        """One row: scalars to all readers, histograms (any shape) to TensorBoard alone."""
+        """One row: numbers to all readers, words to metrics.jsonl, histograms (any shape) to TensorBoard alone."""
         with self._rows_may_be_lost():
             self._file.write(_json_line({"step": step, **values}))
-        with self._rows_may_be_lost():
-            self._to_board(step, values, histograms)
+        figures = {board_tag(key): value for key, value in values.items() if not isinstance(value, str)}
+        named = {board_tag(key): tensor for key, tensor in histograms.items()}
+        for name, tracker in self._trackers.items():
+            with self._rows_may_be_lost(name):
+                tracker.row(step, figures, named)
         self._progress.update(step, values)
 
     def record(self, name: str, step: int, values: Mapping[str, Any]) -> None:
@@ -107,30 +126,23 @@ class RunEvents:
         self._progress.close()
         with self._rows_may_be_lost():
             self._file.close()
-        if self._board is not None:
-            with self._rows_may_be_lost():
-                self._board.close()
-
-    def _to_board(self, step: int, values: Row, histograms: Mapping[str, torch.Tensor]) -> None:
-        board, self._board = self._board, None  # a writer that has failed once fails for ever
-        board = board or _open_board(self._run_dir, None)
-        for key, value in values.items():
-            if not isinstance(value, str):
-                board.add_scalar(board_tag(key), value, step)
-        for key, tensor in histograms.items():
-            numbers = tensor.detach().float().cpu()
-            if len(numbers := numbers[torch.isfinite(numbers)]):
-                board.add_histogram(board_tag(key), numbers, step)
-        self._board = board
+        for name, tracker in self._trackers.items():
+            with self._rows_may_be_lost(name):
+                tracker.close()
 
     @contextmanager
-    def _rows_may_be_lost(self) -> Iterator[None]:
+    def _rows_may_be_lost(self, tracker: str = "tensorboard") -> Iterator[None]:
+        """The folder may be full; the libraries of services raise errors of all kinds."""
+        where, kind = f"run.trackers: {tracker}", Exception
+        if tracker == "tensorboard":
+            where, kind = str(self._run_dir), OSError
         try:
             yield
-        except OSError as error:
-            if not self._warned:
-                self.say(f"{self._run_dir}: rows cannot be written ({error}); training goes on without them")
-            self._warned = True
+        except kind as error:
+            if where not in self._warned:
+                what = one_line(error)
+                self.say(f"{where}: rows cannot be written ({what}); training goes on without them")
+            self._warned.add(where)
 
 
 # The first word of a key is TensorBoard's group, where the key does not need to say it again.
@@ -156,12 +168,6 @@ def board_tag(key: str) -> str:
     if first in NAMED_GROUPS and key not in GROUPS:
         return f"{first}/{rest or 'total'}"
     return f"{GROUPS.get(key) or GROUPS.get(first, 'progress')}/{key.replace('heldout_', '')}"
-
-
-def _open_board(run_dir: Path, purge_step: int | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
 
 def _json_line(values: Mapping[str, Any]) -> str:
