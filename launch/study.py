@@ -58,7 +58,7 @@ from train.run_folder import hold
 TASKS = ("cola", "sst2", "mrpc", "stsb", "rte", "qnli", "mnli", "imdb", "squad")
 OWN = {
     "model.teacher": "--teacher",
-    "model.layer_map": "--students and --objectives",
+    "model.layer_map": "--layer-map and --objectives",
     "model.student_layers": "--students",
     "model.student_width": "--students",
     "data.shards": "--corpus",
@@ -112,6 +112,7 @@ def main(arguments: Sequence[str]) -> int:
         ],
         rates=options.rates or [base.optimizer.lr],
         recipe=base,
+        layer_map=options.layer_map,
     )
     flags = ["--task", *options.score_on, "--data", options.tasks, "--seeds", str(options.seeds)]
     finetuning, settings = checked_finetuning(flags, own, options.teacher)
@@ -157,6 +158,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="other budgets; 0 for none (default: 1/8, 1/4, 1/2 and 2 of the budget)",
     )
     add("--students", metavar="A,B", help="of half, narrow (default: both)")
+    layers_help = "the teacher's layers that students begin with (default: %(default)s)"
+    add("--layer-map", choices=("every_other", "last_of_each"), default="every_other", help=layers_help)
     add("--objectives", metavar="A,B", help="these alone (default: all)")
     add("--rates", metavar="R,R", help="learning rates to try (default: that of the recipe alone)")
     add("--score-on", metavar="A,B", default=",".join(TASKS), help="tasks (default: %(default)s)")

@@ -147,6 +147,7 @@ class Study:
     objectives: Sequence[Objective]
     rates: Sequence[float]
     recipe: Config
+    layer_map: str = "every_other"
 
     @property
     def needs_head(self) -> bool:
@@ -212,7 +213,7 @@ class Study:
         projects = is_narrow and any(getattr(recipe, name) for name in cosines)
         changes = {
             "model.teacher": teacher,
-            "model.layer_map": "random" if objective.random else "every_other",
+            "model.layer_map": "random" if objective.random else self.layer_map,
             **student.changes,
             **terms_alone(self.recipe, objective.terms),
             **({"objective.projection": True} if projects else {}),

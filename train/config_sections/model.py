@@ -30,9 +30,10 @@ class ModelConfig:
     student_layers: int | None = None
     """Layers of the student; null: half the teacher's."""
 
-    layer_map: Literal["every_other", "distilbert", "random"] | list[int] = "distilbert"
-    """Which teacher layers the student starts from: every other one, the original code's 0,2,4,7,9,11, an
-    explicit list of teacher layers, or random weights in the teacher's shapes."""
+    layer_map: Literal["every_other", "last_of_each", "distilbert", "random"] | list[int] = "distilbert"
+    """Which teacher layers the student starts from: every other one (0, 2, ...), the last of each such group (1, 3,
+    ..., the teacher's last among them), the original code's 0,2,4,7,9,11, an explicit list of teacher layers, or
+    random weights in the teacher's shapes."""
 
     student_width: int | None = None
     """Hidden width of the student; null: the teacher's. A student narrower than its teacher inherits the hidden

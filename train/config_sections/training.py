@@ -125,6 +125,10 @@ class TrainingConfig:
     max_steps: int | None = None
     """Optimizer steps of the run, in place of `epochs`; 0 leaves the student as it was made, scored and exported."""
 
+    dropout: bool = True
+    """Drop out as the model's own configuration says; false: nothing while it is trained, for a student that is to
+    imitate its teacher, who drops nothing. The exported model keeps its configuration."""
+
     gradient_clipping: float = 1.0
     """Largest global gradient norm (NVIDIA's LAMB recipe); 0: not clipped."""
 

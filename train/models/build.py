@@ -141,13 +141,18 @@ def build_student(
         folders: of `open_teachers`, where they have been opened before.
         measured: see make_student; None where a narrower student's shapes alone count.
     """
-    model = config.model
+    model, seed = config.model, config.data.seed
     if model.scratch is not None:
-        return _from_scratch(model.scratch, manifest.tokenizer, config.data.seed)
-    folder = (folders or teacher_folders(config))[0]
-    if model.start_from is not None:
-        return _trained_on(folder, model.new_head, config.data.seed)
-    return student_of(folder.model, config, measured)
+        made = _from_scratch(model.scratch, manifest.tokenizer, seed)
+    else:
+        folder = (folders or teacher_folders(config))[0]
+        trained_on = model.start_from is not None
+        made = (
+            _trained_on(folder, model.new_head, seed)
+            if trained_on
+            else student_of(folder.model, config, measured)
+        )
+    return made.train(config.training.dropout)
 
 
 def student_of(teacher: PreTrainedModel, config: Config, measured: Measured | None = None) -> PreTrainedModel:

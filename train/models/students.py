@@ -58,8 +58,9 @@ def make_student(
 
     Args:
         num_layers: depth; None for the map's own, which is half of the teacher's except for a list.
-        layer_map: "every_other" (evenly spaced from layer 0), "distilbert" (0, 2, 4, 7, 9, 11), a list of
-            teacher layers counted from 0, or "random" (fresh weights everywhere).
+        layer_map: "every_other" (evenly spaced from layer 0), "last_of_each" (evenly spaced up to the last),
+            "distilbert" (0, 2, 4, 7, 9, 11), a list of teacher layers counted from 0, or "random" (fresh weights
+            everywhere).
         width, heads, feed_forward: hidden width, attention heads, feed-forward units; None for the teacher's width,
             heads of its size, and units in proportion.
         measured: what the parts of the student at the teacher's width carry; None keeps the first ones of a narrower
@@ -154,6 +155,8 @@ def resolve_layer_map(
     (0, 2, 4, 6, 8, 10)
     >>> resolve_layer_map("every_other", 12, 4)
     (0, 3, 6, 9)
+    >>> resolve_layer_map("last_of_each", 12)
+    (1, 3, 5, 7, 9, 11)
     """
     if num_layers is not None:
         _check_depth(num_layers)
@@ -194,14 +197,15 @@ def _check_depth(num_layers: int) -> None:
         raise UserError(f"model.student_layers is {num_layers}; give at least 1")
 
 
-def _evenly_spaced(teacher_layers: int, depth: int) -> tuple[int, ...]:
-    return tuple(index * teacher_layers // depth for index in range(depth))
+def _evenly_spaced(teacher_layers: int, depth: int, last: bool = False) -> tuple[int, ...]:
+    """The first layer of each of `depth` groups of like size, or the last one."""
+    return tuple((index + last) * teacher_layers // depth - last for index in range(depth))
 
 
 def _named_layer_map(name: str, teacher_layers: int, num_layers: int | None) -> tuple[int, ...]:
-    if name == "every_other":
+    if name in ("every_other", "last_of_each"):
         depth = default_student_layers(teacher_layers) if num_layers is None else num_layers
-        return _evenly_spaced(teacher_layers, depth)
+        return _evenly_spaced(teacher_layers, depth, last=name == "last_of_each")
     if name == "distilbert":
         if teacher_layers != 12 or num_layers not in (None, len(ORIGINAL_LAYERS)):
             raise UserError(
@@ -210,7 +214,7 @@ def _named_layer_map(name: str, teacher_layers: int, num_layers: int | None) -> 
             )
         return ORIGINAL_LAYERS
     raise UserError(
-        f"model.layer_map is {name!r}; choose every_other, distilbert, random or a list of layers"
+        f"model.layer_map is {name!r}; choose every_other, last_of_each, distilbert, random or a list of layers"
     )
 
 

@@ -118,6 +118,12 @@ def test_settings_of_one_term_reach_the_runs_that_have_it(words: list[str]) -> N
             assert objective.projection is has_cosine
 
 
+def test_students_begin_with_the_layers_that_are_asked_for() -> None:
+    runs = {run.name: run.changes for run in replace(planned(), layer_map="last_of_each").listed()}
+    assert runs["half-cut"]["model.layer_map"] == runs["narrow-triple"]["model.layer_map"] == "last_of_each"
+    assert runs["half-control"]["model.layer_map"] == "random"
+
+
 def test_shapes_are_whole_heads() -> None:
     half, narrow = students_of(6, 384, 12)
     assert half.changes == {"model.student_layers": 3}

@@ -18,6 +18,7 @@ from train.config import Config
 from train.config_sections.data import DataConfig
 from train.config_sections.model import ModelConfig
 from train.config_sections.objective import ObjectiveConfig
+from train.config_sections.training import TrainingConfig
 from train.errors import UserError
 from train.loop.trainer import DistillationModule
 from train.models.build import build_student, build_teacher, open_teachers, teacher_config
@@ -27,6 +28,7 @@ from train.models.students import make_student
 from train.models.teacher import Teacher
 from train.objective.build import build_objective
 
+SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
 PLAIN_MLM = ObjectiveConfig(kd_weight=0.0, cosine_weight=0.0)
 
 
@@ -161,10 +163,20 @@ def test_a_model_is_trained_on_in_its_own_architecture(
         open_teachers(Config(model=model_config, objective=PLAIN_MLM), other)
 
 
-def test_a_model_from_scratch_has_the_shards_vocabulary(shards_folder: str) -> None:
-    settings = {"model_type": "bert", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+@pytest.mark.parametrize("dropout", [True, False])
+def test_dropout_is_left_out_where_it_is_said(teacher_folder: str, shards_folder: str, dropout: bool) -> None:
     manifest = Manifest.load(shards_folder)
-    model = build_student(scratch(**settings), manifest)
+    training = TrainingConfig(dropout=dropout)
+    config = Config(model=ModelConfig(teacher=teacher_folder, layer_map="every_other"), training=training)
+    for each in (config, replace(scratch(model_type="bert", **SMALL), training=training)):
+        model = build_student(each, manifest)
+        assert {module.training for module in model.modules()} == {dropout}
+        assert max(model.config.to_dict().get(key, 0) for key in ("dropout", "hidden_dropout_prob")) == 0.1
+
+
+def test_a_model_from_scratch_has_the_shards_vocabulary(shards_folder: str) -> None:
+    manifest = Manifest.load(shards_folder)
+    model = build_student(scratch(model_type="bert", **SMALL), manifest)
     assert model.get_input_embeddings().weight.shape == (manifest.tokenizer.vocab_size, 16)
 
 

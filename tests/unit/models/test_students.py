@@ -145,6 +145,10 @@ def test_an_untied_head_is_copied(tmp_path):
         (("every_other", 12, 12), tuple(range(12))),
         (("every_other", 7), (0, 2, 4)),
         (("every_other", 1), (0,)),
+        (("last_of_each", 12), (1, 3, 5, 7, 9, 11)),
+        (("last_of_each", 6, 4), (0, 2, 3, 5)),
+        (("last_of_each", 7), (1, 3, 6)),
+        (("last_of_each", 1), (0,)),
         (("distilbert", 12), (0, 2, 4, 7, 9, 11)),
         (("distilbert", 12, 6), (0, 2, 4, 7, 9, 11)),
         (([3, 3, 0], 4), (3, 3, 0)),
@@ -175,7 +179,7 @@ def test_layer_maps(arguments, layers):
         (([0, 2], 4, 3), "model.student_layers is 3 but model.layer_map lists 2 layers"),
         (
             ("evry_other", 4),
-            r"model.layer_map is 'evry_other'; choose every_other, distilbert, random or a list",
+            r"model.layer_map is 'evry_other'; choose every_other, last_of_each, distilbert",
         ),
     ],
 )
