@@ -19,5 +19,6 @@ setup(
         "halfling.launch": ["recipes/*.yaml", "slurm/*", "pbs/*", "kubernetes/*", "hosts.example"],
         "halfling.launch.reporting": ["*.html"],
         "halfling.train.lamb": ["*.c", "*.md"],
+        "halfling.train.models": ["*.c"],
     },
 )

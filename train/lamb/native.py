@@ -1,21 +1,12 @@
-"""Both passes as C loops, built on first use by the machine's own compiler (a tenth of a second).
-
-Nothing is compiled at install time, and where there is no compiler `build` returns None: the eager kernel
-then does the same in three times the time. The library is built anew by each process, for its own processor,
-in a temporary folder: nothing stale or foreign is ever loaded.
+"""Both passes as C loops. Where there is no compiler `build` returns None: the eager kernel then does the same in three
+times the time.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import math
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .compiler import compile_library, forked
 from .parameters import TensorRule
 from .update import Buffers, Kernel
 from .zero_layout import Fragment
 
 SOURCE = Path(__file__).with_name("native.c")
-# -ffp-contract=off keeps each element's rounding the same in vector bodies and scalar tails.
-FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno")
-# gcc's OpenMP is found in torch's own library of it, which is loaded before and open to all. clang brings another one,
-# whose threads compete with torch's.
-THREADS = (("-fopenmp",), ())
-TUNING = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
+FUNCTIONS = ("lamb_first", "lamb_second", "lamb_both")
 FP32_BYTES = 4
 NO_LIMITS = (-math.inf, math.inf)
 KEPT = 1 << 21
@@ -66,51 +53,11 @@ STEP = np.dtype(
 @functools.cache
 def build() -> ctypes.CDLL | None:
     """The compiled loops, or None where no C compiler is found or it fails."""
-    try:
-        compiler = _compiler()
-        return _compile(compiler) if compiler else None
-    except (OSError, ValueError):  # no temporary folder; a CC with one quotation mark
-        return None
-
-
-def _compiler() -> list[str]:
-    """The words of a command: CC as a shell would take it, or a path with blanks; [] where there is none."""
-    given = os.environ.get("CC", "").strip()
-    if given:
-        return [given] if shutil.which(given) else shlex.split(given)
-    found = (shutil.which(name) for name in ("cc", "gcc", "clang"))
-    return next(([path] for path in found if path), [])
-
-
-def _compile(compiler: list[str]) -> ctypes.CDLL | None:
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "lamb_native.so")
-        for flags in itertools.product(THREADS, TUNING):
-            command = [*compiler, *FLAGS, *itertools.chain(*flags), "-o", str(library), str(SOURCE), "-lm"]
-            try:
-                subprocess.run(command, check=True, capture_output=True, timeout=60)
-                loaded = ctypes.CDLL(str(library))
-                functions = loaded.lamb_first, loaded.lamb_second, loaded.lamb_both
-            except (OSError, AttributeError, subprocess.SubprocessError):
-                continue  # AttributeError: what was built is not ours
-            for function in functions:
-                function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
-                function.restype = None
-            return loaded
-    return None
-
-
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-# OpenMP's threads do not survive a fork, and a child that counted on them would wait for ever: it works alone.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
+    library = compile_library(SOURCE, FUNCTIONS)
+    if library is not None:
+        for name in FUNCTIONS:
+            getattr(library, name).argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    return library
 
 
 class NativeKernel(Kernel):
@@ -172,7 +119,7 @@ class NativeKernel(Kernel):
         limits: tuple[float, float] = NO_LIMITS,
     ) -> np.ndarray:
         """Call one of the C functions; (spans,) fp32 trust ratios, in to lamb_second and out of lamb_both."""
-        threads = 1 if _forked else torch.get_num_threads()
+        threads = 1 if forked() else torch.get_num_threads()
         if self._updates.shape != (threads, room):
             self._updates = np.empty((threads, room), dtype=np.float32)
         ratios = np.empty(len(spans), dtype=np.float32) if ratios is None else ratios
