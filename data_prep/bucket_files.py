@@ -27,13 +27,14 @@ def document_keys(digests: np.ndarray, seed: int, heldout_fraction: float) -> np
     splitmix64's finaliser (Steele et al. 2014, doi:10.1145/2660193.2660195) over the digest and the seed.
     """
     low, high = digests[:, 0], digests[:, 1]
-    key = _mix(high ^ _mix(np.array([seed], dtype=np.uint64))) >> np.uint64(1)
+    key = mix(high ^ mix(np.array([seed], dtype=np.uint64))) >> np.uint64(1)
     threshold = int(heldout_fraction * 2.0**53)
     heldout = (low >> np.uint64(11)) < np.uint64(threshold)
     return np.where(heldout, key | HELDOUT_BIT, key)
 
 
-def _mix(value: np.ndarray) -> np.ndarray:
+def mix(value: np.ndarray) -> np.ndarray:
+    """A random permutation of uint64."""
     value = value + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -14,6 +14,7 @@ from data_prep.sources.resolve import Source
 WORK_FOLDER = ".work"
 HISTOGRAM_NAME = "token_histogram.npy"
 SKIPPED_NAME = "skipped.jsonl"
+MIXTURE_OPTIONS = ("weights", "mixture_tokens")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class JobOptions:
     text_fields: tuple[str, ...] = ("text",)
     skip_bad_records: bool = False
     max_document_mb: int = MAX_DOCUMENT_MB
+    weights: tuple[float, ...] = ()
+    """Of the sources in a mixture; empty: every document once."""
+    mixture_tokens: int | None = None
+    """Of the training shards of a mixture; None: as many as use every document."""
 
     def recorded(self) -> dict[str, Any]:
         """What the shards' bytes depend on, for the manifest; not where they lie, nor who made them."""
@@ -41,6 +46,9 @@ class JobOptions:
             del recorded[name]
         if not self.skip_bad_records or self.max_document_mb == MAX_DOCUMENT_MB:
             del recorded["max_document_mb"]  # it decides whether the run ends, not what is written
+        for name in MIXTURE_OPTIONS:
+            if not recorded[name]:
+                del recorded[name]
         return recorded
 
     def read_options(self) -> ReadOptions:
@@ -78,6 +86,9 @@ class Job:
     @property
     def claims(self) -> Path:
         return self.work / self.run
+
+
+DESCRIBED = ("source", "kind", "files", "bytes")
 
 
 def describe_sources(sources: Sequence[Source]) -> list[dict[str, Any]]:

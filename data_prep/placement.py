@@ -17,11 +17,22 @@ from data_prep.chosen_heldout import choose_heldout, left_for_training
 
 MIN_SHARDS = 8
 MIN_SHARD_TOKENS = 2048
-_END = {"train": 1 << 63, "heldout": 1 << 64}
+TRAIN_END = 1 << 63
+_END = {"train": TRAIN_END, "heldout": 1 << 64}
 _START = {"train": 0, "heldout": 1 << 63}
 
 Documents = tuple[np.ndarray, np.ndarray, np.ndarray]
 """keys uint64 (n,), digests uint64 (n, 2), tokens with separator int64 (n,), in any order."""
+
+
+@dataclass(frozen=True)
+class KeyRange:
+    """Of one source the documents whose keys k are low <= k < high, for the `copy`-th time."""
+
+    source: int
+    copy: int
+    low: int
+    high: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,26 @@ class ShardPlan:
     split: str
     low: int
     high: int
+    ranges: tuple[KeyRange, ...] = ()
+    """Of a mixture (data_prep/mixture.py): these alone."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one source of a mixture gives to the training shards."""
+
+    weight: float
+    """Of 1."""
+    own_tokens: int
+    """What it has, each document once, without what is held out."""
+    tokens: int
+    documents: int
+    unused: int
+    """Documents that are in no shard."""
+
+    @property
+    def epochs(self) -> float:
+        return self.tokens / self.own_tokens
 
 
 @dataclass(frozen=True)
@@ -42,6 +73,8 @@ class Plan:
     duplicates: int
     pieces: Mapping[bytes, int] = field(default_factory=dict)
     """What is held out by choice (data_prep/chosen_heldout.py); empty where chance has held out documents."""
+    shares: tuple[Share, ...] = ()
+    """Of a mixture, what each source gives."""
 
 
 def order_and_deduplicate(keys: np.ndarray, digests: np.ndarray) -> np.ndarray:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.bucket_files import Bucket, open_bucket
-from data_prep.chosen_heldout import chosen_rows
+from data_prep.chosen_heldout import chosen_rows, left_for_training
 from data_prep.job import HISTOGRAM_NAME, SKIPPED_NAME, Job, describe_sources
-from data_prep.placement import Documents, Plan, ShardPlan, order_and_deduplicate, plan_shards
+from data_prep.mixture import SourcedDocuments, plan_mixture, shuffled
+from data_prep.placement import TRAIN_END, Documents, Plan, ShardPlan, order_and_deduplicate, plan_shards
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import new_file, new_folder, write_array, write_text
 from data_prep.shard_format.manifest import (
@@ -65,12 +66,43 @@ def make_plan(job: Job) -> Plan:
             yield keys, digests, lengths
 
     plan = plan_shards(read_parts, job.options.shard_tokens, job.options.heldout_fraction)
+    if job.options.weights:
+        train_bounds = [bound for bound in bounds if bound <= TRAIN_END]
+        plan = _mixed(job, plan, heads, train_bounds)
     if not any(shard.split == "train" for shard in plan.shards):
         raise UserError(
             f"all {plan.documents:,} documents fall to the held-out split; lower --heldout-fraction "
             f"{job.options.heldout_fraction} or add documents"
         )
     return plan
+
+
+def _mixed(job: Job, plan: Plan, heads: Sequence[Mapping[str, Any]], bounds: Sequence[int]) -> Plan:
+    """The plan with training shards that hold the sources in their shares; what is held out stays, each once."""
+    paths = job.bucket_paths()
+
+    def read_parts() -> Iterator[SourcedDocuments]:
+        for low, high in pairwise(bounds):
+            parts = [_documents(open_bucket(path), low, high) for path in paths]
+            owners = np.concatenate(
+                [np.full(len(part[0]), head["source"]) for part, head in zip(parts, heads, strict=True)]
+            )
+            keys, digests, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+            # Of a document in several sources the first one's copy is kept: the bucket files are in their order.
+            kept = order_and_deduplicate(keys, digests)
+            left, lengths = left_for_training(
+                plan.pieces, kept.astype(np.uint64), digests[kept], lengths[kept]
+            )
+            index = left.astype(np.int64)
+            yield owners[index], keys[index], lengths
+
+    options = job.options
+    mixture = plan_mixture(
+        read_parts, options.sources, options.weights, options.shard_tokens, options.mixture_tokens
+    )
+    heldout = tuple(shard for shard in plan.shards if shard.split == "heldout")
+    tokens = sum(share.tokens - share.own_tokens for share in mixture.shares) + plan.tokens
+    return replace(plan, shards=(*mixture.shards, *heldout), tokens=tokens, shares=mixture.shares)
 
 
 def _documents(bucket: Bucket, low: int, high: int) -> Documents:
@@ -109,7 +141,9 @@ class ShardPass:
                 worker.progress.add(made.tokens, made.documents, made.tokens)
 
     def _write(self, shard: ShardPlan) -> ShardInfo:
-        documents = self._gather(shard)
+        documents = (
+            self._mixed(shard) if shard.ranges else self._gather(shard.split, shard.low, shard.high)[1]
+        )
         with new_file(Path(self._job.options.out, shard.name), binary=True) as file:
             hashed = _Hashed(file)
             num_documents, num_tokens = write_shard(
@@ -127,16 +161,31 @@ class ShardPass:
             write_text(self._job.records / f"{shard.name}.json", json.dumps(asdict(info)))
         return info
 
-    def _gather(self, shard: ShardPlan) -> list[np.ndarray]:
-        """The shard's documents, each once, in order."""
+    def _mixed(self, shard: ShardPlan) -> list[np.ndarray]:
+        """The documents of all sources' stretches, at random places."""
+        places: list[np.ndarray] = []
+        documents: list[np.ndarray] = []
+        for part in shard.ranges:
+            keys, found = self._gather(shard.split, part.low, part.high, part.source)
+            places.append(shuffled(keys, part.copy))
+            documents += found
+        return [documents[index] for index in np.argsort(np.concatenate(places), kind="stable").tolist()]
+
+    def _gather(
+        self, split: str, low: int, high: int, source: int | None = None
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Keys and tokens of the documents between two keys, of one source or of all, each once, in order."""
         buckets = [open_bucket(path) for path in self._job.bucket_paths()]
-        parts = [bucket.between(shard.low, shard.high) for bucket in buckets]
+        parts = [bucket.between(low, high) for bucket in buckets]
         digests = np.concatenate([bucket.digests[part] for bucket, part in zip(buckets, parts, strict=True)])
-        order = order_and_deduplicate(
-            np.concatenate([bucket.keys[part] for bucket, part in zip(buckets, parts, strict=True)]), digests
-        )
+        keys = np.concatenate([bucket.keys[part] for bucket, part in zip(buckets, parts, strict=True)])
+        order = order_and_deduplicate(keys, digests)
+        if source is not None:
+            counts = [part.stop - part.start for part in parts]
+            owners = np.repeat([bucket.head["source"] for bucket in buckets], counts)
+            order = order[owners[order] == source]
         pieces = self._plan.pieces
-        if pieces and shard.split == "heldout":
+        if pieces and split == "heldout":
             order = order[chosen_rows(pieces, digests[order])]
         # Other copies of a document stay unread: its shard may be where a thousand of them meet.
         kept = np.sort(order)
@@ -150,14 +199,14 @@ class ShardPass:
                 start, end = int(starts[index - before]), int(ends[index - before])
                 documents[index] = np.array(bucket.tokens[start:end])
             before += len(ends)
-        ordered = [(pieces.get(digests[index].tobytes()), documents[index]) for index in order.tolist()]
-        if pieces and shard.split == "heldout":
-            return [document[cut:] for cut, document in ordered]
+        ordered = [(pieces.get(digests[index].tobytes()), index) for index in order.tolist()]
+        if pieces and split == "heldout":
+            return keys[order], [documents[index][cut:] for cut, index in ordered]
+        left = [(cut, index) for cut, index in ordered if cut != 0]
         # What stays of a document gets the separator that went with its end.
-        return [
-            document if cut is None else np.append(document[:cut], document[-1:])
-            for cut, document in ordered
-            if cut != 0
+        return keys[[index for _, index in left]], [
+            documents[index] if cut is None else np.append(documents[index][:cut], documents[index][-1:])
+            for cut, index in left
         ]
 
 
@@ -189,6 +238,19 @@ def finished(job: Job, shard: ShardPlan) -> ShardInfo | None:
     return info if info.bytes == size else None
 
 
+def _in_mixture(plan: Plan, source: int) -> dict[str, Any]:
+    """What the manifest says of a source's share of the training shards; nothing without a mixture."""
+    if not plan.shares:
+        return {}
+    share = plan.shares[source]
+    return {
+        "weight": round(share.weight, 6),
+        "train_tokens": share.tokens,
+        "train_documents": share.documents,
+        "epochs": round(share.epochs, 4),
+    }
+
+
 def finish(job: Job, plan: Plan, save_tokenizer: Any) -> Manifest:
     """Write what lies beside the shards, the manifest last, and remove the work folder; on rank 0."""
     out = Path(job.options.out)
@@ -216,12 +278,16 @@ def finish(job: Job, plan: Plan, save_tokenizer: Any) -> Manifest:
         splits={split: tuple(infos) for split, infos in splits.items()},
         token_histogram=HISTOGRAM_NAME,
         token_histogram_sha256=hashlib.sha256((out / HISTOGRAM_NAME).read_bytes()).hexdigest(),
-        sources=tuple({**source, "documents": read[index]} for index, source in enumerate(described)),
+        sources=tuple(
+            {**source, "documents": read[index], **_in_mixture(plan, index)}
+            for index, source in enumerate(described)
+        ),
         options=json.loads(json.dumps(job.options.recorded())),
         skipped={
             "duplicates": plan.duplicates + sum(head["duplicates"] for head in heads),
             "too_short": sum(head["too_short"] for head in heads),
             "bad_records": num_bad,
+            **({"beyond_the_mixture": sum(share.unused for share in plan.shares)} if plan.shares else {}),
         },
     )
     keep_records(out, source_records(out))

@@ -28,6 +28,7 @@ require_packages()
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from data_prep.error_messages import exit_code, explain
+from data_prep.mixture import split_weights
 from data_prep.shard_format.errors import UserError, refuse_empty_words
 from data_prep.shard_format.files import new_folder
 from data_prep.shard_format.terminal import progress_bar
@@ -209,6 +210,10 @@ def run(parsed: argparse.Namespace) -> str:
     if there and not parsed.overwrite:
         raise UserError(
             f"--out {out}: holds a tokenizer already ({there[0]}); give another folder, or --overwrite to replace it"
+        )
+    if split_weights(parsed.sources)[1]:
+        raise UserError(
+            f"{parsed.sources[0]}: weights have no effect on a vocabulary; name the sources without @WEIGHT"
         )
     options = ReadOptions(text_fields(parsed.text_field), parsed.max_document_mb)
     units = make_units(resolve_sources(parsed.sources, parsed.txt_documents))

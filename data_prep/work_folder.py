@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.bucket_files import read_head
-from data_prep.job import HISTOGRAM_NAME, SKIPPED_NAME, WORK_FOLDER, JobOptions, describe_sources
+from data_prep.job import (
+    DESCRIBED,
+    HISTOGRAM_NAME,
+    MIXTURE_OPTIONS,
+    SKIPPED_NAME,
+    WORK_FOLDER,
+    JobOptions,
+    describe_sources,
+)
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import read_json, try_lock, write_text
 from data_prep.shard_format.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest
@@ -121,7 +129,7 @@ def _finished(out: Path, identity: dict[str, Any], sources: Sequence[Source]) ->
     made = {
         "options": manifest.options,
         "tokenizer": manifest.tokenizer.fingerprint,
-        "sources": [{k: v for k, v in s.items() if k != "documents"} for s in manifest.sources],
+        "sources": [{name: source.get(name) for name in DESCRIBED} for source in manifest.sources],
     }
     records = kept_records(out)
     changes = Changes((), ()) if records is None else changed_files(records, sources)
@@ -175,7 +183,8 @@ def _buckets_stay(out: Path, begun: dict[str, Any], wanted: dict[str, Any]) -> b
         return False
     old, new = dict(begun["options"]), dict(wanted["options"])
     for side in (old, new):
-        side.pop("shard_tokens")
+        for name in ("shard_tokens", *MIXTURE_OPTIONS):
+            side.pop(name, None)
     if begun["tokenizer"] != wanted["tokenizer"] or _names(begun) != _names(wanted):
         return False
     if any(read_head(path)["bad"] for path in (work / "buckets").glob("*.bucket")):

@@ -23,6 +23,7 @@ require_packages()
 
 from data_prep.error_messages import exit_code, explain
 from data_prep.job import SKIPPED_NAME, Job, JobOptions
+from data_prep.mixture import split_weights
 from data_prep.placement import Plan
 from data_prep.shard_format.errors import UserError, refuse_empty_words
 from data_prep.shard_format.hub import require_hub
@@ -51,6 +52,9 @@ examples:
   # the same on many cores, also of several machines that share a file system
   mpirun -n 64 python data_prep/write_shards.py dump.jsonl.zst books/ --tokenizer T --out shards
 
+  # two thirds of each shard Wikipedia, one third books, which are read again and again until they are as much
+  python data_prep/write_shards.py dump.jsonl.zst@2 books/@1 --tokenizer T --out shards
+
 then: python data_prep/verify_shards.py shards
 
 Exit code 0: done. 2: bad usage or input. 1: anything else, as a full disk or a lost process; run it again.
@@ -65,7 +69,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=SOURCES_HELP + "\n" + EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="where the text is, see below")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE[@WEIGHT]",
+        help="where the text is, see below; with weights, whose ratios count, every training shard holds the sources "
+        "in these shares of its tokens",
+    )
     parser.add_argument("--tokenizer", required=True, help="a Hugging Face folder, or a name on the hub")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder of shards to make")
     parser.add_argument("--seed", type=int, default=0, help="of the documents' random places (default 0)")
@@ -82,6 +92,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--shard-tokens", type=int, default=4_000_000, metavar="N", help="tokens per shard (default 4000000)"
+    )
+    parser.add_argument(
+        "--mixture-tokens",
+        type=int,
+        metavar="N",
+        help="of all training shards, with weights (default: as many as use every document, so that small sources are "
+        "repeated and none is cut)",
     )
     parser.add_argument(
         "--txt-documents",
@@ -121,7 +138,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def options_of(arguments: argparse.Namespace) -> JobOptions:
     """Raises UserError naming the option, its value and what it may be."""
-    for name, lowest in (("min_tokens", 1), ("shard_tokens", 1024), ("seed", 0), ("processes", 1)):
+    for name, lowest in (
+        ("min_tokens", 1),
+        ("shard_tokens", 1024),
+        ("mixture_tokens", 1024),
+        ("seed", 0),
+        ("processes", 1),
+    ):
         value = getattr(arguments, name)
         if value is not None and value < lowest:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
@@ -130,8 +153,15 @@ def options_of(arguments: argparse.Namespace) -> JobOptions:
     if not 0 <= arguments.heldout_fraction < 1:
         raise UserError(f"--heldout-fraction {arguments.heldout_fraction}: must be at least 0 and below 1")
     check_max_document_mb(arguments.max_document_mb)
+    sources, weights = split_weights(arguments.sources)
+    if arguments.mixture_tokens is not None and not weights:
+        raise UserError(
+            "--mixture-tokens has no effect without weights; write SOURCE@WEIGHT, or leave it out"
+        )
     return JobOptions(
-        sources=tuple(arguments.sources),
+        sources=sources,
+        weights=weights,
+        mixture_tokens=arguments.mixture_tokens,
         tokenizer=arguments.tokenizer,
         out=arguments.out,
         seed=arguments.seed,
@@ -210,6 +240,12 @@ def summary(manifest: Manifest, out: str, elapsed_s: float | None) -> str:
             f"{split:8} {documents:>12,} documents {tokens:>15,} tokens {len(shards):>6,} shards "
             f"{size / 1e6:>10,.1f} MB"
         )
+    lines += [
+        f"{source['weight']:8.1%} {source['train_documents']:>12,} documents {source['train_tokens']:>15,} tokens of "
+        f"train, {source['epochs']:.2f} epochs of {source['source']}"
+        for source in manifest.sources
+        if "epochs" in source
+    ]
     skipped = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest.skipped.items())
     lines.append(f"left out {skipped}")
     read = sum(source["bytes"] for source in manifest.sources)
