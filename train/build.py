@@ -41,7 +41,7 @@ from train.models.build import (
 from train.models.dropout import with_fast_dropout
 from train.models.flops import measured_matrix_rate, shape_of, training_flops_per_token
 from train.models.teacher import Teacher
-from train.objective.build import build_objective
+from train.objective.build import build_objective, relation_layers
 from train.objective.untrained import freeze_untrained
 from train.optimizer import bind_optimizer, build_optimizer
 
@@ -194,14 +194,17 @@ def _checked_teacher(config: Config, device: str, folders: list[TeacherFolder]) 
 def _compute_cost(
     config: Config, data: RunData, student: PreTrainedModel, teacher: Teacher | None, device: str
 ) -> ComputeCost:
+    shape = shape_of(student)
+    teachers = [shape_of(model) for model in teacher.models] if teacher is not None else []
+    relations = relation_layers(config.objective, shape.layers, [each.layers for each in teachers])
     flops = {
         phase.sequence_length: training_flops_per_token(
-            shape_of(student),
-            [shape_of(model) for model in teacher.models] if teacher is not None else [],
+            shape,
+            teachers,
             phase.sequence_length,
             phase.masker.num_masked,
             config.objective.soft_targets,
-            relations=config.objective.relation_weight > 0,
+            relations,
         ).total
         for phase in data.phases
     }

@@ -127,7 +127,9 @@ def _stepper(
     """A function that makes one forward and backward step and returns the loss."""
     if formulation.startswith("fused"):
         relations = formulation == "fused relation"
-        frozen = Teacher([teacher], relation_layers=[TEACHER_LAYERS] if relations else None)
+        frozen = Teacher(
+            [teacher], relation_layers=[TEACHER_LAYERS] if relations else None, relations_alone=relations
+        )
         positions: Any = formulation.removeprefix("fused ")
         settings = RELATIONS if relations else ObjectiveConfig(kd_positions=positions)
         objective = build_objective(settings, student, frozen)

@@ -50,6 +50,8 @@ class PlannedModel:
     heads: int
     feed_forward: int
     vocabulary: int
+    embedding: int
+    """Width of the embeddings."""
     positions: int
     """Rows of the position table."""
     token_types: int
@@ -60,7 +62,7 @@ class PlannedModel:
     @property
     def shape(self) -> ModelShape:
         """As train/models/flops.py counts it."""
-        return ModelShape(self.layers, self.width, self.feed_forward, self.vocabulary)
+        return ModelShape(self.layers, self.width, self.feed_forward, self.vocabulary, self.embedding)
 
 
 def describe(model: PreTrainedModel) -> PlannedModel:
@@ -73,6 +75,7 @@ def describe(model: PreTrainedModel) -> PlannedModel:
         heads=config.num_attention_heads,
         feed_forward=shape.feed_forward,
         vocabulary=shape.vocabulary,
+        embedding=shape.embedding,
         positions=config.max_position_embeddings,
         token_types=getattr(config, "type_vocab_size", 0),
         parameters=count_parameters(model),

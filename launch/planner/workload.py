@@ -14,6 +14,7 @@ from train.data.pipeline import phase_stops, planned_phases, total_steps
 from train.engine_config import EngineSettings
 from train.models.build import check_sequence_length
 from train.models.flops import FlopsPerToken, training_flops_per_token
+from train.objective.build import relation_layers
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class Recipe:
     def flops_at(self, sequence_length: int) -> FlopsPerToken:
         teachers = [teacher.shape for teacher in self.teachers]
         masked, soft = self._num_masked(sequence_length), self.objective.soft_targets
-        relations = self.objective.relation_weight > 0
+        layers = [teacher.layers for teacher in self.teachers]
+        relations = relation_layers(self.objective, self.student.layers, layers)
         return training_flops_per_token(
-            self.student.shape, teachers, sequence_length, masked, soft, relations=relations
+            self.student.shape, teachers, sequence_length, masked, soft, relations
         )
 
     def step_on(self, world_size: int, micro_batch_size: int, accumulation: int) -> Step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -82,6 +83,24 @@ class ObjectiveConfig:
     def needs_teacher(self) -> bool:
         """Whether a term that is on reads any output of a teacher."""
         return self.needs_teacher_logits or self.needs_hidden or self.relation_weight > 0
+
+    @property
+    def needs_teacher_output(self) -> bool:
+        """Whether a term that is on reads what comes out of a teacher's last layer."""
+        return self.needs_teacher_logits or self.needs_hidden
+
+    @property
+    def needs_student_output(self) -> bool:
+        """The same of the student's."""
+        return self.needs_masks or self.needs_hidden
+
+    def relation_pairs(self, student_layers: int, teacher_layers: Sequence[int]) -> list[tuple[int, int]]:
+        """(student layer, teacher layer) of each teacher, counted from 1; the last ones where the recipe names none.
+
+        Args:
+            student_layers, teacher_layers: how many each has.
+        """
+        return self.relation_layers or [(student_layers, each) for each in teacher_layers]
 
     @property
     def needs_masks(self) -> bool:

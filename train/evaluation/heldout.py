@@ -84,7 +84,9 @@ class HeldoutEvaluation:
         total = torch.zeros(len(fields(HeldoutSums)), dtype=torch.float64, device=self._device)
         for input_ids, window_ids in self._batches:
             masked = self._masker(input_ids.to(self._device), window_ids.to(self._device), HELDOUT_EPOCH)
-            sums = heldout_statistics(student, masked, teacher(masked.input_ids) if teacher else None)
+            sums = heldout_statistics(
+                student, masked, teacher(masked.input_ids, whole=True) if teacher else None
+            )
             values = [getattr(sums, field.name) for field in fields(HeldoutSums)]
             total += torch.stack([torch.zeros_like(total[0]) if v is None else v for v in values])
         if self._world_size > 1:

@@ -81,6 +81,7 @@ def build_teacher(config: Config, device: str, folders: Sequence[TeacherFolder] 
         fingerprints=[each.fingerprint for each in folders],
         output_hidden_states=config.objective.layer_cosine_weight > 0,
         relation_layers=_relation_layers(config, folders),
+        relations_alone=config.objective.relation_weight > 0 and not config.objective.needs_teacher_output,
         compile=config.model.teacher_compile,
     )
     teacher.check_sequence_length(config.data.sequence_length)
@@ -92,13 +93,12 @@ def _relation_layers(config: Config, folders: Sequence[TeacherFolder]) -> list[i
     objective = config.objective
     if objective.relation_weight == 0:
         return None
-    if objective.relation_layers is not None:
-        return [theirs for _, theirs in objective.relation_layers]
     families = [family_of_type(folder.config.model_type) for folder in folders]
-    return [
+    num_layers = [
         int(getattr(folder.config, family.num_layers_field))
         for folder, family in zip(folders, families, strict=True)
     ]
+    return [theirs for _, theirs in objective.relation_pairs(0, num_layers)]
 
 
 def teacher_names(config: Config) -> list[str]:

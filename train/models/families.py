@@ -89,8 +89,12 @@ class Family:
     """Whether positions rotate queries and keys, so that a head's dimensions hang together."""
     attention: str = "sdpa"
     """What transformers calls the implementation of its attention: "eager" where it has no fused one."""
+    projection_norm: str | None = None
+    """Path, within a layer, of a norm that the queries', keys' and values' maps read through."""
     projection_calls: Callable[[Any], int] = field(default=lambda config: 1, kw_only=True)
     """How often one forward pass calls the maps to queries and keys, by config; the hidden states come first."""
+    layer_output: Callable[[torch.Tensor], Any] = field(default=lambda hidden: hidden, kw_only=True)
+    """What a layer returns, by its hidden states."""
     decoder_function: Callable[[Any], tuple[torch.Tensor, torch.Tensor | None]] = field(
         default=lambda model: (model.get_output_embeddings().weight, model.get_output_embeddings().bias),
         kw_only=True,
@@ -235,6 +239,7 @@ MPNET = replace(
     projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
     attention_output="attention.attn.o",
     attention="eager",
+    layer_output=lambda hidden: (hidden,),
 )
 ELECTRA = Family(
     model_type="electra",
@@ -255,6 +260,7 @@ DEBERTA_V2 = Family(
     projection_calls=lambda config: (
         2 if config.relative_attention and getattr(config, "share_att_key", False) else 1
     ),
+    layer_output=lambda hidden: (hidden, None),
     transform_function=_deberta_transform,
     decoder_function=_deberta_decoder,
 )
@@ -264,6 +270,7 @@ MODERNBERT = Family(
     layers="model.layers",
     head=("head.", "decoder."),
     projections=("attn.Wqkv",),
+    projection_norm="attn_norm",
     attention_output="attn.Wo",
     feed_forward=("mlp.Wi", "mlp.Wo"),
     rotary=True,

@@ -2,7 +2,7 @@
 
 A matrix product of (m, k) and (k, n) counts 2 m k n. Per token and layer of width d, with a feed-forward
 width f and a sequence of L tokens: 8 d^2 (query, key, value, output) + 4 d f (two feed-forward products)
-+ 4 L d (scores and their weighted sum). Embeddings, norms, softmax and activations are left out, as in the
++ 4 L d (scores and their weighted sum). Lookups, norms, softmax and activations are left out, as in the
 model-FLOPs utilisation of Chowdhery et al. 2022 (arXiv:2204.02311, appendix B).
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -27,6 +27,19 @@ class ModelShape:
     width: int
     feed_forward: int
     vocabulary: int
+    embedding: int
+    """Width of the embeddings and of the decoder; ELECTRA's and DeBERTa's may be narrower than `width`."""
+
+
+@dataclass(frozen=True)
+class RelationLayers:
+    """The layers, counted from 1, whose relations are learnt."""
+
+    student: int
+    teachers: tuple[int, ...]
+    student_alone: bool
+    """Whether nothing that comes after that layer's queries, keys and values is computed."""
+    teachers_alone: bool
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
@@ -34,20 +47,32 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     config = model.config
     feed_forward = getattr(config, "intermediate_size", None) or config.hidden_dim
     family = family_of(model)
+    embedding: Any = model.get_input_embeddings()
     return ModelShape(
-        family.num_layers(model), family.width(model), int(feed_forward), int(config.vocab_size)
+        family.num_layers(model),
+        family.width(model),
+        int(feed_forward),
+        int(config.vocab_size),
+        int(embedding.weight.shape[1]),
     )
 
 
-def forward_flops_per_token(shape: ModelShape, sequence_length: int, decoded_share: float) -> float:
+def forward_flops_per_token(
+    shape: ModelShape, sequence_length: int, decoded_share: float, ends_at: int | None = None
+) -> float:
     """FLOPs of one forward pass per token.
 
     Args:
         decoded_share: share of the positions whose logits are computed: 1 for all, 0.15 for masked ones.
+        ends_at: layer, counted from 1, of which nothing but queries, keys and values is computed, and nothing after
+            them; None for the whole encoder.
     """
-    d, f = shape.width, shape.feed_forward
-    encoder = shape.layers * (8 * d * d + 4 * d * f + 4 * sequence_length * d)
-    head = 2 * d * d + 2 * d * shape.vocabulary
+    d, f, e = shape.width, shape.feed_forward, shape.embedding
+    layer = 8 * d * d + 4 * d * f + 4 * sequence_length * d
+    encoder = shape.layers * layer if ends_at is None else (ends_at - 1) * layer + 6 * d * d
+    if e != d:
+        encoder += 2 * e * d
+    head = 2 * d * e + 2 * e * shape.vocabulary
     return encoder + decoded_share * head
 
 
@@ -71,22 +96,30 @@ def training_flops_per_token(
     sequence_length: int,
     num_masked: int,
     soft_targets: Literal["all", "masked", "none"],
-    relations: bool = False,
+    relations: RelationLayers | None = None,
 ) -> FlopsPerToken:
     """Of a step of distillation; both models' logits are computed only where the objective reads them.
 
     Args:
         num_masked: masked positions of each sequence; 0 where no term predicts tokens.
-        relations: whether those of one layer's queries, keys and values are learnt from: three products of each
-            vector with all others, and one more for each of the student's gradients.
+        relations: for the layers whose queries, keys and values are learnt from: three products of each vector with
+            all others, and one more for each of the student's gradients.
         soft_targets: positions whose teacher's logits are learnt from.
     """
     masked = num_masked / sequence_length
     share = 1.0 if soft_targets == "all" else masked
-    of_student = 3 * forward_flops_per_token(student, sequence_length, share)
     soft = 0.0 if soft_targets == "none" else share
-    of_teachers = sum(forward_flops_per_token(teacher, sequence_length, soft) for teacher in teachers)
-    if relations:
+    student_end: int | None = None
+    teacher_ends: list[int | None] = [None] * len(teachers)
+    if relations is not None:
+        student_end = relations.student if relations.student_alone else None
+        teacher_ends = list(relations.teachers) if relations.teachers_alone else teacher_ends
+    of_student = 3 * forward_flops_per_token(student, sequence_length, share, student_end)
+    of_teachers = sum(
+        forward_flops_per_token(teacher, sequence_length, soft, end)
+        for teacher, end in zip(teachers, teacher_ends, strict=True)
+    )
+    if relations is not None:
         of_student += len(teachers) * 3 * 4 * sequence_length * student.width
         of_teachers += sum(3 * 2 * sequence_length * teacher.width for teacher in teachers)
     return FlopsPerToken(of_student, of_teachers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,7 @@ class Teacher:
         fingerprints: of the tokenizers beside them.
         output_hidden_states: keep every layer's output, for the mapped-layer cosine.
         relation_layers: of each model, counted from 1: keep its queries, keys and values; None for no layer's.
+        relations_alone: nothing else is read of it, and nothing that comes after them is computed.
         compile: run the encoders through torch.compile.
     """
 
@@ -75,6 +77,7 @@ class Teacher:
         fingerprints: Sequence[str | None] | None = None,
         output_hidden_states: bool = False,
         relation_layers: Sequence[int] | None = None,
+        relations_alone: bool = False,
         compile: bool = False,
     ) -> None:
         assert models, "train/config_sections/model.py refuses an empty list"
@@ -87,7 +90,9 @@ class Teacher:
         self.output_hidden_states = output_hidden_states
         self.fingerprints = tuple(fingerprints or [None] * len(models))
         self._check_one_vocabulary()
+        assert relation_layers is not None or not relations_alone
         self._vectors = self._recorded(relation_layers)
+        self._relations_alone = relations_alone
         encoders = (family.encode for family in self.families)
         self._encoders = tuple(torch.compile(encode) if compile else encode for encode in encoders)
 
@@ -161,18 +166,28 @@ class Teacher:
         )
 
     @torch.inference_mode()
-    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TeacherOutput:
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        whole: bool = False,
+    ) -> TeacherOutput:
         """Hidden states of every member; logits are computed later, chunk by chunk and only where needed.
 
         Args:
             input_ids: (B, L) int64 on the teacher's device.
             attention_mask: (B, L), non-zero where a token counts; None when nothing is padded.
+            whole: compute the last hidden states also where the objective reads relations alone, which leaves those
+                of no use otherwise.
         """
         members = []
         for family, model, share, encode, recorded in zip(
             self.families, self.models, self.shares, self._encoders, self._vectors, strict=True
         ):
-            output = encode(model, input_ids, attention_mask, self.output_hidden_states)
+            alone = recorded is not None and self._relations_alone and not whole
+            with recorded.alone() if recorded is not None and alone else nullcontext():
+                output = encode(model, input_ids, attention_mask, self.output_hidden_states)
             vectors = None if recorded is None else recorded.take()
             members.append(
                 TeacherMember(family, model, share, output.last_hidden, output.hidden_states, vectors)

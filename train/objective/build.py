@@ -12,6 +12,7 @@ from train.config_sections.objective import ObjectiveConfig
 from train.errors import UserError
 from train.models.attention_vectors import AttentionVectors
 from train.models.families import family_of
+from train.models.flops import RelationLayers
 from train.models.teacher import Teacher
 from train.objective.distillation import DistillationLoss, Relations
 
@@ -72,7 +73,7 @@ def _check_layer_pairs(settings: ObjectiveConfig, student_layers: int, teacher: 
 def _relations(settings: ObjectiveConfig, student: PreTrainedModel, teacher: Teacher) -> Relations:
     family = family_of(student)
     num_layers = family.num_layers(student)
-    layers = {own for own, _ in settings.relation_layers or [(num_layers, 0)]}
+    layers = {own for own, _ in settings.relation_pairs(num_layers, teacher.num_layers)}
     if len(layers) > 1:
         raise UserError(
             f"objective.relation_layers={settings.relation_layers}: the student gives the relations of one layer; "
@@ -85,6 +86,21 @@ def _relations(settings: ObjectiveConfig, student: PreTrainedModel, teacher: Tea
         )
     heads = relation_heads(settings.relation_heads, [family.width(student), *teacher.widths])
     return Relations(AttentionVectors(family, student, layer), heads)
+
+
+def relation_layers(
+    settings: ObjectiveConfig, student_layers: int, teacher_layers: Sequence[int]
+) -> RelationLayers | None:
+    """What the FLOPs of the relation term depend on; None where it is off."""
+    if settings.relation_weight == 0:
+        return None
+    pairs = settings.relation_pairs(student_layers, teacher_layers)
+    return RelationLayers(
+        pairs[0][0],
+        tuple(theirs for _, theirs in pairs),
+        student_alone=not settings.needs_student_output,
+        teachers_alone=not settings.needs_teacher_output,
+    )
 
 
 def relation_heads(asked: int | None, widths: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ logits of more than one chunk of tokens. reference.py is the plain version.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -137,9 +138,11 @@ class DistillationLoss(nn.Module):
         if has_head(student) and embedding.weight is family.decoder(student)[0]:
             tied = TiedGradient()
             embedded = tied_lookup(embedding, masked.input_ids, tied)
-        encoded = family.encode(
-            student, masked.input_ids, attention_mask, settings.needs_layers, inputs_embeds=embedded
-        )
+        alone = self.relations is not None and not settings.needs_student_output
+        with self.relations.student.alone() if self.relations is not None and alone else nullcontext():
+            encoded = family.encode(
+                student, masked.input_ids, attention_mask, settings.needs_layers, inputs_embeds=embedded
+            )
         terms = None
         if settings.needs_masks:
             tokens = select_tokens(

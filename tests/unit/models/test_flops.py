@@ -2,26 +2,72 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, ElectraConfig, ElectraForMaskedLM
 
-from train.models.flops import ModelShape, forward_flops_per_token, measured_matrix_rate, shape_of
+from train.models.attention_vectors import AttentionVectors
+from train.models.families import ELECTRA, family_of
+from train.models.flops import (
+    ModelShape,
+    RelationLayers,
+    forward_flops_per_token,
+    measured_matrix_rate,
+    shape_of,
+    training_flops_per_token,
+)
+
+SHAPE = ModelShape(layers=1, width=4, feed_forward=16, vocabulary=10, embedding=4)
+LAYER = 8 * 16 + 4 * 4 * 16 + 4 * 5 * 4
 
 
 def test_one_layer_by_hand() -> None:
-    shape = ModelShape(layers=1, width=4, feed_forward=16, vocabulary=10)
-    encoder = 8 * 16 + 4 * 4 * 16 + 4 * 5 * 4
-    assert forward_flops_per_token(shape, sequence_length=5, decoded_share=0.0) == encoder
-    assert forward_flops_per_token(shape, 5, 0.5) == encoder + 0.5 * (2 * 16 + 2 * 4 * 10)
+    assert forward_flops_per_token(SHAPE, sequence_length=5, decoded_share=0.0) == LAYER
+    assert forward_flops_per_token(SHAPE, 5, 0.5) == LAYER + 0.5 * (2 * 16 + 2 * 4 * 10)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_relations_by_hand(alone: bool) -> None:
+    deep = ModelShape(layers=3, width=4, feed_forward=16, vocabulary=10, embedding=4)
+    relations = RelationLayers(1, (2,), student_alone=alone, teachers_alone=alone)
+    found = training_flops_per_token(SHAPE, [deep], 5, 0, "none", relations)
+    projections, product = 6 * 16, 2 * 5 * 4
+    assert found.student == 3 * (projections if alone else LAYER) + 3 * 2 * product
+    assert found.teachers == (LAYER + projections if alone else 3 * LAYER) + 3 * product
+
+
+def counted(run) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def test_equals_torchs_count(teacher_folder: str) -> None:
     model = AutoModelForMaskedLM.from_pretrained(teacher_folder, attn_implementation="eager").eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.randint(0, 60, (3, 16)))
-    ours = 3 * 16 * forward_flops_per_token(shape_of(model), sequence_length=16, decoded_share=1.0)
-    assert counter.get_total_flops() == ours
+    ids, shape = torch.randint(0, 60, (3, 16)), shape_of(model)
+    whole = forward_flops_per_token(shape, sequence_length=16, decoded_share=1.0)
+    assert counted(lambda: model(ids)) == 3 * 16 * whole
+    with AttentionVectors(family_of(model), model, 2).alone():
+        ended = forward_flops_per_token(shape, 16, 0.0, ends_at=2)
+        assert counted(lambda: family_of(model).encode(model, ids)) == 3 * 16 * ended
+
+
+def test_narrow_embeddings_equal_torchs_count() -> None:
+    config = ElectraConfig(
+        vocab_size=64,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    config._attn_implementation = "eager"
+    model = ElectraForMaskedLM(config).eval()
+    ours = forward_flops_per_token(shape_of(model), sequence_length=16, decoded_share=1.0)
+    ids = torch.randint(0, 64, (3, 16))
+    assert counted(lambda: model(ids)) == 3 * 16 * ours
+    assert ELECTRA.decoder(model)[0].shape == (64, 16)
 
 
 def test_matrix_rate_is_plausible() -> None:
@@ -33,4 +79,4 @@ def test_shape_of_distilbert(teacher_folder: str) -> None:
 
     teacher = AutoModelForMaskedLM.from_pretrained(teacher_folder)
     teacher_shape, student_shape = shape_of(teacher), shape_of(make_student(teacher))
-    assert student_shape == ModelShape(2, 32, 64, teacher_shape.vocabulary)
+    assert student_shape == ModelShape(2, 32, 64, teacher_shape.vocabulary, 32)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 import torch
@@ -93,6 +95,34 @@ def test_loss_and_gradients_are_the_formulas(kind):
             assert parameter.grad is None, name
         else:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-10, atol=1e-12)
+
+
+def calls_after(model, layer):
+    """A list that grows with every call of a part that the vectors of this layer do not need."""
+    family, calls = family_of(model), []
+    first, *others = family.layer_list(model)[layer - 1 :]
+    paths = [*family.projections, *([family.projection_norm] if family.projection_norm else [])]
+    needed = {attrgetter(path)(first) for path in paths}
+    for block in (first, *others):
+        for part in block.modules():
+            if part not in needed and not list(part.children()):
+                part.register_forward_hook(lambda part, *_: calls.append(part))
+    return calls
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_alone_nothing_after_the_relations_layer_is_computed(kind):
+    """Of teacher and student; a whole pass gives the same loss."""
+    teacher, masked = model_of(kind), unmasked()
+    student = make_student(copy.deepcopy(teacher), 3).eval()
+    alone = Teacher([teacher], relation_layers=[3], relations_alone=True)
+    objective = build_objective(replace(RELATIONS, relation_layers=[(2, 3)]), student, alone)
+    calls = [calls_after(teacher, 3), calls_after(student, 2)]
+    loss = objective(student, masked, alone(masked.input_ids)).loss
+    assert calls == [[], []]
+    sums = objective.score_text(student, alone(masked.input_ids, whole=True), masked.input_ids)
+    assert all(calls)
+    assert loss.item() == pytest.approx(sums["relation"].item() / masked.input_ids.numel(), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
