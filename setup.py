@@ -20,5 +20,6 @@ setup(
         "halfling.launch.reporting": ["*.html"],
         "halfling.train.lamb": ["*.c", "*.md"],
         "halfling.train.models": ["*.c"],
+        "halfling.train.objective": ["*.c"],
     },
 )

@@ -24,11 +24,17 @@ THREADS = (("-fopenmp",), ())
 TUNING = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
 
 
-def compile_library(source: Path, functions: Sequence[str]) -> ctypes.CDLL | None:
-    """The compiled file with all these functions in it, or None where no C compiler is found or it fails."""
+def compile_library(
+    source: Path, functions: Sequence[str], options: Sequence[str] = ()
+) -> ctypes.CDLL | None:
+    """The compiled file with all these functions in it, or None where no C compiler is found or it fails.
+
+    Args:
+        options: of the compiler, after FLAGS.
+    """
     try:
         compiler = _compiler()
-        return _compile(compiler, source, functions) if compiler else None
+        return _compile(compiler, source, functions, options) if compiler else None
     except (OSError, ValueError):  # no temporary folder; a CC with one quotation mark
         return None
 
@@ -42,11 +48,14 @@ def _compiler() -> list[str]:
     return next(([path] for path in found if path), [])
 
 
-def _compile(compiler: list[str], source: Path, functions: Sequence[str]) -> ctypes.CDLL | None:
+def _compile(
+    compiler: list[str], source: Path, functions: Sequence[str], options: Sequence[str]
+) -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, f"{source.stem}.so")
         for flags in itertools.product(THREADS, TUNING):
-            command = [*compiler, *FLAGS, *itertools.chain(*flags), "-o", str(library), str(source), "-lm"]
+            own = (*FLAGS, *options, *itertools.chain(*flags))
+            command = [*compiler, *own, "-o", str(library), str(source), "-lm"]
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 loaded = ctypes.CDLL(str(library))

@@ -5,7 +5,8 @@
 
 Each model's vectors are cut into the same number of relation heads, which need not be its attention heads: so widths,
 heads and depths of the two models are free. The (L, L) maps of a few sequences' heads exist at once, in buffers used
-again; values and the student's gradients come out of the same pass. reference.py has the plain version.
+again; values and the student's gradients come out of the same pass. On a CPU with a C compiler a few rows of one map
+exist at once (relations_native.py). reference.py has the plain version.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from train.objective.chunk_terms import Workspace
+from train.objective.relations_native import build, native_pass
 
 CPU_MAPS_BYTES = 2**20
 GPU_MAPS_BYTES = 256 * 2**20
@@ -44,7 +46,8 @@ def relation_loss(
         weights: (B, L) weight of each position in the mean; 0 where it is padding.
         attention_mask: (B, L), non-zero where a token counts; None when nothing is padded.
         heads: relation heads; divides both widths.
-        chunk_maps: maps (L, L) that exist at once; None for what fills 1 MiB (GPU: 256 MiB) per buffer.
+        chunk_maps: maps (L, L) that exist at once in torch operations; None for the C loops on a CPU, and otherwise for
+            what fills 1 MiB (GPU: 256 MiB) per buffer.
         workspace: buffers to use again; None makes them afresh.
     Returns:
         Scalar, fp32 (fp64 for fp64 students).
@@ -96,6 +99,12 @@ class _Pass:
     ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
         """The value, and the gradients (B, L, width) of the student's vectors."""
         dtype = torch.promote_types(student[0].dtype, torch.float32)
+        on_cpu = self.weights.device.type == "cpu"
+        if self.chunk_maps is None and on_cpu and (library := build(dtype)) is not None:
+            weights = self.weights.to(dtype) / self.heads
+            return native_pass(
+                library, student, self.teacher, weights, self.padding, self.heads, needs_gradient
+            )
         row_weights = (self.weights.to(dtype) / self.heads).repeat_interleave(self.heads, 0)[..., None]
         padded_keys = None if self.padding is None else self.padding.repeat_interleave(self.heads, 0)[:, None]
         value = torch.zeros((), dtype=dtype, device=student[0].device)
