@@ -1,7 +1,8 @@
 """Bucket files: the tokenised documents of one chunk of work, sorted by the key that decides their place.
 
 A bucket file is the journal, too: where it exists its chunk is done. Layout: 8 bytes with the length of a JSON
-head, the head, then keys uint64 (n,), digests uint64 (n, 2), ends uint64 (n,) and the tokens.
+head, the head, then keys uint64 (n,), digests uint64 (n, 2), ends uint64 (n,), bands uint64 (n, b) and the tokens; b,
+of the signatures of near-duplicates, stands in the head and is 0 where nobody looks for them.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Bucket:
     keys: np.ndarray
     digests: np.ndarray
     ends: np.ndarray
+    bands: np.ndarray
     tokens: np.ndarray
 
     def between(self, low: int, high: int) -> slice:
@@ -60,7 +62,12 @@ class Bucket:
 
 
 def write_bucket(
-    path: Path, head: dict[str, Any], keys: np.ndarray, digests: np.ndarray, documents: list[np.ndarray]
+    path: Path,
+    head: dict[str, Any],
+    keys: np.ndarray,
+    digests: np.ndarray,
+    documents: list[np.ndarray],
+    bands: np.ndarray | None = None,
 ) -> None:
     """Put a bucket file at `path` in one step.
 
@@ -68,10 +75,12 @@ def write_bucket(
         keys: uint64 (n,), ascending.
         digests: uint64 (n, 2), ascending where keys are equal.
         documents: n token arrays.
+        bands: uint64 (n, b), or None.
     """
     lengths = np.array([len(document) for document in documents], dtype=np.uint64)
+    signed = {} if bands is None else {"bands": bands.shape[1]}
     dtype = documents[0].dtype if documents else np.dtype(np.uint16)
-    text = json.dumps({**head, "documents": len(documents), "dtype": dtype.name}).encode()
+    text = json.dumps({**head, "documents": len(documents), "dtype": dtype.name, **signed}).encode()
     text += b" " * (-len(text) % 8)  # the arrays after it are aligned
     with new_file(path, binary=True) as file:
         file.write(len(text).to_bytes(8, "little"))
@@ -79,6 +88,8 @@ def write_bucket(
         file.write(keys.tobytes())
         file.write(digests.tobytes())
         file.write(np.cumsum(lengths, dtype=np.uint64).tobytes())
+        if bands is not None:
+            file.write(bands.tobytes())
         for document in documents:
             file.write(document.data)
 
@@ -94,11 +105,14 @@ def open_bucket(path: str | os.PathLike[str]) -> Bucket:
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     head = json.loads(content[8:start].tobytes())
     count = head["documents"]
+    num_bands = head.get("bands", 0)
     table = content[start : start + 32 * count].view(np.uint64)
+    end = start + (32 + 8 * num_bands) * count
     return Bucket(
         head=head,
         keys=table[:count],
         digests=table[count : 3 * count].reshape(count, 2),
         ends=table[3 * count :],
-        tokens=content[start + 32 * count :].view(head["dtype"]),
+        bands=content[start + 32 * count : end].view(np.uint64).reshape(count, num_bands),
+        tokens=content[end:].view(head["dtype"]),
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.near_duplicates import NearDuplicates
 from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from data_prep.sources.records import MAX_DOCUMENT_MB, ReadOptions
 from data_prep.sources.resolve import Source
@@ -14,7 +15,10 @@ from data_prep.sources.resolve import Source
 WORK_FOLDER = ".work"
 HISTOGRAM_NAME = "token_histogram.npy"
 SKIPPED_NAME = "skipped.jsonl"
+NEAR_DUPLICATES_NAME = "near_duplicates.npy"
 MIXTURE_OPTIONS = ("weights", "mixture_tokens")
+OPTIONAL = (*MIXTURE_OPTIONS, "drop_near_duplicates")
+"""Options that are recorded only where they are on."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class JobOptions:
     """Of the sources in a mixture; empty: every document once."""
     mixture_tokens: int | None = None
     """Of the training shards of a mixture; None: as many as use every document."""
+    drop_near_duplicates: bool = False
 
     def recorded(self) -> dict[str, Any]:
         """What the shards' bytes depend on, for the manifest; not where they lie, nor who made them."""
@@ -46,7 +51,7 @@ class JobOptions:
             del recorded[name]
         if not self.skip_bad_records or self.max_document_mb == MAX_DOCUMENT_MB:
             del recorded["max_document_mb"]  # it decides whether the run ends, not what is written
-        for name in MIXTURE_OPTIONS:
+        for name in OPTIONAL:
             if not recorded[name]:
                 del recorded[name]
         return recorded
@@ -66,6 +71,8 @@ class Job:
     run: str
     made: tuple[Path, ...] | None = None
     """All bucket files, once there are all."""
+    near: NearDuplicates | None = None
+    """Once they were looked for."""
 
     @property
     def work(self) -> Path:

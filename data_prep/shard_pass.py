@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from data_prep.bucket_files import Bucket, open_bucket
 from data_prep.chosen_heldout import chosen_rows, left_for_training
 from data_prep.job import HISTOGRAM_NAME, SKIPPED_NAME, Job, describe_sources
 from data_prep.mixture import SourcedDocuments, plan_mixture, shuffled
+from data_prep.near_duplicates import dropped_masks
 from data_prep.placement import TRAIN_END, Documents, Plan, ShardPlan, order_and_deduplicate, plan_shards
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import new_file, new_folder, write_array, write_text
@@ -44,7 +45,6 @@ def make_plan(job: Job) -> Plan:
     Raises:
         UserError: there is nothing to write.
     """
-    paths = job.bucket_paths()
     heads = bucket_heads(job)
     total = sum(head["documents"] for head in heads)
     if total == 0:
@@ -61,14 +61,13 @@ def make_plan(job: Job) -> Plan:
 
     def read_parts() -> Iterator[Documents]:
         for low, high in pairwise(bounds):
-            parts = [_documents(open_bucket(path), low, high) for path in paths]
-            keys, digests, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+            keys, digests, lengths, _ = _documents(job, low, high)
             yield keys, digests, lengths
 
     plan = plan_shards(read_parts, job.options.shard_tokens, job.options.heldout_fraction)
     if job.options.weights:
         train_bounds = [bound for bound in bounds if bound <= TRAIN_END]
-        plan = _mixed(job, plan, heads, train_bounds)
+        plan = _mixed(job, plan, train_bounds)
     if not any(shard.split == "train" for shard in plan.shards):
         raise UserError(
             f"all {plan.documents:,} documents fall to the held-out split; lower --heldout-fraction "
@@ -77,17 +76,12 @@ def make_plan(job: Job) -> Plan:
     return plan
 
 
-def _mixed(job: Job, plan: Plan, heads: Sequence[Mapping[str, Any]], bounds: Sequence[int]) -> Plan:
+def _mixed(job: Job, plan: Plan, bounds: Sequence[int]) -> Plan:
     """The plan with training shards that hold the sources in their shares; what is held out stays, each once."""
-    paths = job.bucket_paths()
 
     def read_parts() -> Iterator[SourcedDocuments]:
         for low, high in pairwise(bounds):
-            parts = [_documents(open_bucket(path), low, high) for path in paths]
-            owners = np.concatenate(
-                [np.full(len(part[0]), head["source"]) for part, head in zip(parts, heads, strict=True)]
-            )
-            keys, digests, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+            keys, digests, lengths, owners = _documents(job, low, high)
             # Of a document in several sources the first one's copy is kept: the bucket files are in their order.
             kept = order_and_deduplicate(keys, digests)
             left, lengths = left_for_training(
@@ -105,9 +99,18 @@ def _mixed(job: Job, plan: Plan, heads: Sequence[Mapping[str, Any]], bounds: Seq
     return replace(plan, shards=(*mixture.shards, *heldout), tokens=tokens, shares=mixture.shares)
 
 
-def _documents(bucket: Bucket, low: int, high: int) -> Documents:
-    part = bucket.between(low, high)
-    return np.array(bucket.keys[part]), np.array(bucket.digests[part]), _lengths(bucket, part)
+def _documents(job: Job, low: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Keys, digests, lengths and sources of the documents between two keys, without near-duplicates."""
+    buckets = [open_bucket(path) for path in job.bucket_paths()]
+    columns = []
+    for bucket, dropped in zip(buckets, dropped_masks(job.near, buckets), strict=True):
+        part = bucket.between(low, high)
+        kept = ~dropped[part]
+        keys = bucket.keys[part][kept]
+        source = np.full(len(keys), bucket.head["source"])
+        columns.append((keys, bucket.digests[part][kept], _lengths(bucket, part)[kept], source))
+    keys, digests, lengths, sources = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return keys, digests, lengths, sources
 
 
 def _lengths(bucket: Bucket, part: slice) -> np.ndarray:
@@ -132,6 +135,8 @@ class ShardPass:
 
     def run(self, worker: Worker) -> None:
         wait_for(self._job.bucket_paths())
+        if self._job.near is not None:
+            wait_for([self._job.near.path])
         for shard in self._plan.shards:
             worker.check()
             if (info := finished(self._job, shard)) is not None:
@@ -180,6 +185,9 @@ class ShardPass:
         digests = np.concatenate([bucket.digests[part] for bucket, part in zip(buckets, parts, strict=True)])
         keys = np.concatenate([bucket.keys[part] for bucket, part in zip(buckets, parts, strict=True)])
         order = order_and_deduplicate(keys, digests)
+        if self._job.near is not None:
+            masks = zip(dropped_masks(self._job.near, buckets), parts, strict=True)
+            order = order[~np.concatenate([mask[part] for mask, part in masks])[order]]
         if source is not None:
             counts = [part.stop - part.start for part in parts]
             owners = np.repeat([bucket.head["source"] for bucket in buckets], counts)
@@ -284,9 +292,12 @@ def finish(job: Job, plan: Plan, save_tokenizer: Any) -> Manifest:
         ),
         options=json.loads(json.dumps(job.options.recorded())),
         skipped={
-            "duplicates": plan.duplicates + sum(head["duplicates"] for head in heads),
+            "duplicates": plan.duplicates
+            + sum(head["duplicates"] for head in heads)
+            + (job.near.copies if job.near else 0),
             "too_short": sum(head["too_short"] for head in heads),
             "bad_records": num_bad,
+            **({"near_duplicates": job.near.documents} if job.near else {}),
             **({"beyond_the_mixture": sum(share.unused for share in plan.shares)} if plan.shares else {}),
         },
     )

@@ -15,6 +15,7 @@ import numpy as np
 from data_prep.bucket_files import document_keys, read_head, write_bucket
 from data_prep.document_encoder import Encoder
 from data_prep.job import Job
+from data_prep.near_duplicates import BANDS, Signatures
 from data_prep.placement import order_and_deduplicate
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import new_file, until_seen, write_text
@@ -102,6 +103,8 @@ class _Chunk:
     def write(self, target: Path, encoder: Encoder, records: Iterator[Record], source: int) -> None:
         digests: list[bytes] = []
         documents: list[np.ndarray] = []
+        signatures = Signatures() if self._options.drop_near_duplicates else None
+        bands: list[np.ndarray] = []
         num_short = num_read = 0
         position = self._begun
         for encoded in encoder.encode(self._texts(records)):
@@ -111,6 +114,8 @@ class _Chunk:
                 continue
             digests.append(encoded.digest)
             documents.append(encoded.tokens)
+            if signatures is not None:
+                bands.append(signatures.bands(encoded.tokens[:-1]))
             if num_read % 256 == 0:
                 self._worker.check()
                 now = self._reader.position()
@@ -129,7 +134,10 @@ class _Chunk:
             "bad": self._bad,
         }
         kept_documents = [documents[index] for index in kept.tolist()]
-        write_bucket(target, head, keys[kept], digest_table[kept], kept_documents)
+        band_table = None
+        if signatures is not None:
+            band_table = np.array(bands, dtype=np.uint64).reshape(-1, BANDS)[kept]
+        write_bucket(target, head, keys[kept], digest_table[kept], kept_documents, band_table)
         self._worker.progress.add(end - position, num_read, sum(map(len, documents)))
 
     def _texts(self, records: Iterator[Record]) -> Iterator[str]:

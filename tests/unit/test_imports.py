@@ -49,6 +49,7 @@ SLOW = {
 }
 OPTIONAL = {
     "mlflow": "requirements-trackers.txt",
+    "datasketch": "requirements-sources.txt",
     "mpi4py": "wants an MPI library",
     "onnx": "requirements-onnx.txt",
     "onnxruntime": "requirements-onnx.txt",
