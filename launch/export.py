@@ -5,11 +5,15 @@ and no shards.
     python launch/export.py RUN/checkpoints/step-00000500 OUT
     python launch/export.py RUN OUT --onnx --int8         the same, with model.onnx and model_int8.onnx in it
     python launch/export.py FOLDER OUT --onnx --int8      of a Hugging Face folder: a classifier, say
+    python launch/export.py RUN OUT --push OWNER/NAME --private --license apache-2.0 --language en --scores SCORES
 
 The folder holds safetensors weights (the optimizer's fp32 copy), the tokenizer and a model card; it is loaded
 back with stock transformers and must give the same outputs before it appears under its name. model.onnx has dynamic
 batch and sequence axes and optimum's names; ONNX Runtime must give torch's outputs on several shapes, with padding,
 before the folder appears. --int8 quantises weights and activations (dynamic) and says what that changed.
+
+--push uploads OUT to the Hugging Face hub (or HF_ENDPOINT) with your token (`hf auth login`, HF_TOKEN). The model card
+names the teacher, the recipe, the data with their sizes, and what you state: licences, language, scores.
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         metavar="FILE",
         help="with --int8: a sentence per line, to measure int8 on (else random tokens)",
     )
+    add_card(parser)
     options = parser.parse_args(arguments)
     refuse_idle_options(options)
     if options.out.exists():
@@ -58,6 +63,10 @@ def main(arguments: Sequence[str]) -> int:
         from train.export.onnx_check import require_onnx
 
         require_onnx()
+    if options.push:
+        from train.export.hub_push import require_push
+
+        require_push(options.push)
     texts = read_texts(options.texts) if options.texts else None
     from train.distributed.world import quiet_libraries
 
@@ -67,13 +76,28 @@ def main(arguments: Sequence[str]) -> int:
     files: list[OnnxFile] = []
     with new_folder(options.out) as folder:
         if not is_model:
-            said = [write_folder(options.source, options.out, folder)]
+            said = [write_folder(options, folder)]
         if options.onnx:
             from train.export.onnx_export import export_onnx  # its packages are optional
 
             files = export_onnx(options.source if is_model else folder, folder, options.int8, texts)
     print("\n".join([*said, *(line for file in files for line in described(file))]))
+    if options.push:
+        from train.export.hub_push import push_folder
+
+        print(f"pushed: {push_folder(options.out, options.push, options.private)}")
     return 0
+
+
+def add_card(parser: argparse.ArgumentParser) -> None:
+    """The options of the hub and of the model card."""
+    add = parser.add_argument_group("the hub and the model card").add_argument
+    add("--push", metavar="NAME", help="upload OUT to the hub: OWNER/NAME")
+    add("--private", action="store_true", help="a new repository is private; refused where it is public")
+    add("--license", metavar="ID", help="of the weights, as the hub names it: apache-2.0")
+    add("--language", nargs="+", default=[], metavar="CODE", help="en, de, ...")
+    add("--data-license", metavar="TEXT", help="of the text that the model was trained on")
+    add("--scores", type=Path, metavar="DIR", help="what launch/finetune.py left of this model")
 
 
 def refuse_idle_options(options: argparse.Namespace) -> None:
@@ -84,6 +108,14 @@ def refuse_idle_options(options: argparse.Namespace) -> None:
         raise UserError("--texts is what int8 is measured on: give --onnx --int8 too")
     if (options.source / "config.json").exists() and not options.onnx:
         raise UserError(f"{options.source} is a Hugging Face folder already; --onnx writes it as ONNX")
+    if options.private and not options.push:
+        raise UserError("--private is of the repository on the hub: give --push NAME too")
+    for name in ("license", "language", "data_license", "scores"):
+        if getattr(options, name) and (options.source / "config.json").exists():
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} goes into the card of a run's model; {options.source} has a card of its own"
+            )
 
 
 def read_texts(path: Path) -> list[str]:
@@ -97,13 +129,21 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def write_folder(source: Path, out: Path, folder: Path) -> str:
-    """Write a run's or a checkpoint's student to `folder`; what was done, `out` being the name it will have."""
+def write_folder(options: argparse.Namespace, folder: Path) -> str:
+    """Write a run's or a checkpoint's student to `folder`; what was done, OUT being the name it will have."""
     from train.export.hugging_face import export_checkpoint, find_checkpoint
+    from train.export.model_card import Stated
 
-    checkpoint = find_checkpoint(source, print)
-    difference = export_checkpoint(checkpoint, folder, read_summary(checkpoint.parent.parent))
-    return f"{checkpoint} -> {out} (outputs of both differ by {difference:g})"
+    stated = Stated(
+        name=options.push or Stated.name,
+        license=options.license,
+        languages=tuple(options.language),
+        data_license=options.data_license,
+        scores=options.scores,
+    )
+    checkpoint = find_checkpoint(options.source, print)
+    difference = export_checkpoint(checkpoint, folder, read_summary(checkpoint.parent.parent), stated)
+    return f"{checkpoint} -> {options.out} (outputs of both differ by {difference:g})"
 
 
 def described(file: OnnxFile) -> list[str]:

@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
-from data_prep.shard_format.checks import first_problem
 from data_prep.shard_format.files import new_folder
 from train.checkpointing.checkpoint import newest_checkpoint
-from train.checkpointing.integrity import COMPLETE, checkpoint_fault, read_facts
+from train.checkpointing.integrity import COMPLETE, checkpoint_fault
 from train.checkpointing.safe_load import weights_only
 from train.distributed.world import import_deepspeed
 from train.errors import RunError, UserError
+from train.export.model_card import Stated, model_card
 from train.export.sentence_files import MODULES, carry_sentence_files
-from train.models.build import count_parameters
 from train.models.encoder_config import read_config, read_tokenizer, write_length_limit
-from train.models.families import bare_encoder, family_of, has_head
+from train.models.families import bare_encoder, family_of
 from train.models.loading import load_encoder
 
 # Inside each checkpoint: the student's config.json, its tokenizer, and the teacher's files for sentence-transformers.
@@ -102,7 +100,9 @@ def load_student(checkpoint: Path) -> PreTrainedModel:
     return student.eval()
 
 
-def export_checkpoint(checkpoint: Path, out: Path, summary: Mapping[str, Any] | None = None) -> float:
+def export_checkpoint(
+    checkpoint: Path, out: Path, summary: Mapping[str, Any] | None = None, stated: Stated | None = None
+) -> float:
     """Write the student of a checkpoint as a Hugging Face folder, load it back and compare its outputs: logits, or
     without a head the last hidden states.
 
@@ -110,6 +110,7 @@ def export_checkpoint(checkpoint: Path, out: Path, summary: Mapping[str, Any] | 
 
     Args:
         summary: the run's figures for the model card (RUN/summary.json); None leaves them out.
+        stated: what the user says for it.
     Returns:
         The largest difference between the outputs of the checkpoint's student and of the folder's.
     Raises:
@@ -121,7 +122,9 @@ def export_checkpoint(checkpoint: Path, out: Path, summary: Mapping[str, Any] | 
         read_tokenizer(checkpoint / DESCRIPTION).save_pretrained(folder)
         write_length_limit(folder, student.config)
         carry_sentence_files(str(checkpoint / DESCRIPTION), folder, student.config)
-        (folder / "README.md").write_text(model_card(student, checkpoint, summary))
+        of_sentences = (checkpoint / DESCRIPTION / MODULES).exists()
+        card = model_card(student, checkpoint, summary, of_sentences, stated)
+        (folder / "README.md").write_text(card)
         difference = _largest_difference(student, load_encoder(str(folder)).eval())
         if difference != 0:
             raise RunError(
@@ -135,76 +138,3 @@ def _largest_difference(left: PreTrainedModel, right: PreTrainedModel) -> float:
     vocabulary = left.config.vocab_size
     input_ids = torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     return float((left(input_ids)[0] - right(input_ids)[0]).abs().max())
-
-
-USES = {
-    "fill-mask": (
-        "transformers",
-        ["from transformers import pipeline", "", 'fill_mask = pipeline("fill-mask", model="THIS_FOLDER")'],
-    ),
-    "feature-extraction": (
-        "transformers",
-        ["from transformers import AutoModel", "", 'encoder = AutoModel.from_pretrained("THIS_FOLDER")'],
-    ),
-    "sentence-similarity": (
-        "sentence-transformers",
-        [
-            "from sentence_transformers import SentenceTransformer",
-            "",
-            'model = SentenceTransformer("THIS_FOLDER")',
-        ],
-    ),
-}
-"""The hub's name of what a model does -> library, lines of code that load it."""
-
-
-class CardFigures(BaseModel):
-    """What the model card takes of RUN/summary.json."""
-
-    teacher: str | list[str] | None
-    start_from: str | None = None
-    tokens: int
-    heldout: dict[str, float | str | None]
-    versions: dict[str, str]
-
-
-def model_card(student: PreTrainedModel, checkpoint: Path, summary: Mapping[str, Any] | None) -> str:
-    """README.md of the exported folder: what it is, how it was made, what it scores."""
-    state = read_facts(checkpoint)
-    parameters = count_parameters(student)
-    of_sentences = (checkpoint / DESCRIPTION / MODULES).exists()
-    kind = "sentence-similarity" if of_sentences else "feature-extraction"
-    kind = "fill-mask" if has_head(student) else kind
-    library, code = USES[kind]
-    lines = [
-        "---",
-        f"library_name: {library}",
-        f"pipeline_tag: {kind}",
-        "---",
-        "",
-        f"# {student.config.model_type} with {student.config.num_hidden_layers} layers of width "
-        f"{student.config.hidden_size}",
-        "",
-        f"{parameters:,} parameters, trained with Halfling for {state.step:,} steps of "
-        f"{'AdamW' if state.optimizer == 'adamw' else 'LAMB'}.",
-        "",
-        "```python",
-        *code,
-        "```",
-    ]
-    if summary:
-        try:
-            figures = CardFigures.model_validate(summary)
-        except ValidationError as error:
-            path = checkpoint.parent.parent / "summary.json"
-            raise UserError(
-                f"{path} is damaged ({first_problem(error)}); restore it, or remove it to go without its figures"
-            ) from None
-        lines += ["", "| figure | value |", "|---|---|"]
-        lines += [f"| teacher | {figures.teacher or 'none: masked-language modelling alone'} |"]
-        lines += [f"| trained on from | {figures.start_from} |"] if figures.start_from else []
-        lines += [f"| tokens | {figures.tokens:,} |"]
-        for name, value in figures.heldout.items():
-            lines.append(f"| {name} | {format(value, '.4f') if isinstance(value, float) else value} |")
-        lines += [f"| {name} | {version} |" for name, version in figures.versions.items()]
-    return "\n".join(lines) + "\n"
