@@ -250,6 +250,7 @@ def engine_config_for(config: Config, template: dict[str, Any], world_size: int)
         ),
         gradient_clipping=training.gradient_clipping,
         source=config.deepspeed.config,
+        log_level=config.deepspeed.log_level,
     )
     check_engine_config(resolved, config.deepspeed.config)
     return resolved

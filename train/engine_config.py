@@ -44,15 +44,44 @@ _DTYPES = {
     *("fp16", "float16", "half", "torch.float16", "bf16", "bfloat16", "bfloat", "torch.bfloat16"),
     *("fp32", "float32", "float", "torch.float32"),
 }
+# What DeepSpeed 0.19.8 reads only in calls that nothing here makes, or only beside what is refused, and what to use.
+IDLE = {
+    "activation_checkpointing": "deepspeed.checkpointing is not called; take a smaller training.micro_batch_size",
+    "checkpoint": "checkpoints are written, checked and kept by the recipe's section checkpoint.*",
+    "comms_logger": "its summary is not asked for; run.profile_steps traces every collective",
+    "compile": "engine.compile() is not called; model.teacher_compile compiles the teacher",
+    "zero_force_ds_cpu_optimizer": "it goes with offload_optimizer, which the optimizer refuses",
+}
+# Keys of sections that take no effect in stages 1 and 2, or only beside what is refused; DeepSpeed itself refuses keys
+# that it does not know.
+IDLE_KEYS = {
+    "bf16": {"immediate_grad_update", "bf16_master_weights_and_grads", "bf16_optimizer_states"},
+    "fp16": {"auto_cast", "fp16_master_weights_and_grads"},
+    "zero_optimization": {
+        *(
+            "allgather_partitions",
+            "legacy_stage1",
+            "offload_param",
+            "sub_group_size",
+            "memory_efficient_linear",
+        ),
+        *("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights"),
+        *("zero_quantized_gradients", "pipeline_loading_checkpoint", "override_module_apply", "leaf_module"),
+        *("log_trace_cache_warnings", "enable_sanity_checks", "save_muon_momentum_buffer_in_memory"),
+        *("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "prefetch_bucket_size"),
+        *("param_persistence_threshold", "model_persistence_threshold", "max_live_parameters"),
+        *("max_reuse_distance", "gather_16bit_weights_on_model_save", "module_granularity_threshold"),
+        *("use_all_reduce_for_fetch_params", "allgather_sequential"),
+    },
+}
+LOGGED = ("dump_state", "memory_breakdown", "wall_clock_breakdown")
+"""What DeepSpeed does with these is a line of its log of level info."""
+
 # Sections of DeepSpeed's JSON that mean something in this trainer, and what they hold; DeepSpeed itself passes unknown
 # ones over, and reads those that are no objects as they come.
 ENGINE_OWNS = {
-    "activation_checkpointing": OBJECT,
     "bf16": OBJECT,
-    "checkpoint": OBJECT,
-    "comms_logger": OBJECT,
     "communication_data_type": DTYPE,
-    "compile": OBJECT,
     "data_types": OBJECT,
     "disable_python_gc": BOOL,
     "dump_state": BOOL,
@@ -64,7 +93,6 @@ ENGINE_OWNS = {
     "torch_autocast": OBJECT,
     "wall_clock_breakdown": BOOL,
     "zero_allow_untested_optimizer": BOOL,
-    "zero_force_ds_cpu_optimizer": BOOL,
     "zero_optimization": OBJECT,
 }
 
@@ -123,6 +151,7 @@ def resolve_engine_config(
     gradient_accumulation_steps: int,
     gradient_clipping: float,
     source: str | Path | None = None,
+    log_level: str = "info",
 ) -> dict[str, Any]:
     """`template` with every "auto" filled in, ready for deepspeed.initialize.
 
@@ -131,9 +160,10 @@ def resolve_engine_config(
         global_batch_size, micro_batch_size: sequences.
         gradient_clipping: largest global gradient norm; 0 for none.
         source: the JSON's file, to be named.
+        log_level: deepspeed.log_level.
     Raises:
-        UserError: an unknown section, one that holds what it cannot, a literal where the recipe decides, a ZeRO stage
-            above 2, or an "auto" left over.
+        UserError: an unknown section or one without effect, one that holds what it cannot, a literal where the recipe
+            decides, a ZeRO stage above 2, or an "auto" left over.
     """
     where = f"deepspeed.config={str(source)!r}" if source else "deepspeed.config"
     values = {
@@ -145,6 +175,8 @@ def resolve_engine_config(
     }
     known = sorted({*ENGINE_OWNS, *RECIPE_OWNS, *REPLACED})
     for key in template:
+        if key in IDLE:
+            raise UserError(f"{where}: {key} does nothing in this trainer: {IDLE[key]}; leave {key} out")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"remove it; known are {', '.join(known)}"
@@ -164,6 +196,7 @@ def resolve_engine_config(
     for key, needed in ENGINE_OWNS.items():
         if key in resolved and not _holds(resolved[key], needed):
             raise UserError(f"{where}: {key}={resolved[key]!r}; give {needed}")
+    _refuse_idle_keys(resolved, where, log_level)
     # DeepSpeed keeps a list of the optimizer classes it knows, which lacks our LAMB.
     resolved["zero_allow_untested_optimizer"] = True
     stage, bucket = zero.get("stage", 0), zero.get("reduce_bucket_size", 1)
@@ -178,6 +211,22 @@ def resolve_engine_config(
         )
     _refuse_combinations(resolved, where)
     return resolved
+
+
+def _refuse_idle_keys(resolved: dict[str, Any], where: str, log_level: str) -> None:
+    for section, idle in IDLE_KEYS.items():
+        for key in resolved.get(section, {}):
+            if key.removeprefix("stage3_") in idle or key.startswith("stage3_"):
+                raise UserError(
+                    f"{where}: {section}.{key} does nothing in this trainer, which runs ZeRO stages 1 and 2 with its "
+                    "own optimizers; leave it out"
+                )
+    for key in LOGGED:
+        if resolved.get(key) and log_level not in ("debug", "info"):
+            raise UserError(
+                f"{where}: {key} shows in DeepSpeed's log alone, which deepspeed.log_level={log_level!r} holds back; "
+                "give deepspeed.log_level=info too, or leave it out"
+            )
 
 
 def _refuse_combinations(resolved: dict[str, Any], where: str) -> None:

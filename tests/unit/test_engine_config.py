@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.paths import ROOT
+from train.distributed.world import import_deepspeed
 from train.engine_config import (
+    IDLE,
+    IDLE_KEYS,
+    LOGGED,
     default_engine_config,
     engine_settings,
     read_engine_config,
@@ -95,12 +100,60 @@ def test_default_by_device() -> None:
     ("key", "message"),
     [
         ("zero_optimisation", "did you mean 'zero_optimization'"),
-        ("quux", "remove it; known are activation_checkpointing, bf16"),
+        ("quux", "remove it; known are bf16, communication_data_type"),
     ],
 )
 def test_an_unknown_section_is_refused(key: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"unknown section '{key}'; {message}"):
         resolve_engine_config({key: {}, "zero_optimization": {"stage": 2}}, **NUMBERS)
+
+
+@pytest.mark.parametrize(("key", "instead"), IDLE.items())
+def test_a_section_without_effect_is_refused(key: str, instead: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"{key} does nothing in this trainer: {re.escape(instead)}; leave {key} out"
+    ):
+        resolve_engine_config({key: {}, "zero_optimization": {"stage": 2}}, **NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("zero_optimization", "allgather_partitions"),
+        ("zero_optimization", "stage3_max_live_parameters"),
+        ("bf16", "bf16_optimizer_states"),
+        ("fp16", "auto_cast"),
+    ],
+)
+def test_a_key_without_effect_is_refused(section: str, key: str) -> None:
+    template: dict[str, Any] = {"zero_optimization": {"stage": 2}, "fp16": {}, "bf16": {}}
+    template[section][key] = True
+    with pytest.raises(ValueError, match=rf"{section}\.{key} does nothing in this trainer.*leave it out"):
+        resolve_engine_config(template, **NUMBERS)
+
+
+@pytest.mark.parametrize("key", LOGGED)
+def test_what_only_a_log_shows_needs_the_log(key: str) -> None:
+    template = {"zero_optimization": {"stage": 2}, key: True}
+    assert resolve_engine_config(template, **NUMBERS, log_level="info")[key]
+    with pytest.raises(ValueError, match=f"{key} shows in .*give deepspeed.log_level=info"):
+        resolve_engine_config(template, **NUMBERS, log_level="error")
+
+
+def test_keys_without_effect_are_deepspeeds() -> None:
+    """Those of another version would be refused by a wrong word."""
+    deepspeed = import_deepspeed()
+    assert deepspeed
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    classes = {
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "zero_optimization": DeepSpeedZeroConfig,
+    }
+    for section, keys in IDLE_KEYS.items():
+        assert keys <= classes[section].model_fields.keys()
 
 
 def test_settings_of_the_shipped_json() -> None:
