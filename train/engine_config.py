@@ -19,11 +19,12 @@ from train.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# DeepSpeed's own optimizer, scheduler and TensorBoard are not used: the recipe brings its own.
+# DeepSpeed's own optimizer, scheduler, TensorBoard and throughput are not used: the recipe brings its own.
 REPLACED = {
     "optimizer": "the section optimizer.*",
     "scheduler": "the section schedule.*",
     "tensorboard": "the run folder's own TensorBoard",
+    "timers": "metrics.jsonl's tokens_per_s and time_*",
 }
 RECIPE_OWNS = {
     "train_batch_size": "training.global_batch_size",
@@ -199,6 +200,8 @@ def resolve_engine_config(
     _refuse_idle_keys(resolved, where, log_level)
     # DeepSpeed keeps a list of the optimizer classes it knows, which lacks our LAMB.
     resolved["zero_allow_untested_optimizer"] = True
+    # It would wait for the GPU before and after every micro batch from the third step on.
+    resolved["timers"] = {"throughput": {"enabled": False}}
     stage, bucket = zero.get("stage", 0), zero.get("reduce_bucket_size", 1)
     if stage not in (1, 2):
         raise UserError(f"{where}: zero_optimization.stage={stage!r}; this trainer runs stages 1 and 2")

@@ -44,7 +44,7 @@ def test_every_shipped_config_resolves(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["train_batch_size", "gradient_clipping", "optimizer", "scheduler", "steps_per_print"]
+    "key", ["train_batch_size", "gradient_clipping", "optimizer", "scheduler", "steps_per_print", "timers"]
 )
 def test_a_literal_where_the_recipe_decides_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"{key}=7 belongs to .*write \"auto\""):
