@@ -3,8 +3,8 @@ PYTHON ?= python3
 # Files of tests at a time; those of ranks spend half of their time waiting.
 TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
-# They start ranks; some take minutes, and so they begin first.
-RANK_TESTS = tests/end_to_end tests/distributed tests/cluster tests/gpu
+# They start processes of their own; some take minutes, and so they begin first.
+RANK_TESTS = tests/end_to_end tests/distributed tests/cluster tests/gpu tests/fake_cuda
 # Not compiled: of the 300 MB of Python that come, each module that is used is compiled when it is first imported.
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
