@@ -9,7 +9,7 @@ RANK_TESTS = tests/end_to_end tests/distributed tests/cluster tests/gpu tests/fa
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: quickstart test lint types tests unit-tests rank-tests clean
+.PHONY: quickstart test lint types tests unit-tests rank-tests docs clean
 
 quickstart: .venv/installed
 	python launch/quickstart.py
@@ -34,6 +34,10 @@ unit-tests: .venv/installed-dev
 rank-tests: .venv/installed-dev
 	$(PYTEST) $(RANK_TESTS)
 
+# The pages of docs/ as a site: open site/index.html; its search wants a server, python -m http.server -d site.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet --strict
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -46,5 +50,9 @@ rank-tests: .venv/installed-dev
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
+.venv/installed-docs: requirements-docs.txt | .venv/bin/python
+	$(PIP) -r requirements-docs.txt
+	@touch $@
+
 clean:
-	rm -rf .venv runs/quickstart
+	rm -rf .venv runs/quickstart site
