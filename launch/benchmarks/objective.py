@@ -8,51 +8,52 @@
   fused relation   ours
 
 They alternate within one run; medians are printed. Sizes are BERT-base's and DistilBERT's with random
-weights. Peak memory is that of a fresh process each. The FLOP floor is the time that the matrix products of a
-step need at the rate measured, between the steps, for the product with the vocabulary.
+weights; the student of ours has its dropout by C loops (train/models/dropout.py), as in a run. Peak memory is that of
+a fresh process each. The floor is the time that the matrix products of a step take, each at the best rate that is
+measured between the steps for its shape.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
-from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from data_prep.shard_format.files import write_json
 from launch.benchmarks import options
+from launch.benchmarks.floor import BestTimes
+from launch.benchmarks.objective_steps import (
+    FORMULATIONS,
+    RECIPE,
+    VOCABULARY,
+    WIDTH,
+    example_batch,
+    plain_relations,
+    step_products,
+    stepper,
+)
 from launch.benchmarks.options import Shape
 from launch.machine import hardware
 from train.config_sections.objective import ObjectiveConfig
-from train.data.masking import MaskedBatch
-from train.models.attention_vectors import AttentionVectors
-from train.models.families import DecoderInputs, family_of
-from train.models.students import make_student
-from train.models.teacher import Teacher
-from train.objective.build import MAX_RELATION_HEADS, build_objective
+from train.models.families import DecoderInputs
+from train.objective.build import MAX_RELATION_HEADS
 from train.objective.chunk_terms import VocabularyWeights, Workspace
 from train.objective.fused_loss import vocabulary_loss
-from train.objective.reference import original_distiller_loss, reference_cosine, reference_terms
+from train.objective.reference import original_distiller_loss
 from train.objective.relations import relation_loss
 from train.objective.token_selection import SelectedTokens
 
-FORMULATIONS = ("plain original", "plain", "fused all", "fused masked", "plain relation", "fused relation")
-RELATIONS = ObjectiveConfig(kd_weight=0, mlm_weight=0, cosine_weight=0, relation_weight=1)
-PROBABILITY = 0.15
-RECIPE = ObjectiveConfig()
-WIDTH, VOCABULARY, INNER = 768, 30522, 3072
-TEACHER_LAYERS, STUDENT_LAYERS = 12, 6
 RELATIONS_SHAPE = Shape(16, 512)
 """Batch and sequence at which the relation term's memory is measured."""
 GIB = 2**30
@@ -61,6 +62,12 @@ GIB = 2**30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", type=options.shapes, default="8x128,16x128", help="batch x sequence, with commas"
+    )
+    parser.add_argument(
+        "--formulations",
+        type=options.one_or_more_of(FORMULATIONS),
+        default=FORMULATIONS,
+        help="with commas; ratios are to the first of them (default: all)",
     )
     parser.add_argument(
         "--rounds",
@@ -89,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
     figures["steps"] = [
         row
         for index, shape in enumerate(args.shapes)
-        for row in _time_steps(shape, args.rounds if index == 0 else -(-args.rounds // 2))
+        for row in _time_steps(shape, args.formulations, args.rounds if index == 0 else -(-args.rounds // 2))
     ]
     _print_steps(figures["steps"])
     if not args.no_memory:
@@ -102,143 +109,25 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _models() -> tuple[PreTrainedModel, PreTrainedModel]:
-    torch.manual_seed(0)
-    teacher = BertForMaskedLM(BertConfig())
-    student = make_student(teacher)
-    return teacher.eval().requires_grad_(False), student
-
-
-def _batch(batch: int, length: int) -> MaskedBatch:
-    generator = torch.Generator().manual_seed(1)
-    count = round(PROBABILITY * length)
-    order = torch.rand(batch, length - 2, generator=generator).argsort(-1)[:, :count]
-    return MaskedBatch(
-        input_ids=torch.randint(1000, VOCABULARY, (batch, length), generator=generator),
-        positions=order.sort(-1).values + 1,
-        targets=torch.randint(1000, VOCABULARY, (batch, count), generator=generator),
-        valid=torch.ones(batch, count, dtype=torch.bool),
-    )
-
-
-def _stepper(
-    formulation: str, teacher: PreTrainedModel, student: PreTrainedModel
-) -> Callable[[MaskedBatch], float]:
-    """A function that makes one forward and backward step and returns the loss."""
-    if formulation.startswith("fused"):
-        relations = formulation == "fused relation"
-        frozen = Teacher(
-            [teacher], relation_layers=[TEACHER_LAYERS] if relations else None, relations_alone=relations
-        )
-        positions: Any = formulation.removeprefix("fused ")
-        settings = RELATIONS if relations else ObjectiveConfig(kd_positions=positions)
-        objective = build_objective(settings, student, frozen)
-
-        def fused_step(masked: MaskedBatch) -> float:
-            student.zero_grad(set_to_none=True)
-            terms = objective(student, masked, frozen(masked.input_ids))
-            terms.loss.backward()
-            return float(terms.loss.detach())
-
-        return fused_step
-
-    if formulation == "plain relation":
-        vectors = [
-            AttentionVectors(family_of(model), model, layers)
-            for model, layers in ((student, STUDENT_LAYERS), (teacher, TEACHER_LAYERS))
-        ]
-
-        def relation_step(masked: MaskedBatch) -> float:
-            student.zero_grad(set_to_none=True)
-            family_of(student).encode(student, masked.input_ids)
-            with torch.no_grad():
-                family_of(teacher).encode(teacher, masked.input_ids)
-            loss = plain_relations(vectors[0].take(), vectors[1].take(), MAX_RELATION_HEADS)
-            loss.backward()
-            return float(loss.detach())
-
-        return relation_step
-
-    def plain_step(masked: MaskedBatch) -> float:
-        student.zero_grad(set_to_none=True)
-        of_student = student(masked.input_ids, output_hidden_states=True)
-        with torch.no_grad():
-            of_teacher = teacher(masked.input_ids, output_hidden_states=True)
-        student_hidden, teacher_hidden = of_student.hidden_states[-1], of_teacher.hidden_states[-1]
-        if formulation == "plain original":
-            labels = torch.full_like(masked.input_ids, -100).scatter_(1, masked.positions, masked.targets)
-            kept = torch.ones_like(masked.input_ids, dtype=torch.bool)
-            loss = original_distiller_loss(
-                of_student.logits, of_teacher.logits, student_hidden, teacher_hidden, kept, labels, RECIPE
-            )
-        else:
-            terms = reference_terms(
-                of_student.logits, [of_teacher.logits], [1.0], masked, temperature=RECIPE.temperature
-            )
-            loss = RECIPE.kd_weight * terms.kd + RECIPE.mlm_weight * terms.mlm
-            loss = loss + RECIPE.cosine_weight * reference_cosine(student_hidden, teacher_hidden)
-        loss.backward()
-        return float(loss.detach())
-
-    return plain_step
-
-
-def plain_relations(
-    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], heads: int
-) -> torch.Tensor:
-    """The relations' divergence of (B, L, width) vectors, as one would write it: whole maps, autograd."""
-    total = torch.zeros(())
-    for own, theirs in zip(student, teacher, strict=True):
-        log_student, log_teacher = (
-            torch.log_softmax(parts @ parts.transpose(-1, -2) / parts.shape[-1] ** 0.5, -1)
-            for parts in (vectors.unflatten(-1, (heads, -1)).transpose(1, 2) for vectors in (own, theirs))
-        )
-        rows = log_student.shape[:-1].numel()
-        total = total + functional.kl_div(log_student, log_teacher, log_target=True, reduction="sum") / rows
-    return total
-
-
-def step_flops(formulation: str, batch: int, length: int) -> float:
-    """Floating-point operations of the matrix products of one step (attention's included).
-
-    Relations need nothing of the last layers but their queries, keys and values.
-    """
-    tokens = batch * length
-    if formulation.endswith("relation"):
-        layer = 2 * (4 * WIDTH**2 + 2 * WIDTH * INNER) + 4 * length * WIDTH
-        projections, maps = 6 * WIDTH**2, 3 * 2 * length * WIDTH
-        of_teacher = (TEACHER_LAYERS - 1) * layer + projections + maps
-        of_student = 3 * ((STUDENT_LAYERS - 1) * layer + projections) + 2 * maps
-        return float(tokens * (of_teacher + of_student))
-    decoded = batch * round(PROBABILITY * length) if formulation == "fused masked" else tokens
-    per_layer = 2 * (4 * WIDTH**2 + 2 * WIDTH * INNER) + 4 * length * WIDTH
-    head = 2 * (WIDTH**2 + WIDTH * VOCABULARY)
-    teacher = TEACHER_LAYERS * per_layer * tokens + head * decoded
-    student = STUDENT_LAYERS * per_layer * tokens + head * decoded
-    return float(teacher + 3 * student)
-
-
-def _time_steps(shape: Shape, rounds: int) -> list[dict[str, Any]]:
+def _time_steps(shape: Shape, names: Sequence[str], rounds: int) -> list[dict[str, Any]]:
     batch, length = shape
-    teacher, student = _models()
-    student.train()
-    masked = _batch(batch, length)
-    steps = {name: _stepper(name, teacher, student) for name in FORMULATIONS}
-    seconds: dict[str, list[float]] = {name: [] for name in FORMULATIONS}
-    rates = []
+    masked = example_batch(batch, length)
+    steps = {name: stepper(name) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    products = {name: step_products(name, batch, length) for name in names}
+    best = BestTimes()
     for round_number in range(rounds + 1):
-        rates.append(_matmul_rate())
+        best.measure(itertools.chain(*products.values()))
         for name, step in steps.items():
             start = time.perf_counter()
             step(masked)
             if round_number > 0:  # the first round warms caches and allocator
                 seconds[name].append(time.perf_counter() - start)
-    rate = statistics.median(rates)
-    baseline = statistics.median(seconds["plain original"])
+    baseline = statistics.median(seconds[names[0]])
     rows = []
-    for name in FORMULATIONS:
+    for name in names:
         median = statistics.median(seconds[name])
-        floor = step_flops(name, batch, length) / rate
+        floor, flops = best.floor(products[name]), sum(product.flops for product in products[name])
         rows.append(
             {
                 "shape": str(shape),
@@ -247,26 +136,14 @@ def _time_steps(shape: Shape, rounds: int) -> list[dict[str, Any]]:
                 "step_s": median,
                 "best_s": min(seconds[name]),
                 "ratio": baseline / median,
-                "best_ratio": min(seconds["plain original"]) / min(seconds[name]),
-                "gflop": step_flops(name, batch, length) / 1e9,
-                "matmul_gflop_per_s": rate / 1e9,
+                "best_ratio": min(seconds[names[0]]) / min(seconds[name]),
+                "gflop": flops / 1e9,
+                "matmul_gflop_per_s": flops / floor / 1e9,
                 "floor_s": floor,
                 "floor_share": floor / median,
             }
         )
     return rows
-
-
-def _matmul_rate() -> float:
-    """FLOP/s of the product with the vocabulary at 512 rows, into memory already at hand."""
-    left, right = torch.randn(512, WIDTH), torch.randn(VOCABULARY, WIDTH)
-    out = torch.empty(512, VOCABULARY)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.mm(left, right.t(), out=out)
-        times.append(time.perf_counter() - start)
-    return 2 * 512 * WIDTH * VOCABULARY / min(times)
 
 
 def _resident_peak(reset: bool = False) -> int:
@@ -281,9 +158,7 @@ def _resident_peak(reset: bool = False) -> int:
 
 def _step_memory(formulation: str, batch: int, length: int) -> int:
     """Bytes by which one step raises a fresh process's peak, models and their loading not counted."""
-    teacher, student = _models()
-    student.train()
-    step, masked = _stepper(formulation, teacher, student), _batch(batch, length)
+    step, masked = stepper(formulation), example_batch(batch, length)
     before = _resident_peak(reset=True)
     step(masked)
     return _resident_peak() - before
@@ -291,7 +166,7 @@ def _step_memory(formulation: str, batch: int, length: int) -> int:
 
 def _loss_memory(formulation: str, batch: int, length: int) -> int:
     """The same for the vocabulary part alone, from features to their gradients."""
-    masked, tokens = _batch(batch, length), batch * length
+    masked, tokens = example_batch(batch, length), batch * length
     features = torch.randn(tokens, WIDTH, requires_grad=True)
     weight = torch.randn(VOCABULARY, WIDTH).mul_(0.02).requires_grad_()
     bias = torch.zeros(VOCABULARY, requires_grad=True)
@@ -383,8 +258,10 @@ def _print_steps(rows: list[dict[str, Any]]) -> None:
             f"{row['ratio']:>6.2f} {row['best_s']:>7.3f} {row['best_ratio']:>6.2f} {row['gflop']:>7.0f} "
             f"{row['floor_s']:>8.3f} {row['floor_share']:>6.0%}"
         )
+    rates = [row["matmul_gflop_per_s"] for row in rows]
     print(
-        f"matrix products: {rows[0]['matmul_gflop_per_s']:.0f} GFLOP/s; step s: median; ratios: to plain original"
+        f"matrix products: {min(rates):.0f} to {max(rates):.0f} GFLOP/s; step s: median; ratios: to "
+        f"{rows[0]['formulation']}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,19 @@ def shape(text: str) -> Shape:
 def shapes(text: str) -> list[Shape]:
     """Several of them, with commas."""
     return [shape(word) for word in text.split(",")]
+
+
+def one_or_more_of(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """A type for some of these, with commas."""
+
+    def chosen(text: str) -> list[str]:
+        words = [word.strip() for word in text.split(",")]
+        unknown = [word for word in words if word not in names]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r}: give some of {', '.join(names)}, with commas")
+        return words
+
+    return chosen
 
 
 def device(text: str) -> str:

@@ -30,6 +30,10 @@ NO_FOLDER = "--json: '/none/figures.json': there is no folder /none; make it fir
         ("loader --json /none/figures.json", NO_FOLDER),
         ("objective --rounds 0", "--rounds: '0': give a whole number, at least 1"),
         ("objective --shapes 8x128,foo", "--shapes: 'foo': give BATCHxLENGTH, such as 8x128"),
+        (
+            "objective --formulations plain,fast",
+            "--formulations: 'fast': give some of plain original, plain, fused all",
+        ),
         ("objective --shapes 8x0", "--shapes: '0': give a whole number, at least 1"),
         ("objective --json /none/figures.json", NO_FOLDER),
         ("data --corpus /none.jsonl --tokenizer t", "--corpus: '/none.jsonl': no such file"),
