@@ -60,6 +60,7 @@ from train.loop.timing import Clock
 from train.loop.trackers import require_trackers
 from train.loop.trainer import Observer
 from train.models.build import count_parameters, origin_of, teacher_names
+from train.models.precision import precision_remark
 from train.run_folder import (
     MODEL,
     STUDENT,
@@ -178,6 +179,10 @@ def _remarks(parts: Parts, inputs: Inputs, asked: int | str | None) -> Iterator[
             f"no term of the objective trains {len(parts.frozen)} of the student's parameters, from "
             f"{parts.frozen[0]} on: they stay as they are"
         )
+    if parts.student.device.type == "cpu":
+        remark = precision_remark([parts.student, *(parts.teacher.models if parts.teacher else ())])
+        if remark is not None:
+            yield remark
 
 
 def _train_with_rollbacks(

@@ -108,7 +108,8 @@ class DeepSpeedConfig:
     """The engine."""
 
     config: str | None = None
-    """DeepSpeed JSON; null: ds_configs/fp16.json on GPUs, ds_configs/cpu.json elsewhere."""
+    """DeepSpeed JSON; null: ds_configs/fp16.json on GPUs, ds_configs/cpu.json elsewhere (ds_configs/cpu-bf16.json on
+    CPUs with fast bf16 products: a run says at its start what they are worth)."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "error"
     """What DeepSpeed may say."""

@@ -72,7 +72,13 @@ def build_teacher(config: Config, device: str, folders: Sequence[TeacherFolder] 
 
     Args:
         folders: of `open_teachers`, where they have been opened before.
+    Raises:
+        UserError: fp16 on a CPU.
     """
+    if config.model.teacher_dtype == "fp16" and torch.device(device).type == "cpu":
+        raise UserError(
+            "model.teacher_dtype='fp16': CPUs run float16 at a fraction of fp32's rate; give bf16, fp32 or auto"
+        )
     folders = folders or teacher_folders(config)
     teacher = Teacher(
         [running_copy(each.model, device, TEACHER_DTYPES[config.model.teacher_dtype]) for each in folders],
