@@ -1,8 +1,8 @@
 """The two passes as Triton kernels, for CUDA: one launch per pass over all tensors, whatever their number.
 
 NOT YET RUN ON A GPU. Triton 3.9's interpreter has run the kernels on a CPU, against the reference
-(tests/gpu/test_lamb_cuda.py), and the compilers of 3.7 and 3.9 have made sm_90 binaries of them, in which all
-divisions, roots and fused multiply-adds are the correctly rounded ones; their speed is unmeasured.
+(tests/gpu/test_lamb_cuda.py); its compiler makes binaries of them for sm_80 and sm_90, in which all divisions, roots
+and fused multiply-adds are the correctly rounded ones (tests/gpu/test_lamb_compiled.py). Their speed is unmeasured.
 
 Every fragment of a tensor is a row of addresses and scalars, which go to the device in one small asynchronous
 copy; every program takes one block of one fragment. No atomics: each block writes its own fp64 sums, and a second
