@@ -44,8 +44,12 @@ COMMANDS = {
     "pretrain": ("launch/pretrain.py", "train a student from a teacher, or a model from scratch"),
     "export": ("launch/export.py", "a checkpoint as a Hugging Face folder, as ONNX, on the hub"),
     "trim-vocabulary": ("launch/trim_vocabulary.py", "cut a teacher's vocabulary to what a corpus uses"),
-    "finetune": ("launch/finetune.py", "score an encoder on GLUE, IMDb, SQuAD; task distillation"),
+    "finetune": (
+        "launch/finetune.py",
+        "score an encoder on GLUE, IMDb, SQuAD, your own data; task distillation",
+    ),
     "score-squad": ("launch/score_squad.py", "score answers by SQuAD's official rules"),
+    "score-embeddings": ("launch/score_embeddings.py", "score sentence vectors: similarity and retrieval"),
     "study": ("launch/study.py", "what each way of distilling one teacher is worth, in scores"),
     "ablate": ("launch/ablate.py", "what each part of a recipe is worth"),
     "benchmark": ("launch/benchmark.py", "speed of one part on this machine"),
@@ -114,7 +118,7 @@ def start_ranks(arguments: Sequence[str]) -> int:
 def help_text() -> str:
     """What `halfling --help` says."""
     lines = [(__doc__ or "").rstrip(), "", "Commands:"]
-    lines += [f"  {name:16}{says}" for name, (_, says) in COMMANDS.items()]
+    lines += [f"  {name:18}{says}" for name, (_, says) in COMMANDS.items()]
     recipes = ", ".join(sorted(path.stem for path in (ROOT / "launch" / "recipes").glob("*.yaml")))
     lines += ["", f"Recipes, for --config NAME: {recipes}"]
     lines += [f"They lie in {ROOT / 'launch'}, as do job scripts for Slurm, PBS and Kubernetes."]

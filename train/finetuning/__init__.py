@@ -8,5 +8,6 @@ runs.py            tasks x seeds: skips what is finished, goes on with what was 
 task_runner.py     one task made ready for all seeds: classification.py (labels), tagging.py (of words), squad/ (spans)
 training.py        one call of transformers' Trainer: progress, checkpoints, stop
 soft_labels.py     task distillation: teachers' outputs, and the loss that learns from them
+embeddings.py      vectors as they stand: similarity, retrieval
 results.py         scores.json: write, read, median and spread, macro average
 """
