@@ -24,7 +24,9 @@ from launch.experiments.study_results import (
     tables_of,
 )
 from launch.experiments.study_runs import HEAD, OBJECTIVES, Scale, Study, chosen, students_of
+from launch.reporting.inputs import read_study
 from launch.tables import DASH
+from tests.paths import ROOT
 from tests.tiny_tasks import write_sst2
 from train.errors import UserError
 
@@ -261,6 +263,16 @@ def test_figure_and_report(finished: StudyFile, tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("80.0", "null", 1))
     with pytest.raises(UserError, match=r"study.json: models.0.scores.sst2.seeds.* is None, no number"):
         report.main(["--study", str(path), "--out", str(tmp_path / "report")])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "study").glob("*.json")), ids=lambda path: path.stem)
+def test_the_tables_of_the_page_are_those_of_its_figures(path: Path) -> None:
+    page = (ROOT / "docs" / "STUDY.md").read_text()
+    assert path.name in page
+    for table in tables_of(read_study(path)):
+        assert table.as_markdown() in page, (
+            f"launch/report.py --study {path} makes another table: {table.title}"
+        )
 
 
 @pytest.mark.parametrize(
