@@ -1,6 +1,6 @@
 """Measure one part of Halfling on this machine, beside its floor and its alternatives.
 
-    python launch/benchmark.py data | loader | lamb | objective | inference   [options; --help teaches each]
+    python launch/benchmark.py data | loader | lamb | objective | inference | gpu   [options; --help teaches each]
 
 Every benchmark alternates the things it compares within one run and prints a table with their ratio; the
 figures of record stand in docs/BENCHMARKS.md.
@@ -28,6 +28,7 @@ BENCHMARKS = {
     "loader": "shards to batches: tokens/s of one loader beside a stock webdataset pipeline",
     "lamb": "optimizer step: GB/s beside foreach, per-tensor loops and fused AdamW",
     "objective": "forward and backward step: tokens/s and memory beside the plain formulation",
+    "gpu": "the first look at a GPU: its tests, training steps of every objective, memory, waits, LAMB; not run yet",
     "inference": "student beside teacher: latency and sentences/s in torch, torch.compile, ONNX Runtime and int8",
 }
 
@@ -68,6 +69,10 @@ def _benchmark(name: str) -> ModuleType:
         from launch.benchmarks import objective
 
         return objective
+    if name == "gpu":
+        from launch.benchmarks import gpu
+
+        return gpu
     from launch.benchmarks import inference
 
     return inference

@@ -40,6 +40,7 @@ DOCUMENTS_PER_SAMPLE_TAR = 20_000
 LATE_STEP = 10_000
 SEED = 0
 LANES = DataConfig().lanes
+TOKENIZER = TokenizerInfo("random", 30_522, 0, 100, 101, 102, 103, (0, 100, 101, 102, 103))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        shards = args.shards or _random_shards(Path(folder, "shards"))
+        shards = args.shards or random_shards(Path(folder, "shards"), TOKENIZER)
         figures = measure(args, shards, Path(folder))
     _print(figures)
     if args.json:
@@ -237,17 +238,21 @@ def _one_document_per_sample(shards: str, manifest: Manifest, folder: Path) -> s
     return path
 
 
-def _random_shards(folder: Path, shards: int = 8, tokens: int = 4_000_000) -> str:
-    """Shards of random tokens in documents of about 250 tokens (log-normal)."""
+def random_shards(folder: Path, tokenizer: TokenizerInfo, shards: int = 8, tokens: int = 4_000_000) -> str:
+    """Shards of random tokens in documents of about 250 tokens (log-normal); `tokens` in each."""
     folder.mkdir()
-    tokenizer = TokenizerInfo("random", 30_522, 0, 100, 101, 102, 103, (0, 100, 101, 102, 103))
     rng = np.random.default_rng(SEED)
     infos = []
     for index in range(shards):
         lengths = rng.lognormal(np.log(180), 0.8, tokens // 200).astype(int) + 1
         lengths = lengths[: int(np.searchsorted(np.cumsum(lengths + 1), tokens))]
         file = io.BytesIO()
-        texts = (np.append(rng.integers(1000, 30_522, n), 102).astype(np.uint16) for n in lengths)
+        texts = (
+            np.append(
+                rng.integers(tokenizer.special_ids[-1] + 1, tokenizer.vocab_size, n), tokenizer.sep_id
+            ).astype(np.uint16)
+            for n in lengths
+        )
         documents, total = write_shard(file, f"train-{index:06d}", texts)
         content, name = file.getvalue(), f"train-{index:06d}.tar"
         (folder / name).write_bytes(content)
