@@ -92,6 +92,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def stages(out: Path, scale: float, source: str) -> list[Stage]:
     """The stages in their order."""
+    if Path.cwd() != ROOT:  # stages run from there
+        out = out.absolute()
     python, tokenizer, shards = sys.executable, out / "tokenizer", out / "shards"
     first: list[Stage] = []
     corpus: str | Path = source if source.startswith("hub:") else Path.cwd() / source

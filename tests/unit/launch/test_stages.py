@@ -133,3 +133,15 @@ def test_the_command_that_the_quickstart_prints_makes_its_shards(
     words[words.index("--out") + 1] = str(tmp_path / "again")
     run(python, script, *words)
     assert contents(tmp_path / "again") == contents(tmp_path / "shards")
+
+
+def test_the_quickstart_s_folders_are_those_of_the_folder_it_is_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stages run from the repository's, or the installed package's."""
+    started: list[object] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "_deepspeed", lambda *words: started.extend(words))
+    stages_of = {stage.name: stage for stage in quickstart.stages(Path("q"), 1.0, "wiki.jsonl")}
+    stages_of["teacher"].work()
+    assert {f"--run.dir={tmp_path}/q/teacher", f"--data.shards={tmp_path}/q/shards"} <= set(started)
