@@ -53,8 +53,11 @@ def stand_in(folder: Path, family: str, tokenizer_folder: str, with_head: bool) 
 
 
 def test_all_are_here() -> None:
-    names = {path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("quickstart")}
-    assert names == set(FAMILY_OF)
+    """Recipes of measured studies, minilm-hidden and minilm-relations, were trained whole and are not among these."""
+    names = {path.stem for path in RECIPES.glob("*.yaml")}
+    assert {name for name in names if not name.startswith(("quickstart", "minilm-hidden", "minilm-rel"))} == {
+        *FAMILY_OF
+    }
 
 
 @pytest.mark.parametrize("name", FAMILY_OF)
