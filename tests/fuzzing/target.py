@@ -54,7 +54,7 @@ class Target:
     """What a message may name in place of a file."""
     kinds: tuple[str, ...] = KINDS
     """Of damage."""
-    timeout_s: float = 10.0
+    timeout_s: float = 60.0
     is_data_prep: bool = False
     """Whether a command of data_prep/ reads it, which has its own way to print errors."""
 

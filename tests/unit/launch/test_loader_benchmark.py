@@ -51,7 +51,7 @@ def test_the_stock_pipelines_do_the_same_packing(tmp_path: Path) -> None:
 
 def test_random_shards_are_whole_ones(tmp_path: Path) -> None:
     """What is read where no --shards are given."""
-    folder = benchmark._random_shards(tmp_path / "shards", shards=2, tokens=50_000)
+    folder = benchmark.random_shards(tmp_path / "shards", TOKENIZER, shards=2, tokens=50_000)
     manifest = Manifest.load(folder)
     check_shards(folder, manifest, verify="full")
     assert 90_000 < sum(shard.tokens for shard in manifest.splits["train"]) <= 100_000

@@ -48,7 +48,7 @@ REFUSED = {
     "training:\n  max_steps: true\n": r"training.max_steps: give int \| null, not True",
     "evaluation:\n  every_steps: ''\n": "evaluation.every_steps: give int, not an empty text",
     "optimizer:\n  name: sgd\n": r"optimizer.name: give lamb \| adamw, not sgd",
-    "model:\n  layer_map: all\n": r"model.layer_map: give every_other \| distilbert \| random \| list\[int\]",
+    "model:\n  layer_map: all\n": r"model.layer_map: give every_other \| last_of_each \| distilbert \| random",
     "optimizer:\n  lr: fast\n": "optimizer.lr: give float, not fast",
     "optimizer:\n  lr: ' '\n": "optimizer.lr: give float, not an empty text",
     "model:\n  teacher_weights: ''\n": r"model.teacher_weights: give list\[float\] \| null, not an empty text",
