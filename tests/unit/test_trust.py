@@ -92,6 +92,30 @@ class Counts:
         self.number = number
 
 
+class Attribute:
+    """Pickled as Python 3.11.0 to 3.11.3 (Debian 12's is 3.11.2) pickle a member of an enumeration."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.how = getattr, (owner, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.how
+
+
+@pytest.mark.parametrize("save", [as_zip, as_before_zip])
+def test_of_getattr_only_a_member_of_the_engines_enumerations_is_taken(
+    save: Callable[[Any, Path], None], tmp_path: Path
+) -> None:
+    stage, scaler = safe_load.engine_types()[2], safe_load.engine_types()[0]
+    save({"stage": Attribute(stage, "gradients")}, tmp_path / "states.pt")
+    with safe_load.weights_only(tmp_path):
+        assert torch.load(tmp_path / "states.pt", weights_only=False)["stage"] is stage.gradients
+    for owner, name in ((stage, "mro"), (scaler, "__init__"), (stage, "__class__")):
+        save({"stage": Attribute(owner, name)}, tmp_path / "states.pt")
+        with pytest.raises(UserError, match="names getattr: no code"), safe_load.weights_only(tmp_path):
+            torch.load(tmp_path / "states.pt", weights_only=False)
+
+
 @pytest.mark.filterwarnings("ignore:'torch.load' received a zip file")
 def test_torch_script_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safe_load, "engine_types", list)

@@ -10,6 +10,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -54,4 +55,13 @@ def engine_types() -> list[Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    # Python 3.11.0 to 3.11.3 pickle a member of an enumeration as getattr(class, name).
+    members = [(_member, f"{module}.getattr") for module in ("builtins", "__builtin__")]
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, *members]
+
+
+def _member(enumeration: Any, name: Any) -> Enum:
+    """What getattr gives where it names a member of an enumeration, and nothing else."""
+    if not isinstance(enumeration, EnumMeta) or name not in enumeration.__members__:
+        raise pickle.UnpicklingError("GLOBAL getattr of something else")
+    return enumeration.__members__[name]
