@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REPLACED = {
     "optimizer": "the section optimizer.*",
     "scheduler": "the section schedule.*",
-    "tensorboard": "the run folder's own TensorBoard",
+    **dict.fromkeys(("comet", "csv_monitor", "tensorboard", "wandb"), "run.trackers"),
     "timers": "metrics.jsonl's tokens_per_s and time_*",
 }
 RECIPE_OWNS = {
@@ -51,6 +51,7 @@ IDLE = {
     "checkpoint": "checkpoints are written, checked and kept by the recipe's section checkpoint.*",
     "comms_logger": "its summary is not asked for; run.profile_steps traces every collective",
     "compile": "engine.compile() is not called; model.teacher_compile compiles the teacher",
+    "sparse_gradients": "embeddings have dense gradients, which the optimizer needs whole",
     "zero_force_ds_cpu_optimizer": "it goes with offload_optimizer, which the optimizer refuses",
 }
 # Keys of sections that take no effect in stages 1 and 2, or only beside what is refused; DeepSpeed itself refuses keys
@@ -180,7 +181,8 @@ def resolve_engine_config(
             raise UserError(f"{where}: {key} does nothing in this trainer: {IDLE[key]}; leave {key} out")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"remove it; known are {', '.join(known)}"
+            of_use = sorted({*ENGINE_OWNS, *RECIPE_OWNS})
+            hint = f"did you mean {near[0]!r}?" if near else f"remove it; known are {', '.join(of_use)}"
             raise UserError(f"{where}: unknown section {key!r}; {hint}")
     resolved = copy.deepcopy(template)
     for key, owner in {**RECIPE_OWNS, **REPLACED}.items():
@@ -221,8 +223,8 @@ def _refuse_idle_keys(resolved: dict[str, Any], where: str, log_level: str) -> N
         for key in resolved.get(section, {}):
             if key.removeprefix("stage3_") in idle or key.startswith("stage3_"):
                 raise UserError(
-                    f"{where}: {section}.{key} does nothing in this trainer, which runs ZeRO stages 1 and 2 with its "
-                    "own optimizers; leave it out"
+                    f"{where}: {section}.{key} is not for this trainer, which runs ZeRO stages 1 and 2 with its own "
+                    "optimizers on fp32 master weights; leave it out"
                 )
     for key in LOGGED:
         if resolved.get(key) and log_level not in ("debug", "info"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -76,6 +77,7 @@ def attention(
     """
     plain = attention_mask is None and getattr(module, "is_causal", True) is False
     plain = plain and query.shape == key.shape == value.shape and kwargs.get("position_bias") is None
+    plain = plain and not torch.is_autocast_enabled("cpu")  # torch's own fallback computes in fp32 beneath it
     if not dropout or not plain or query.device.type != "cpu":
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -133,6 +135,7 @@ class _Dropout(torch.autograd.Function):
         return _scaled(x, ctx.keep, ctx.scale, library)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         return _scaled(grad.contiguous(), ctx.keep, ctx.scale, ctx.library), None, None
 

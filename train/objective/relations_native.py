@@ -98,4 +98,5 @@ def _by_position(vectors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The same with neighbours in memory, and one distance from every position to the next."""
     vectors = vectors.detach().to(dtype)
     even = vectors.stride(2) == 1 and vectors.stride(0) == vectors.shape[1] * vectors.stride(1)
-    return vectors if even else vectors.contiguous()
+    # A dimension of size 1 may have any stride in what torch calls contiguous; a view of all as one has not.
+    return vectors if even else vectors.contiguous().view(-1).view(vectors.shape)

@@ -85,6 +85,25 @@ def test_a_model_computes_what_it_did(name: str, dtype: torch.dtype, monkeypatch
         pass_of(fast, None)
 
 
+@needs_compiler
+def test_under_autocast_it_is_torchs_attention() -> None:
+    """As of an engine with `torch_autocast`."""
+    plain = MODELS["bert"]().train()
+    fast = dropout.with_fast_dropout(copy.deepcopy(plain))
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = zip(pass_of(fast, None), pass_of(plain, None), strict=True)
+    for ours, theirs in pairs:
+        assert torch.equal(ours, theirs)
+
+
+@needs_compiler
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.randn(50, requires_grad=True)
+    (grad,) = torch.autograd.grad(dropout.dropout(x, 0.1).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
 def test_a_model_in_eval_mode_has_torchs_attention() -> None:
     plain = MODELS["bert"]().eval()
     fast = dropout.with_fast_dropout(copy.deepcopy(plain))

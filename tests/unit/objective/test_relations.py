@@ -94,6 +94,17 @@ def test_padding_may_hold_anything(form):
         assert not own.grad[:, 3].any()
 
 
+def test_one_token_in_any_layout(form):
+    """torch calls a transposed (1, B, width) contiguous; the distance to its next position is then any number."""
+    weights = torch.ones(5, 1)
+    student = torch.randn(1, 5, 8).transpose(0, 1).requires_grad_()
+    teacher = [torch.randn(5, 1, 8)] * 3
+    loss = relation_loss(
+        [student] * 3, teacher, weights, heads=2, chunk_maps=None if form == "C loops" else 2
+    )
+    assert loss.item() == 0
+
+
 def test_one_backward_pass_and_no_gradient_where_none_is_asked():
     vectors = [torch.randn(1, 3, 4, requires_grad=True) for _ in range(3)]
     weights = torch.full((1, 3), 1 / 3)
