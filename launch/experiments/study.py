@@ -7,13 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format.files import write_json, write_text
 from launch.experiments.job import Job
 from launch.experiments.run_folders import is_finished, refuse_other_runs, summary_of
 from launch.experiments.study_figure import plot
-from launch.experiments.study_records import FILE, Records, made_here, remove_state
+from launch.experiments.study_records import FILE, Records, made_of, noted, remove_state
 from launch.experiments.study_results import EQUAL_TIME, Scores, StudiedModel, StudyFile, TriedRate, tables_of
 from launch.experiments.study_runs import HEAD, Study, StudyRun
 from launch.experiments.variant import Variant
@@ -52,14 +53,16 @@ class StudyJob:
             StoppedError: a signal came.
             UserError: `only` names no run, or a record is of other settings.
         """
-        study, job = self.study, self.job
+        study, job, records = self.study, self.job, self.records
+        records.model(TEACHER, records.of_teacher(study.teacher))
         names = [run.variant.name for run in study.runs({each.name: 0.0 for each in study.objectives})]
         if self.only and self.only not in names:
             raise UserError(f"--only {self.only}: no such run; there are {', '.join(names)}")
         head_rate = None
         if study.needs_head:
             head_rate = self.best_rate(HEAD, study.search(study.head()), "heldout_mlm_loss")
-            self.records.names[str(study.out / HEAD / MODEL)] = f"{HEAD}, learning rate {head_rate:g}"
+            head = f"{HEAD} of {records.names[study.teacher]}, learning rate {head_rate:g}"
+            records.names[str(study.out / HEAD / MODEL)] = head
         self.head = study.head(head_rate)
         rates = {}
         for each in study.objectives:
@@ -67,9 +70,7 @@ class StudyJob:
             rates[each.name] = self.best_rate(each.name, runs, each.selects)
         self.made = study.runs(rates)
         for run in self.made:
-            self.records.model(
-                run.variant.name, self.settings(run.variant)
-            )  # refused before hours, not after
+            records.model(run.variant.name, self.settings(run.variant))  # refused before hours, not after
         if self.only:
             self.made = [run for run in self.made if run.variant.name == self.only]
         else:
@@ -103,7 +104,8 @@ class StudyJob:
                     self.job.fail(run.name, "without the teacher's head it cannot be trained")
                 return
         refuse_other_runs(self.job.out, runs, self.job.config_of)
-        self.job.train(runs)
+        with noted([self.job.out / run.name for run in runs], is_finished):
+            self.job.train(runs)
 
     def train_and_score(self, run: StudyRun) -> None:
         """One run, unless all of it is recorded; its bulky state goes."""
@@ -126,7 +128,8 @@ class StudyJob:
         """Fine-tune a model on the tasks that are not recorded."""
         if not (tasks := self.unscored(name)):
             return
-        self.job.finetune({name: model}, tasks)
+        with noted([self.job.out / name / "scores" / task for task in tasks], _seeds_of):
+            self.job.finetune({name: model}, tasks)
         self.save()
         if not self.keep and name not in self.job.failed:
             remove_state(self.job.out / name)
@@ -174,10 +177,11 @@ class StudyJob:
         for student in self.study.students if len(objectives) == len(compared) else ():
             runs = [models.get(f"{student.name}-{name}") for name in compared]
             slow, fast = (0.0 if run is None else run.tokens_per_s or 0.0 for run in runs)
+            machines = {run.made.get("hardware") for run in runs if run is not None}
             known = self.records.models.get(f"{student.name}-relations{EQUAL_TIME}")
             if known is not None:
                 tokens = known.tokens
-            elif fast > slow > 0 and len({run.made["hardware"] for run in runs if run is not None}) == 1:
+            elif fast > slow > 0 and len(machines) == 1 and None not in machines:
                 tokens = round(self.study.scale.budget * fast / slow)
             else:
                 continue
@@ -208,7 +212,7 @@ class StudyJob:
 
     def result(self) -> StudyFile:
         """What is finished so far."""
-        records, made = self.records, made_here()
+        records = self.records
         models = [
             StudiedModel(
                 name=TEACHER,
@@ -235,7 +239,7 @@ class StudyJob:
                         parameters=figures["parameters"]["student"],
                         changed=variant.changed,
                         settings=self.settings(variant),
-                        made=made,
+                        made=made_of(self.job.out / name),
                         tokens=figures["tokens"],
                         tokens_per_s=figures["tokens_per_s"],
                         scores=self.scores_of(name),
@@ -264,11 +268,17 @@ class StudyJob:
         """By task: the recorded ones, and those that were taken here."""
         found = self.records.scores(name)
         for task in self.job.tasks:
-            if task in found or (scores := read_scores(self.job.out / name / "scores" / task)) is None:
+            folder = self.job.out / name / "scores" / task
+            if task in found or (scores := read_scores(folder)) is None:
                 continue
             seeds = [float(seed["score"]) for seed in scores["seeds"].values()]
-            found[task] = Scores(seeds=seeds, settings=scores["settings"], made=made_here())
+            found[task] = Scores(seeds=seeds, settings=scores["settings"], made=made_of(folder))
         return found
+
+
+def _seeds_of(folder: Path) -> Any:
+    """What is scored of a task so far."""
+    return (read_scores(folder) or {}).get("seeds")
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

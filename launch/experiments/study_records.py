@@ -6,13 +6,15 @@ contents, so that neither's path matters. Scores count by their fine-tuning sett
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.shard_format.files import read_json, write_json
 from launch.experiments.run_folders import FREE_TO_DIFFER
 from launch.experiments.study_results import Scores, StudiedModel, StudyFile, TriedRate
 from launch.figure_files import read_figures
@@ -22,15 +24,31 @@ from train.data.corpus import read_corpus_digests
 from train.distributed.device import kind_here
 from train.errors import UserError
 from train.finetuning.results import FILE as SCORES
-from train.run_folder import as_tree, flatten, provenance
+from train.run_folder import RESTORE, as_tree, flatten, provenance
 
-FILE = "study.json"
+FILE, MADE = "study.json", "made.json"
 
 
-def made_here() -> dict[str, str]:
-    """When, with which code and on what a figure is taken."""
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    return {"date": today, "commit": provenance()["commit"], "hardware": hardware(kind_here())}
+@contextlib.contextmanager
+def noted(folders: Sequence[Path], state: Callable[[Path], Any]) -> Iterator[None]:
+    """When, with which code and on what figures were taken: in made.json of those of `folders` whose `state` becomes
+    another one in between, also where that ends early."""
+    before = [state(folder) for folder in folders]
+    try:
+        yield
+    finally:
+        changed = [folder for folder, was in zip(folders, before, strict=True) if state(folder) != was]
+        if changed:
+            today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+            made = {"date": today, "commit": provenance()["commit"], "hardware": hardware(kind_here())}
+        for folder in changed:
+            write_json(folder / MADE, made)
+
+
+def made_of(folder: Path) -> dict[str, str]:
+    """What `noted` has left in a folder; empty where it has left nothing."""
+    path = folder / MADE
+    return read_json(path, RESTORE) if path.exists() else {}
 
 
 @dataclass

@@ -52,7 +52,7 @@ class StudiedModel(Figures):
     settings: dict[str, Any] = Field(default_factory=dict)
     """What its training depends on: launch/experiments/study_records.py."""
     made: dict[str, str] = Field(default_factory=dict)
-    """Date, commit and hardware of its training."""
+    """Date, commit and hardware of its training; empty where its folder does not say."""
     tokens: int = 0
     tokens_per_s: float | None = None
     heldout_before: dict[str, float] = Field(default_factory=dict)

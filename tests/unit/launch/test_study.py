@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 
 from launch import report, study
 from launch.cli import parse_config
+from launch.experiments import study_records
 from launch.experiments.job import Job
 from launch.experiments.study import StudyJob
 from launch.experiments.study_figure import plot
@@ -24,11 +25,13 @@ from launch.experiments.study_results import (
     tables_of,
 )
 from launch.experiments.study_runs import HEAD, OBJECTIVES, Scale, Study, chosen, students_of
+from launch.experiments.variant import Variant
 from launch.reporting.inputs import read_study
 from launch.tables import DASH
 from tests.paths import ROOT
 from tests.tiny_tasks import write_sst2
 from train.errors import UserError
+from train.finetuning.results import write_scores
 
 BUDGET, STEP = 4_000_000, 64 * 128
 
@@ -317,3 +320,81 @@ def test_unknown_names_are_refused_with_those_there_are() -> None:
         UserError, match=r"--objectives kd: there is no such; there are triple, relations, hidden, both"
     ):
         chosen(["kd"], OBJECTIVES, "--objectives")
+
+
+def run_of_a_kind(job: StudyJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stages without training or scores."""
+    for name in ("train_and_score", "score", "write"):
+        monkeypatch.setattr(StudyJob, name, lambda self, *names: "")
+    monkeypatch.setattr(StudyJob, "equal_time", lambda self, rates: [])
+    job.records.corpus = {"data.shards": "digest"}
+    assert job.run() == 0
+
+
+def test_records_of_another_teacher_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its own, nor those of the students of its head."""
+    found = []
+    for weights in ("a", "b"):
+        records = Records.read(tmp_path, {}, 1, {"encoder": weights})
+        job = StudyJob(replace(job_of(tmp_path), words=SHARED), planned(rates=(0.001,)), records)
+        run_of_a_kind(job, monkeypatch)
+        found.append(
+            {run.variant.name: job.settings(run.variant)["model.teacher"] for run in job.made}["half-triple"]
+        )
+    assert found == [f"teacher-head of {weights}, learning rate 0.001" for weights in ("a", "b")]
+    records.models = {"teacher": model("teacher", 80.0).model_copy(update={"settings": {"weights": "a"}})}
+    with pytest.raises(UserError, match=r"(?s)study.json holds teacher, .*weights: 'a' -> 'b'"):
+        job.run()
+
+
+def test_figures_keep_the_machine_that_they_were_taken_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call that gathers an array's results runs elsewhere; relations for equal time want one machine."""
+    found = planned(has_head=True, rates=(0.001,))
+
+    def train(self: Job, runs: Sequence[Variant]) -> None:
+        for run in runs:
+            (self.out / run.name / "model").mkdir(parents=True, exist_ok=True)
+            (self.out / run.name / "model" / "config.json").write_text("{}")
+            figures = {"parameters": {"student": 1}, "tokens": 7, "heldout": {}, "heldout_before": {}}
+            figures["tokens_per_s"] = 200 if "relations" in run.name else 100
+            (self.out / run.name / "summary.json").write_text(json.dumps(figures))
+
+    def finetune(self: Job, models: Mapping[str, str], tasks: Sequence[str]) -> None:
+        for name in models:
+            for task in tasks:
+                (self.out / name / "scores" / task).mkdir(parents=True, exist_ok=True)
+                write_scores(
+                    self.out / name / "scores" / task, {"task": task, "settings": {}}, {0: {"score": 5.0}}
+                )
+
+    monkeypatch.setattr(Job, "train", train)
+    monkeypatch.setattr(Job, "finetune", finetune)
+    monkeypatch.setattr(StudyJob, "parameters", 1)
+    monkeypatch.setattr(StudyJob, "settings", lambda self, run: {"of": run.name})
+
+    def call(machine: str, only: str | None) -> StudyJob:
+        monkeypatch.setattr(study_records, "hardware", lambda device: machine)
+        job = StudyJob(replace(job_of(tmp_path), tasks=["sst2"]), found, recorded(tmp_path), only)
+        assert job.run() == 0
+        return job
+
+    call("A", "half-triple")
+    call("A", "narrow-triple")
+    call("A", "narrow-relations")
+    models = {each.name: each for each in call("B", None).result().models}
+    machines = {
+        name: (each.made.get("hardware"), each.scores["sst2"].made["hardware"])
+        for name, each in models.items()
+    }
+    assert machines["half-triple"] == machines["narrow-relations"] == ("A", "A")
+    assert machines["half-relations"] == ("B", "B")
+    assert machines["teacher"] == (None, "B")
+    assert "narrow-relations-equal-time" in models
+    assert "half-relations-equal-time" not in models
+    for path in [tmp_path / "study.json", *tmp_path.glob("narrow-*/made.json")]:  # as of older folders
+        path.unlink()
+    models = {each.name: each for each in call("B", None).result().models}
+    assert models["narrow-triple"].made == {}
+    assert "narrow-relations-equal-time" not in models
