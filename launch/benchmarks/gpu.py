@@ -5,7 +5,9 @@
 NOT YET RUN ON A GPU. It starts, one after the other, on the first GPU and without downloads: the tests of tests/gpu;
 training steps of BERT-base to DistilBERT (random weights, random shards) with every objective at 128 and 512 tokens, by
 launch/pretrain.py, with the largest micro batch that fits; one of them again with the teacher compiled; LAMB beside a
-copy. DIR/gpu.json and DIR/gpu.txt are what to send back; the logs lie beside them. About 15 minutes.
+copy. About 15 minutes. DIR/gpu.json holds all figures, the machine and the versions: please open an issue of this
+project with it attached. DIR/gpu.txt has the same as tables; the logs lie beside them. An installed package has no
+tests/gpu, and says so. Exit codes: 0 done; 1 something failed, the others' figures are there; 2 bad usage, or no GPU.
 
 "mfu" is against the fastest large matrix product in the same process; "planned" is launch/plan.py's, without CUDA's
 context; "waits" are the host's synchronisations in a step, of three that are traced, by the profiler: with one micro
@@ -64,18 +66,22 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.out.exists():
         raise UserError(f"--out={args.out} is there already; give a new folder")
-    args.out.mkdir(parents=True)
-    teacher, shards = make_inputs(args.out / "inputs")
-    figures: dict[str, Any] = {"gpu": hardware("cuda"), **provenance(), "tests": _tests(args.out), "runs": {}}
+    out = args.out.absolute()  # the stages run in another folder
+    out.mkdir(parents=True)
+    teacher, shards = make_inputs(out / "inputs")
+    figures: dict[str, Any] = {"gpu": hardware("cuda"), **provenance(), "tests": _tests(out), "runs": {}}
     for name, settings in runs(teacher, shards).items():
         print(name, flush=True)
-        figures["runs"][name] = measured_run(args.out / name.replace(" ", "-"), settings)
-    figures["lamb"] = _lamb(args.out)
-    write_json(args.out / "gpu.json", figures)
+        figures["runs"][name] = measured_run(out / name.replace(" ", "-"), settings)
+    figures["lamb"] = _lamb(out)
+    write_json(out / "gpu.json", figures)
     text = as_text(figures)
-    (args.out / "gpu.txt").write_text(text + "\n")
-    print(f"{text}\n\nPlease send back {args.out / 'gpu.json'} and {args.out / 'gpu.txt'}.")
-    return 0
+    (out / "gpu.txt").write_text(text + "\n")
+    print(f"{text}\n\nfigures: {out / 'gpu.json'}; please open an issue of this project with it attached")
+    parts = {"tests/gpu": figures["tests"], **figures["runs"], "LAMB": figures["lamb"]}
+    if failed := [name for name, part in parts.items() if "error" in part]:
+        print(f"FAILED: {', '.join(failed)}; see the lines above and the logs in {out}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def runs(teacher: Path, shards: Path) -> dict[str, list[str]]:
@@ -138,11 +144,14 @@ def waits_per_step(trace: dict[str, Any], steps: int) -> dict[str, float]:
     return {name: count / steps for name, count in names.items()}
 
 
-def _tests(folder: Path) -> str:
-    """The last line of pytest's: how many passed."""
+def _tests(folder: Path) -> dict[str, str]:
+    """pytest's last line, how many passed, as "result", or as "error" where one failed."""
+    if not (ROOT / "tests" / "gpu").is_dir():
+        return {"result": "not run: they are in a checkout of the project, not in an installed package"}
     log = folder / "tests.log"
-    _run(["-m", "pytest", "-q", "tests/gpu"], log)
-    return log.read_text().strip().splitlines()[-1]
+    if (error := _run(["-m", "pytest", "-q", "tests/gpu"], log)) is not None:
+        return {"error": error}
+    return {"result": _last_line(log)}
 
 
 def _lamb(folder: Path) -> dict[str, Any]:
@@ -163,8 +172,11 @@ def _run(command: Sequence[str], log: Path) -> str | None:
             )
         except subprocess.TimeoutExpired:
             return f"not done after {LIMIT_S} s, see {log}"
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return None if done.returncode == 0 else f"exit code {done.returncode}: {lines[-1] if lines else ''}"
+    return None if done.returncode == 0 else f"exit code {done.returncode}: {_last_line(log)}"
+
+
+def _last_line(log: Path) -> str:
+    return "".join(log.read_text(errors="replace").strip().splitlines()[-1:])
 
 
 def as_text(figures: dict[str, Any]) -> str:
@@ -176,7 +188,7 @@ def as_text(figures: dict[str, Any]) -> str:
     parts = [
         text_table(("run", *COLUMNS), rows, title=f"{figures['gpu']}: training steps"),
         *(f"{name}: {run['error']}" for name, run in figures["runs"].items() if "error" in run),
-        f"tests/gpu: {figures['tests']}",
+        f"tests/gpu: {figures['tests'].get('error') or figures['tests']['result']}",
     ]
     lamb = figures["lamb"]
     if "error" in lamb:
