@@ -304,6 +304,8 @@ CSV = "text,label\na,x\nb,y\n"
         ({"a.conll": "a X\nb Y\n"}, "conll:{}/a.conll", ("--metrics", "entity_f1"), "tags such as B-PER"),
         ({"a.conll": "a X\nb Y\n"}, "conll:{}/a.conll", ("--columns", "w", "t"), "names no column tokens"),
         ({"a.conll": "a X\nb Y\n"}, "conll:{}/a.conll", ("--label-type", "class"), "has tags; leave it out"),
+        ({"a.conll": "a NN X\nb NN Y\n"}, "conll:{}/a.conll", ("--label", "pos"), "--label pos has no effect"),
+        ({"a.conll": "a NN X\nb NN Y\n"}, "conll:{}/a.conll", ("--text", "w"), "--text w .*with --columns"),
     ],
 )  # fmt: skip
 def test_bad_tasks_are_refused_by_name(
@@ -344,6 +346,23 @@ def test_bad_sets_are_refused_by_name(
     job, heard = own_job(tmp_path / "out", "model", f"{kind}:{tmp_path / f'a.{kind}'}", *flags)
     with pytest.raises(UserError, match=said):
         read_task(job.task, job.data, heard.append)
+
+
+def test_columns_of_conll_are_chosen_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.conll"
+    path.write_text("NN w B-X\nVB v O\n")
+    flags = ("--columns", "pos", "word", "tag", "--text", "word", "--label", "pos", "--dev", str(path))
+    job, said = own_job(tmp_path / "out", "model", f"conll:{path}", *flags)
+    assert job.task.labels == ("NN", "VB")
+    train, _ = read_task(job.task, job.data, said.append)
+    assert train.first == [["w", "v"]]
+
+
+def test_only_of_tags_o_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,A\nb,O\nc,B\n")
+    assert own_job(tmp_path, "model", f"csv:{tmp_path / 'a.csv'}")[0].task.labels == ("A", "B", "O")
+    (tmp_path / "a.conll").write_text("a A\nb O\n")
+    assert own_job(tmp_path, "model", f"conll:{tmp_path / 'a.conll'}")[0].task.labels == ("O", "A")
 
 
 def test_options_of_own_tasks_want_one(tmp_path: Path) -> None:

@@ -68,6 +68,12 @@ def own_task(name: str, options: OwnOptions) -> Task:
     tokens = label_type == "tags"
     if kind == "conll" and not tokens:
         raise UserError(f"--label-type {label_type} has no effect on {name}, which has tags; leave it out")
+    for flag, given in (("--text", options.text), ("--label", options.label)):
+        if kind == "conll" and given and not options.columns:
+            raise UserError(
+                f"{flag} {' '.join(given)} has no effect on {name}, whose columns have no names (the token is the "
+                "first, the tag the last); name all of them with --columns, or leave it out"
+            )
     if tokens and kind in ("csv", "tsv"):
         raise UserError(f"{name}: tags are read from conll:FILE, jsonl:FILE or hub:NAME; give one of these")
     if len(options.label) > 1 and label_type != "classes":
@@ -160,7 +166,8 @@ def _labels(task: Task, table: Table) -> tuple[str, ...]:
             )
         found.update(names)
     numeric = all(re.fullmatch(r"-?\d{1,15}", name) for name in found)
-    return tuple(sorted(found, key=lambda name: (name != "O", int(name) if numeric else 0, name)))
+    first = "O" if task.kind == "tokens" else None
+    return tuple(sorted(found, key=lambda name: (name != first, int(name) if numeric else 0, name)))
 
 
 def _names(task: Task, value: Any) -> Iterable[str] | None:
