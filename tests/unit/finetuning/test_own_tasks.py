@@ -394,6 +394,23 @@ def test_a_dataset_of_the_hub_as_a_task(tmp_path: Path, model: str) -> None:
     assert len(dev["dev"]) == 3
 
 
+def test_a_dataset_of_the_hub_without_a_dev_split(tmp_path: Path) -> None:
+    """As AG News, which has train and test alone."""
+    import datasets
+
+    for split in ("train", "test"):
+        rows = {"text": [f"{split} {n}" for n in range(100)], "label": ["x", "y"] * 50}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"{split}.parquet")
+    name = f"hub:{tmp_path}"
+    job, said = own_job(tmp_path / "out", "model", name)
+    train, dev = read_task(job.task, job.data, said.append)
+    assert len(train) + len(dev[SPLIT_OFF]) == 100
+    assert all(text.startswith("train ") for text in [*train.first, *dev[SPLIT_OFF].first])
+    assert f"no dev set beside {tmp_path}, split train: {len(dev[SPLIT_OFF])} of its examples" in said[0]
+    with pytest.raises(UserError, match=r"--dev a has no effect on .*, else a tenth of its training set"):
+        own_job(tmp_path / "out", "model", name, "--dev", "a")
+
+
 def test_tokenizers_are_saved_with_the_tagger(tmp_path: Path, model: str) -> None:
     train = write_entities(tmp_path / "ner.conll", 40, 0)
     job, _ = own_job(tmp_path / "out", model, f"conll:{train}", "--epochs", "1")

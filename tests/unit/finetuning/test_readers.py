@@ -78,7 +78,7 @@ def test_labels_by_name_in_the_hubs_order_and_both_dev_sets_of_mnli(tmp_path: Pa
     (tmp_path / "MNLI" / "dev_mismatched.tsv").unlink()
     _, dev, said = read("mnli", tmp_path)
     assert list(dev) == ["matched"]
-    assert "has no mismatched set; scored without" in said[0]
+    assert "there is no mismatched set; scored without" in said[0]
 
 
 def test_imdb_as_jsonl_splits_a_dev_set_off(tmp_path: Path) -> None:

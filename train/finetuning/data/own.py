@@ -57,7 +57,8 @@ def own_task(name: str, options: OwnOptions) -> Task:
     kind, _, path = name.partition(":")
     if options.dev and kind == "hub":
         raise UserError(
-            f"--dev {options.dev} has no effect on {name}, whose splits are its own; leave it out"
+            f"--dev {options.dev} has no effect on {name}, whose dev set is its split dev or validation, else a "
+            "tenth of its training set; leave it out"
         )
     if options.columns and kind in ("jsonl", "hub"):
         raise UserError(f"--columns has no effect on {name}, whose columns have names; leave it out")
@@ -97,7 +98,7 @@ def own_task(name: str, options: OwnOptions) -> Task:
         many=label_type == "classes",
         label_range=NUMBERS if label_type == "number" else None,
         headerless=options.columns or None,
-        split_off=SPLIT_SHARE if kind != "hub" else None,
+        split_off=SPLIT_SHARE,
         kind="tokens" if tokens else "sequence",
         own=OwnFiles(kind, name if kind == "hub" else path, options.dev),
         defaults=Settings(batch_size=16 if tokens else 32),

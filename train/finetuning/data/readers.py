@@ -72,25 +72,26 @@ def read_task(task: Task, data: str | None, say: Say) -> tuple[Examples, dict[st
     hub = hub_name(task, data)
     if hub is not None:
         tables = hub_tables(task, hub)
-        examples = {name: examples_of(task, table) for name, table in tables.items()}
-        return examples.pop("train"), examples
-    assert data is not None
-    files = find_files(task, data)
-    train = examples_of(task, read_table(task, files.train, say))
-    dev = {name: examples_of(task, read_table(task, path, say)) for name, path in files.dev.items()}
+        dev = {name: examples_of(task, table) for name, table in tables.items()}
+        train, source = dev.pop("train"), tables["train"].where
+    else:
+        assert data is not None
+        files = find_files(task, data)
+        train, source = examples_of(task, read_table(task, files.train, say)), str(files.train)
+        dev = {name: examples_of(task, read_table(task, path, say)) for name, path in files.dev.items()}
     absent = [name for name in task.dev if name not in dev]
     if not dev:
         assert task.split_off is not None
         train, part = train.split(task.split_off)
         dev[SPLIT_OFF] = part
         say(
-            f"{task.name}: no dev set {'given with' if task.own else 'beside'} {files.train}: {len(part):,} of its "
-            "examples serve as one, chosen by a hash"
+            f"{task.name}: no dev set {'given with' if task.own and hub is None else 'beside'} {source}: "
+            f"{len(part):,} of its examples serve as one, chosen by a hash"
         )
         if not len(train) or not len(part):
-            raise UserError(f"{files.train} is too small to split a dev set off; give a dev set")
+            raise UserError(f"{source} is too small to split a dev set off; give a dev set")
     elif absent:
-        say(f"{task.name}: {files.train.parent} has no {', '.join(absent)} set; scored without")
+        say(f"{task.name}: beside {source} there is no {', '.join(absent)} set; scored without")
     return train, dev
 
 
@@ -148,13 +149,14 @@ def hub_name(task: Task, data: str | None) -> tuple[str, str | None] | None:
 
 
 def read_splits(
-    hub: tuple[str, str | None], wanted: dict[str, tuple[str, ...]]
+    hub: tuple[str, str | None], wanted: dict[str, tuple[str, ...]], needed: Sequence[str] | None = None
 ) -> dict[str, tuple[str, Any]]:
     """The splits of a dataset on the hub, by our names for them: (what messages call it, `datasets.Dataset`).
 
     Args:
         hub: dataset and configuration.
         wanted: our name -> the names that a split may go by.
+        needed: which of ours there must be; None for all.
     Raises:
         UserError: it cannot be loaded, with what the hub's client says and the way without it; no such split.
     """
@@ -177,17 +179,23 @@ def read_splits(
     found = {}
     for own, names in wanted.items():
         split = next((split for split in names if split in splits), None)
-        if split is None:
+        if split is not None:
+            found[own] = (f"{name}, split {split}", splits[split])
+        elif needed is None or own in needed:
             raise UserError(
-                f"the dataset {name} has no split {' or '.join(names)}; it has {', '.join(splits)}"
+                f"the dataset {name} has no split {' or '.join(names)}; it has {', '.join(splits)}; give another "
+                "dataset, or local files"
             )
-        found[own] = (f"{name}, split {split}", splits[split])
     return found
 
 
 def hub_tables(task: Task, hub: tuple[str, str | None]) -> dict[str, Table]:
-    """The splits "train" and the task's dev sets, with classes by name; errors as of `read_splits`."""
-    found = read_splits(hub, {"train": ("train",), **task.dev})
+    """The splits "train" and the task's dev sets, with classes by name; errors as of `read_splits`.
+
+    Where a dev set can be split off, the dataset may have none.
+    """
+    needed = None if task.split_off is None else ("train",)
+    found = read_splits(hub, {"train": ("train",), **task.dev}, needed)
     return {name: _hub_table(task, *split) for name, split in found.items()}
 
 
