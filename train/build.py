@@ -96,6 +96,8 @@ class Parts:
     engine_config: dict[str, Any]
     tokenizer_source: str
     """Folder or hub name of the tokenizer that goes with the student."""
+    hub_names: list[str]
+    """Which of the teachers, or the model begun from, came from the hub."""
     cost: ComputeCost
     frozen: list[str]
     """Parameters of the student that no term of the objective trains: they stay as they are."""
@@ -128,6 +130,7 @@ def assemble(
     """
     manifest = inputs.manifest
     folders = open_teachers(config, manifest.tokenizer)
+    hub_names = [folder.name for folder in folders if folder.is_on_hub]
     if config.training.micro_batch_size == "auto":
         any_size = replace(config, training=replace(config.training, micro_batch_size=1))
         engine_config_for(
@@ -174,6 +177,7 @@ def assemble(
         teacher=teacher,
         engine_config=engine_config,
         tokenizer_source=tokenizer_source(config),
+        hub_names=hub_names,
         cost=cost,
         frozen=frozen,
     )

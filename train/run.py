@@ -363,6 +363,7 @@ def summarise(parts: Parts, run_dir: Path, state: TrainState) -> dict[str, Any]:
         "matrix_flops_per_s_of_a_rank": parts.cost.matrix_rate,
         "teacher": parts.config.model.teacher,
         "start_from": parts.config.model.start_from,
+        "hub_names": parts.hub_names,
         "versions": provenance(),
     }
     if parts.teacher is not None:

@@ -6,8 +6,9 @@ missing. No path of the machine is written, but names of folders.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from data_prep.shard_format.checks import first_problem
 from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest
 from train.checkpointing.integrity import read_facts
+from train.config_sections.objective import OBJECTIVE_WEIGHTS
 from train.errors import UserError
 from train.finetuning.results import read_scores
 from train.models.build import count_parameters
@@ -26,7 +28,6 @@ from train.models.families import has_head
 from train.run_folder import recorded_config
 
 NOT_STATED = "not stated"
-OBJECTIVE = ("temperature", "kd_weight", "mlm_weight", "cosine_weight", "relation_weight")
 USES = {
     "fill-mask": (
         "transformers",
@@ -67,6 +68,9 @@ class CardFigures(BaseModel):
     """What the model card takes of RUN/summary.json."""
 
     teacher: str | list[str] | None
+    hub_names: list[str] = []
+    """Which of the teachers, or the model begun from, were no folders when the run read them; runs of before December
+    2026 do not say."""
     tokens: int
     heldout: dict[str, float | str | None]
     versions: dict[str, str]
@@ -90,7 +94,7 @@ def model_card(
     stated, run_dir = stated or Stated(), checkpoint.parent.parent
     figures = _figures(summary, run_dir) if summary else None
     config = recorded_config(run_dir)
-    teachers = _teachers(config, figures)
+    teachers, on_hub = _teachers(config, figures), figures.hub_names if figures else []
     kind = "sentence-similarity" if is_of_sentences else "feature-extraction"
     kind = "fill-mask" if has_head(student) else kind
     title = (
@@ -99,11 +103,11 @@ def model_card(
     )
     code = [line.replace("{name}", stated.name) for line in USES[kind][1]]
     sections = [
-        _front_matter(kind, teachers, stated),
+        _front_matter(kind, teachers, on_hub, stated),
         f"# {title}",
-        _opening(student, checkpoint, teachers),
+        _opening(student, checkpoint, [shown_name(name, on_hub) for name in teachers]),
         "\n".join(["```python", *code, "```"]),
-        _recipe(config),
+        _recipe(config, teachers, on_hub),
         _data(config, stated),
         _scores(figures, stated),
         _limits(stated),
@@ -123,9 +127,9 @@ def _figures(summary: Mapping[str, Any], run_dir: Path) -> CardFigures:
         ) from None
 
 
-def shown_name(name: str) -> str:
-    """A teacher's or corpus's name without the machine's folders: a hub name as it is, of a path the telling part."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists():
+def shown_name(name: str, on_hub: Collection[str] = ()) -> str:
+    """A teacher's or corpus's name without the machine's folders: one `on_hub` as it is, of a path the telling part."""
+    if name in on_hub:
         return name
     path = Path(name.rstrip("/"))
     return path.parent.name if path.name in ("model", "student") and path.parent.name else path.name
@@ -136,40 +140,40 @@ def _teachers(config: Mapping[str, Any], figures: CardFigures | None) -> list[st
     return [given] if isinstance(given, str) else list(given or [])
 
 
-def _front_matter(kind: str, teachers: Sequence[str], stated: Stated) -> str:
-    on_hub = [name for name in teachers if shown_name(name) == name and "/" in name]
+def _front_matter(kind: str, teachers: Sequence[str], on_hub: Sequence[str], stated: Stated) -> str:
     fields: dict[str, Any] = {"library_name": USES[kind][0], "pipeline_tag": kind}
     fields |= {"license": stated.license} if stated.license else {}
     fields |= {"language": list(stated.languages)} if stated.languages else {}
-    fields |= {"base_model": on_hub} if on_hub else {}
+    fields |= {"base_model": list(on_hub)} if on_hub else {}
     fields["tags"] = ["halfling", *(["distillation"] if teachers else [])]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
 def _opening(student: PreTrainedModel, checkpoint: Path, teachers: Sequence[str]) -> str:
     facts = read_facts(checkpoint)
-    how = (
-        f"distilled from {', '.join(map(shown_name, teachers))}" if teachers else "trained without a teacher"
-    )
+    how = f"distilled from {', '.join(teachers)}" if teachers else "trained without a teacher"
     return (
         f"{count_parameters(student):,} parameters, {how}, with Halfling for {facts.step:,} steps of "
         f"{'AdamW' if facts.optimizer == 'adamw' else 'LAMB'}."
     )
 
 
-def _recipe(config: Mapping[str, Any]) -> str:
+def _recipe(config: Mapping[str, Any], teachers: Sequence[str], on_hub: Sequence[str]) -> str:
+    """Of the objective the terms that are on."""
     if not config:
         return ""
     training, optimizer = config.get("training", {}), config.get("optimizer", {})
+    model, objective = config.get("model", {}), config.get("objective", {})
+    weights = {name: objective[name] for name in OBJECTIVE_WEIGHTS if objective.get(name)}
     rows = {
-        "layers of the teacher": config.get("model", {}).get("layer_map"),
-        "begun from": config.get("model", {}).get("start_from"),
-        **{name.replace("_", " "): config.get("objective", {}).get(name) for name in OBJECTIVE},
+        "layers of the teacher": model.get("layer_map") if teachers else None,
+        "begun from": shown_name(model["start_from"], on_hub) if model.get("start_from") else None,
+        "temperature": objective.get("temperature") if "kd_weight" in weights else None,
+        **{name.replace("_", " "): weight for name, weight in weights.items()},
         "optimizer": f"{optimizer.get('name')}, learning rate {optimizer.get('lr')}",
         "global batch": f"{training.get('global_batch_size')} sequences of "
         f"{config.get('data', {}).get('sequence_length')} tokens",
     }
-    rows["begun from"] = shown_name(rows["begun from"]) if rows["begun from"] else None
     return "## Recipe\n\n" + _table({name: value for name, value in rows.items() if value is not None})
 
 
@@ -191,8 +195,12 @@ def _data(config: Mapping[str, Any], stated: Stated) -> str:
 
 
 def _source(source: Mapping[str, Any]) -> str:
+    """A name on the hub, or of a path its last part; "." and ".." are those of the current folder."""
     name = str(source.get("source", source.get("kind", "")))
-    return name if name.startswith("hub:") else Path(name).name
+    if name.startswith("hub:"):
+        return name
+    path = re.sub(r"^(file|line|block):(?=.)", "", name)
+    return os.path.basename(os.path.abspath(path)) or name
 
 
 def _scores(figures: CardFigures | None, stated: Stated) -> str:

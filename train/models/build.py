@@ -40,6 +40,11 @@ class TeacherFolder:
     """That names it."""
 
     @cached_property
+    def is_on_hub(self) -> bool:
+        """Whether there is no folder of its name; later there may be."""
+        return not Path(self.name).is_dir()
+
+    @cached_property
     def config(self) -> Any:
         """Its Hugging Face config."""
         return teacher_config(self.name, self.key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,12 +13,13 @@ from tests.unit.checkpointing.test_checkpoint import make_checkpoint
 from tests.unit.launch.test_reporting import scores, write_scores
 from train.config import Config
 from train.errors import UserError
-from train.export.model_card import Stated, model_card, shown_name
+from train.export.model_card import Stated, _source, model_card, shown_name
 from train.models.loading import load_masked_lm
 from train.run_folder import as_tree
 
 SUMMARY = {
     "teacher": "google-bert/bert-base-uncased",
+    "hub_names": ["google-bert/bert-base-uncased"],
     "tokens": 1234567,
     "heldout": {"heldout_mlm_loss": 2.5, "heldout_masking": "words"},
     "versions": {"torch": "2.13"},
@@ -50,6 +52,8 @@ def test_a_whole_card(teacher_folder: str, tmp_path: Path) -> None:
     }
     for line in (
         'fill_mask = pipeline("fill-mask", model="me/small")',
+        "| layers of the teacher | distilbert |",
+        "| temperature | 2.0 |",
         "| kd weight | 5.0 |",
         "| optimizer | lamb, learning rate ",
         "Licence of the data: CC BY-SA 4.0.",
@@ -64,6 +68,61 @@ def test_a_whole_card(teacher_folder: str, tmp_path: Path) -> None:
         assert line in body, line
     assert "distilled from google-bert/bert-base-uncased, with Halfling for 5 steps" in body
     assert "secret" not in card
+    assert "mse weight" not in card
+
+
+def card_of(run: Path, teacher_folder: str, summary: dict[str, Any], **sections: dict[str, Any]) -> str:
+    """The card of a run whose configuration has these values."""
+    checkpoint, tree = make_checkpoint(run / "checkpoints", 5), as_tree(Config())
+    for name, values in sections.items():
+        tree[name] |= values
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    return model_card(load_masked_lm(teacher_folder), checkpoint, summary)
+
+
+def test_a_model_without_a_teacher(teacher_folder: str, tmp_path: Path) -> None:
+    name = "google-bert/bert-base-uncased"
+    card = card_of(
+        tmp_path,
+        teacher_folder,
+        {**SUMMARY, "teacher": None},
+        model={"teacher": None, "start_from": name},
+        objective={"kd_weight": 0.0, "cosine_weight": 0.0},
+    )
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == [name]
+    assert f"| begun from | {name} |" in card
+    for absent in ("layers of the teacher", "temperature", "kd weight", "cosine weight"):
+        assert absent not in card, absent
+    assert "| mlm weight | 2.0 |" in card
+
+
+@pytest.mark.parametrize("recorded", [{"hub_names": []}, {}])
+def test_a_folder_that_is_gone_is_no_name_on_the_hub(
+    teacher_folder: str, tmp_path: Path, recorded: dict[str, Any]
+) -> None:
+    summary = {name: value for name, value in SUMMARY.items() if name != "hub_names"}
+    summary |= {"teacher": "models/mybert", **recorded}
+    card = card_of(tmp_path, teacher_folder, summary, model={"teacher": "models/mybert"})
+    assert "base_model" not in card
+    assert "distilled from mybert, " in card
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("hub:a/b:c", "hub:a/b:c"),
+        ("texts/", "texts"),
+        ("line:x/a.txt", "a.txt"),
+        (".", "here"),
+        ("line:..", "above"),
+    ],
+)
+def test_a_source_has_a_name(
+    source: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "above/here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above/here")
+    assert _source({"source": source}) == shown
 
 
 def test_what_is_not_stated_is_said_so(teacher_folder: str, tmp_path: Path) -> None:
@@ -81,10 +140,11 @@ def test_what_is_not_stated_is_said_so(teacher_folder: str, tmp_path: Path) -> N
     ("name", "shown"),
     [
         ("google-bert/bert-base-uncased", "google-bert/bert-base-uncased"),
+        ("models/mybert", "mybert"),
         ("/home/me/runs/teacher/model", "teacher"),
         ("runs/quickstart/teacher/model/", "teacher"),
         ("../encoder", "encoder"),
     ],
 )
 def test_names_are_shown_without_the_machine_s_folders(name: str, shown: str) -> None:
-    assert shown_name(name) == shown
+    assert shown_name(name, ["google-bert/bert-base-uncased"]) == shown

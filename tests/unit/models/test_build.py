@@ -21,7 +21,7 @@ from train.config_sections.objective import ObjectiveConfig
 from train.config_sections.training import TrainingConfig
 from train.errors import UserError
 from train.loop.trainer import DistillationModule
-from train.models.build import build_student, build_teacher, open_teachers, teacher_config
+from train.models.build import build_student, build_teacher, open_teachers, teacher_config, teacher_folders
 from train.models.families import has_head
 from train.models.loading import load_masked_lm
 from train.models.students import make_student
@@ -104,6 +104,13 @@ def bare_folder(teacher_folder: str, tmp_path_factory: pytest.TempPathFactory) -
     folder = Path(shutil.copytree(teacher_folder, tmp_path_factory.mktemp("bare") / "model"))
     load_masked_lm(teacher_folder).base_model.save_pretrained(folder)
     return str(folder)
+
+
+def test_a_name_is_the_hub_s_where_there_is_no_such_folder(teacher_folder: str) -> None:
+    teachers = Config(model=ModelConfig(teacher=[teacher_folder, "models/bert"]))
+    assert [folder.is_on_hub for folder in teacher_folders(teachers)] == [False, True]
+    begun = Config(model=ModelConfig(teacher=None, start_from="models/bert"), objective=PLAIN_MLM)
+    assert [folder.is_on_hub for folder in teacher_folders(begun)] == [True]
 
 
 def test_a_folder_without_head_teaches_where_no_term_predicts_tokens(
