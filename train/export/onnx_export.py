@@ -34,6 +34,7 @@ from train.models.loading import load_with_saved_head
 
 FP32_NAME, INT8_NAME = "model.onnx", "model_int8.onnx"
 OPSET = 17
+CARD = "README.md"
 # One ONNX file is a protobuf message, whose size is bounded.
 MAX_BYTES = 2**31
 TOKENIZER_FILES = (
@@ -127,7 +128,8 @@ def export_onnx(
     """Write OUT/model.onnx, and OUT/model_int8.onnx if asked, from a Hugging Face folder.
 
     Args:
-        out: an existing folder; config.json and tokenizer are copied beside the files where it lacks them.
+        out: an existing folder; config.json, the model card and the tokenizer are copied beside the files where it
+            lacks them.
         texts: sentences to measure int8 on; None takes random tokens.
     Returns:
         The files, each with how it differs from torch.
@@ -136,7 +138,7 @@ def export_onnx(
     """
     require_onnx()
     model = load_with_saved_head(folder)
-    for name in ("config.json", *TOKENIZER_FILES):
+    for name in ("config.json", CARD, *TOKENIZER_FILES):
         if (folder / name).exists() and not (out / name).exists():
             shutil.copyfile(folder / name, out / name)
     write_length_limit(out, model.config)

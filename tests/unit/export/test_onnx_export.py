@@ -66,6 +66,7 @@ def exported(
         else:
             made(kind, teacher_folder).save_pretrained(folder / "model")
             AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder / "model")
+        (folder / "model" / "README.md").write_text(f"The card of a {kind}.")
         assert main([str(folder / "model"), str(folder / "out"), "--onnx", "--int8"]) == 0
         found[kind] = folder
     return found
@@ -132,6 +133,7 @@ def test_int8_is_smaller_and_near(kind: str, exported: dict[str, Path]) -> None:
 def test_folder_is_what_a_runtime_expects(exported: dict[str, Path]) -> None:
     out = exported["classifier"] / "out"
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} < {path.name for path in out.iterdir()}
+    assert (out / "README.md").read_text() == "The card of a classifier."
     assert (
         AutoTokenizer.from_pretrained(out).model_max_length == 64
     )  # of the model; the tokenizer came with 512
