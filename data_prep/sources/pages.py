@@ -7,6 +7,7 @@ import logging
 import re
 from typing import Any
 
+import yaml
 from markdown_it import MarkdownIt
 
 from data_prep.shard_format.errors import UserError
@@ -14,7 +15,7 @@ from data_prep.sources.records import ReadOptions, Record
 from data_prep.sources.text_files import text_of
 from data_prep.sources.texts import BadRecord
 
-_FRONT_MATTER = re.compile(r"\A\ufeff?---\r?\n.*?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\A\ufeff?---\r?\n(?=[ \t]*\S)(.*?)\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _BREAKS = {"softbreak": "\n", "hardbreak": "\n"}
 _VERBATIM = ("fence", "code_block")
 
@@ -24,7 +25,7 @@ def parse_markdown(record: Record, options: ReadOptions) -> str:
 
     Front matter, HTML and the addresses of links are left out; of images their descriptions stay.
     """
-    text = _FRONT_MATTER.sub("", text_of(record.payload, options))
+    text = _without_front_matter(text_of(record.payload, options))
     blocks: list[str] = []
     row: list[str] | None = None
     for token in _markdown().parse(text):
@@ -39,6 +40,18 @@ def parse_markdown(record: Record, options: ReadOptions) -> str:
         elif token.type in _VERBATIM:
             blocks.append(token.content.rstrip("\n"))
     return _text_found("\n\n".join(block for block in blocks if block.strip()))
+
+
+def _without_front_matter(text: str) -> str:
+    """Front matter is a YAML mapping between a first line --- and the next one; a first line --- is else a rule."""
+    found = _FRONT_MATTER.match(text)
+    if found is None:
+        return text
+    try:
+        node = yaml.compose(found[1], Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):  # of ill escapes, and of depth
+        return text
+    return text[found.end() :] if isinstance(node, yaml.MappingNode) else text
 
 
 def _content(token: Any) -> str:

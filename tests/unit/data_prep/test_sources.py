@@ -166,6 +166,28 @@ def test_markdown_is_its_words(tmp_path: Path) -> None:
         read(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("---\n\nFirst part\n\n---\n\nSecond", "First part\n\nSecond"),
+        ("---\nFirst part\n\n---\n\nSecond", "First part\n\nSecond"),
+        ("---\n\na: b\n\n---\n\nSecond", "a: b\n\nSecond"),
+        ("---\na: [b\n---\n\nSecond", "a: [b\n\nSecond"),
+        ("---\n" + "[" * 9000 + "\n\n---\n\nSecond", "[" * 9000 + "\n\nSecond"),
+        ('---\na: "\\UFFFFFFFF"\n---\n\nSecond', 'a: "\\UFFFFFFFF"\n\nSecond'),
+        ("\ufeff---\r\na: b\r\nc:\r\n  - d\r\n---\r\n\r\nSecond", "Second"),
+        ("---\n# of: it\na: b\n---", None),
+    ],
+)
+def test_front_matter_is_a_mapping(tmp_path: Path, text: str, found: str | None) -> None:
+    (tmp_path / "a.md").write_bytes(text.encode())
+    if found is None:
+        with pytest.raises(BadRecord, match="no text is in it"):
+            read(str(tmp_path))
+    else:
+        assert read(str(tmp_path)) == [found]
+
+
 def test_html_is_its_main_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paragraphs = [
         f"Paragraph {n} of the page has a number of words so that it counts as text — 漢字." for n in (1, 2)
