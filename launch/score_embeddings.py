@@ -27,8 +27,7 @@ from train.errors import UserError
 from train.finetuning.data.examples import Examples, examples_of
 from train.finetuning.data.own import OwnOptions, own_task
 from train.finetuning.data.tables import format_of, read_table
-
-POOLINGS = ("mean", "cls", "max")
+from train.finetuning.settings import POOLINGS
 
 
 def parser() -> argparse.ArgumentParser:

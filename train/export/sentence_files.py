@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from transformers.utils import cached_file
 
 from data_prep.shard_format.checks import first_problem
-from data_prep.shard_format.files import parse_json, read_file, write_json
+from data_prep.shard_format.files import write_json
 from train.errors import UserError
-from train.models.encoder_config import COPY_AGAIN
+from train.models.encoder_config import COPY_AGAIN, read_json_beside
 from train.models.families import max_positions
 
 MODULES = "modules.json"
@@ -56,7 +55,7 @@ def carry_sentence_files(origin: str, folder: Path, config: Any) -> None:
     Raises:
         UserError: a file that cannot be read.
     """
-    modules = _read(origin, MODULES)
+    modules = read_json_beside(origin, MODULES)
     if modules is None:
         return
     try:
@@ -74,10 +73,13 @@ def carry_sentence_files(origin: str, folder: Path, config: Any) -> None:
     found: dict[str, Any] = {}
     for module in known:
         name = f"{module.path}/config.json"
-        found[name] = _read(origin, name) if module.path else None
+        found[name] = read_json_beside(origin, name) if module.path else None
         if module.type.endswith(".Pooling") and found[name] is None:
             raise UserError(f"{origin} has no {name}, which its {MODULES} names; {COPY_AGAIN}")
-    found |= {name: _read(origin, name) for name in ("config_sentence_transformers.json", *TRANSFORMER_FILES)}
+    found |= {
+        name: read_json_beside(origin, name)
+        for name in ("config_sentence_transformers.json", *TRANSFORMER_FILES)
+    }
     write_json(folder / MODULES, modules)
     for name, settings in found.items():
         if settings is None:
@@ -94,14 +96,3 @@ def _fitted(settings: dict[str, Any], config: Any) -> dict[str, Any]:
     if positions is not None and isinstance(longest, int):
         fitted["max_seq_length"] = min(longest, positions)
     return {**settings, **fitted}
-
-
-def _read(origin: str, name: str) -> Any:
-    """A JSON file of a folder or of a name on the hub; None where there is none."""
-    path = cached_file(
-        origin,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if path is None else parse_json(read_file(path), path, COPY_AGAIN)

@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from sklearn.metrics import ndcg_score
 
-from data_prep.shard_format.files import parse_json, read_file
+from data_prep.shard_format.files import parse_json
 from data_prep.shard_format.terminal import progress_bar
 from train.errors import UserError
 from train.finetuning.batches import Padding, encode
 from train.finetuning.data.examples import Examples
 from train.finetuning.data.tables import MEND, lines_of
 from train.finetuning.metrics import METRICS
-from train.models.encoder_config import longest_input, takes_token_types
+from train.finetuning.settings import POOLINGS
+from train.models.encoder_config import longest_input, read_json_beside, takes_token_types
 from train.models.loading import check_encoder, load_encoder
 from train.models.tokenizer_checks import load_tokenizer
 
 BATCH_SIZE = 64
 TOP = 10
 QUERIES_TOGETHER = 64
-POOLINGS = ("mean", "cls", "max")
 _FLAGS = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -44,7 +44,7 @@ class Embedder:
     def __init__(self, name: str, max_length: int | None = None, pooling: str | None = None) -> None:
         config = check_encoder(name)
         self._tokenizer = load_tokenizer(name, config)
-        found, longest = _sentence_settings(Path(name))
+        found, longest = _sentence_settings(name)
         self.pooling = pooling or found or "mean"
         """One of POOLINGS: as asked for, as sentence-transformers' files say, else the mean."""
         if self.pooling not in POOLINGS:
@@ -93,19 +93,18 @@ def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tens
     return (hidden * places).sum(dim=1) / places.sum(dim=1)
 
 
-def _sentence_settings(folder: Path) -> tuple[str | None, int | None]:
-    """Pooling and longest input by sentence-transformers' files beside a model; None where they do not say."""
-    settings = _json(folder / "1_Pooling" / "config.json")
+def _sentence_settings(name: str) -> tuple[str | None, int | None]:
+    """Pooling and longest input by sentence-transformers' files beside a model, a folder's or on the hub; None where
+    they do not say."""
+    settings = _settings(name, "1_Pooling/config.json")
     switched = [key for key, on in settings.items() if key.startswith("pooling_mode_") and on is True]
     modes = [_FLAGS.get(key, key) for key in switched] or [str(settings.get("pooling_mode"))]
-    longest = _json(folder / "sentence_bert_config.json").get("max_seq_length")
+    longest = _settings(name, "sentence_bert_config.json").get("max_seq_length")
     return (" and ".join(modes) if settings else None), longest if isinstance(longest, int) else None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content = parse_json(read_file(path), str(path), MEND)
+def _settings(name: str, file: str) -> dict[str, Any]:
+    content = read_json_beside(name, file)
     return content if isinstance(content, dict) else {}
 
 

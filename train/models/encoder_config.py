@@ -12,8 +12,9 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
-from data_prep.shard_format.files import read_json, refuse_pipe, write_json
+from data_prep.shard_format.files import parse_json, read_file, read_json, refuse_pipe, write_json
 from data_prep.shard_format.hub import require_hub
 from data_prep.shard_format.tokenizer_info import check_token_ids
 from train.errors import UserError, one_line
@@ -89,6 +90,17 @@ def read_tokenizer(name: str | Path) -> Any:
             "or take it out"
         )
     return tokenizer
+
+
+def read_json_beside(name: str, file: str) -> Any:
+    """A JSON file beside a model, of a Hugging Face folder or of a name on the hub; None where there is none."""
+    path = cached_file(
+        name,
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else parse_json(read_file(path), path, COPY_AGAIN)
 
 
 def _refuse_code(name: str | Path, settings: Mapping[str, Any]) -> None:

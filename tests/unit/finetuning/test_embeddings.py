@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,22 @@ def test_pooling_as_the_files_say(tmp_path: Path, model: str) -> None:
     with pytest.raises(UserError, match="pools by pooling_mode_lasttoken; give --pooling mean or cls or max"):
         Embedder(str(folder))
     assert Embedder(str(folder), pooling="mean").pooling == "mean"
+
+
+def test_pooling_of_a_name_on_the_hub(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a cache holds it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--someone--sentences"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    folder = cached / "snapshots" / ("0" * 40)
+    shutil.copytree(model, folder)
+    assert Embedder("someone/sentences").pooling == "mean"
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 7}')
+    embed = Embedder("someone/sentences")
+    assert (embed.pooling, embed.max_length) == ("cls", 7)
 
 
 def test_what_cannot_be_scored_is_refused_by_name(tmp_path: Path, model: str) -> None:
