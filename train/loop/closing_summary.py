@@ -34,7 +34,7 @@ TEXT_TERMS = {
 
 def _lines(run_dir: Path, model: Path, summary: Mapping[str, Any]) -> list[str]:
     before, last = summary["heldout_before"], summary["heldout"]
-    figures, agreement = [], "not measured" + (": no MLM head guesses tokens" if last else "")
+    figures, agreement = [], "not measured" + (": no term of the loss compares the guesses" if last else "")
     if "heldout_mlm_loss" in last:
         others = []
         if "heldout_mlm_loss" in before:  # else its row is gone
