@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,10 @@ def corpus(units: list[Unit], options: ReadOptions, num_processes: int) -> Itera
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, context, initializer=gc.disable) as pool, bar:
         # Syntax trees are many objects and no cycles: collecting garbage would double the time.
-        docs = pool.map(_parsed_unit, [(unit, options) for unit in units if _is_parsed(unit)])
+        try:
+            docs = pool.map(_parsed_unit, [(unit, options) for unit in units if _is_parsed(unit)])
+        except OSError:  # "handle is closed": a process was lost while the next one started
+            raise BrokenExecutor from None
         for unit in units:
             for text in next(docs) if _is_parsed(unit) else _texts(unit, options):
                 documents += 1
