@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import traceback
-from concurrent.futures import BrokenExecutor
 
+from data_prep.processes import ProcessLost
 from data_prep.shard_format.errors import UserError
-from data_prep.workers import LOST, WorkerLost
 
 
 def _is_full_disk(error: Exception) -> bool:
@@ -30,8 +29,6 @@ def explain(error: Exception) -> str:
         )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, BrokenExecutor):
-        return f"{LOST}; run the same command again, with fewer --processes where memory is short"
-    if isinstance(error, (UserError, OSError, WorkerLost)):
+    if isinstance(error, (UserError, OSError, ProcessLost)):
         return str(error)
     return "".join(traceback.format_exception(error)).rstrip()

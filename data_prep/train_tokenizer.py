@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from data_prep.error_messages import exit_code, explain
 from data_prep.mixture import split_weights
+from data_prep.processes import ProcessExecutor
 from data_prep.shard_format.errors import UserError, refuse_empty_words
 from data_prep.shard_format.files import new_folder
 from data_prep.shard_format.terminal import progress_bar
@@ -130,14 +129,10 @@ def corpus(units: list[Unit], options: ReadOptions, num_processes: int) -> Itera
     started = time.monotonic()
     bar = progress_bar(total=total or None, desc="reading", unit="B", unit_scale=True)
     documents = 0
-    # Not a Pool, which waits for ever for a process that was killed.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, context, initializer=gc.disable) as pool, bar:
-        # Syntax trees are many objects and no cycles: collecting garbage would double the time.
-        try:
-            docs = pool.map(_parsed_unit, [(unit, options) for unit in units if _is_parsed(unit)])
-        except OSError:  # "handle is closed": a process was lost while the next one started
-            raise BrokenExecutor from None
+    parsed = [(unit, options) for unit in units if _is_parsed(unit)]
+    # Syntax trees are many objects and no cycles: collecting garbage would double the time.
+    with ProcessExecutor(num_processes, gc.disable) as pool, bar:
+        docs = pool.map(_parsed_unit, parsed)
         for unit in units:
             for text in next(docs) if _is_parsed(unit) else _texts(unit, options):
                 documents += 1

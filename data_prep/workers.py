@@ -10,29 +10,21 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 from typing import Protocol
 
+from data_prep.processes import ProcessExecutor, ProcessLost
 from data_prep.progress import Progress
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 POLL_S = 0.05
-LOST = "a worker process ended unexpectedly"
-_LOST_ERRORS = (BrokenExecutor, ConnectionError, EOFError)
-"""The executor's own, and those of its pipes, where a process ends while it talks."""
 
 
 class Stopped(Exception):
     """Another process of the job has failed; its own error says why."""
-
-
-class WorkerLost(Exception):
-    """A process of the job ended without an error of its own."""
 
 
 class Worker:
@@ -104,7 +96,7 @@ class Team:
         """Do the pass on every process and wait for all.
 
         Raises:
-            WorkerLost: a process was killed.
+            ProcessLost: a process was killed.
             Exception: the first one that a process raised.
         """
         progress = Progress(work.claims, work.label)
@@ -113,13 +105,7 @@ class Team:
         futures: list[Future[None]] = []
         failures: list[BaseException | None] = []
         if self._executor is not None:
-            try:
-                for _ in range(self._num_helpers):
-                    futures.append(self._executor.submit(_run_as_helper, work))
-            except _LOST_ERRORS as error:  # lost between two passes, or while it started
-                failures.append(error)
-                worker.stop()
-        children = multiprocessing.active_children()
+            futures = [self._executor.submit(_run_as_helper, work) for _ in range(self._num_helpers)]
         for future in futures:
             future.add_done_callback(worker.stop_if_failed)
         try:
@@ -135,31 +121,16 @@ class Team:
             raise
         finally:
             progress.close(complete=not any(failures))
-        for failure in failures:
-            if isinstance(failure, _LOST_ERRORS):
-                raise _lost(children) from None
-        for failure in failures:
-            if failure is not None and not isinstance(failure, Stopped):
+        for failure in sorted(filter(None, failures), key=lambda error: not isinstance(error, ProcessLost)):
+            if not isinstance(failure, Stopped):
                 raise failure
-
-
-def _lost(children: list[multiprocessing.process.BaseProcess]) -> WorkerLost:
-    time.sleep(POLL_S)  # the executor waits for them too
-    # It ends the others with SIGTERM.
-    codes = [child.exitcode for child in children if child.exitcode not in (None, 0, -signal.SIGTERM)]
-    return WorkerLost(
-        f"{LOST} (exit code {codes[0] if codes else 'unknown'}); "
-        "run the same command again to go on"
-        + (" (-9: killed, perhaps for memory: try fewer --processes)" if -9 in codes else "")
-    )
 
 
 # ------------------------------------------------------------------------------------------------ who works
 
 
 def _start_helper() -> None:
-    """Leave Ctrl-C to rank 0, which has the helpers stop; end at once where rank 0 is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End at once where rank 0 is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -176,8 +147,7 @@ def process_team(num_processes: int) -> Iterator[Team]:
     if num_processes == 1:
         yield Team()
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes - 1, mp_context=context, initializer=_start_helper) as executor:
+    with ProcessExecutor(num_processes - 1, _start_helper) as executor:
         yield Team(executor, num_processes - 1)
 
 

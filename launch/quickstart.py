@@ -12,6 +12,7 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shlex
@@ -19,8 +20,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
+from data_prep.processes import ProcessExecutor, ProcessLost
 from data_prep.shard_format.files import new_file, write_json
 from data_prep.shard_format.manifest import Manifest
 from data_prep.shard_format.terminal import progress_bar
@@ -167,13 +167,13 @@ def write_corpus(path: Path) -> None:
     documents = characters = 0
     bar = progress_bar(total=sum(file.bytes for file in files), unit="B", unit_scale=True, desc="reading")
     try:
-        with new_file(path) as out, ProcessPoolExecutor() as pool, bar:
-            for file, texts in zip(files, pool.map(_documents_of, files, chunksize=16), strict=True):
+        with new_file(path) as out, ProcessExecutor(len(os.sched_getaffinity(0)), gc.disable) as pool, bar:
+            for file, texts in zip(files, pool.map(_documents_of, files), strict=True):
                 for text in texts:
                     out.write(json.dumps({"text": text}) + "\n")
                     documents, characters = documents + 1, characters + len(text)
                 bar.update(file.bytes)
-    except BrokenProcessPool:
+    except ProcessLost:
         raise RunError(
             f"a process that read the documentation was killed, perhaps for memory; {AGAIN}"
         ) from None
