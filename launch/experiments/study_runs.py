@@ -15,6 +15,7 @@ from launch.experiments.objective_changes import terms_alone
 from launch.experiments.study_results import CONTROL, CUT
 from launch.experiments.variant import Variant
 from train.config import Config
+from train.config_sections.model import OF_TEACHERS, ModelConfig
 from train.config_sections.objective import OBJECTIVE_WEIGHTS
 from train.errors import UserError
 from train.run_folder import MODEL
@@ -157,6 +158,7 @@ class Study:
     def head(self, rate: float | None = None) -> Variant:
         """Continued pretraining of the teacher, with a new head."""
         changes = {
+            **{f"model.{name}": getattr(ModelConfig, name) for name in OF_TEACHERS},
             "model.teacher": None,
             "model.start_from": self.teacher,
             "model.new_head": True,

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from train.config_sections.checks import require, require_positive
 
+OF_TEACHERS = ("teacher_weights", "teacher_dtype", "teacher_compile", "layer_map")
+"""Fields that stay at their defaults without a teacher."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -77,7 +80,7 @@ class ModelConfig:
                 "has no effect beside model.start_from; remove one",
             )
             unset = ModelConfig.__dataclass_fields__
-            for name in (*sizes, "teacher_weights", "teacher_dtype", "teacher_compile", "layer_map"):
+            for name in (*sizes, *OF_TEACHERS):
                 value = getattr(self, name)
                 require(
                     value == unset[name].default,

@@ -36,7 +36,7 @@ from train.finetuning.results import write_scores
 BUDGET, STEP = 4_000_000, 64 * 128
 
 
-SHARED = ["--model.teacher=encoder", "--objective.relation_weight=1"]
+SHARED = ["--model.teacher=encoder", "--model.teacher_dtype=bf16", "--objective.relation_weight=1"]
 
 
 def planned(
