@@ -107,6 +107,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of all training shards, with weights (default: as many as use every document, so that small sources are "
         "repeated and none is cut)",
     )
+    _add_reading_options(parser)
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="default: one per core; under mpirun the ranks are it"
+    )
+    try:
+        refuse_empty_words(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        parser.error(str(error))
+    return parser.parse_args(arguments)
+
+
+def _add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """What is a document in the sources' files, and what happens to one that cannot be read."""
     parser.add_argument(
         "--txt-documents",
         choices=TXT_DOCUMENTS,
@@ -133,14 +146,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="a document of more UTF-8 text is a bad record; memory grows with it, by about fifteen times as much "
         f"(default {MAX_DOCUMENT_MB})",
     )
-    parser.add_argument(
-        "--processes", type=int, metavar="N", help="default: one per core; under mpirun the ranks are it"
-    )
-    try:
-        refuse_empty_words(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        parser.error(str(error))
-    return parser.parse_args(arguments)
 
 
 def options_of(arguments: argparse.Namespace) -> JobOptions:

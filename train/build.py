@@ -132,19 +132,10 @@ def assemble(
     folders = open_teachers(config, manifest.tokenizer)
     hub_names = [folder.name for folder in folders if folder.is_on_hub]
     if config.training.micro_batch_size == "auto":
-        any_size = replace(config, training=replace(config.training, micro_batch_size=1))
-        engine_config_for(
-            any_size, inputs.engine, world.world_size
-        )  # refused before models are made to measure
-        config = find_micro_batch_size(config, manifest, world, inputs.engine, folders)
+        config = _with_micro_batch_that_fits(config, inputs, world, folders)
     engine_config = engine_config_for(config, inputs.engine, world.world_size)
-    data = build_run_data(
-        config,
-        manifest,
-        rank=world.rank,
-        world_size=world.world_size,
-        pin_memory=world.device.startswith("cuda"),
-    )
+    on_gpu = world.device.startswith("cuda")
+    data = build_run_data(config, manifest, rank=world.rank, world_size=world.world_size, pin_memory=on_gpu)
     schedule = build_schedule(config, data.total_steps)
     startup.ended("data")
     teacher = _checked_teacher(config, world.device, folders) if config.objective.needs_teacher else None
@@ -164,13 +155,7 @@ def assemble(
     parts = Parts(
         config=config,
         trainer=Trainer(
-            engine,
-            teacher,
-            data,
-            schedule,
-            dropout_seed=config.data.seed,
-            rank=world.rank,
-            clock=clock,
+            engine, teacher, data, schedule, dropout_seed=config.data.seed, rank=world.rank, clock=clock
         ),
         heldout=build_heldout(config, manifest, world),
         student=student,
@@ -183,6 +168,14 @@ def assemble(
     )
     startup.ended("data")
     return parts
+
+
+def _with_micro_batch_that_fits(
+    config: Config, inputs: Inputs, world: World, folders: list[TeacherFolder]
+) -> Config:
+    any_size = replace(config, training=replace(config.training, micro_batch_size=1))
+    engine_config_for(any_size, inputs.engine, world.world_size)  # refused before models are made to measure
+    return find_micro_batch_size(config, inputs.manifest, world, inputs.engine, folders)
 
 
 def _checked_teacher(config: Config, device: str, folders: list[TeacherFolder]) -> Teacher:

@@ -49,25 +49,7 @@ class Config:
                 self.training.gradient_clipping,
                 "with optimizer.prenormalize=true the gradient is already of norm 1: give 0",
             )
-        if self.model.teacher is None:
-            for name in OBJECTIVE_WEIGHTS:
-                if name == "mlm_weight":
-                    continue
-                value = getattr(self.objective, name)
-                require(
-                    value == 0,
-                    f"objective.{name}",
-                    value,
-                    "needs a model.teacher; give 0 to train without one",
-                )
-        elif self.objective.relation_layers is not None:
-            teachers = len(self.model.teacher) if isinstance(self.model.teacher, list) else 1
-            require(
-                len(self.objective.relation_layers) == teachers,
-                "objective.relation_layers",
-                self.objective.relation_layers,
-                f"give {teachers} pairs, one for each teacher",
-            )
+        self._check_terms_of_teachers()
         require(
             self.objective.needs_masks or self.masking == MaskingConfig(),
             "masking",
@@ -96,3 +78,24 @@ class Config:
             warmup,
             f"is more than training.max_steps={last}; give fewer",
         )
+
+    def _check_terms_of_teachers(self) -> None:
+        if self.model.teacher is None:
+            for name in OBJECTIVE_WEIGHTS:
+                if name == "mlm_weight":
+                    continue
+                value = getattr(self.objective, name)
+                require(
+                    value == 0,
+                    f"objective.{name}",
+                    value,
+                    "needs a model.teacher; give 0 to train without one",
+                )
+        elif self.objective.relation_layers is not None:
+            teachers = len(self.model.teacher) if isinstance(self.model.teacher, list) else 1
+            require(
+                len(self.objective.relation_layers) == teachers,
+                "objective.relation_layers",
+                self.objective.relation_layers,
+                f"give {teachers} pairs, one for each teacher",
+            )

@@ -175,15 +175,7 @@ def resolve_engine_config(
         "gradient_clipping": gradient_clipping,
         "steps_per_print": None,  # the engine's own step lines; metrics.jsonl has them
     }
-    known = sorted({*ENGINE_OWNS, *RECIPE_OWNS, *REPLACED})
-    for key in template:
-        if key in IDLE:
-            raise UserError(f"{where}: {key} does nothing in this trainer: {IDLE[key]}; leave {key} out")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            of_use = sorted({*ENGINE_OWNS, *RECIPE_OWNS})
-            hint = f"did you mean {near[0]!r}?" if near else f"remove it; known are {', '.join(of_use)}"
-            raise UserError(f"{where}: unknown section {key!r}; {hint}")
+    _refuse_unknown_sections(template, where)
     resolved = copy.deepcopy(template)
     for key, owner in {**RECIPE_OWNS, **REPLACED}.items():
         if resolved.get(key, "auto") != "auto":
@@ -195,7 +187,7 @@ def resolve_engine_config(
     resolved.update(values)
     if left := _left_over(resolved):
         raise UserError(f'{where}: nothing fills in "auto" at {", ".join(left)}; give a value there')
-    zero: Any = resolved.setdefault("zero_optimization", None)
+    resolved.setdefault("zero_optimization", None)
     for key, needed in ENGINE_OWNS.items():
         if key in resolved and not _holds(resolved[key], needed):
             raise UserError(f"{where}: {key}={resolved[key]!r}; give {needed}")
@@ -204,6 +196,26 @@ def resolve_engine_config(
     resolved["zero_allow_untested_optimizer"] = True
     # It would wait for the GPU before and after every micro batch from the third step on.
     resolved["timers"] = {"throughput": {"enabled": False}}
+    _refuse_values(resolved, where)
+    _refuse_combinations(resolved, where)
+    return resolved
+
+
+def _refuse_unknown_sections(template: dict[str, Any], where: str) -> None:
+    known = sorted({*ENGINE_OWNS, *RECIPE_OWNS, *REPLACED})
+    for key in template:
+        if key in IDLE:
+            raise UserError(f"{where}: {key} does nothing in this trainer: {IDLE[key]}; leave {key} out")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            of_use = sorted({*ENGINE_OWNS, *RECIPE_OWNS})
+            hint = f"did you mean {near[0]!r}?" if near else f"remove it; known are {', '.join(of_use)}"
+            raise UserError(f"{where}: unknown section {key!r}; {hint}")
+
+
+def _refuse_values(resolved: dict[str, Any], where: str) -> None:
+    """What DeepSpeed would take as it comes, and this trainer cannot run."""
+    zero = resolved["zero_optimization"]
     stage, bucket = zero.get("stage", 0), zero.get("reduce_bucket_size", 1)
     if stage not in (1, 2):
         raise UserError(f"{where}: zero_optimization.stage={stage!r}; this trainer runs stages 1 and 2")
@@ -214,8 +226,6 @@ def resolve_engine_config(
         raise UserError(
             f"{where}: zero_optimization.reduce_bucket_size={bucket!r}; give {POSITIVE}, up to {LARGEST_BUCKET:,}"
         )
-    _refuse_combinations(resolved, where)
-    return resolved
 
 
 def _refuse_idle_keys(resolved: dict[str, Any], where: str, log_level: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,18 +98,7 @@ def run(config: Config) -> int:
         config = replace(config, training=replace(config.training, micro_batch_size=size))
         config = fit_micro_batch(config, world.world_size)
     clock = Clock(world.device)
-    with (
-        Heartbeat(
-            world,
-            clock.where,
-            lost_rank_timeout_s=config.run.lost_rank_timeout_s,
-            hang_timeout_s=config.run.hang_timeout_s,
-        ),
-        explained_memory_errors(config, world, clock.where),
-        StopRequest() as stop,
-        LauncherWatch(stop),
-        ExitStack() as opened,
-    ):
+    with _watched(config, world, clock) as stop, ExitStack() as opened:
         inputs = read_inputs(config, world.device)
         changes += from_first_rank(world, lambda: changed_inputs(run_dir, inputs.as_record()))
         refuse_changes(config, changes)
@@ -119,14 +108,9 @@ def run(config: Config) -> int:
         check_same_on_all_ranks(start_up_facts(config, inputs.corpus), world)
         refuse_other_optimizer(checkpoint, config.optimizer.name)
         universal = needs_conversion(checkpoint, world.world_size)
+        resumed = checkpoint is not None
         parts = assemble(
-            config,
-            inputs,
-            world,
-            clock=clock,
-            startup=startup,
-            resumed=checkpoint is not None,
-            load_universal=universal,
+            config, inputs, world, clock=clock, startup=startup, resumed=resumed, load_universal=universal
         )
         for remark in _remarks(parts, inputs, asked):
             say(remark)
@@ -150,6 +134,20 @@ def run(config: Config) -> int:
     on_first_rank(world, lambda: _say_summary(run_dir))
     dist.destroy_process_group()
     return 0
+
+
+@contextmanager
+def _watched(config: Config, world: World, clock: Clock) -> Iterator[StopRequest]:
+    """What may end a run from outside: a rank that is lost or stuck, memory that runs out, a signal, the launcher's
+    end."""
+    lost, stuck = config.run.lost_rank_timeout_s, config.run.hang_timeout_s
+    with (
+        Heartbeat(world, clock.where, lost_rank_timeout_s=lost, hang_timeout_s=stuck),
+        explained_memory_errors(config, world, clock.where),
+        StopRequest() as stop,
+        LauncherWatch(stop),
+    ):
+        yield stop
 
 
 def _compared_with_run(run_dir: Path, config: Config) -> tuple[Config, list[str]]:

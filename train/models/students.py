@@ -70,7 +70,6 @@ def make_student(
         UserError: a depth or a map that does not fit the teacher, with what would.
     """
     config, layers = student_config(teacher_model.config, num_layers, layer_map, width, heads, feed_forward)
-    family = family_of(teacher_model)
     kind: Any = MODEL_FOR_MASKED_LM_MAPPING[type(config)]
     if layer_map == "random":
         with torch.random.fork_rng(devices=[]):
@@ -78,7 +77,19 @@ def make_student(
             fresh: PreTrainedModel = kind(config).train()
             return fresh if has_head(teacher_model) else bare_encoder(fresh)
     wide, _ = student_config(teacher_model.config, num_layers, layer_map)
-    student: PreTrainedModel = kind(wide)
+    student = _inherited(kind(wide), teacher_model, layers)
+    if config.to_dict() != wide.to_dict():
+        student = _narrowed(student, kind(config), measured)
+    if not has_head(teacher_model):
+        student = bare_encoder(student)
+    return student.train()
+
+
+def _inherited(
+    student: PreTrainedModel, teacher_model: PreTrainedModel, layers: tuple[int, ...]
+) -> PreTrainedModel:
+    """The student with the weights of the teacher's `layers`; its head stays fresh where the teacher has none."""
+    family = family_of(teacher_model)
     teacher = {name: value.detach().float() for name, value in teacher_model.state_dict().items()}
     if not has_head(teacher_model):  # its names, as they are in a masked language model
         teacher = {f"{family.encoder}.{name}": value for name, value in teacher.items()}
@@ -95,11 +106,7 @@ def make_student(
         weights = _same_class_weights(family, teacher, layers)
     found = student.load_state_dict(weights, strict=has_head(teacher_model))
     assert all(name.startswith(family_of(student).head) for name in found.missing_keys), found
-    if config.to_dict() != wide.to_dict():
-        student = _narrowed(student, kind(config), measured)
-    if not has_head(teacher_model):
-        student = bare_encoder(student)
-    return student.train()
+    return student
 
 
 def _narrowed(

@@ -55,35 +55,8 @@ def own_task(name: str, options: OwnOptions) -> Task:
         UserError: no such file, columns, labels or metrics, with the option that helps.
     """
     kind, _, path = name.partition(":")
-    if options.dev and kind == "hub":
-        raise UserError(
-            f"--dev {options.dev} has no effect on {name}, whose dev set is its split dev or validation, else a "
-            "tenth of its training set; leave it out"
-        )
-    if options.columns and kind in ("jsonl", "hub"):
-        raise UserError(f"--columns has no effect on {name}, whose columns have names; leave it out")
-    for file in (path, options.dev) if kind != "hub" else ():
-        if file is not None and not Path(file).is_file():
-            raise UserError(f"there is no file {file}; give --task {kind}:FILE, and --dev FILE")
-    label_type = options.label_type or ("tags" if kind == "conll" else "class")
+    label_type = _label_type(name, options)
     tokens = label_type == "tags"
-    if kind == "conll" and not tokens:
-        raise UserError(f"--label-type {label_type} has no effect on {name}, which has tags; leave it out")
-    for flag, given in (("--text", options.text), ("--label", options.label)):
-        if kind == "conll" and given and not options.columns:
-            raise UserError(
-                f"{flag} {' '.join(given)} has no effect on {name}, whose columns have no names (the token is the "
-                "first, the tag the last); name all of them with --columns, or leave it out"
-            )
-    if tokens and kind in ("csv", "tsv"):
-        raise UserError(f"{name}: tags are read from conll:FILE, jsonl:FILE or hub:NAME; give one of these")
-    if len(options.label) > 1 and label_type != "classes":
-        raise UserError(
-            f"--label names {len(options.label)} columns; of 0 and 1, one for each class, they go with "
-            "--label-type classes"
-        )
-    if len(options.text) > (1 if tokens else 2):
-        raise UserError(f"--text names {len(options.text)} columns; give one, or two of a pair of texts")
     plain = _plain_name(name)
     task = Task(
         name=plain,
@@ -113,6 +86,41 @@ def own_task(name: str, options: OwnOptions) -> Task:
             task = replace(task, metrics=("accuracy", "macro_f1"))
         _check_labels(task)
     return task
+
+
+def _label_type(name: str, options: OwnOptions) -> str:
+    """One of LABEL_TYPES; UserError where an option has no effect, or a file is not there."""
+    kind, _, path = name.partition(":")
+    if options.dev and kind == "hub":
+        raise UserError(
+            f"--dev {options.dev} has no effect on {name}, whose dev set is its split dev or validation, else a "
+            "tenth of its training set; leave it out"
+        )
+    if options.columns and kind in ("jsonl", "hub"):
+        raise UserError(f"--columns has no effect on {name}, whose columns have names; leave it out")
+    for file in (path, options.dev) if kind != "hub" else ():
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"there is no file {file}; give --task {kind}:FILE, and --dev FILE")
+    label_type = options.label_type or ("tags" if kind == "conll" else "class")
+    tokens = label_type == "tags"
+    if kind == "conll" and not tokens:
+        raise UserError(f"--label-type {label_type} has no effect on {name}, which has tags; leave it out")
+    for flag, given in (("--text", options.text), ("--label", options.label)):
+        if kind == "conll" and given and not options.columns:
+            raise UserError(
+                f"{flag} {' '.join(given)} has no effect on {name}, whose columns have no names (the token is the "
+                "first, the tag the last); name all of them with --columns, or leave it out"
+            )
+    if tokens and kind in ("csv", "tsv"):
+        raise UserError(f"{name}: tags are read from conll:FILE, jsonl:FILE or hub:NAME; give one of these")
+    if len(options.label) > 1 and label_type != "classes":
+        raise UserError(
+            f"--label names {len(options.label)} columns; of 0 and 1, one for each class, they go with "
+            "--label-type classes"
+        )
+    if len(options.text) > (1 if tokens else 2):
+        raise UserError(f"--text names {len(options.text)} columns; give one, or two of a pair of texts")
+    return label_type
 
 
 def describe(task: Task) -> dict[str, Any]:
