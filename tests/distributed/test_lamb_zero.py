@@ -112,6 +112,14 @@ def test_fp16_overflow_on_one_rank_skips_the_step_on_all(two_ranks: Any) -> None
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_fp16_gradients_are_added_up_in_fp32(two_ranks: Any) -> None:
+    """1 and seven times 2**-12, of which fp16 keeps the 1."""
+    for rank in two_ranks[1]:
+        norms, exact = rank["accumulated_norms"], math.sqrt(3) * (1 + 7 * 2**-12) / 8
+        assert norms["fp32"] == pytest.approx(exact, rel=3 * 2**-23)
+        assert norms["fp16"] == pytest.approx(math.sqrt(3) / 8, rel=3 * 2**-23)
+
+
 def test_ranks_agree_on_a_kernel_that_all_have(two_ranks: Any) -> None:
     """Rank 0 has no compiler: fused=True is refused on both, at once, and by default both run alike."""
     without, other = (rank["without_a_compiler"] for rank in two_ranks[1])

@@ -341,6 +341,22 @@ def overflow() -> dict[str, Any]:
     return {"history": history, "parameters": after[0]}
 
 
+def accumulated_norms() -> dict[str, float]:
+    """The gradient norm of eight fp16 micro steps, by the format they are added up in."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    fp16 = {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}
+    norms = {}
+    for name, kept in {"fp32": {"grad_accum_dtype": "fp32"}, "fp16": {"grad_accum_dtype": "fp16"}}.items():
+        engine, _ = make_engine(tiny_parameters(), config("fp32", 8, fp16=fp16, data_types=kept))
+        for size in [1.0, *[2.0**-12] * 7]:
+            engine.backward(engine({"w.weight": torch.full((1, 3), size)}))
+            engine.step()
+        norms[name] = float(engine.get_global_grad_norm())
+    return norms
+
+
 def refusals() -> dict[str, str]:
     """The message for each setting that is refused; "" where it is not."""
     messages = {}
@@ -523,6 +539,7 @@ def everything_else(folder: str) -> dict[str, Any]:
         "resume": save_and_resume(folder),
         "adamw": adamw(folder),
         "overflow": overflow(),
+        "accumulated_norms": accumulated_norms(),
         "stage_zero": stage_zero(),
         "refusals": refusals(),
         "without_a_compiler": without_a_compiler(),
