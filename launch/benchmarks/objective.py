@@ -8,9 +8,10 @@
   fused relation   ours
 
 They alternate within one run; medians are printed. Sizes are BERT-base's and DistilBERT's with random
-weights; the student of ours has its dropout by C loops (train/models/dropout.py), as in a run. Peak memory is that of
-a fresh process each. The floor is the time that the matrix products of a step take, each at the best rate that is
-measured between the steps for its shape.
+weights; the student of ours has its dropout by C loops (train/models/dropout.py), and all keep freed memory
+(train/distributed/host_memory.py), as in a run. Peak memory is that of a fresh process each, which does not keep it.
+The floor is the time that the matrix products of a step take, each at the best rate that is measured between the steps
+for its shape.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from launch.benchmarks.objective_steps import (
 from launch.benchmarks.options import Shape
 from launch.machine import hardware
 from train.config_sections.objective import ObjectiveConfig
+from train.distributed.host_memory import keep_freed_memory
 from train.models.families import DecoderInputs
 from train.objective.build import MAX_RELATION_HEADS
 from train.objective.chunk_terms import VocabularyWeights, Workspace
@@ -92,6 +94,7 @@ def main(args: argparse.Namespace) -> int:
         measure = {"step": _step_memory, "loss": _loss_memory, "relations": _relations_memory}[kind]
         print(json.dumps(measure(formulation, *options.shape(shape))))
         return 0
+    keep_freed_memory()
     figures: dict[str, Any] = {"machine": hardware(), "threads": args.threads}
     figures["steps"] = [
         row

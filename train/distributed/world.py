@@ -18,6 +18,7 @@ import transformers
 from train.distributed.collective_errors import cause_of, is_from_a_collective
 from train.distributed.device import device_of, num_visible_gpus, unused_gpus
 from train.distributed.discovery import Ranks, discover_ranks
+from train.distributed.host_memory import keep_freed_memory
 from train.distributed.rendezvous import interface_towards, rendezvous
 from train.distributed.store import WAIT_S, compare_devices, compare_versions, join_store
 from train.errors import RankError, RendezvousError
@@ -63,6 +64,7 @@ def join_world(log_level: str = "error") -> World:
     address, port = _set_torch_variables(world, ranks)
     if world.device == "cpu":
         torch.set_num_threads(_num_threads(world))
+        keep_freed_memory()
     else:
         torch.cuda.set_device(world.device)
     backend = "gloo" if world.device == "cpu" else "nccl"
