@@ -43,7 +43,7 @@ from train.models.flops import measured_matrix_rate, shape_of, training_flops_pe
 from train.models.teacher import Teacher
 from train.objective.build import build_objective, relation_layers
 from train.objective.untrained import freeze_untrained
-from train.optimizer import bind_optimizer, build_optimizer
+from train.optimizer import begin_with_weights, bind_optimizer, build_optimizer
 
 
 @dataclass(frozen=True)
@@ -307,6 +307,7 @@ def start_engine(
             as fp16 on a CPU.
     """
     optimizer = build_optimizer(config.optimizer, module.named_parameters())
+    weights = {name: each.detach().clone() for name, each in module.named_parameters() if each.requires_grad}
     deepspeed = import_deepspeed(config.deepspeed.log_level)
     try:
         engine, *_ = deepspeed.initialize(
@@ -316,4 +317,5 @@ def start_engine(
         name = f"={config.deepspeed.config!r}" if config.deepspeed.config else ""
         raise UserError(f"deepspeed.config{name}: DeepSpeed refuses it: {one_line(error)}") from error
     bind_optimizer(optimizer, engine)
+    begin_with_weights(module, weights)
     return engine

@@ -7,7 +7,7 @@ links that of its first group alone, and only after the first step, to what its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -117,3 +117,20 @@ def after_loading(optimizer: torch.optim.Optimizer, settings: list[dict[str, Any
             step = optimizer.state[partition].get("step")
             if isinstance(step, torch.Tensor) and not isinstance(optimizer, Lamb):
                 optimizer.state[partition]["step"] = step.to(partition.device, torch.float32)
+
+
+def begin_with_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give an engine's fp32 master weights these values, of which its fp16 or bf16 weights are the roundings.
+
+    DeepSpeed makes the masters from the rounded weights. An update below half the distance of two bf16 numbers (2**-9
+    of a weight) then leaves every weight where it is until several have added up, since all begin on such numbers.
+
+    Args:
+        module: the engine's.
+        weights: fp32, by parameter name, as they were before deepspeed.initialize.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    for name, parameter in module.named_parameters():
+        if name in weights and parameter.dtype != torch.float32:
+            safe_set_full_fp32_param(parameter, weights[name])

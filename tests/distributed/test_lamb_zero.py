@@ -120,6 +120,16 @@ def test_fp16_gradients_are_added_up_in_fp32(two_ranks: Any) -> None:
         assert norms["fp16"] == pytest.approx(math.sqrt(3) / 8, rel=3 * 2**-23)
 
 
+def test_masters_begin_with_the_weights_and_not_with_their_roundings(two_ranks: Any) -> None:
+    for rank in two_ranks[1]:
+        found = rank["first_masters"]
+        for name, given in found["given"].items():
+            for engine, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+                assert torch.equal(found[engine][name], given), name
+                assert torch.equal(found[f"{engine} weights"][name], given.to(dtype)), name
+        assert any(not torch.equal(each, each.bfloat16().float()) for each in found["given"].values())
+
+
 def test_ranks_agree_on_a_kernel_that_all_have(two_ranks: Any) -> None:
     """Rank 0 has no compiler: fused=True is refused on both, at once, and by default both run alike."""
     without, other = (rank["without_a_compiler"] for rank in two_ranks[1])

@@ -15,6 +15,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from launch.benchmarks.lamb_alternatives import LoopLamb
 from tests.lamb_checks import BoundedReference, U, make_gradients, make_parameters, worst_error
+from train.build import start_engine
+from train.config import Config
 from train.config_sections.training import OptimizerConfig
 from train.distributed.world import import_deepspeed
 from train.lamb import Lamb
@@ -357,6 +359,20 @@ def accumulated_norms() -> dict[str, float]:
     return norms
 
 
+def first_masters() -> dict[str, dict[str, torch.Tensor]]:
+    """The fp32 masters of engines in 16 bits before their first step, and the weights that they were made from."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    found = {"given": {name: p.detach().clone() for name, p in Bag(make_parameters()).named_parameters()}}
+    for name, dtype, more in (("bf16", "bf16", {}), ("fp16", "fp32", {"fp16": {"enabled": True}})):
+        recipe = Config(optimizer=OptimizerConfig(lr=LR))
+        module: Any = Bag(make_parameters())
+        found[name] = full_parameters(start_engine(recipe, module, config(dtype, **more), "cpu"))
+        found[f"{name} weights"] = {each: p.detach().clone() for each, p in module.named_parameters()}
+    return found
+
+
 def refusals() -> dict[str, str]:
     """The message for each setting that is refused; "" where it is not."""
     messages = {}
@@ -540,6 +556,7 @@ def everything_else(folder: str) -> dict[str, Any]:
         "adamw": adamw(folder),
         "overflow": overflow(),
         "accumulated_norms": accumulated_norms(),
+        "first_masters": first_masters(),
         "stage_zero": stage_zero(),
         "refusals": refusals(),
         "without_a_compiler": without_a_compiler(),
