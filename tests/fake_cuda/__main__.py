@@ -1,6 +1,7 @@
-"""Cases on fake GPUs, in a process of their own: `python -m tests.fake_cuda LIBRARY first_steps|passes CASES RESULTS`.
+"""Cases on fake GPUs, in a process of their own: `python -m tests.fake_cuda LIBRARY CASES RESULTS`.
 
-CASES: a JSON file, {name: case}. RESULTS: the JSON file to write, {name: what the case gave, or {"error": traceback}}.
+CASES: a JSON file, {"first_steps" or "passes": {name: case}}. RESULTS: the JSON file to write, with what each case
+gave, or {"error": traceback}, in its place.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 
-library, part, cases, results = sys.argv[1:]
+library, cases, results = sys.argv[1:]
 # Before torch is imported: the kinds of devices enter themselves in its registries.
 ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
 
@@ -21,11 +22,12 @@ from tests.fake_cuda import gpu  # noqa: E402
 
 os.environ.update(gpu.ENVIRONMENT)
 waits = gpu.install()
-run = importlib.import_module(f"tests.fake_cuda.{part}").run
-found = {}
-for name, case in json.loads(Path(cases).read_text()).items():
-    try:
-        found[name] = run(case, waits)
-    except Exception:
-        found[name] = {"error": traceback.format_exc()}
+found: dict[str, dict[str, object]] = {}
+for part, own in json.loads(Path(cases).read_text()).items():
+    run, found[part] = importlib.import_module(f"tests.fake_cuda.{part}").run, {}
+    for name, case in own.items():
+        try:
+            found[part][name] = run(case, waits)
+        except Exception:
+            found[part][name] = {"error": traceback.format_exc()}
 Path(results).write_text(json.dumps(found))

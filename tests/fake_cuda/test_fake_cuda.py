@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,37 +87,12 @@ def waits_of_deepspeed(accumulation: int, groups: int) -> dict[tuple[str, str], 
     }
 
 
-def run_cases(library: Path, part: str, cases: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What each case gave, by its name."""
-    given, found = folder / "cases.json", folder / "results.json"
-    given.write_text(json.dumps(cases))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.fake_cuda", library, part, given, found],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    results: dict[str, Any] = json.loads(found.read_text())
-    return results
-
-
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("library"))
-
-
-@pytest.fixture(scope="module")
-def passes(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_cases(library, "passes", PASSES, tmp_path_factory.mktemp("passes"))
-
-
-@pytest.fixture(scope="module")
-def runs(
-    library: Path, shards_folder: str, teacher_folder: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
+def results(
+    shards_folder: str, teacher_folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """What each case gave, by its name, of the first steps of runs and of passes: from one process."""
+    folder = tmp_path_factory.mktemp("fake_cuda")
     common = [
         f"--data.shards={shards_folder}",
         f"--model.teacher={teacher_folder}",
@@ -131,19 +105,31 @@ def runs(
         f"--evaluation.every_steps={STEPS}",
         "--evaluation.max_windows=8",
     ]
-    cases = {name: [*common, *own] for name, own in RUNS.items()}
-    return run_cases(library, "first_steps", cases, tmp_path_factory.mktemp("runs"))
+    cases = {"first_steps": {name: [*common, *own] for name, own in RUNS.items()}, "passes": PASSES}
+    given, found = folder / "cases.json", folder / "results.json"
+    given.write_text(json.dumps(cases))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fake_cuda", build(folder), given, found],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return json.loads(found.read_text())  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_a_pass_has_its_devices_and_dtypes_and_waits_for_nothing(passes: dict[str, Any], name: str) -> None:
-    assert passes[name] == {"waits": [], "wrong": []}, passes[name].get("error")
+def test_a_pass_has_its_devices_and_dtypes_and_waits_for_nothing(results: dict[str, Any], name: str) -> None:
+    found = results["passes"][name]
+    assert found == {"waits": [], "wrong": []}, found.get("error")
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_first_steps_of_a_run(runs: dict[str, Any], name: str) -> None:
+def test_the_first_steps_of_a_run(results: dict[str, Any], name: str) -> None:
     """The engine's waits are known, and the project adds none outside of logging and evaluation."""
-    found = runs[name]
+    found = results["first_steps"][name]
     assert "error" not in found, found["error"]
     fp16, lamb = BF16 not in RUNS[name], "--optimizer.name=adamw" not in RUNS[name]
     assert found["devices"] == ["cuda:1"]

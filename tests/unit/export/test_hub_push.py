@@ -8,56 +8,55 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForMaskedLM
 
 from launch import export
 from tests.hub_stand_in import hub
 from tests.paths import ROOT
 from train.errors import UserError
 
-# In a child: the hub's client reads its variables when it is imported.
+# In a child: the hub's client reads its variables when it is imported, but the token when it asks.
 PUSH = """
-import sys
+import os, sys
 from pathlib import Path
+from huggingface_hub import hf_hub_download
 from train.errors import UserError
 from train.export.hub_push import push_folder, require_push
-try:
-    require_push(sys.argv[2])
-    print(push_folder(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "private"))
-    if len(sys.argv) > 4:
-        from transformers import AutoModelForMaskedLM
-        print(AutoModelForMaskedLM.from_pretrained(sys.argv[2]).config.hidden_size)
-except UserError as error:
-    print(error)
+folder, *names = sys.argv[1:]
+for name in names:
+    os.environ["HF_TOKEN"], name = name.split("@")
+    try:
+        require_push(name)
+        print(push_folder(Path(folder), name, private=True))
+        read_back = [hf_hub_download(name, file) for file in ("config.json", "model.safetensors")]
+        print(Path(read_back[0]).parent)
+    except UserError as error:
+        print(error)
 """
-
-
-def push(url: str, home: Path, token: str, *words: str) -> list[str]:
-    """What the child prints."""
-    environment = {**os.environ, "HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HOME": str(home)}
-    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, "-c", PUSH, *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
 
 
 def test_a_folder_is_pushed_and_read_back_from_the_hub(teacher_folder: str, tmp_path: Path) -> None:
     with hub("secret") as stand_in:
-        said = push(stand_in.url, tmp_path, "secret", teacher_folder, "me/small", "private", "read")
-        assert said == [f"{stand_in.url}/me/small", "32"]
-        held = stand_in.repositories["me/small"]
-        assert held["private"]
-        assert held["messages"] == ["Model exported by Halfling"]
-        for path in Path(teacher_folder).iterdir():
-            assert held["files"][path.name] == path.read_bytes()
-        # A public one is not filled by who asked for a private one.
         stand_in.repositories["me/open"] = {"private": False, "files": {}, "messages": []}
-        (said,) = push(stand_in.url, tmp_path, "secret", teacher_folder, "me/open", "private")
-        assert "exists and is public; nothing was pushed" in said
-        assert stand_in.repositories["me/open"]["files"] == {}
-        (said,) = push(stand_in.url, tmp_path, "wrong", teacher_folder, "me/small", "private")
-        assert "was not pushed to me/small: " in said
-        assert f"`hf upload me/small {teacher_folder}`" in said
+        environment = {**os.environ, "HF_ENDPOINT": stand_in.url, "HF_HOME": str(tmp_path)}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        words = [teacher_folder, "secret@me/small", "secret@me/open", "wrong@me/small"]
+        command = [sys.executable, "-c", PUSH, *words]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    address, read_back, of_open, of_wrong = done.stdout.splitlines()
+    assert address == f"{stand_in.url}/me/small"
+    assert AutoModelForMaskedLM.from_pretrained(read_back).config.hidden_size == 32
+    held = stand_in.repositories["me/small"]
+    assert held["private"]
+    assert held["messages"] == ["Model exported by Halfling"]
+    for path in Path(teacher_folder).iterdir():
+        assert held["files"][path.name] == path.read_bytes()
+    # A public one is not filled by who asked for a private one.
+    assert "exists and is public; nothing was pushed" in of_open
+    assert stand_in.repositories["me/open"]["files"] == {}
+    assert "was not pushed to me/small: " in of_wrong
+    assert f"`hf upload me/small {teacher_folder}`" in of_wrong
 
 
 def test_nothing_is_exported_where_it_could_not_be_pushed(
