@@ -7,7 +7,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +18,9 @@ from data_prep.bucket_files import document_keys
 from data_prep.mixture import SourcedDocuments, plan_mixture, split_weights
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.manifest import Manifest
+from tests.distributed.data_prep_runs import contents
 from tests.unit.data_prep.test_placement import digests_of
-from tests.unit.data_prep.test_write_shards import contents, documents_in
+from tests.unit.data_prep.writing import documents_in, make
 
 NAMES = ("wiki", "books", "news")
 
@@ -106,10 +106,6 @@ def sources(tmp_path: Path) -> dict[str, Path]:
         texts.append("writes learns " * 12)
         paths[name].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return paths
-
-
-def make(*arguments: Any, processes: int = 1) -> int:
-    return write_shards.main([*map(str, arguments), "--processes", str(processes)])
 
 
 def test_shards_of_a_mixture(

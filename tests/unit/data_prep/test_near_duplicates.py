@@ -16,8 +16,9 @@ from data_prep import write_shards
 from data_prep.near_duplicates import BANDS, ROWS, RUN, Signatures, near_duplicates
 from data_prep.shard_format.manifest import Manifest
 from tests.conftest import WORDS
+from tests.distributed.data_prep_runs import contents
 from tests.unit.data_prep.test_mixture import make
-from tests.unit.data_prep.test_write_shards import contents, documents_in
+from tests.unit.data_prep.writing import documents_in
 
 
 def runs(tokens: np.ndarray) -> set[tuple[int, ...]]:

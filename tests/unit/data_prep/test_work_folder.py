@@ -15,7 +15,8 @@ import pytest
 from data_prep import source_files, work_folder, write_shards
 from data_prep.shard_format.errors import UserError
 from data_prep.sources.resolve import resolve_sources
-from tests.unit.data_prep.test_write_shards import contents, make
+from tests.distributed.data_prep_runs import contents
+from tests.unit.data_prep.writing import make
 
 
 class Corpus:

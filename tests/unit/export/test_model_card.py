@@ -10,7 +10,7 @@ import yaml
 
 from tests.tiny_shards import write_tiny_shards
 from tests.unit.checkpointing.test_checkpoint import make_checkpoint
-from tests.unit.launch.test_reporting import scores, write_scores
+from tests.unit.launch.reporting.given import scores, write_scores
 from train.config import Config
 from train.errors import UserError
 from train.export.model_card import Stated, _source, model_card, shown_name

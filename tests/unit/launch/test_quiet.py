@@ -11,7 +11,7 @@ import pytest
 
 from tests.paths import ROOT
 from tests.tiny_shards import write_tiny_shards
-from tests.unit.launch.test_reporting import scores, write_scores
+from tests.unit.launch.reporting.given import scores, write_scores
 
 # Each command in a child, so that none is quiet because of another; what takes seconds to import is imported once.
 SCRIPT = """
