@@ -1,7 +1,7 @@
 """Memory of one GPU, part by part, at the fullest moment of a step: pure arithmetic.
 
 What DeepSpeed 0.19 holds was read from runtime/zero/stage_1_and_2.py and is measured by
-tests/distributed/test_plan_memory.py; what autograd saves, by tests/unit/launch/test_planner_memory.py. Attention is
+tests/distributed/test_plan_memory.py; what autograd saves, by tests/unit/launch/planner/test_memory.py. Attention is
 the fused kernel's (no L x L matrix is kept), as scaled_dot_product_attention runs on GPUs.
 """
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.distributed.forked import Forked, run_script
-from tests.distributed.harness import rank_environment
+from tests.distributed.ranks.forked import Forked, run_script
+from tests.distributed.ranks.harness import rank_environment
 from tests.paths import ROOT
 from train.distributed.rendezvous import free_port
 from train.loop.metrics import read_rows

@@ -18,12 +18,12 @@ import pytest
 
 from launch.cli import parse_config
 from launch.preflight.recipe_checks import check_run
-from tests.distributed.forked import Forked, run_script
 from tests.distributed.pretraining import finish, small_settings
+from tests.distributed.ranks.forked import Forked, run_script
 from tests.paths import ROOT
 from train.distributed.rendezvous import free_port
 
-STAND_IN = f"{sys.executable} {ROOT / 'tests' / 'distributed' / 'stand_in_ssh.py'}"
+STAND_IN = f"{sys.executable} {ROOT / 'tests' / 'distributed' / 'ranks' / 'stand_in_ssh.py'}"
 
 
 def prepare(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.distributed.harness import run_ranks
-from tests.distributed.workers_loader import SETTINGS, masked_rows
+from tests.distributed.ranks.harness import run_ranks
+from tests.distributed.workers.loader import SETTINGS, masked_rows
 from tests.tiny_shards import write_tiny_shards
 
 STEPS_PER_EPOCH = 95
@@ -28,7 +28,7 @@ def alone(folder: str) -> dict[int, bytes]:
 def test_no_world_size_micro_batch_or_restart_changes_batches_or_masks(
     folder: str, alone: dict[int, bytes]
 ) -> None:
-    ranks = run_ranks("tests.distributed.workers_loader:serve", 8, folder, PLANS)
+    ranks = run_ranks("tests.distributed.workers.loader:serve", 8, folder, PLANS)
     for plan, (world_size, _) in enumerate(PLANS):
         assert {step: b"".join(rows[plan][step] for rows in ranks[:world_size]) for step in alone} == alone
 

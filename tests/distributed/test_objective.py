@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import workers_objective as workers
-from tests.distributed.harness import run_ranks
+from tests.distributed.ranks.harness import run_ranks
+from tests.distributed.workers import objective as workers
 from train.objective.reference import reference_cosine, reference_terms
 
 WORLD_SIZE = 2
@@ -16,7 +16,7 @@ WORLD_SIZE = 2
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    return run_ranks("tests.distributed.workers_objective:scenarios", WORLD_SIZE)
+    return run_ranks("tests.distributed.workers.objective:scenarios", WORLD_SIZE)
 
 
 def initial() -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import pytest
 from launch.planner.cost import traffic
 from launch.planner.memory import Step, memory_parts, model_state_bytes
 from launch.planner.models import PlannedModel
-from tests.distributed.harness import run_ranks
+from tests.distributed.ranks.harness import run_ranks
 from train.config_sections.objective import ObjectiveConfig
 from train.engine_config import engine_settings
 
@@ -26,7 +26,7 @@ ONE_RANK = CASES[:2]
 @pytest.fixture(scope="module")
 def measured() -> list[dict[str, Any]]:
     """What every rank of every case counted."""
-    target = "tests.distributed.workers_plan:measure_all"
+    target = "tests.distributed.workers.plan:measure_all"
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(run_ranks, target, *arguments) for arguments in ((1, ONE_RANK), (2, CASES))]
     return [found for run in runs for each in run.result() for found in each]
@@ -67,7 +67,7 @@ def test_peak_of_a_whole_step(measured: list[dict[str, Any]]) -> None:
 
 
 def step_of(found: dict[str, Any]) -> Step:
-    """What workers_plan.py ran: a CPU keeps dropout masks in the activations' format, and an fp32 teacher."""
+    """What workers/plan.py ran: a CPU keeps dropout masks in the activations' format, and an fp32 teacher."""
     engine = engine_settings(found["config"])
     return Step(
         **found["step"],
@@ -85,7 +85,7 @@ def main() -> None:
     """Print measured and predicted MB."""
     cases: list[tuple[Any, ...]] = [("bert", "fp32", 2, 2, "base")] if "base" in sys.argv else list(CASES)
     for ranks in (1, 2):
-        results = run_ranks("tests.distributed.workers_plan:measure_all", ranks, cases, timeout_s=900)[0]
+        results = run_ranks("tests.distributed.workers.plan:measure_all", ranks, cases, timeout_s=900)[0]
         for case, found in zip(cases, results, strict=True):
             parts = memory_parts(step_of(found))
             names = [name for name in found if name in parts]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.harness import run_ranks
+from tests.distributed.ranks.harness import run_ranks
 from tests.lamb_checks import SHAPES
 
 WORLD_SIZES = (1, 2, 3, 4)
-WORKERS = "tests.distributed.workers_lamb"
+WORKERS = "tests.distributed.workers.lamb"
 # The engine's own gradient norm is an fp32 sum over ranks, so that clipped gradients differ between world sizes.
 DEPENDS_ON_WORLD_SIZE = ("clipping", "control")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.forked import Forked
+from tests.distributed.ranks.forked import Forked
 from train.distributed.rendezvous import free_port
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from tests.paths import ROOT
 
 # All that a rank needs until its last step.
-IMPORTED = ["launch.cli", "train.run", "tests.distributed.imported", "torch.utils.tensorboard"]
+IMPORTED = ["launch.cli", "train.run", "tests.distributed.ranks.imported", "torch.utils.tensorboard"]
 IMPORTED += [f"transformers.models.{name}.modeling_{name}" for name in ("bert", "distilbert", "roberta")]
 # Read while they are imported.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"}

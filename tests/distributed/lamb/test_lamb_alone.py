@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed.harness import rank_environment
+from tests.distributed.ranks.harness import rank_environment
 from tests.paths import ROOT
 from train.distributed.rendezvous import free_port
 

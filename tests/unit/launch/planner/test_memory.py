@@ -252,7 +252,7 @@ def test_state_by_hand() -> None:
 
 
 def main() -> None:
-    """Print measured beside predicted memory at BERT-base's size: python -m tests.unit.launch.test_planner_memory"""
+    """Print measured beside predicted memory at BERT-base's size: python -m tests.unit.launch.planner.test_memory"""
     for name in ("google-bert/bert-base-uncased", "FacebookAI/roberta-base"):
         config = AutoConfig.for_model(**PUBLISHED[name], attention_probs_dropout_prob=0.0)
         model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.late_files import see_late
 from tests.distributed.pretraining import (
     STEPS,
     finish,
@@ -28,6 +27,7 @@ from tests.distributed.pretraining import (
     wait_for,
     weights,
 )
+from tests.distributed.ranks.late_files import see_late
 from train.checkpointing.integrity import COMPLETE, read_facts, record_own_files, write_facts
 from train.loop.metrics import read_rows
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.forked import Forked, run_script
-from tests.distributed.harness import rank_environment
 from tests.distributed.pretraining import finish, losses, start_without_launcher, wait_for, weights
+from tests.distributed.ranks.forked import Forked, run_script
+from tests.distributed.ranks.harness import rank_environment
 from tests.paths import ROOT
 from train.distributed.rendezvous import free_port
 from train.loop.metrics import read_rows

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.forked import Forked
-from tests.distributed.harness import rank_environment, srun_variables
-from tests.distributed.workers_heartbeat import (
+from tests.distributed.ranks.forked import Forked
+from tests.distributed.ranks.harness import rank_environment, srun_variables
+from tests.distributed.workers.heartbeat import (
     communicate,
     communicate_without_a_reader,
     die_before_connecting,
