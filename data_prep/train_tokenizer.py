@@ -26,7 +26,7 @@ require_packages()
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from data_prep.error_messages import exit_code, explain
-from data_prep.mixture import split_weights
+from data_prep.passes.mixture import split_weights
 from data_prep.processes import ProcessExecutor
 from data_prep.shard_format.errors import UserError, refuse_empty_words
 from data_prep.shard_format.files import new_folder

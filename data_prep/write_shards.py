@@ -22,22 +22,22 @@ from data_prep.shard_format.required_packages import require_packages
 require_packages()
 
 from data_prep.error_messages import exit_code, explain
-from data_prep.job import NEAR_DUPLICATES_NAME, SKIPPED_NAME, Job, JobOptions
-from data_prep.mixture import split_weights
-from data_prep.near_duplicates import Signatures, find_near_duplicates
-from data_prep.placement import Plan
+from data_prep.passes.job import NEAR_DUPLICATES_NAME, SKIPPED_NAME, Job, JobOptions
+from data_prep.passes.mixture import split_weights
+from data_prep.passes.near_duplicates import Signatures, find_near_duplicates
+from data_prep.passes.placement import Plan
+from data_prep.passes.shard_pass import ShardPass, finish, make_plan
+from data_prep.passes.tokenize_pass import TokenizePass, made_buckets
+from data_prep.passes.work_folder import locked, prepare_folder
 from data_prep.shard_format.errors import UserError, refuse_empty_words
 from data_prep.shard_format.hub import require_hub
 from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest
 from data_prep.shard_format.tokenizer_files import save_tokenizer
 from data_prep.shard_format.tokenizer_info import tokenizer_info
-from data_prep.shard_pass import ShardPass, finish, make_plan
 from data_prep.sources.records import MAX_DOCUMENT_MB, check_max_document_mb, text_fields
 from data_prep.sources.resolve import HELP as SOURCES_HELP
 from data_prep.sources.resolve import TXT_DOCUMENTS, resolve_sources
 from data_prep.sources.tables import quiet_hub
-from data_prep.tokenize_pass import TokenizePass, made_buckets
-from data_prep.work_folder import locked, prepare_folder
 from data_prep.workers import Team, mpi_size, mpi_team, process_team
 
 EXAMPLES = """

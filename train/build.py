@@ -24,8 +24,8 @@ from train.errors import UserError, one_line
 from train.evaluation.heldout import HeldoutEvaluation
 from train.evaluation.importance import importance_from_first_rank
 from train.evaluation.teacher_precision import check_teacher_precision
-from train.loop.logging_observer import ComputeCost
 from train.loop.micro_batch import find_micro_batch_size
+from train.loop.observers.logged_figures import ComputeCost
 from train.loop.startup_timing import StartupTimer
 from train.loop.timing import Clock
 from train.loop.trainer import DistillationModule, Trainer

@@ -37,7 +37,6 @@ from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
 from train.distributed.world import World, join_world
 from train.errors import NonFiniteError, UserError
 from train.export.hugging_face import description_folder, export_checkpoint, save_student_description
-from train.loop.checkpoint_observer import Checkpointing, StoppedAfterSavingError
 from train.loop.closing_summary import closing_lines
 from train.loop.divergence import (
     DivergedError,
@@ -49,11 +48,13 @@ from train.loop.divergence import (
     write_rollbacks,
 )
 from train.loop.final_figures import final_figures, lacks_last_scores, lost_figures
-from train.loop.logging_observer import Logging
 from train.loop.loss_accumulator import LossSums
 from train.loop.memory_errors import explained_memory_errors
 from train.loop.metrics import Events, NoEvents, RunEvents, read_rows
-from train.loop.observers import Evaluating, Overflows
+from train.loop.observers.checkpoints import Checkpointing, StoppedAfterSavingError
+from train.loop.observers.evaluation import Evaluating
+from train.loop.observers.logged_figures import Logging
+from train.loop.observers.overflows import Overflows
 from train.loop.profiling import profiling
 from train.loop.startup_timing import StartupReport, StartupTimer
 from train.loop.timing import Clock

@@ -1,7 +1,7 @@
 """What the user names as SOURCE, resolved to files, and the files dealt into units of work.
 
 Units depend on the inputs alone, never on who works: that is one half of why the output is the same for any
-number of processes. The other half is data_prep/placement.py.
+number of processes. The other half is data_prep/passes/placement.py.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ import psutil
 import torch
 import webdataset
 
-from data_prep.job import HISTOGRAM_NAME
+from data_prep.passes.job import HISTOGRAM_NAME
 from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import Manifest, ShardInfo, shard_url, write_shard
 from data_prep.shard_format.tokenizer_info import TokenizerInfo

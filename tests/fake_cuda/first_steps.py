@@ -12,14 +12,18 @@ from tests.fake_cuda.host_waits import FakeGpu, HostWaits
 from tests.fake_cuda.triton_stand_in import import_lamb_kernels
 from train import build
 from train.checkpointing.state import TrainState
-from train.loop.logging_observer import Logging
 from train.loop.metrics import NoEvents
-from train.loop.observers import Evaluating, Overflows
+from train.loop.observers.evaluation import Evaluating
+from train.loop.observers.logged_figures import Logging
+from train.loop.observers.overflows import Overflows
 from train.loop.startup_timing import StartupTimer
 from train.loop.timing import Clock
 
 LAUNCHES = import_lamb_kernels()
-BESIDE_UPDATES = {"train/loop/logging_observer.py:after_step", "train/loop/observers.py:_evaluate"}
+BESIDE_UPDATES = {
+    "train/loop/observers/logged_figures.py:after_step",
+    "train/loop/observers/evaluation.py:_evaluate",
+}
 
 
 class Steps:

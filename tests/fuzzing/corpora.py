@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import zstandard
 
 from data_prep import verify_shards
-from data_prep.job import Job, JobOptions
+from data_prep.passes.job import Job, JobOptions
+from data_prep.passes.tokenize_pass import _Chunk, _UnitReader
 from data_prep.shard_format.manifest import TOKENIZER_FOLDER
 from data_prep.shard_format.tokenizer_info import tokenizer_info
 from data_prep.sources.resolve import make_units, resolve_sources
-from data_prep.tokenize_pass import _Chunk, _UnitReader
 from tests.conftest import WORDS
 from tests.fuzzing.target import Target
 from tests.tiny_shards import TOKENIZER, with_histogram, write_tiny_shards

@@ -29,7 +29,7 @@ class TrainState:
     """Filled in when the state is saved."""
 
     loss_history: tuple[float, ...] = ()
-    """Losses of the steps before, for train/loop/loss_spikes.py; filled in when the state is saved."""
+    """Losses of the steps before, for train/loop/observers/loss_spikes.py; filled in when the state is saved."""
 
     left_out: tuple[int, ...] = ()
     """Steps, counted from 0, whose batches are not used (train/loop/divergence.py)."""

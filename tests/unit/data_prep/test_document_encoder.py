@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import BertNormalizer
 from transformers import AutoTokenizer
 
-from data_prep import document_encoder
-from data_prep.document_encoder import Encoder
+from data_prep.passes import document_encoder
+from data_prep.passes.document_encoder import Encoder
 from data_prep.shard_format.tokenizer_info import tokenizer_info
 from data_prep.sources import texts
 from data_prep.sources.texts import normalised

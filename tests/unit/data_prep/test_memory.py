@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import document_encoder, write_shards
+from data_prep import write_shards
+from data_prep.passes import document_encoder
 from data_prep.shard_format import blocks
 from data_prep.shard_format.manifest import Manifest
 from data_prep.sources import tables, texts

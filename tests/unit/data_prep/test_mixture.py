@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import train_tokenizer, verify_shards, write_shards
-from data_prep.bucket_files import document_keys
-from data_prep.mixture import SourcedDocuments, plan_mixture, split_weights
+from data_prep.passes.bucket_files import document_keys
+from data_prep.passes.mixture import SourcedDocuments, plan_mixture, split_weights
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.manifest import Manifest
 from tests.distributed.data_prep_runs import contents

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import write_shards
-from data_prep.near_duplicates import BANDS, ROWS, RUN, Signatures, near_duplicates
+from data_prep.passes.near_duplicates import BANDS, ROWS, RUN, Signatures, near_duplicates
 from data_prep.shard_format.manifest import Manifest
 from tests.conftest import WORDS
 from tests.distributed.data_prep_runs import contents

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.bucket_files import HELDOUT_BIT, document_keys, open_bucket, write_bucket
-from data_prep.chosen_heldout import left_for_training
-from data_prep.placement import Documents, ShardPlan, num_shards, order_and_deduplicate, plan_shards
+from data_prep.passes.bucket_files import HELDOUT_BIT, document_keys, open_bucket, write_bucket
+from data_prep.passes.chosen_heldout import left_for_training
+from data_prep.passes.placement import Documents, ShardPlan, num_shards, order_and_deduplicate, plan_shards
 
 
 def digests_of(names: list[int]) -> np.ndarray:

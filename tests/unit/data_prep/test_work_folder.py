@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from data_prep import source_files, work_folder, write_shards
+from data_prep import write_shards
+from data_prep.passes import source_files, work_folder
 from data_prep.shard_format.errors import UserError
 from data_prep.sources.resolve import resolve_sources
 from tests.distributed.data_prep_runs import contents

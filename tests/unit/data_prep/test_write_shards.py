@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep import shard_pass, verify_shards, write_shards
+from data_prep import verify_shards, write_shards
+from data_prep.passes import shard_pass
 from data_prep.shard_format.manifest import Manifest
 from data_prep.shard_format.tokenizer_info import tokenizer_info
 from tests.distributed.data_prep_runs import contents

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from data_prep import shard_pass, write_shards
+from data_prep import write_shards
+from data_prep.passes import shard_pass
+from data_prep.passes.work_folder import locked
 from data_prep.shard_format.manifest import Manifest
-from data_prep.work_folder import locked
 from tests.distributed.data_prep_runs import contents
 from tests.unit.data_prep.writing import last_line, make
 

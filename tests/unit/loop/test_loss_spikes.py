@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 
 from train.checkpointing.state import TrainState
-from train.loop.loss_spikes import LEAST_HISTORY, SpikeDetector
+from train.loop.observers.loss_spikes import LEAST_HISTORY, SpikeDetector
 
 
 def look_at(losses: list[float], deviations: float = 6.0) -> list[int]:

@@ -21,8 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.paths import ROOT
 from train.checkpointing.state import TrainState
 from train.config import Config
-from train.loop.logging_observer import ComputeCost, Logging
 from train.loop.metrics import NoEvents, RunEvents, board_tag, read_rows
+from train.loop.observers.logged_figures import ComputeCost, Logging
 from train.loop.profiling import profiling
 
 

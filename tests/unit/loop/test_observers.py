@@ -10,7 +10,8 @@ import pytest
 
 from train.checkpointing.state import TrainState
 from train.errors import NonFiniteError
-from train.loop.observers import Evaluating, Overflows
+from train.loop.observers.evaluation import Evaluating
+from train.loop.observers.overflows import Overflows
 
 
 @pytest.mark.parametrize(

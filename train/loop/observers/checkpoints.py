@@ -14,9 +14,9 @@ from train.config_sections.running import CheckpointConfig
 from train.distributed.signals import StopRequest
 from train.distributed.world import any_rank_stops
 from train.errors import CheckpointNotWrittenError, NonFiniteError
-from train.loop.loss_spikes import SpikeDetector
 from train.loop.metrics import Events
-from train.loop.observers import NON_FINITE_REMEDY
+from train.loop.observers.loss_spikes import SpikeDetector
+from train.loop.observers.overflows import NON_FINITE_REMEDY
 from train.loop.trainer import Trainer
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_prep.bucket_files import HELDOUT_BIT
-from data_prep.chosen_heldout import choose_heldout, left_for_training
+from data_prep.passes.bucket_files import HELDOUT_BIT
+from data_prep.passes.chosen_heldout import choose_heldout, left_for_training
 
 MIN_SHARDS = 8
 MIN_SHARD_TOKENS = 2048
@@ -44,7 +44,7 @@ class ShardPlan:
     low: int
     high: int
     ranges: tuple[KeyRange, ...] = ()
-    """Of a mixture (data_prep/mixture.py): these alone."""
+    """Of a mixture (data_prep/passes/mixture.py): these alone."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Plan:
     tokens: int
     duplicates: int
     pieces: Mapping[bytes, int] = field(default_factory=dict)
-    """What is held out by choice (data_prep/chosen_heldout.py); empty where chance has held out documents."""
+    """What is held out by choice (data_prep/passes/chosen_heldout.py); empty where chance has held out documents."""
     shares: tuple[Share, ...] = ()
     """Of a mixture, what each source gives."""
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.bucket_files import read_head
-from data_prep.job import (
+from data_prep.passes.bucket_files import read_head
+from data_prep.passes.job import (
     DESCRIBED,
     HISTOGRAM_NAME,
     MIXTURE_OPTIONS,
@@ -24,11 +24,7 @@ from data_prep.job import (
     JobOptions,
     describe_sources,
 )
-from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.files import read_json, try_lock, write_text
-from data_prep.shard_format.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest
-from data_prep.shard_format.tokenizer_info import TokenizerInfo
-from data_prep.source_files import (
+from data_prep.passes.source_files import (
     RECORD_NAME,
     SAMPLE,
     SAMPLES,
@@ -39,6 +35,10 @@ from data_prep.source_files import (
     describe_files,
     kept_records,
 )
+from data_prep.shard_format.errors import UserError
+from data_prep.shard_format.files import read_json, try_lock, write_text
+from data_prep.shard_format.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest
+from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from data_prep.sources.records import MAX_DOCUMENT_MB
 from data_prep.sources.resolve import Source, source_key
 

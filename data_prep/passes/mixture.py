@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.bucket_files import mix
-from data_prep.placement import MIN_SHARDS, TRAIN_END, KeyRange, ShardPlan, Share, num_shards
+from data_prep.passes.bucket_files import mix
+from data_prep.passes.placement import MIN_SHARDS, TRAIN_END, KeyRange, ShardPlan, Share, num_shards
 from data_prep.shard_format.errors import UserError
 
 MAX_EPOCHS = 100

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.bucket_files import document_keys, read_head, write_bucket
-from data_prep.document_encoder import Encoder
-from data_prep.job import Job
-from data_prep.near_duplicates import BANDS, Signatures
-from data_prep.placement import order_and_deduplicate
+from data_prep.passes.bucket_files import document_keys, read_head, write_bucket
+from data_prep.passes.document_encoder import Encoder
+from data_prep.passes.job import Job
+from data_prep.passes.near_duplicates import BANDS, Signatures
+from data_prep.passes.placement import order_and_deduplicate
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import new_file, until_seen, write_text
 from data_prep.sources.formats import FORMATS, document_of

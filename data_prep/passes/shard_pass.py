@@ -14,12 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.bucket_files import Bucket, open_bucket
-from data_prep.chosen_heldout import chosen_rows, left_for_training
-from data_prep.job import HISTOGRAM_NAME, SKIPPED_NAME, Job, describe_sources
-from data_prep.mixture import SourcedDocuments, plan_mixture, shuffled
-from data_prep.near_duplicates import dropped_masks
-from data_prep.placement import TRAIN_END, Documents, Plan, ShardPlan, order_and_deduplicate, plan_shards
+from data_prep.passes.bucket_files import Bucket, open_bucket
+from data_prep.passes.chosen_heldout import chosen_rows, left_for_training
+from data_prep.passes.job import HISTOGRAM_NAME, SKIPPED_NAME, Job, describe_sources
+from data_prep.passes.mixture import SourcedDocuments, plan_mixture, shuffled
+from data_prep.passes.near_duplicates import dropped_masks
+from data_prep.passes.placement import (
+    TRAIN_END,
+    Documents,
+    Plan,
+    ShardPlan,
+    order_and_deduplicate,
+    plan_shards,
+)
+from data_prep.passes.source_files import keep_records
+from data_prep.passes.tokenize_pass import bucket_heads, wait_for, write_skipped
+from data_prep.passes.work_folder import source_records
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import new_file, new_folder, write_array, write_text
 from data_prep.shard_format.manifest import (
@@ -31,9 +41,6 @@ from data_prep.shard_format.manifest import (
     count_tokens,
     write_shard,
 )
-from data_prep.source_files import keep_records
-from data_prep.tokenize_pass import bucket_heads, wait_for, write_skipped
-from data_prep.work_folder import source_records
 from data_prep.workers import Worker
 
 DOCUMENTS_IN_MEMORY = 4_000_000  # of the plan: 40 bytes each, and as much again to sort them

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.near_duplicates import NearDuplicates
+from data_prep.passes.near_duplicates import NearDuplicates
 from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from data_prep.sources.records import MAX_DOCUMENT_MB, ReadOptions
 from data_prep.sources.resolve import Source

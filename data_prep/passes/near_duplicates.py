@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.bucket_files import Bucket, mix, open_bucket
+from data_prep.passes.bucket_files import Bucket, mix, open_bucket
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import write_array
 

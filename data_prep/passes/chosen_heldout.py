@@ -1,8 +1,8 @@
 """What is held out where chance has held out nothing: some whole documents, or the ends of a few large ones.
 
-A document is held out by chance, by its digest (data_prep/bucket_files.py), so that a small corpus may have none, and
-nothing to score a model on. Then the documents of the lowest digests are taken, which a larger --heldout-fraction would
-hold out first. The choice depends on the set of documents alone.
+A document is held out by chance, by its digest (bucket_files.py), so that a small corpus may have none, and nothing to
+score a model on. Then the documents of the lowest digests are taken, which a larger --heldout-fraction would hold out
+first. The choice depends on the set of documents alone.
 """
 
 from __future__ import annotations

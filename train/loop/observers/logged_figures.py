@@ -15,9 +15,9 @@ from train.checkpointing.state import TrainState
 from train.config import Config
 from train.errors import NonFiniteError
 from train.lamb import Lamb
-from train.loop.loss_spikes import Spike, SpikeDetector
 from train.loop.metrics import Events
-from train.loop.observers import NON_FINITE_REMEDY
+from train.loop.observers.loss_spikes import Spike, SpikeDetector
+from train.loop.observers.overflows import NON_FINITE_REMEDY
 from train.loop.trainer import Trainer
 
 # Sections of the clock that are left out of a step's throughput.
