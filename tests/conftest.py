@@ -9,10 +9,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 from data_prep import write_shards
 from tests.distributed.pretraining import finish, small_settings, start, train
@@ -35,9 +37,25 @@ def documents() -> list[str]:
     return [" ".join(rng.choices(WORDS, k=rng.randint(5, 120))) for _ in range(300)]
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills: once for all of pytest-xdist's workers."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    made = folder.with_suffix(".made")
+    with FileLock(folder.with_suffix(".lock")):
+        if not made.exists():
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Hugging Face folder with a WordPiece tokenizer of 64 entries."""
+    return str(made_once(tmp_path_factory, "tokenizer", write_tokenizer))
+
+
+def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -60,14 +78,16 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         sep_token="[SEP]",
         mask_token="[MASK]",
     )
-    folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> str:
     """A random BERT of four layers and width 32 with an MLM head, as a Hugging Face folder."""
+    return str(made_once(tmp_path_factory, "teacher", lambda folder: write_teacher(folder, tokenizer_folder)))
+
+
+def write_teacher(folder: Path, tokenizer_folder: str) -> None:
     import torch
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
@@ -83,10 +103,8 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: s
             max_position_embeddings=64,
         )
     )
-    folder = tmp_path_factory.mktemp("teacher")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
@@ -94,13 +112,16 @@ def shards_folder(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str, documents: list[str]
 ) -> str:
     """Shards of `documents`, made by the real command: several train shards and a held-out one."""
-    folder = tmp_path_factory.mktemp("corpus")
-    text = folder / "documents.txt"
-    text.write_text("\n".join(documents) + "\n")
-    arguments = [str(text), "--txt-documents", "line", "--tokenizer", tokenizer_folder]
-    arguments += ["--out", str(folder / "shards"), "--shard-tokens", "5000", "--heldout-fraction", "0.1"]
-    assert write_shards.main([*arguments, "--processes", "1"]) == 0
-    return str(folder / "shards")
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        text = folder / "documents.txt"
+        text.write_text("\n".join(documents) + "\n")
+        arguments = [str(text), "--txt-documents", "line", "--tokenizer", tokenizer_folder]
+        arguments += ["--out", str(folder / "shards"), "--shard-tokens", "5000", "--heldout-fraction", "0.1"]
+        assert write_shards.main([*arguments, "--processes", "1"]) == 0
+
+    return str(made_once(tmp_path_factory, "corpus", write) / "shards")
 
 
 @pytest.fixture(scope="session")
@@ -112,10 +133,12 @@ def settings(shards_folder: str, teacher_folder: str) -> list[str]:
 @pytest.fixture(scope="session")
 def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two ranks under `deepspeed` from beginning to end, whose folder nobody changes."""
-    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    code, output = finish(start(settings, run_dir))
-    assert code == 0, output
-    return run_dir
+
+    def run(run_dir: Path) -> None:
+        code, output = finish(start(settings, run_dir))
+        assert code == 0, output
+
+    return made_once(tmp_path_factory, "undisturbed", run)
 
 
 @pytest.fixture(scope="session")

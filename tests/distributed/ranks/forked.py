@@ -21,8 +21,9 @@ from typing import Any
 from tests.paths import ROOT
 
 # All that a rank needs until its last step.
-IMPORTED = ["launch.cli", "train.run", "tests.distributed.ranks.imported", "torch.utils.tensorboard"]
+IMPORTED = ["launch.cli", "train.run", "torch.utils.tensorboard"]
 IMPORTED += [f"transformers.models.{name}.modeling_{name}" for name in ("bert", "distilbert", "roberta")]
+IMPORTED.append("tests.distributed.ranks.imported")  # the last
 # Read while they are imported.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 # Killed processes leave tqdm's semaphore behind, which the tracker removes at the end, and would say.

@@ -173,7 +173,9 @@ def test_markdown_is_its_words(tmp_path: Path) -> None:
         ("---\nFirst part\n\n---\n\nSecond", "First part\n\nSecond"),
         ("---\n\na: b\n\n---\n\nSecond", "a: b\n\nSecond"),
         ("---\na: [b\n---\n\nSecond", "a: [b\n\nSecond"),
-        ("---\n" + "[" * 9000 + "\n\n---\n\nSecond", "[" * 9000 + "\n\nSecond"),
+        pytest.param(
+            "---\n" + "[" * 9000 + "\n\n---\n\nSecond", "[" * 9000 + "\n\nSecond", id="nested 9000 deep"
+        ),
         ('---\na: "\\UFFFFFFFF"\n---\n\nSecond', 'a: "\\UFFFFFFFF"\n\nSecond'),
         ("\ufeff---\r\na: b\r\nc:\r\n  - d\r\n---\r\n\r\nSecond", "Second"),
         ("---\n# of: it\na: b\n---", None),

@@ -15,8 +15,9 @@ from tests.unit.launch.reporting.given import scores, write_scores
 
 # Each command in a child, so that none is quiet because of another; what takes seconds to import is imported once.
 SCRIPT = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys
 import train.build
+gc.freeze()
 for words in json.loads(sys.argv[1]):
     child = os.fork()
     if child == 0:
