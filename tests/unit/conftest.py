@@ -1,11 +1,13 @@
-"""Tiny shards that several test files read; nobody changes the folder."""
+"""Tiny shards that several test files read, whose folder nobody changes; and what a test must leave as it was."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep.shard_format.manifest import Manifest
 from tests.tiny_shards import write_tiny_shards
@@ -16,6 +18,14 @@ def pytest_collection_finish() -> None:
     look through their million objects."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def the_same_threads_afterwards() -> Iterator[None]:
+    """With more of them, every process that a later test forks hangs in torch: OpenMP waits for threads it has not."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
