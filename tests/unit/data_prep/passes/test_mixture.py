@@ -19,7 +19,7 @@ from data_prep.passes.mixture import SourcedDocuments, plan_mixture, split_weigh
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.manifest import Manifest
 from tests.distributed.data_prep_runs import contents
-from tests.unit.data_prep.test_placement import digests_of
+from tests.unit.data_prep.passes.test_placement import digests_of
 from tests.unit.data_prep.writing import documents_in, make
 
 NAMES = ("wiki", "books", "news")

@@ -17,7 +17,7 @@ from data_prep.passes.near_duplicates import BANDS, ROWS, RUN, Signatures, near_
 from data_prep.shard_format.manifest import Manifest
 from tests.conftest import WORDS
 from tests.distributed.data_prep_runs import contents
-from tests.unit.data_prep.test_mixture import make
+from tests.unit.data_prep.passes.test_mixture import make
 from tests.unit.data_prep.writing import documents_in
 
 
