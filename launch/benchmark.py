@@ -1,6 +1,6 @@
 """Measure one part of Halfling on this machine, beside its floor and its alternatives.
 
-    python launch/benchmark.py data | loader | lamb | objective | inference | gpu   [options; --help teaches each]
+    python launch/benchmark.py data | loader | lamb | objective | step | checkpoint | inference | gpu   [options]
 
 Every benchmark alternates the things it compares within one run and prints a table with their ratio; the
 figures of record stand in docs/BENCHMARKS.md.
@@ -28,6 +28,8 @@ BENCHMARKS = {
     "loader": "shards to batches: tokens/s of one loader beside a stock webdataset pipeline",
     "lamb": "optimizer step: GB/s beside foreach, per-tensor loops and fused AdamW",
     "objective": "forward and backward step: tokens/s and memory beside the plain formulation",
+    "step": "whole training steps under the engine: tokens/s, shares and floor, beside the original formulation",
+    "checkpoint": "a checkpoint written, digested, checked and loaded: seconds beside the disk's speed",
     "gpu": "the first look at a GPU: its tests, training steps of every objective, memory, waits, LAMB; not run yet",
     "inference": "student beside teacher: latency and sentences/s in torch, torch.compile, ONNX Runtime and int8",
 }
@@ -69,6 +71,14 @@ def _benchmark(name: str) -> ModuleType:
         from launch.benchmarks import objective
 
         return objective
+    if name == "step":
+        from launch.benchmarks.training import step
+
+        return step
+    if name == "checkpoint":
+        from launch.benchmarks.training import checkpoint
+
+        return checkpoint
     if name == "gpu":
         from launch.benchmarks import gpu
 

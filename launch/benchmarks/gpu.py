@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from data_prep.shard_format.files import write_json
-from launch.benchmarks.gpu_inputs import make_inputs
+from launch.benchmarks.run_inputs import OBJECTIVES, make_inputs
 from launch.cli import parse_config
 from launch.machine import hardware
 from launch.plan import engine_of
@@ -40,12 +40,6 @@ from train.loop.metrics import read_rows
 from train.run_folder import provenance, recorded_config
 
 ROOT = Path(__file__).resolve().parents[2]
-ALONE = ("kd_weight=0", "mlm_weight=0", "cosine_weight=0", "relation_weight=1")
-OBJECTIVES = {
-    "triple": [],
-    "masked": ["--objective.kd_positions=masked"],
-    "relation": [f"--objective.{setting}" for setting in ALONE],
-}
 TOKENS_PER_STEP = 131_072
 STEPS, ROW, TRACED = 30, 10, 3
 """Of a run; of its last row of figures, which is the one that counts; of the profiler, near the start."""

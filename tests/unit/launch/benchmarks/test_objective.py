@@ -31,7 +31,7 @@ def test_products_by_hand() -> None:
 
 def test_the_floor_takes_the_best_time_of_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([3.0, 2.0])
-    monkeypatch.setattr(floor, "_measured", lambda product: next(seconds))
+    monkeypatch.setattr(floor, "_measured", lambda *product: next(seconds))
     best, twice = BestTimes(), [Product(2, 3, 4, count=2), Product(2, 3, 4, count=5)]
     best.measure(twice)
     assert best.floor(twice) == 7 * 3.0

@@ -8,9 +8,17 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
+from data_prep.shard_format.manifest import TOKENIZER_FOLDER
 from data_prep.shard_format.tokenizer_info import tokenizer_info
 from launch.benchmarks.loader import random_shards
 
+ALONE = ("kd_weight=0", "mlm_weight=0", "cosine_weight=0", "relation_weight=1")
+OBJECTIVES = {
+    "triple": [],
+    "masked": ["--objective.kd_positions=masked"],
+    "relation": [f"--objective.{setting}" for setting in ALONE],
+}
+"""Settings of launch/pretrain.py by the objectives' names."""
 SPECIAL = {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}
 
 
@@ -36,4 +44,5 @@ def make_inputs(folder: Path, config: BertConfig | None = None, tokens: int = 8_
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=512, **special)
     tokenizer.save_pretrained(teacher)
     random_shards(shards, tokenizer_info(tokenizer), shards=2, tokens=tokens // 2)
+    tokenizer.save_pretrained(shards / TOKENIZER_FOLDER)
     return teacher, shards

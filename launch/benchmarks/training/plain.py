@@ -1,0 +1,58 @@
+"""The original code's formulation of a step, for the trainer: both models' logits at all positions, torch's dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from launch.benchmarks.objective_steps import RECIPE
+from train.build import Parts
+from train.data.masking import MaskedBatch
+from train.models.dropout import FastDropout
+from train.objective.distillation import LossTerms
+from train.objective.reference import original_distiller_loss
+
+
+def original_loss(of_student: Any, of_teacher: Any, masked: MaskedBatch) -> torch.Tensor:
+    """The original code's triple loss, of two models' outputs with their logits and hidden states."""
+    labels = torch.full_like(masked.input_ids, -100).scatter_(1, masked.positions, masked.targets)
+    kept = torch.ones_like(masked.input_ids, dtype=torch.bool)
+    hidden = of_student.hidden_states[-1], of_teacher.hidden_states[-1]
+    return original_distiller_loss(of_student.logits, of_teacher.logits, *hidden, kept, labels, RECIPE)
+
+
+class PlainTeacher:
+    """Stands where train/models/teacher.py does; returns the whole output."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.Tensor) -> Any:
+        """Logits and hidden states of (B, L) tokens."""
+        return self.model(input_ids, output_hidden_states=True)
+
+
+class PlainObjective(nn.Module):
+    """Stands where train/objective/distillation.py does."""
+
+    def forward(
+        self, student: PreTrainedModel, masked: MaskedBatch, taught: Any, *, num_masked_tokens: Any = None
+    ) -> LossTerms:
+        """The triple loss; its means are this micro batch's own, whatever `num_masked_tokens` says."""
+        return LossTerms(original_loss(student(masked.input_ids, output_hidden_states=True), taught, masked))
+
+
+def make_plain(parts: Parts) -> None:
+    """Have a run of the triple loss compute as the original code did; data, engine and optimizer stay."""
+    assert parts.teacher is not None
+    for module in parts.student.modules():
+        if type(module) is FastDropout:
+            module.__class__ = nn.Dropout  # type: ignore[assignment]
+    parts.student.set_attn_implementation("sdpa")
+    stand_in: Any = PlainTeacher(parts.teacher.models[0])
+    parts.trainer.teacher = stand_in
+    parts.trainer.engine.module.objective = PlainObjective()
