@@ -38,6 +38,7 @@ from train.models.build import (
     open_teachers,
     tokenizer_source,
 )
+from train.models.cpu_attention import with_cpu_attention
 from train.models.dropout import with_fast_dropout
 from train.models.flops import measured_matrix_rate, shape_of, training_flops_per_token
 from train.models.teacher import Teacher
@@ -145,7 +146,7 @@ def assemble(
     objective = build_objective(config.objective, student, teacher, config.data.seed)
     check_sequence_length(student, config.data.sequence_length)
     if world.device == "cpu":
-        with_fast_dropout(student)
+        with_fast_dropout(with_cpu_attention(student))
     startup.ended("student")
     frozen = freeze_untrained(objective, student, teacher, world.device)
     cost = _compute_cost(config, data, student, teacher, world.device)

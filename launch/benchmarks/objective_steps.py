@@ -14,6 +14,7 @@ from launch.benchmarks.floor import Product, attention, linear
 from train.config_sections.objective import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.models.attention_vectors import AttentionVectors
+from train.models.cpu_attention import with_cpu_attention
 from train.models.dropout import with_fast_dropout
 from train.models.families import family_of
 from train.models.students import make_student
@@ -34,7 +35,9 @@ def models(ours: bool) -> tuple[PreTrainedModel, PreTrainedModel]:
     torch.manual_seed(0)
     teacher = BertForMaskedLM(BertConfig())
     student = make_student(teacher).train()
-    return teacher.eval().requires_grad_(False), with_fast_dropout(student) if ours else student
+    if ours:
+        with_fast_dropout(with_cpu_attention(student))
+    return teacher.eval().requires_grad_(False), student
 
 
 def example_batch(batch: int, length: int) -> MaskedBatch:

@@ -25,6 +25,8 @@ from data_prep.shard_format.terminal import progress_bar
 from train.errors import NonFiniteError
 from train.finetuning.batches import EpochBatches, Features
 from train.finetuning.settings import Job, MayStop
+from train.models.cpu_attention import with_cpu_attention
+from train.models.dropout import with_fast_dropout
 
 COMPLETE = "complete.json"
 SECONDS = "seconds.json"
@@ -72,6 +74,8 @@ def fit(model: PreTrainedModel, data: TrainingSet, job: Job, seed: int, work: Pa
         NonFiniteError: the weights are no numbers any more.
     """
     settings = job.settings
+    if not torch.cuda.is_available():
+        with_fast_dropout(with_cpu_attention(model))
     num_examples = len(data.examples)
     lengths = np.array([len(example["input_ids"]) for example in data.examples])
     batches = EpochBatches(lengths, settings.batch_size, seed, settings.group_by_length)

@@ -17,28 +17,20 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
 from train.lamb import compile_library, forked
 
 SOURCE = Path(__file__).with_name("dropout.c")
-ATTENTION = "sdpa_with_fast_dropout"
-"""Its name in transformers."""
 DTYPES = {torch.float32: "dropout_fp32", torch.bfloat16: "dropout_bf16"}
 
 
 def with_fast_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, its dropout done here from now on; parameters, names and what it computes stay as they are.
-    Nothing is compiled before the first forward pass in training mode."""
+    """The model itself, its dropout modules done here from now on; parameters, names and what it computes stay as
+    they are. Nothing is compiled before the first forward pass in training mode."""
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = FastDropout
-    if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(ATTENTION, attention)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-        model.set_attn_implementation(ATTENTION)
     return model
 
 
@@ -55,43 +47,6 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     if not fast or torch.compiler.is_compiling() or (loops := build()) is None:
         return functional.dropout(x, p)
     return _Dropout.apply(x, p, loops)
-
-
-def attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' sdpa_attention_forward; with dropout on a CPU by the operations of torch's own fallback (ATen,
-    `_scaled_dot_product_attention_math`), which are the same to the bit.
-
-    Args:
-        query, key, value: (batch, heads, sequence, width of a head).
-    Returns:
-        (batch, sequence, heads, width of a head), and no weights.
-    """
-    plain = attention_mask is None and getattr(module, "is_causal", True) is False
-    plain = plain and query.shape == key.shape == value.shape and kwargs.get("position_bias") is None
-    plain = plain and not torch.is_autocast_enabled("cpu")  # torch's own fallback computes in fp32 beneath it
-    if not dropout or not plain or query.device.type != "cpu":
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    dtype = query.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        query, key, value = query.float(), key.float(), value.float()
-    root = math.sqrt(query.shape[-1] ** -0.5 if scaling is None else scaling)
-    weights = torch.softmax((query * root) @ (key.transpose(-2, -1) * root), -1)
-    mixed = fast_dropout(weights, dropout) @ value
-    return mixed.to(dtype).transpose(1, 2).contiguous(), None
-
-
-fast_dropout = dropout
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tests.unit.models.test_families import MODELS
 from train.models import dropout
+from train.models.cpu_attention import with_cpu_attention
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
@@ -69,7 +70,7 @@ def pass_of(model: PreTrainedModel, mask: torch.Tensor | None) -> list[torch.Ten
     ("name", "dtype"),
     [
         *((name, torch.float32) for name in MODELS),
-        *((name, torch.bfloat16) for name in ("bert", "deberta-v2", "modernbert")),
+        ("deberta-v2", torch.bfloat16),  # in bf16 the others have their attention from cpu_attention.py
     ],
 )
 def test_a_model_computes_what_it_did(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +79,7 @@ def test_a_model_computes_what_it_did(name: str, dtype: torch.dtype, monkeypatch
     padded = torch.ones(3, 16, dtype=torch.long)
     padded[1, 9:] = 0
     expected = {mask is None: pass_of(copy.deepcopy(plain), mask) for mask in (None, padded)}
-    fast = dropout.with_fast_dropout(copy.deepcopy(plain))
+    fast = dropout.with_fast_dropout(with_cpu_attention(copy.deepcopy(plain)))
     assert fast.state_dict().keys() == plain.state_dict().keys()
     assert fast.config.to_dict() == plain.config.to_dict()
     for mask in (None, padded):
@@ -91,29 +92,11 @@ def test_a_model_computes_what_it_did(name: str, dtype: torch.dtype, monkeypatch
 
 
 @needs_compiler
-def test_under_autocast_it_is_torchs_attention() -> None:
-    """As of an engine with `torch_autocast`."""
-    plain = MODELS["bert"]().train()
-    fast = dropout.with_fast_dropout(copy.deepcopy(plain))
-    with torch.autocast("cpu", torch.bfloat16):
-        pairs = zip(pass_of(fast, None), pass_of(plain, None), strict=True)
-    for ours, theirs in pairs:
-        assert torch.equal(ours, theirs)
-
-
-@needs_compiler
 def test_a_second_derivative_is_refused() -> None:
     x = torch.randn(50, requires_grad=True)
     (grad,) = torch.autograd.grad(dropout.dropout(x, 0.1).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
-
-
-def test_a_model_in_eval_mode_has_torchs_attention() -> None:
-    plain = MODELS["bert"]().eval()
-    fast = dropout.with_fast_dropout(copy.deepcopy(plain))
-    input_ids = torch.randint(5, 64, (2, 12))
-    assert torch.equal(fast(input_ids).logits, plain(input_ids).logits)
 
 
 @pytest.mark.parametrize("why", ["no compiler", "other numbers"])
