@@ -10,13 +10,16 @@ import torch
 from torch.nn import functional
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
-from launch.benchmarks.floor import Product, attention, linear
+from launch.benchmarks.floor import Product
+from launch.benchmarks.options import Shape
+from launch.benchmarks.products import products_of
 from train.config_sections.objective import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.models.attention_vectors import AttentionVectors
 from train.models.cpu_attention import with_cpu_attention
 from train.models.dropout import with_fast_dropout
 from train.models.families import family_of
+from train.models.flops import ModelShape, RelationLayers
 from train.models.students import make_student
 from train.models.teacher import Teacher
 from train.objective.build import MAX_RELATION_HEADS, build_objective
@@ -94,23 +97,28 @@ def stepper(formulation: str) -> Callable[[MaskedBatch], float]:
         of_student = student(masked.input_ids, output_hidden_states=True)
         with torch.no_grad():
             of_teacher = teacher(masked.input_ids, output_hidden_states=True)
-        student_hidden, teacher_hidden = of_student.hidden_states[-1], of_teacher.hidden_states[-1]
         if formulation == "plain original":
-            labels = torch.full_like(masked.input_ids, -100).scatter_(1, masked.positions, masked.targets)
-            kept = torch.ones_like(masked.input_ids, dtype=torch.bool)
-            loss = original_distiller_loss(
-                of_student.logits, of_teacher.logits, student_hidden, teacher_hidden, kept, labels, RECIPE
-            )
+            loss = original_loss(of_student, of_teacher, masked)
         else:
             terms = reference_terms(
                 of_student.logits, [of_teacher.logits], [1.0], masked, temperature=RECIPE.temperature
             )
             loss = RECIPE.kd_weight * terms.kd + RECIPE.mlm_weight * terms.mlm
-            loss = loss + RECIPE.cosine_weight * reference_cosine(student_hidden, teacher_hidden)
+            loss = loss + RECIPE.cosine_weight * reference_cosine(
+                of_student.hidden_states[-1], of_teacher.hidden_states[-1]
+            )
         loss.backward()
         return float(loss.detach())
 
     return plain_step
+
+
+def original_loss(of_student: Any, of_teacher: Any, masked: MaskedBatch) -> torch.Tensor:
+    """The original code's triple loss, of two models' outputs with their logits and hidden states."""
+    labels = torch.full_like(masked.input_ids, -100).scatter_(1, masked.positions, masked.targets)
+    kept = torch.ones_like(masked.input_ids, dtype=torch.bool)
+    hidden = of_student.hidden_states[-1], of_teacher.hidden_states[-1]
+    return original_distiller_loss(of_student.logits, of_teacher.logits, *hidden, kept, labels, RECIPE)
 
 
 def plain_relations(
@@ -129,34 +137,16 @@ def plain_relations(
 
 
 def step_products(formulation: str, batch: int, length: int) -> list[Product]:
-    """The matrix products of one step, attention's included.
-
-    Relations need nothing of the last layers but their queries, keys and values.
-    """
-    tokens = batch * length
-    if formulation.endswith("relation"):
-        size, maps = WIDTH // MAX_RELATION_HEADS, batch * MAX_RELATION_HEADS
-        relation = Product(length, size, length, maps, 2 * 3), Product(length, length, size, maps, 3)
-        ends = (TEACHER_LAYERS - 1, False), (STUDENT_LAYERS - 1, True)
-        return [
-            *relation,
-            *(product for end in ends for product in _layers(batch, length, *end)),
-            *(product for _, backward in ends for product in linear(tokens, WIDTH, WIDTH, 3, backward)),
-        ]
-    decoded = batch * round(PROBABILITY * length) if formulation == "fused masked" else tokens
-    products = []
-    for layers, backward in ((TEACHER_LAYERS, False), (STUDENT_LAYERS, True)):
-        products += _layers(batch, length, layers, backward)
-        products += linear(decoded, WIDTH, WIDTH, 1, backward)
-        products += linear(decoded, WIDTH, VOCABULARY, 1, backward)
-    return products
-
-
-def _layers(batch: int, length: int, layers: int, backward: bool) -> list[Product]:
-    tokens, size = batch * length, WIDTH // ATTENTION_HEADS
-    return [
-        *linear(tokens, WIDTH, WIDTH, 4 * layers, backward),
-        *linear(tokens, WIDTH, INNER, layers, backward),
-        *linear(tokens, INNER, WIDTH, layers, backward),
-        *attention(batch * ATTENTION_HEADS, length, size, layers, backward),
+    """The matrix products of one step, attention's included."""
+    sizes = [
+        ModelShape(layers, WIDTH, INNER, VOCABULARY, WIDTH) for layers in (STUDENT_LAYERS, TEACHER_LAYERS)
     ]
+    ends = RelationLayers(STUDENT_LAYERS, (TEACHER_LAYERS,), student_alone=True, teachers_alone=True)
+    return products_of(
+        sizes[0],
+        sizes[1:],
+        Shape(batch, length),
+        attention_heads=ATTENTION_HEADS,
+        decoded=round(PROBABILITY * length) if formulation == "fused masked" else length,
+        relations=ends if formulation.endswith("relation") else None,
+    )

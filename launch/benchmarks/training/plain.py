@@ -8,20 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from launch.benchmarks.objective_steps import RECIPE
+from launch.benchmarks.objective_steps import original_loss
 from train.build import Parts
 from train.data.masking import MaskedBatch
 from train.models.dropout import FastDropout
 from train.objective.distillation import LossTerms
-from train.objective.reference import original_distiller_loss
-
-
-def original_loss(of_student: Any, of_teacher: Any, masked: MaskedBatch) -> torch.Tensor:
-    """The original code's triple loss, of two models' outputs with their logits and hidden states."""
-    labels = torch.full_like(masked.input_ids, -100).scatter_(1, masked.positions, masked.targets)
-    kept = torch.ones_like(masked.input_ids, dtype=torch.bool)
-    hidden = of_student.hidden_states[-1], of_teacher.hidden_states[-1]
-    return original_distiller_loss(of_student.logits, of_teacher.logits, *hidden, kept, labels, RECIPE)
 
 
 class PlainTeacher:
