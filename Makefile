@@ -6,7 +6,8 @@ PYTEST = OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadfile -
 # They start processes of their own; some take minutes, and so they begin first.
 RANK_TESTS = tests/end_to_end tests/distributed tests/cluster tests/gpu tests/fake_cuda
 # Not compiled: of the 300 MB of Python that come, each module that is used is compiled when it is first imported.
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+# PEP 517: pip up to 23.0, of Python 3.10's and 3.11's first releases, cannot build seqeval in its own way.
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --use-pep517
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: quickstart test lint types tests unit-tests rank-tests docs clean

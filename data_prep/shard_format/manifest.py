@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
-from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from data_prep.shard_format.blocks import (
     BLOCK_TOKENS,
@@ -77,7 +77,7 @@ __all__ = [
 class ShardInfo:
     """One tar file. `tokens` counts all of its tokens, separators included; `sha256` is over the file."""
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     name: FileName
     bytes: Count
     sha256: Sha256

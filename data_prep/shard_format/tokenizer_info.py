@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from pydantic import ConfigDict
+
 from data_prep.shard_format.checks import Text, TokenId, VocabularySize
 from data_prep.shard_format.errors import UserError
 
@@ -17,7 +19,7 @@ _HIGHEST_TOKEN_ID = 10_000_000
 class TokenizerInfo:
     """As the manifest records it; `special_ids` are all its special ids, ascending."""
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     fingerprint: Text
     vocab_size: VocabularySize
     pad_id: TokenId
