@@ -296,6 +296,11 @@ class EngineSettings:
     precision: str
     """fp16, bf16 or fp32."""
 
+    @property
+    def takes_stage_1(self) -> bool:
+        """Whether the optimizers are tested at stage 1: not where gradients in bf16 are accumulated in fp32."""
+        return self.precision != "bf16" or self.accumulation_bytes == 2
+
 
 def engine_settings(engine_config: Mapping[str, Any]) -> EngineSettings:
     """The settings in a DeepSpeed JSON; defaults as in DeepSpeed 0.19."""

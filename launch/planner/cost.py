@@ -36,6 +36,11 @@ class Traffic:
     def per_step(self) -> float:
         return self.gradients_per_reduction * self.reductions + self.weights
 
+    @property
+    def reduced_once(self) -> float:
+        """What a step sends where gradients are reduced once, as at stage 1."""
+        return self.gradients_per_reduction + self.weights
+
 
 def traffic(student: PlannedModel, engine: EngineSettings, world_size: int, accumulation: int) -> Traffic:
     """DeepSpeed all-reduces whole buckets also at stage 2 (use_multi_rank_bucket_allreduce), then keeps a slice."""

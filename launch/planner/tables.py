@@ -51,6 +51,7 @@ def time_table(plan: Plan, price: float | None) -> str:
     rows = [
         ("global batch = micro batch x accumulation x GPUs", f"{recipe.global_batch_size:,} = {batch}"),
         ("sent by each GPU in a step", f"{plan.sent.per_step / 1e9:,.2f} GB"),
+        *_at_stage_1(plan),
         ("computing", f"{time.compute:,.3f} s"),
         ("communication, of which not hidden", f"{time.communication:,.3f} s, {time.exposed:,.3f} s"),
         ("a step", f"{time.total:,.3f} s"),
@@ -62,6 +63,15 @@ def time_table(plan: Plan, price: float | None) -> str:
     if price is not None:
         rows.append((f"cost at {price:g} per GPU-hour", f"{plan.gpu_hours * price:,.0f}"))
     return text_table(("one optimizer step, and the run", ""), rows, title="Time")
+
+
+def _at_stage_1(plan: Plan) -> list[tuple[str, str]]:
+    """Nothing where it sends the same, or is refused."""
+    engine, reductions = plan.recipe.engine, plan.sent.reductions
+    if engine.stage != 2 or reductions == 1 or not plan.sent.weights or not engine.takes_stage_1:
+        return []
+    title = f"with zero_optimization.stage 1, which reduces once, not {reductions} times"
+    return [(title, f"{plan.sent.reduced_once / 1e9:,.2f} GB")]
 
 
 def curve_table(curve: Sequence[Plan], price: float | None) -> str:

@@ -157,6 +157,18 @@ def test_too_large_a_micro_batch_is_said_with_one_that_fits(capsys: pytest.Captu
     assert "4,096 = 128 x 4 x 8" in capsys.readouterr().out
 
 
+def test_what_stage_1_would_send_is_said_where_it_may_be_used(capsys: pytest.CaptureFixture[str]) -> None:
+    """66,985,530 fp16 gradients around a ring of 8, sixteen times or once, and the weights."""
+    ring, fp16 = 7 / 8 * 2 * 66_985_530 / 1e9, ["--gpu", "V100-32GB"]  # a GPU without bf16 takes fp16.json
+    assert main(fp16) == 0
+    said = re.sub(r" +", " ", capsys.readouterr().out)
+    assert f"sent by each GPU in a step │ {33 * ring:.2f} GB" in said
+    assert f"stage 1, which reduces once, not 16 times │ {3 * ring:.2f} GB" in said
+    for words in (["--deepspeed.config=ds_configs/bf16.json"], [*fp16, "--training.micro_batch_size=512"]):
+        assert main(words) == 0
+        assert "stage 1" not in capsys.readouterr().out
+
+
 def test_the_default_micro_batch_adapts_to_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     """README's batch of 64 sequences on a node of eight; the curve's other machines take theirs."""
     assert main(["--training.global_batch_size=64", "--gpus-per-node", "8"]) == 0
