@@ -23,11 +23,11 @@ require_packages()
 from data_prep.shard_format.files import write_json
 from launch.cli import run_main
 from launch.tables import text_table
+from train.config_sections.objective import POOLINGS
 from train.errors import UserError
 from train.finetuning.data.examples import Examples, examples_of
 from train.finetuning.data.own import OwnOptions, own_task
 from train.finetuning.data.tables import format_of, read_table
-from train.finetuning.settings import POOLINGS
 
 
 def parser() -> argparse.ArgumentParser:

@@ -91,8 +91,15 @@ class Config:
                     value,
                     "needs a model.teacher; give 0 to train without one",
                 )
-        elif self.objective.relation_layers is not None:
-            teachers = len(self.model.teacher) if isinstance(self.model.teacher, list) else 1
+            return
+        teachers = len(self.model.teacher) if isinstance(self.model.teacher, list) else 1
+        require(
+            self.objective.embedding_weight == 0 or teachers == 1,
+            "model.teacher",
+            self.model.teacher,
+            "vectors of several models lie in spaces of their own; give one, or objective.embedding_weight=0",
+        )
+        if self.objective.relation_layers is not None:
             require(
                 len(self.objective.relation_layers) == teachers,
                 "objective.relation_layers",

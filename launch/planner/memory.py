@@ -136,10 +136,13 @@ def activation_bytes(step: Step) -> int:
 
 
 def head_bytes(step: Step) -> int:
-    """What the student's MLM transform and the cosine term keep for the backward pass."""
-    d = step.student.width
+    """What the student's MLM transform and the cosine term keep for the backward pass, and what the pooled states'
+    gradient in fp32 takes."""
+    d, objective = step.student.width, step.objective
     transform = step.decoded_tokens * (3 * d * step.engine.bytes_per_element + 4 * 2)
-    return transform + (step.tokens * d * 4 if step.objective.cosine_weight > 0 else 0)
+    return transform + step.tokens * d * 4 * (
+        (objective.cosine_weight > 0) + (objective.embedding_weight > 0)
+    )
 
 
 def loss_gradient_bytes(step: Step) -> int:

@@ -47,6 +47,8 @@ class ComparedModel:
     """Held-out divergence from the teacher's relations, nats, as the run has measured it."""
     cosine: float | None = None
     """Held-out 1 - cos of the last hidden states and the teacher's, as the run has measured it."""
+    embedding: float | None = None
+    """The same of the pooled vectors."""
 
     @property
     def perplexity(self) -> float | None:
@@ -106,6 +108,7 @@ def compare(run_dirs: Sequence[Path], configs: Sequence[Config]) -> list[Compare
                 masking=scores.get(LABEL),
                 relation=scores.get("heldout_relation"),
                 cosine=scores.get("heldout_cos"),
+                embedding=scores.get("heldout_embedding"),
             )
         )
     return compared

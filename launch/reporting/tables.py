@@ -31,6 +31,7 @@ HELDOUT = {
     "kl": ("KL to teacher (nats)", "", ".3f"),
     "relation": ("relations to teacher (nats)", "relations\n(nats)", ".4f"),
     "cosine": ("1 - cos to teacher", "1 - cos", ".4f"),
+    "embedding": ("1 - cos of sentence vectors to teacher", "1 - cos,\nsentences", ".4f"),
     "sentences_per_s": ("sentences/s (CPU, batch 32)", "sentences/s\n(CPU)", ",.0f"),
 }
 """Field of a compared model -> (heading, heading in a terminal, format)."""

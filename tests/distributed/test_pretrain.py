@@ -32,7 +32,10 @@ from tests.distributed.pretraining import (
 from tests.paths import ROOT
 from tests.unit.export.test_sentence_files import write_sentence_files
 from train.build import heldout_scoring
+from train.finetuning.embeddings import Embedder
 from train.loop.metrics import read_rows
+from train.models.loading import load_encoder
+from train.objective.build import build_objective
 
 
 def test_run_folder(undisturbed: Path) -> None:
@@ -316,17 +319,23 @@ def test_narrow_student_with_a_projection_and_logit_mse(settings: list[str], tmp
     assert row["loss"] == pytest.approx(total, rel=1e-5)
 
 
+def sentence_teacher(teacher_folder: str, folder: Path) -> Path:
+    """Without its head, with sentence-transformers' files."""
+    shutil.copytree(teacher_folder, folder)
+    AutoModelForMaskedLM.from_pretrained(teacher_folder).base_model.save_pretrained(folder)
+    write_sentence_files(folder)
+    return folder
+
+
 def test_relations_alone_on_a_narrow_student_with_adamw(
     settings: list[str], teacher_folder: str, tmp_path: Path
 ) -> None:
     """Two ranks, resumed on one, of a teacher without head: no masks, no vocabulary; what no gradient reaches stays as
     it was inherited; the student has no head either, and the teacher's files for sentence-transformers. AdamW's state
     comes along, LAMB's figures do not stand in the rows, and LAMB cannot go on from it."""
-    from transformers import AutoModel, AutoModelForMaskedLM
+    from transformers import AutoModel
 
-    bare = Path(shutil.copytree(teacher_folder, tmp_path / "bare"))
-    AutoModelForMaskedLM.from_pretrained(teacher_folder).base_model.save_pretrained(bare)
-    write_sentence_files(bare)
+    bare = sentence_teacher(teacher_folder, tmp_path / "bare")
     words = [f"--model.teacher={bare}", "--model.student_width=16", "--objective.relation_weight=1"]
     words += [f"--objective.{term}_weight=0" for term in ("kd", "mlm", "cosine")]
     words += ["--optimizer.name=adamw", "--optimizer.lr=0.003"]
@@ -358,6 +367,33 @@ def test_relations_alone_on_a_narrow_student_with_adamw(
     code, output = finish(start_alone([*settings, *words, *more, "--optimizer.name=lamb"], tmp_path))
     assert code == 2, output
     assert "step-00000032 was written with optimizer.name=adamw, whose state means nothing to lamb" in output
+
+
+def test_sentence_vectors_alone(settings: list[str], teacher_folder: str, tmp_path: Path) -> None:
+    """Of a teacher without head: two ranks follow the curve of one, and the student that leaves pools as its teacher
+    and has the score that the run measured."""
+    teacher_of = sentence_teacher(teacher_folder, tmp_path / "teacher")
+    words = [*settings, f"--model.teacher={teacher_of}", "--objective.embedding_weight=1"]
+    words += [f"--objective.{term}_weight=0" for term in ("kd", "mlm", "cosine")]
+    words += ["--optimizer.name=adamw", "--optimizer.lr=0.003", "--model.layer_map=random"]
+    first, second = start_without_launcher(words, tmp_path / "two", [], [])
+    code, output = finish(first)
+    assert (code, finish(second)[0]) == (0, 0), output
+    assert "stay as they are" not in output
+    code, output = finish(start_alone(words, tmp_path / "one"))
+    assert code == 0, output
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    rows = read_rows(tmp_path / "one")
+    assert not {"loss_kd", "loss_mlm", "loss_cos"} & {name for row in rows for name in row}
+    scores = [row["heldout_embedding"] for row in rows if "heldout_embedding" in row]
+    assert scores[-1] < 0.9 * scores[0]
+    folder = str(tmp_path / "one" / "model")
+    config = parse_config(words, "")
+    _, evaluation, teacher = heldout_scoring(config, "cpu")
+    student = load_encoder(folder).eval()
+    objective = build_objective(config.objective, student, teacher)
+    assert evaluation(student, teacher, objective)["heldout_embedding"] == pytest.approx(scores[-1], rel=1e-4)
+    assert Embedder(folder).pooling == "mean"
 
 
 def test_ensemble_and_mapped_layers(settings: list[str], teacher_folder: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 
 from tests.distributed.pretraining import start_alone
 from tests.paths import ROOT
+from tests.unit.export.test_sentence_files import write_sentence_files
 from train.loop.metrics import read_rows
 
 RECIPES = ROOT / "launch" / "recipes"
@@ -19,7 +20,10 @@ FAMILY_OF = {
     "distilroberta": "roberta",
     "domain-student": "bert",
     "domain-teacher": "bert",
+    "minilm-embeddings": "bert",
     "minilm-from-embeddings": "bert",
+    "minilm-hidden": "bert",
+    "minilm-relations": "bert",
     "modernbert-half": "modernbert",
     "xlmr-one-language": "xlm-roberta",
 }
@@ -30,7 +34,15 @@ SIZES = {
     "intermediate_size": 64,
     "max_position_embeddings": 80,
 }
-NARROW = ("--model.student_width=16", "--model.student_layers=2", "--objective.relation_heads=4")
+OF_SIZES = {
+    "minilm-from-embeddings": (
+        "--model.student_width=16",
+        "--model.student_layers=2",
+        "--objective.relation_heads=4",
+    ),
+    "minilm-relations": ("--objective.relation_heads=4",),
+}
+"""What of a recipe the stand-in is too small for."""
 SMALL = (
     "--data.sequence_length=32",
     "--training.global_batch_size=64",
@@ -48,16 +60,15 @@ def stand_in(folder: Path, family: str, tokenizer_folder: str, with_head: bool) 
     config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **SIZES, **special)
     torch.manual_seed(0)
     (AutoModelForMaskedLM if with_head else AutoModel).from_config(config).save_pretrained(folder)
+    if not with_head:
+        write_sentence_files(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 def test_all_are_here() -> None:
-    """Recipes of measured studies, minilm-hidden and minilm-relations, were trained whole and are not among these."""
     names = {path.stem for path in RECIPES.glob("*.yaml")}
-    assert {name for name in names if not name.startswith(("quickstart", "minilm-hidden", "minilm-rel"))} == {
-        *FAMILY_OF
-    }
+    assert {name for name in names if not name.startswith("quickstart")} == {*FAMILY_OF}
 
 
 @pytest.mark.parametrize("name", FAMILY_OF)
@@ -66,14 +77,14 @@ def test_two_steps(name: str, shards_folder: str, tokenizer_folder: str, tmp_pat
     for head in HEADS:
         assert f"# {head}" in text
     recipe = yaml.safe_load(text)
-    relations_alone = recipe.get("objective", {}).get("mlm_weight") == 0
-    folder = stand_in(tmp_path / "teacher", FAMILY_OF[name], tokenizer_folder, not relations_alone)
+    with_head = recipe.get("objective", {}).get("mlm_weight") != 0
+    folder = stand_in(tmp_path / "teacher", FAMILY_OF[name], tokenizer_folder, with_head)
     key = "start_from" if "start_from" in recipe.get("model", {}) else "teacher"
     flags = ["--config", str(RECIPES / f"{name}.yaml"), f"--run.dir={tmp_path / 'run'}", *SMALL]
     flags += [
         f"--data.shards={shards_folder}",
         f"--model.{key}={folder}",
-        *(NARROW if relations_alone else ()),
+        *OF_SIZES.get(name, ()),
     ]
     if "layer_map" not in recipe.get("model", {}) and key == "teacher":  # the default is one of twelve layers
         flags.append("--model.layer_map=every_other")
@@ -86,4 +97,4 @@ def test_two_steps(name: str, shards_folder: str, tokenizer_folder: str, tmp_pat
     made = AutoConfig.from_pretrained(tmp_path / "run" / "model")
     depth = made.num_hidden_layers
     assert depth == (4 if key == "start_from" else 2)
-    assert made.hidden_size == (16 if relations_alone else 32)
+    assert made.hidden_size == (16 if "student_width" in recipe.get("model", {}) else 32)

@@ -16,12 +16,15 @@ OBJECTIVE_WEIGHTS = (
     "mse_weight",
     "layer_cosine_weight",
     "relation_weight",
+    "embedding_weight",
 )
+POOLINGS = ("mean", "cls", "max")
+"""What becomes of a text's token vectors in train/models/pooling.py, which is slower to import."""
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """L = kd_weight T^2 KL(teacher || student at T) + mlm_weight CE + cosine_weight (1 - cos) + relations."""
+    """L = kd_weight T^2 KL(teacher || student at T) + mlm_weight CE + cosine_weight (1 - cos) + others."""
 
     temperature: float = 2.0
     """T of the soft targets."""
@@ -48,8 +51,8 @@ class ObjectiveConfig:
     """(student layer, teacher layer) pairs for that; 0 is the embeddings' output, layers count from 1."""
 
     projection: bool = False
-    """Pass the student's hidden states through a learned linear map before each cosine: needed where student
-    and teacher have different widths."""
+    """Pass the student's hidden states through a learned linear map before each cosine of them: needed where
+    student and teacher have different widths."""
 
     relation_weight: float = 0.0
     """Weight of the relations between the queries, keys and values of one layer of each model (MiniLMv2, Wang et
@@ -63,6 +66,10 @@ class ObjectiveConfig:
     relation_layers: list[tuple[int, int]] | None = None
     """(student layer, teacher layer) for that, one pair for each teacher; layers count from 1. null: the last
     ones. For teachers of 24 layers the paper takes the 21st (BERT-large) and the 19th (RoBERTa-large)."""
+
+    embedding_weight: float = 0.0
+    """Weight of the cosine distance between the sentence vectors of student and teacher, a sentence-transformers model:
+    each sequence is one text, and both are pooled as the teacher's files say."""
 
     @property
     def needs_teacher_logits(self) -> bool:
@@ -82,17 +89,17 @@ class ObjectiveConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether a term that is on reads any output of a teacher."""
-        return self.needs_teacher_logits or self.needs_hidden or self.relation_weight > 0
+        return self.needs_teacher_output or self.relation_weight > 0
 
     @property
     def needs_teacher_output(self) -> bool:
         """Whether a term that is on reads what comes out of a teacher's last layer."""
-        return self.needs_teacher_logits or self.needs_hidden
+        return self.needs_teacher_logits or self.needs_hidden or self.embedding_weight > 0
 
     @property
     def needs_student_output(self) -> bool:
         """The same of the student's."""
-        return self.needs_masks or self.needs_hidden
+        return self.needs_masks or self.needs_hidden or self.embedding_weight > 0
 
     def relation_pairs(self, student_layers: int, teacher_layers: Sequence[int]) -> list[tuple[int, int]]:
         """(student layer, teacher layer) of each teacher, counted from 1; the last ones where the recipe names none.
@@ -121,6 +128,7 @@ class ObjectiveConfig:
             "loss_mse": self.mse_weight,
             "loss_layer_cos": self.layer_cosine_weight,
             "loss_relation": self.relation_weight,
+            "loss_embedding": self.embedding_weight,
         }
 
     def __post_init__(self) -> None:

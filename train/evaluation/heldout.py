@@ -60,20 +60,21 @@ class HeldoutEvaluation:
         """Means over all held-out masked positions of all ranks; every rank calls this.
 
         Args:
-            objective: of student and teacher; where it has a relation term, or predicts no tokens, its terms that
-                read no logits are scored as well.
+            objective: of student and teacher; where it has a relation or embedding term, or predicts no tokens, its
+                terms that read no logits are scored as well.
         Returns:
             Of a student with an MLM head heldout_mlm_loss (nats), heldout_accuracy, and the masking under `LABEL`;
             with a teacher that has one too also heldout_kl (nats, T = 1), heldout_top1_agreement,
             teacher_heldout_mlm_loss and teacher_heldout_accuracy (nats, shares); of the objective heldout_relation
-            (nats), heldout_cos and heldout_layer_cos: of the text as it is, without masks, over all positions.
+            (nats), heldout_cos, heldout_layer_cos and heldout_embedding: of the text as it is, without masks, over all
+            positions.
         """
         was_training = student.training
         student.eval()
         scores = self._scores_of_tokens(student, teacher) if has_head(student) else {}
         if teacher is not None and objective is not None:
             settings = objective.settings
-            if settings.relation_weight > 0 or not settings.needs_masks:
+            if settings.relation_weight + settings.embedding_weight > 0 or not settings.needs_masks:
                 scores |= self._scores_of_text(student, teacher, objective)
         student.train(was_training)
         return scores
@@ -98,7 +99,9 @@ class HeldoutEvaluation:
         self, student: PreTrainedModel, teacher: Teacher, objective: DistillationLoss
     ) -> dict[str, Any]:
         weights = objective.settings.term_weights()
-        names = [name for name in ("cos", "layer_cos", "relation") if weights[f"loss_{name}"] > 0]
+        names = [
+            name for name in ("cos", "layer_cos", "relation", "embedding") if weights[f"loss_{name}"] > 0
+        ]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self._device)  # terms, tokens
         for input_ids, _ in self._batches:
             text = input_ids.to(self._device).long()

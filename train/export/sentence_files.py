@@ -1,27 +1,19 @@
 """What sentence-transformers reads beside a model: carried over from a teacher's folder to its student's, so that
 `SentenceTransformer(FOLDER)` loads the student with the teacher's pooling.
-
-Read for all-MiniLM-L6-v2 (files of 2021) and as sentence-transformers 6.2 writes them.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
-
-from data_prep.shard_format.checks import first_problem
 from data_prep.shard_format.files import write_json
 from train.errors import UserError
 from train.models.encoder_config import COPY_AGAIN, read_json_beside
 from train.models.families import max_positions
+from train.models.pooling import MODULES, sentence_modules
 
-MODULES = "modules.json"
-WITHOUT_WEIGHTS = ("Transformer", "Pooling", "Normalize")
-"""Modules that hold no weights of their own, the encoder aside."""
 TRANSFORMER_FILES = tuple(
     f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "xlm-roberta")
 )
@@ -30,19 +22,6 @@ WIDTHS = ("word_embedding_dimension", "embedding_dimension")
 """Of the hidden states that are pooled: the key's old name and its new one."""
 
 logger = logging.getLogger(__name__)
-
-
-class _Module(BaseModel):
-    path: str
-    type: str
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether its config.json is all there is of it; a folder's name beside the model, or none for the model's."""
-        package, _, kind = self.type.rpartition(".")
-        own = package.startswith("sentence_transformers.") and kind in WITHOUT_WEIGHTS
-        beside = re.fullmatch(r"" if kind == "Transformer" else r"\w[\w.-]*", self.path)
-        return own and beside is not None
 
 
 def carry_sentence_files(origin: str, folder: Path, config: Any) -> None:
@@ -55,13 +34,9 @@ def carry_sentence_files(origin: str, folder: Path, config: Any) -> None:
     Raises:
         UserError: a file that cannot be read.
     """
-    modules = read_json_beside(origin, MODULES)
-    if modules is None:
+    known = sentence_modules(origin)
+    if not known:
         return
-    try:
-        known = TypeAdapter(list[_Module]).validate_python(modules)
-    except ValidationError as error:
-        raise UserError(f"{origin}/{MODULES} is damaged ({first_problem(error)}); {COPY_AGAIN}") from None
     if others := [module.type for module in known if not module.is_plain]:
         logger.warning(
             "%s: sentence-transformers' %s has weights or code of its own, so that the student's folder gets none of "
@@ -80,7 +55,7 @@ def carry_sentence_files(origin: str, folder: Path, config: Any) -> None:
         name: read_json_beside(origin, name)
         for name in ("config_sentence_transformers.json", *TRANSFORMER_FILES)
     }
-    write_json(folder / MODULES, modules)
+    write_json(folder / MODULES, read_json_beside(origin, MODULES))
     for name, settings in found.items():
         if settings is None:
             continue

@@ -18,24 +18,20 @@ from sklearn.metrics import ndcg_score
 
 from data_prep.shard_format.files import parse_json
 from data_prep.shard_format.terminal import progress_bar
+from train.config_sections.objective import POOLINGS
 from train.errors import UserError
 from train.finetuning.batches import Padding, encode
 from train.finetuning.data.examples import Examples
 from train.finetuning.data.tables import MEND, lines_of
 from train.finetuning.metrics import METRICS
-from train.finetuning.settings import POOLINGS
-from train.models.encoder_config import longest_input, read_json_beside, takes_token_types
+from train.models.encoder_config import longest_input, takes_token_types
 from train.models.loading import check_encoder, load_encoder
+from train.models.pooling import pooled, sentence_settings
 from train.models.tokenizer_checks import load_tokenizer
 
 BATCH_SIZE = 64
 TOP = 10
 QUERIES_TOGETHER = 64
-_FLAGS = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-}
 
 
 class Embedder:
@@ -44,7 +40,7 @@ class Embedder:
     def __init__(self, name: str, max_length: int | None = None, pooling: str | None = None) -> None:
         config = check_encoder(name)
         self._tokenizer = load_tokenizer(name, config)
-        found, longest = _sentence_settings(name)
+        found, longest = sentence_settings(name)
         self.pooling = pooling or found or "mean"
         """One of POOLINGS: as asked for, as sentence-transformers' files say, else the mean."""
         if self.pooling not in POOLINGS:
@@ -72,40 +68,10 @@ class Embedder:
             rows = order[start : start + BATCH_SIZE]
             batch = self._padding([features[row] for row in rows])
             batch = {key: value.to(self._device) for key, value in batch.items()}
-            hidden = self._model(**batch).last_hidden_state.float()
-            mask = batch.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device)).bool()
-            parts.append(torch.nn.functional.normalize(pooled(hidden, mask, self.pooling)).cpu().numpy())
+            hidden = self._model(**batch).last_hidden_state
+            vectors = pooled(hidden, batch.get("attention_mask"), self.pooling)
+            parts.append(torch.nn.functional.normalize(vectors).cpu().numpy())
         return np.concatenate(parts)[np.argsort(order)]
-
-
-def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """(B, width) of (B, S, width) hidden states.
-
-    Args:
-        mask: (B, S) bool, True where there is a token.
-        pooling: the mean or maximum over tokens, special ones included, or the first token.
-    """
-    if pooling == "cls":
-        return hidden[:, 0]
-    places = mask.unsqueeze(-1)
-    if pooling == "max":
-        return hidden.masked_fill(~places, -torch.inf).amax(dim=1)
-    return (hidden * places).sum(dim=1) / places.sum(dim=1)
-
-
-def _sentence_settings(name: str) -> tuple[str | None, int | None]:
-    """Pooling and longest input by sentence-transformers' files beside a model, a folder's or on the hub; None where
-    they do not say."""
-    settings = _settings(name, "1_Pooling/config.json")
-    switched = [key for key, on in settings.items() if key.startswith("pooling_mode_") and on is True]
-    modes = [_FLAGS.get(key, key) for key in switched] or [str(settings.get("pooling_mode"))]
-    longest = _settings(name, "sentence_bert_config.json").get("max_seq_length")
-    return (" and ".join(modes) if settings else None), longest if isinstance(longest, int) else None
-
-
-def _settings(name: str, file: str) -> dict[str, Any]:
-    content = read_json_beside(name, file)
-    return content if isinstance(content, dict) else {}
 
 
 def similarity(embed: Embedder, pairs: Examples, name: str) -> float:

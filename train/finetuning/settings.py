@@ -11,8 +11,6 @@ from train.errors import UserError
 from train.finetuning.tasks import Settings, Task
 
 SPAN_ALONE = ("doc_stride", "max_answer_length")
-POOLINGS = ("mean", "cls", "max")
-"""What becomes of a text's token vectors in train/finetuning/embeddings.py, which is slower to import."""
 
 
 class MayStop(Protocol):

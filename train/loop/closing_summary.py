@@ -29,6 +29,7 @@ TEXT_TERMS = {
     "heldout_relation": "relations",
     "heldout_cos": "1 - cos",
     "heldout_layer_cos": "1 - cos of layers",
+    "heldout_embedding": "1 - cos of sentence vectors",
 }
 
 

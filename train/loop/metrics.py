@@ -33,6 +33,7 @@ BAR_FIGURES = {
     "loss": "loss {:.4g}",
     "heldout_mlm_loss": "held-out {:.4g}",
     "heldout_relation": "relations {:.4g}",
+    "heldout_embedding": "vectors {:.4g}",
     "tokens_per_s": "{:,.0f} tokens/s",
 }
 """Few enough characters for 80 columns."""

@@ -21,6 +21,7 @@ from train.errors import UserError, one_line
 from train.models.encoder_config import read_config, read_tokenizer
 from train.models.families import family_of_type, has_head, max_positions
 from train.models.loading import NO_HEAD_REMEDY, load_encoder, load_masked_lm, with_new_head
+from train.models.pooling import sentence_pooling
 from train.models.students import Measured, make_student
 from train.models.teacher import Teacher, running_copy
 from train.models.tokenizer_checks import check_vocabulary, folder_fingerprint
@@ -55,6 +56,11 @@ class TeacherFolder:
         return folder_fingerprint(self.name)
 
     @cached_property
+    def pooling(self) -> str:
+        """Of its sentence vectors, by sentence-transformers' files beside it."""
+        return sentence_pooling(self.name)
+
+    @cached_property
     def model(self) -> PreTrainedModel:
         """Its weights: fp32, on the CPU."""
         if not self.needs_head:
@@ -69,6 +75,7 @@ def open_teachers(config: Config, tokenizer: TokenizerInfo) -> list[TeacherFolde
     folders = teacher_folders(config)
     for folder in folders:
         check_vocabulary(folder.name, folder.config, folder.fingerprint, tokenizer)
+    _pooling(config, folders)
     return folders
 
 
@@ -93,10 +100,16 @@ def build_teacher(config: Config, device: str, folders: Sequence[TeacherFolder] 
         output_hidden_states=config.objective.layer_cosine_weight > 0,
         relation_layers=_relation_layers(config, folders),
         relations_alone=config.objective.relation_weight > 0 and not config.objective.needs_teacher_output,
+        pooling=_pooling(config, folders),
         compile=config.model.teacher_compile,
     )
     teacher.check_sequence_length(config.data.sequence_length)
     return teacher
+
+
+def _pooling(config: Config, folders: Sequence[TeacherFolder]) -> str | None:
+    """Of the teacher's sentence vectors; None where none are learnt. UserError where its files do not say."""
+    return folders[0].pooling if config.objective.embedding_weight > 0 else None
 
 
 def _relation_layers(config: Config, folders: Sequence[TeacherFolder]) -> list[int] | None:

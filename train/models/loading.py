@@ -40,8 +40,8 @@ POOLER = ("pooler.",)
 """Not every head has one: where a model's is missing, a new head draws its own."""
 NO_HEAD_REMEDY = (
     "give a checkpoint that was saved with its masked-language-model head, or an objective that predicts no tokens "
-    "(kd_weight, mlm_weight and mse_weight 0; relation_weight=1, for example), or train a head on first "
-    "(--model.teacher=null --model.start_from={name} --model.new_head=true) and take that run's model"
+    "(kd_weight, mlm_weight and mse_weight 0; relation_weight=1, or embedding_weight=1, for example), or train a "
+    "head on first (--model.teacher=null --model.start_from={name} --model.new_head=true) and take that run's model"
 )
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 

@@ -65,6 +65,7 @@ class Teacher:
         output_hidden_states: keep every layer's output, for the mapped-layer cosine.
         relation_layers: of each model, counted from 1: keep its queries, keys and values; None for no layer's.
         relations_alone: nothing else is read of it, and nothing that comes after them is computed.
+        pooling: one of POOLINGS: of the first model's sentence vectors, for the objective; None where it reads none.
         compile: run the encoders through torch.compile.
     """
 
@@ -78,6 +79,7 @@ class Teacher:
         output_hidden_states: bool = False,
         relation_layers: Sequence[int] | None = None,
         relations_alone: bool = False,
+        pooling: str | None = None,
         compile: bool = False,
     ) -> None:
         assert models, "train/config_sections/model.py refuses an empty list"
@@ -88,6 +90,7 @@ class Teacher:
         self.families = tuple(family_of(model) for model in models)
         self.shares = normalised_shares(len(models), shares)
         self.output_hidden_states = output_hidden_states
+        self.pooling = pooling
         self.fingerprints = tuple(fingerprints or [None] * len(models))
         self._check_one_vocabulary()
         assert relation_layers is not None or not relations_alone

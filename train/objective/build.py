@@ -44,10 +44,18 @@ def build_objective(
     _check_layer_pairs(settings, family.num_layers(student), teacher)
     widths = [(family.width(student), width) for width in teacher.widths]
     relations = _relations(settings, student, teacher) if settings.relation_weight > 0 else None
+    pooling = teacher.pooling if settings.embedding_weight > 0 else None
+    own, theirs = widths[0]
+    if pooling is not None and own != theirs:
+        raise UserError(
+            f"objective.embedding_weight={settings.embedding_weight}: the student's vectors are {own} wide, those of "
+            f"teacher {teacher.names[0]} {theirs}, and a projection would not leave with the student; leave out "
+            "model.student_width, or take objective.relation_weight, which goes with any width"
+        )
     if settings.projection:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return DistillationLoss(settings, widths, relations)
+            return DistillationLoss(settings, widths, relations, pooling)
     for name, (own, theirs) in zip(teacher.names, widths, strict=True):
         if settings.needs_hidden and own != theirs:
             terms = ("cosine_weight", "layer_cosine_weight")
@@ -56,7 +64,7 @@ def build_objective(
                 f"the student's hidden states are {own} wide, those of teacher {name} {theirs}: their cosine "
                 f"needs a learned projection (objective.projection=true), or set {weights}"
             )
-    return DistillationLoss(settings, relations=relations)
+    return DistillationLoss(settings, relations=relations, pooling=pooling)
 
 
 def _check_layer_pairs(settings: ObjectiveConfig, student_layers: int, teacher: Teacher) -> None:

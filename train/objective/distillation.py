@@ -1,7 +1,7 @@
 """The distillation objective (Sanh et al. 2019, arXiv:1910.01108).
 
     L = a_kd T^2 KL(softmax(z_t/T) || softmax(z_s/T)) + a_mlm CE(z_s, token) + a_cos (1 - cos(h_s, h_t))
-      + a_rel (the relations' divergence: relations.py)
+      + a_rel (the relations' divergence: relations.py) + a_emb (1 - cos(v_s, v_t)), v the pooled h of each sequence
 
 `DistillationLoss` is the module the trainer wraps together with the student; train/evaluation/scores.py is its
 counterpart for evaluation. Both run the encoder, then hand the vocabulary part to fused_loss.py, which never holds the
@@ -22,6 +22,7 @@ from train.config_sections.objective import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.models.attention_vectors import AttentionVectors
 from train.models.families import EncoderOutput, family_of, has_head
+from train.models.pooling import pooled
 from train.models.teacher import TeacherOutput
 from train.objective.chunk_terms import VocabularyWeights, Workspace
 from train.objective.fused_loss import VocabularyTerms, vocabulary_loss
@@ -48,6 +49,8 @@ class LossTerms:
     relation: torch.Tensor | None = None
     """KL(teacher || student) of the relations, summed over queries, keys and values; mean over heads and
     non-padding positions."""
+    embedding: torch.Tensor | None = None
+    """1 - cos of the sequences' pooled vectors, each weighted by its non-padding positions."""
     mse: torch.Tensor | None = None
     """Squared logit difference summed over the vocabulary, mean over the kept tokens."""
     top1_agreement: torch.Tensor | None = None
@@ -62,6 +65,7 @@ class LossTerms:
             "loss_cos": self.cosine,
             "loss_layer_cos": self.layer_cosine,
             "loss_relation": self.relation,
+            "loss_embedding": self.embedding,
             "loss_mse": self.mse,
             "top1_agreement": self.top1_agreement,
         }
@@ -89,6 +93,7 @@ class DistillationLoss(nn.Module):
             hidden states to the teachers' widths before each cosine. Empty: widths must agree.
         relations: where the student's queries, keys and values are, and into how many relation heads they are cut;
             None where that term is off.
+        pooling: one of POOLINGS, for the embedding term; None where that is off.
         chunk_tokens: rows of logits that exist at once; None for what fills 32 MiB (GPU: 256 MiB) a buffer.
     """
 
@@ -97,13 +102,16 @@ class DistillationLoss(nn.Module):
         settings: ObjectiveConfig,
         projection_widths: Sequence[tuple[int, int]] = (),
         relations: Relations | None = None,
+        pooling: str | None = None,
         chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
         assert (relations is not None) == (settings.relation_weight > 0)
+        assert (pooling is not None) == (settings.embedding_weight > 0)
         assert chunk_tokens is None or chunk_tokens > 0
         self.settings = settings
         self.relations = relations
+        self.pooling = pooling
         self.chunk_tokens = chunk_tokens
         self._workspace = Workspace()
         self.projections = nn.ModuleList(nn.Linear(*pair, bias=False) for pair in projection_widths)
@@ -155,20 +163,19 @@ class DistillationLoss(nn.Module):
             terms = self._vocabulary_terms(student, encoded, teacher, tokens, tied)
         loss = torch.zeros((), device=masked.input_ids.device) if terms is None else terms.loss
         keep = keep_weights(masked.input_ids, attention_mask, num_tokens).view(masked.input_ids.shape)
-        cosine, layer_cosine, relation = self._encoder_terms(encoded, teacher, keep, attention_mask)
-        if relation is not None:
-            loss = loss + settings.relation_weight * relation
-        if cosine is not None:
-            loss = loss + settings.cosine_weight * cosine
-        if layer_cosine is not None:
-            loss = loss + settings.layer_cosine_weight * layer_cosine
+        of_encoder = self._encoder_terms(encoded, teacher, keep, attention_mask)
+        weights = settings.term_weights()
+        for name, value in of_encoder.items():
+            loss = loss + weights[f"loss_{name}"] * value
+        detached = {name: value.detach() for name, value in of_encoder.items()}
         return LossTerms(
             loss=loss,
             kd=terms.kd if terms is not None and settings.kd_weight > 0 else None,
             mlm=terms.mlm if terms is not None and settings.mlm_weight > 0 else None,
-            cosine=None if cosine is None else cosine.detach(),
-            layer_cosine=None if layer_cosine is None else layer_cosine.detach(),
-            relation=None if relation is None else relation.detach(),
+            cosine=detached.get("cos"),
+            layer_cosine=detached.get("layer_cos"),
+            relation=detached.get("relation"),
+            embedding=detached.get("embedding"),
             mse=terms.mse if terms is not None and settings.mse_weight > 0 else None,
             top1_agreement=terms.top1_agreement
             if terms is not None and settings.needs_teacher_logits
@@ -208,13 +215,12 @@ class DistillationLoss(nn.Module):
             student: in eval mode.
             teacher: its output on the same input_ids (B, L).
         Returns:
-            Sums over the tokens, fp32 scalars on the device, of those that are on: "cos", "layer_cos", "relation".
+            Sums over the tokens, fp32 scalars on the device, of those that are on: "cos", "layer_cos", "relation",
+            "embedding".
         """
         encoded = family_of(student).encode(student, input_ids, None, self.settings.needs_layers)
         keep = torch.ones(input_ids.shape, device=input_ids.device)
-        names = ("cos", "layer_cos", "relation")
-        terms = zip(names, self._encoder_terms(encoded, teacher, keep, None), strict=True)
-        return {name: value for name, value in terms if value is not None}
+        return self._encoder_terms(encoded, teacher, keep, None)
 
     def _encoder_terms(
         self,
@@ -222,22 +228,29 @@ class DistillationLoss(nn.Module):
         teacher: TeacherOutput | None,
         keep: torch.Tensor,
         attention_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Cosine of the last hidden states, of the mapped layers, and relations; None for one that is off.
+    ) -> dict[str, torch.Tensor]:
+        """Relations, the cosine of the last hidden states, of the mapped layers and of the pooled vectors: those that
+        are on.
 
         Args:
             keep: (B, L) weight of each position in the mean.
         """
-        settings = self.settings
-        last = mapped = relation = None
+        settings, terms = self.settings, {}
+        if self.relations is not None:
+            terms["relation"] = self._relation(self.relations, teacher, keep, attention_mask)
         if settings.cosine_weight > 0:
-            last = self._cosine(encoded, teacher, keep.flatten(), None)
+            terms["cos"] = self._cosine(encoded, teacher, keep.flatten(), None)
         if settings.layer_cosine_weight > 0:
             pairs = [self._cosine(encoded, teacher, keep.flatten(), pair) for pair in settings.layer_pairs]
-            mapped = torch.stack(pairs).mean()
-        if self.relations is not None:
-            relation = self._relation(self.relations, teacher, keep, attention_mask)
-        return last, mapped, relation
+            terms["layer_cos"] = torch.stack(pairs).mean()
+        if self.pooling is not None:
+            assert teacher is not None
+            vectors = [
+                pooled(hidden, attention_mask, self.pooling)
+                for hidden in (encoded.last_hidden, teacher.members[0].last_hidden)
+            ]
+            terms["embedding"] = hidden_cosine(*vectors, keep.sum(1))
+        return terms
 
     def _relation(
         self,

@@ -84,6 +84,30 @@ def reference_cosine(
     return _mean(1 - cosines, num_tokens)
 
 
+def reference_embeddings(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    pooling: str,
+    attention_mask: torch.Tensor | None = None,
+    num_tokens: float | None = None,
+) -> torch.Tensor:
+    """1 - cos of the pooled (B, L, width) hidden states, mean over non-padding positions of their sequence's value.
+
+    Half the squared distance of the vectors at length 1 (Reimers and Gurevych 2020, arXiv:2004.09813, take that of the
+    vectors as they are). Sequence by sequence, padding cut away.
+    """
+    values = []
+    for index in range(student_hidden.shape[0]):
+        kept = slice(None) if attention_mask is None else attention_mask[index] != 0
+        student, teacher = (
+            {"mean": hidden.mean(0), "cls": hidden[0], "max": hidden.max(0).values}[pooling]
+            for hidden in (student_hidden[index][kept], teacher_hidden[index][kept].to(student_hidden.dtype))
+        )
+        distance = (student / student.norm() - teacher / teacher.norm()).square().sum() / 2
+        values.append(distance.expand(student_hidden[index][kept].shape[0]))
+    return _mean(torch.cat(values), num_tokens)
+
+
 def reference_relations(
     student: Sequence[torch.Tensor],
     teacher: Sequence[torch.Tensor],

@@ -69,7 +69,10 @@ class Module(nn.Module):
         return terms
 
 
-def train(**settings: Any) -> dict[str, Any]:
+EMBEDDINGS = ObjectiveConfig(kd_weight=0, mlm_weight=0, cosine_weight=0, embedding_weight=1)
+
+
+def train(objective: ObjectiveConfig | None = None, **settings: Any) -> dict[str, Any]:
     """STEPS steps of SGD under ZeRO-2; parameters (fp32 masters) after each, and the global mean of the loss."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import safe_get_full_fp32_param
@@ -79,7 +82,10 @@ def train(**settings: Any) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     teachers, student = make_models()
     teacher = Teacher(teachers, SHARES)
-    module = Module(student, DistillationLoss(ObjectiveConfig(), chunk_tokens=5))
+    pooling = "mean" if objective is not None else None
+    module = Module(
+        student, DistillationLoss(objective or ObjectiveConfig(), pooling=pooling, chunk_tokens=5)
+    )
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=torch.optim.SGD(module.parameters(), LR),
@@ -131,6 +137,7 @@ def scenarios() -> dict[str, Any]:
     fp16 = {"enabled": True, "initial_scale_power": 12, "hysteresis": 1}
     return {
         "fp32": train(),
+        "embeddings": train(EMBEDDINGS),
         "fp16": train(fp16=fp16),
         "overflow": train(fp16={**fp16, "initial_scale_power": 31}),
     }

@@ -126,6 +126,14 @@ ADAMW = ["--optimizer.name=adamw", "--optimizer.lr=1e-3"]
             r"objective.relation_layers=.*: give 1 pairs, one for each teacher",
         ),
         (
+            ["--objective.embedding_weight=1", '--model.teacher=["a", "b"]'],
+            r"model.teacher=\['a', 'b'\]: vectors of several models lie in spaces of their own; give one",
+        ),
+        (
+            ["--objective.embedding_weight=1", "--objective.projection=true", "--objective.cosine_weight=0"],
+            r"objective.projection=True: has no effect",
+        ),
+        (
             ["--objective.kd_weight=0", "--objective.mlm_weight=0", "--masking.probability=0.3"],
             r"masking=.*: has no effect where no term predicts tokens",
         ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from data_prep.shard_format.manifest import Manifest
+from tests.unit.export.test_sentence_files import write_sentence_files
 from train.build import build_heldout, heldout_scoring
 from train.config import Config
 from train.config_sections.data import DataConfig, MaskingConfig
@@ -51,16 +54,23 @@ def test_scores_are_those_of_one_masking_whatever_the_run_trains_with(
 
 @pytest.mark.parametrize("with_head", [True, False])
 def test_terms_without_logits_are_scored_of_the_text_as_it_is(
-    config: Config, student: PreTrainedModel, with_head: bool
+    config: Config, student: PreTrainedModel, teacher_folder: str, tmp_path: Path, with_head: bool
 ) -> None:
     """Of models without head nothing else is; a student that is its teacher has none to lose."""
-    objective = ObjectiveConfig(kd_weight=0, mlm_weight=0, relation_weight=1, relation_layers=[(2, 3)])
-    _, evaluation, teacher = heldout_scoring(replace(config, objective=objective), "cpu")
+    objective = ObjectiveConfig(
+        kd_weight=0, mlm_weight=0, relation_weight=1, relation_layers=[(2, 3)], embedding_weight=1
+    )
+    sentence_teacher = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
+    write_sentence_files(sentence_teacher)
+    _, evaluation, teacher = heldout_scoring(
+        replace(config, model=ModelConfig(teacher=str(sentence_teacher)), objective=objective), "cpu"
+    )
     scored = student if with_head else student.base_model
     terms = build_objective(objective, scored, teacher)
     scores = evaluation(scored, teacher, terms)
     assert scores["heldout_relation"] > 1e-4
     assert abs(scores["heldout_cos"]) < 1e-6
+    assert abs(scores["heldout_embedding"]) < 1e-6
     assert ("heldout_mlm_loss" in scores, LABEL in scores) == (with_head, with_head)
     bare = Teacher([teacher.models[0].base_model], relation_layers=[3])
     again = evaluation(scored, bare, terms)

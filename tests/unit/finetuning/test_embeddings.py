@@ -1,4 +1,4 @@
-"""Sentence vectors: pooling, similarity and retrieval against their formulas; what is refused."""
+"""Sentence vectors: similarity and retrieval against their formulas; what is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 from launch.score_embeddings import main, read_pairs
 from tests.tiny_tasks import save_encoder, sentences
 from train.errors import UserError
-from train.finetuning.embeddings import Embedder, ndcg, pooled, read_retrieval, retrieval
+from train.finetuning.embeddings import Embedder, ndcg, read_retrieval, retrieval
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +105,6 @@ def test_ndcg_of_the_best_ten_is_that_of_all() -> None:
 
 
 def test_pooling_as_the_files_say(tmp_path: Path, model: str) -> None:
-    hidden = torch.tensor([[[1.0, -2.0], [3.0, -4.0], [9.0, 9.0]]])
-    mask = torch.tensor([[True, True, False]])
-    assert pooled(hidden, mask, "mean").tolist() == [[2.0, -3.0]]
-    assert pooled(hidden, mask, "max").tolist() == [[3.0, -2.0]]
-    assert pooled(hidden, mask, "cls").tolist() == [[1.0, -2.0]]
     folder = Path(save_encoder(tmp_path / "m"))
     (folder / "1_Pooling").mkdir()
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 7}')

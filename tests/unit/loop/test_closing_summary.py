@@ -29,12 +29,13 @@ def test_a_distillation_ends_with_its_figures_and_the_next_command() -> None:
 
 def test_models_without_head_have_figures_of_their_own() -> None:
     before, last = (
-        {"heldout_relation": 1.5, "heldout_cos": 0.25},
-        {"heldout_relation": 0.5, "heldout_cos": 0.125},
+        {"heldout_relation": 1.5, "heldout_cos": 0.25, "heldout_embedding": 0.75},
+        {"heldout_relation": 0.5, "heldout_cos": 0.125, "heldout_embedding": 0.5},
     )
     summary = {**SUMMARY, "teacher": "t", "heldout_before": before, "heldout": last}
     assert closing_lines(Path("runs/a"), Path("runs/a/model"), summary)[1:3] == [
-        "held-out loss  relations 0.5000 (1.5000 before), 1 - cos 0.1250 (0.2500 before)",
+        "held-out loss  relations 0.5000 (1.5000 before), 1 - cos 0.1250 (0.2500 before), "
+        "1 - cos of sentence vectors 0.5000 (0.7500 before)",
         "agreement      not measured: no term of the loss compares the guesses",
     ]
 
