@@ -24,7 +24,7 @@ from train.models.teacher import Teacher
 from train.objective.build import build_objective
 from train.objective.untrained import freeze_untrained
 
-BATCH, LENGTH, VOCABULARY = 8, 512, 30_522
+BATCH, LENGTH, VOCABULARY, LAYERS = 8, 512, 30_522, 6
 ACCUMULATION, LOSS_SCALE = 16, 2.0**16
 TOKENIZER = TokenizerInfo("0" * 64, VOCABULARY, 0, 100, 101, 102, 103, (0, 100, 101, 102, 103))
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -54,7 +54,7 @@ def forward_and_backward(
     """As the step loop makes them: masking, teacher, student with its losses, backward under a loss scale.
 
     Args:
-        family: a `model_type`; its config's defaults are a base model's sizes.
+        family: a `model_type`; its config's defaults are a base model's width.
         teacher, student: their number formats.
         members: teachers of the ensemble.
     """
@@ -116,9 +116,8 @@ def models(
 ) -> tuple[Teacher, PreTrainedModel]:
     """On the GPU, without ever having been anywhere else."""
     special = {"cls_token_id": 101, "bos_token_id": 101, "sep_token_id": 102, "eos_token_id": 102}
-    config = AutoConfig.for_model(
-        family, vocab_size=VOCABULARY, pad_token_id=0, max_position_embeddings=514, **special
-    )
+    sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": LAYERS, "max_position_embeddings": 514}
+    config = AutoConfig.for_model(family, pad_token_id=0, **sizes, **special)
     attention = family_of_type(family).attention
     with torch.device("meta"):
         originals = [

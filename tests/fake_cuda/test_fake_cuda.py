@@ -36,7 +36,7 @@ PASSES: dict[str, dict[str, Any]] = {
     "squared logits": {**ON_BERT, "objective": {"mse_weight": 1}},
     "layers, projected": {
         **ON_BERT,
-        "objective": {"layer_cosine_weight": 1, "layer_pairs": [(1, 2), (6, 12)], "projection": True},
+        "objective": {"layer_cosine_weight": 1, "layer_pairs": [(1, 2), (3, 6)], "projection": True},
     },
     "masked language modelling alone": {**ON_BERT, "objective": {"kd_weight": 0, "cosine_weight": 0}},
     "ensemble": {**ON_BERT, "members": 2},
