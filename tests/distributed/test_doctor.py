@@ -162,35 +162,29 @@ def test_a_hub_that_does_not_answer_is_asked_once(shards_folder: str, tmp_path: 
         )
 
 
-def test_planted_faults(recipe: list[str], tmp_path: Path, teacher_folder: str, shards_folder: str) -> None:
-    """Eleven at once, each reported with its remedy."""
+def plant(folder: Path, teacher_folder: str, shards_folder: str) -> dict[str, Any]:
+    """A teacher without head, other shards, a file of variables that DeepSpeed cannot read; and the hosts' faults."""
     import torch
     from transformers import BertConfig, BertModel
 
-    headless, other_shards = tmp_path / "headless", tmp_path / "other-shards"
     torch.manual_seed(0)
-    BertModel(BertConfig.from_pretrained(teacher_folder)).save_pretrained(headless)
-    shutil.copytree(shards_folder, other_shards)
+    BertModel(BertConfig.from_pretrained(teacher_folder)).save_pretrained(folder / "headless")
+    other_shards = shutil.copytree(shards_folder, folder / "other-shards")
     manifest = json.loads((other_shards / "manifest.json").read_text())
     manifest["sources"] = []
     (other_shards / "manifest.json").write_text(json.dumps(manifest))
-    (tmp_path / "deepspeed_env").write_text("# a comment\nA=1\n")
-    faults = {
-        "localhost": {"alive": 0, "forget": ["HF_PLANTED"]},
-        "hostb": {
-            "shards": str(other_shards),
-            "clock": -120,
-            "package": ["torch", "2.0.0"],
-            "disk": 0.01,
-            "blind": True,
-            "alive": 0,
-        },
-        "hostc": "unreachable",
-    }
-    os.environ.update(
-        GLOO_SOCKET_IFNAME="lo", HF_PLANTED="1"
-    )  # as a user may have them; the stand-in passes them on
-    recipe = [*recipe, f"--model.teacher={headless}"]
+    (folder / "deepspeed_env").write_text("# a comment\nA=1\n")
+    of_b: dict[str, Any] = {"shards": str(other_shards), "clock": -120, "package": ["torch", "2.0.0"]}
+    of_b |= {"disk": 0.01, "blind": True, "alive": 0}
+    return {"localhost": {"alive": 0, "forget": ["HF_PLANTED"]}, "hostb": of_b, "hostc": "unreachable"}
+
+
+def test_planted_faults(recipe: list[str], tmp_path: Path, teacher_folder: str, shards_folder: str) -> None:
+    """Eleven at once, each reported with its remedy."""
+    faults = plant(tmp_path, teacher_folder, shards_folder)
+    # As a user may have them; the stand-in passes them on.
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", HF_PLANTED="1")
+    recipe = [*recipe, f"--model.teacher={tmp_path / 'headless'}"]
     try:
         os.environ["DS_ENV_FILE"] = str(tmp_path / "deepspeed_env")
         with socket.socket() as busy:

@@ -50,6 +50,7 @@ def end_at_start(rank: int, number: int) -> None:
     """`rank` gets the signal `number` after the ranks have joined and before its heartbeat starts."""
 
     def act() -> None:
+        time.sleep(0.5)  # by then the others have joined too, on a busy machine as well
         if os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), number)
         time.sleep(0.5)
