@@ -76,7 +76,7 @@ def run_until_stopped(
     has_ranks = list(command[1:3]) == LAUNCHER[1:3] and not names_hosts
     with (
         subprocess.Popen(
-            command, cwd=folder, env=environment, preexec_fn=_begin_ranks if has_ranks else _end_with_parent
+            command, cwd=folder, env=environment, preexec_fn=_begin_ranks if has_ranks else end_with_parent
         ) as process,
         _stops_ranks(process) if has_ranks else _passed_on(process) as stopped,
     ):
@@ -150,10 +150,10 @@ def ranks_below(launcher: int) -> list[psutil.Process]:
 
 def _begin_ranks() -> None:
     os.setpgid(0, 0)
-    _end_with_parent()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have Linux send this child SIGTERM when its parent dies, also by kill -9, so that no stage goes on unseen
     beside the next call's."""
     pr_set_pdeathsig = 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format.files import write_json
-from launch.stages import deepspeed_words
+from launch.stages import deepspeed_words, end_with_parent
 from train.errors import RunError
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -33,6 +33,7 @@ def measured(spec: Mapping[str, Any], ranks: int, folder: Path) -> dict[str, Any
             env=os.environ,
             stdout=output,
             stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent,
             check=False,
         )
     found = Path(f"{file}.out")

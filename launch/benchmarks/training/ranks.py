@@ -33,6 +33,8 @@ from launch.cli import parse_config
 from train.build import Parts, assemble, read_inputs
 from train.checkpointing.state import TrainState
 from train.data.pipeline import fit_micro_batch
+from train.distributed.launcher_watch import LauncherWatch
+from train.distributed.signals import StopRequest
 from train.distributed.world import World, join_world
 from train.loop.metrics import Events, NoEvents, RunEvents
 from train.loop.observers.logged_figures import Logging
@@ -51,6 +53,13 @@ TRACED_STEPS = 3
 
 class _EndOfRound(Exception):
     pass
+
+
+class _EndsAtOnce(StopRequest):
+    """There is nothing to save where the launcher has been killed."""
+
+    def ask(self) -> None:
+        os._exit(1)
 
 
 class _Stops:
@@ -210,14 +219,14 @@ def main(spec_file: str) -> int:
     if spec.get("processor_time"):
         os.environ["OMP_NUM_THREADS"] = "1"  # join_world reads it
         time.perf_counter = time.process_time
-    world = join_world()
-    folder = Path(spec["folder"])
-    if spec["kind"] == "step":
-        figures = measured_steps(spec, world, folder)
-    else:
-        contender = Contender(spec["contenders"]["ours"], world, folder / "ours", plain=False)
-        contender.round(2)
-        figures = measured_checkpoint(contender.parts, folder, world)
+    with LauncherWatch(_EndsAtOnce()):
+        world, folder = join_world(), Path(spec["folder"])
+        if spec["kind"] == "step":
+            figures = measured_steps(spec, world, folder)
+        else:
+            contender = Contender(spec["contenders"]["ours"], world, folder / "ours", plain=False)
+            contender.round(2)
+            figures = measured_checkpoint(contender.parts, folder, world)
     if world.is_first:
         write_json(Path(f"{spec_file}.out"), figures)
     dist.barrier()
