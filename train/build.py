@@ -308,7 +308,10 @@ def start_engine(
             as fp16 on a CPU.
     """
     optimizer = build_optimizer(config.optimizer, module.named_parameters())
-    weights = {name: each.detach().clone() for name, each in module.named_parameters() if each.requires_grad}
+    weights = {}
+    if any(engine_config.get(name, {}).get("enabled") for name in ("bf16", "fp16")):
+        trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        weights = {name: each.detach().to("cpu", copy=True) for name, each in trained.items()}
     deepspeed = import_deepspeed(config.deepspeed.log_level)
     try:
         engine, *_ = deepspeed.initialize(

@@ -60,6 +60,20 @@ def test_bf16_is_exact_to_its_roundings(shape: tuple[int, ...], spread: float, m
             assert float((found - wanted).norm() / wanted.norm()) <= 2**-8 * (1 + spread)
 
 
+def test_a_row_that_sees_nothing_spoils_no_other() -> None:
+    """As padding beyond the reach of a local layer (ModernBERT); a mask to add may have another format."""
+    generator = torch.Generator().manual_seed(4)
+    vectors = [torch.randn(2, 2, 9, 16, generator=generator).bfloat16() for _ in range(4)]
+    seen = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    expected = outcome(vectors, seen, ours=True)[0]
+    seen[1, :, 7] = False
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    for mask in (seen, added):
+        found = outcome(vectors, mask, ours=True)
+        assert all(bool(each.isfinite().all()) for each in found)
+        assert torch.equal(found[0][:, :7], expected[:, :7])
+
+
 def _wide(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.dtype == torch.bool else mask.double()
 
