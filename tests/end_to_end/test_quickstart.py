@@ -51,6 +51,8 @@ def quickstart(text: Path, out: Path) -> subprocess.Popen[str]:
         str(out),
         "--scale",
         "0.1",
+        "--format",
+        "fp32",  # that of the golden losses
     ]
     return subprocess.Popen(
         command,
