@@ -1,4 +1,4 @@
-"""Where a CPU's tensors lie: freed memory stays with the process for the next step, in huge pages.
+"""Where a CPU's tensors lie: freed memory stays with the process for the next step.
 
 glibc returns large blocks to the system when they are freed and asks for them again in the next step, which costs a
 page fault, and zeros written, for every 4 KiB. docs/NOTES.md says what it costs.
@@ -7,7 +7,6 @@ page fault, and zeros written, for every 4 KiB. docs/NOTES.md says what it costs
 from __future__ import annotations
 
 import ctypes
-import os
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of glibc's malloc.h."""
@@ -15,15 +14,13 @@ NEVER = -1
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep what this process frees from now on, and torch ask for huge pages for tensors of 2 MiB and more.
+    """Have malloc keep what this process frees from now on.
 
     Numbers do not change. Resident memory stays at the highest that was needed at once.
 
     Returns:
-        False where the C library is not glibc: only torch's pages have changed.
+        False where the C library is not glibc, and nothing has changed.
     """
-    # torch reads it at its first tensor on the host (c10/core/impl/alloc_cpu.cpp), which no import makes.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
