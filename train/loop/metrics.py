@@ -211,6 +211,11 @@ def _drop_rows_after(path: Path, step: int) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
+def _short(value: float) -> str:
+    """Four digits, or a whole number."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 class _Progress:
     """A bar on a terminal; elsewhere a plain line every 15 s. Where nobody reads any more, training goes on."""
 
@@ -239,7 +244,7 @@ class _Progress:
                 self._bar.update(step - self._bar.n)
         elif news and (time.monotonic() - self._last_line > PLAIN_LINE_EVERY_S or step == self._total):
             self._last_line = time.monotonic()
-            figures = "  ".join(f"{key} {value:,.4g}" for key, value in shown.items())
+            figures = "  ".join(f"{key} {_short(value)}" for key, value in shown.items())
             self.say(f"{self._name}: step {step}/{self._total}  {figures}  {self._time_left(step)}")
 
     def _time_left(self, step: int) -> str:

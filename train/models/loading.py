@@ -209,7 +209,13 @@ def _load(
     except Exception as error:
         if (refusal := refused_pickle(error)) is not None:
             raise UserError(f"{name}: its weights cannot be read: a file {refusal}") from None
-        raise UserError(f"{name}: its weights cannot be read: {one_line(error)}; {COPY_AGAIN}") from None
+        # A head of DeBERTa-v3, which transformers before 5.20 cannot load.
+        remedy = (
+            "update transformers to 5.20 or newer"
+            if "DebertaV2LMPredictionHead" in str(error)
+            else COPY_AGAIN
+        )
+        raise UserError(f"{name}: its weights cannot be read: {one_line(error)}; {remedy}") from None
     absent = sorted(key for key in info["missing_keys"] if key.startswith(optional))
     missing = sorted(set(info["missing_keys"]) - set(absent))
     if without_head is not None and (message := without_head(model, missing)) is not None:

@@ -64,6 +64,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.C
     line = capsys.readouterr().err
     assert "student: step 10/10" in line
     assert "loss 3.25" in line
+    assert "tokens_per_s 12,345" in line
     assert "left" in line
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -78,6 +80,8 @@ MODELS = {
         )
     ),
 }
+if Version(transformers.__version__) < Version("5.20"):  # cannot load DeBERTa-v3's head
+    del MODELS["deberta-v2, shared"]
 
 
 def rough(model):
