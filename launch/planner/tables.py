@@ -70,8 +70,7 @@ def _at_stage_1(plan: Plan) -> list[tuple[str, str]]:
     engine, reductions = plan.recipe.engine, plan.sent.reductions
     if engine.stage != 2 or reductions == 1 or not plan.sent.weights or not engine.takes_stage_1:
         return []
-    title = f"with zero_optimization.stage 1, which reduces once, not {reductions} times"
-    return [(title, f"{plan.sent.reduced_once / 1e9:,.2f} GB")]
+    return [("at stage 1, which reduces once", f"{plan.sent.reduced_once / 1e9:,.2f} GB")]
 
 
 def curve_table(curve: Sequence[Plan], price: float | None) -> str:

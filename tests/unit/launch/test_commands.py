@@ -77,7 +77,7 @@ def test_the_launcher_takes_a_command_s_name_for_its_file(
         ("halfling pre", {"pretrain "}),
         ("halfling pretrain --optimizer.l", {"--optimizer.lr "}),
         ("halfling quickstart --s", {"--source", "--scale"}),
-        ("halfling quickstart ", {"-h", "--help", "--out", "--source", "--scale"}),
+        ("halfling quickstart ", {"-h", "--help", "--out", "--source", "--scale", "--format"}),
     ],
 )
 def test_the_shell_completes(typed: str, endings: set[str], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ for words in json.loads(sys.argv[1]):
     if child == 0:
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
-    print("exit code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print("exit code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 

@@ -142,6 +142,6 @@ def test_the_quickstart_s_folders_are_those_of_the_folder_it_is_started_in(
     started: list[object] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "_deepspeed", lambda *words: started.extend(words))
-    stages_of = {stage.name: stage for stage in quickstart.stages(Path("q"), 1.0, "wiki.jsonl")}
+    stages_of = {stage.name: stage for stage in quickstart.stages(Path("q"), 1.0, "wiki.jsonl", "fp32")}
     stages_of["teacher"].work()
     assert {f"--run.dir={tmp_path}/q/teacher", f"--data.shards={tmp_path}/q/shards"} <= set(started)
