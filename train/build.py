@@ -19,7 +19,12 @@ from train.data.pipeline import RunData, build_run_data, build_schedule, fit_mic
 from train.distributed.device import engine_arguments
 from train.distributed.world import World, import_deepspeed
 from train.engine_check import check_engine_config
-from train.engine_config import default_engine_config, read_engine_config, resolve_engine_config
+from train.engine_config import (
+    default_engine_config,
+    engine_settings,
+    read_engine_config,
+    resolve_engine_config,
+)
 from train.errors import UserError, one_line
 from train.evaluation.heldout import HeldoutEvaluation
 from train.evaluation.importance import importance_from_first_rank
@@ -309,7 +314,7 @@ def start_engine(
     """
     optimizer = build_optimizer(config.optimizer, module.named_parameters())
     weights = {}
-    if any(engine_config.get(name, {}).get("enabled") for name in ("bf16", "fp16")):
+    if engine_settings(engine_config).precision != "fp32":
         trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
         weights = {name: each.detach().to("cpu", copy=True) for name, each in trained.items()}
     deepspeed = import_deepspeed(config.deepspeed.log_level)

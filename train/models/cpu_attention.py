@@ -21,7 +21,7 @@ from train.models.dropout import dropout as fast_dropout
 NAME = "sdpa_by_maps"
 """In transformers."""
 MAX_LENGTH = 512
-"""Of a sequence without dropout, in bf16: maps of longer ones take more memory than they are worth in time."""
+"""Of a sequence in bf16: maps of longer ones take more memory than they are worth in time."""
 
 
 def with_cpu_attention(model: PreTrainedModel) -> PreTrainedModel:

@@ -10,19 +10,9 @@ from transformers import BertConfig
 
 from launch.benchmarks.options import Shape
 from launch.benchmarks.run_inputs import OBJECTIVES, make_inputs
+from launch.cli import parse_config
 
 MLM = "mlm"
-QUICKSTART = BertConfig(
-    vocab_size=8000,
-    hidden_size=128,
-    num_hidden_layers=4,
-    num_attention_heads=2,
-    intermediate_size=512,
-    max_position_embeddings=128,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-)
-"""That of RECIPE."""
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart-teacher.yaml"
 SIZES = ("bert-base", "quickstart", "quickstart-teacher")
 STEPS = 100_000
@@ -45,7 +35,9 @@ def teacher_config(name: str) -> BertConfig:
     if name == "bert-base":
         return BertConfig()
     if name in SIZES:
-        return QUICKSTART
+        scratch = parse_config([f"--config={RECIPE}"], "").model.scratch or {}
+        sizes = {key: value for key, value in scratch.items() if key != "model_type"}
+        return BertConfig(vocab_size=8000, **sizes)  # that of launch/quickstart.py
     layers, _, width = name.partition("x")
     return BertConfig(
         hidden_size=int(width),

@@ -83,7 +83,7 @@ def test_zero_to_fp32_finds_the_weights(two_ranks: Any) -> None:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_universal_checkpoint_resumes_at_other_world_sizes(two_ranks: Any, world_size: int) -> None:
     folder, ranks = two_ranks
-    for resumed in run_ranks(f"{WORKERS}:resume_universal", world_size, str(folder)):
+    for resumed in run_ranks(f"{WORKERS}_checkpoints:resume_universal", world_size, str(folder)):
         for name, parameter in ranks[0]["resume"]["straight"].items():
             assert torch.equal(resumed["lamb"][name], parameter), name
         for name, parameter in ranks[0]["adamw"]["straight"].items():

@@ -2,119 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
 
 from launch.benchmarks.lamb_alternatives import LoopLamb
-from tests.lamb_checks import BoundedReference, U, make_gradients, make_parameters, worst_error
-from train.build import start_engine
-from train.config import Config
-from train.config_sections.training import OptimizerConfig
-from train.distributed.world import import_deepspeed
+from tests.distributed.workers.lamb_checkpoints import adamw, save_and_resume
+from tests.distributed.workers.lamb_engines import (
+    BITS,
+    LR,
+    STEPS,
+    Bag,
+    clipped,
+    config,
+    deepspeed,
+    full_parameters,
+    inject,
+    make_engine,
+    tiny_parameters,
+    train,
+)
+from tests.distributed.workers.lamb_half_precision import accumulated_norms, first_masters, overflow
+from tests.lamb_checks import BoundedReference, make_gradients, make_parameters, worst_error
 from train.lamb import Lamb
 from train.lamb import native as lamb_native
-from train.optimizer import after_loading, bind_optimizer, build_optimizer, own_settings
-
-deepspeed = import_deepspeed()
-
-LR = 0.01
-STEPS = 4
-# Significant bits of the injected gradients: few enough that means over three ranks, and bf16, are exact.
-BITS = {"fp32": 18, "bf16": 5}
-
-
-class Bag(torch.nn.Module):
-    """Parameters under the names of lamb_checks.SHAPES; the loss below gives them the wanted gradients."""
-
-    def __init__(self, parameters: dict[str, torch.nn.Parameter]) -> None:
-        super().__init__()
-        for name, parameter in parameters.items():
-            owner, _, leaf = name.rpartition(".")
-            if not hasattr(self, owner):
-                setattr(self, owner, torch.nn.Module())
-            getattr(self, owner).register_parameter(leaf, parameter)
-
-    def forward(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
-        return sum((p.float() * gradients[name]).sum() for name, p in self.named_parameters())  # type: ignore
-
-
-def tiny_parameters() -> dict[str, torch.nn.Parameter]:
-    """Three elements: from three ranks on, the last ones hold nothing but padding."""
-    return {"w.weight": torch.nn.Parameter(torch.tensor([[1.0, -2.0, 0.5]]))}
-
-
-def config(
-    dtype: str, accumulation: int = 1, zero: dict[str, Any] | None = None, **more: Any
-) -> dict[str, Any]:
-    base: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
-        "zero_optimization": {"stage": 2, **(zero or {})},
-        "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0
-    }
-    if dtype == "bf16":
-        base["bf16"] = {"enabled": True}
-        base["data_types"] = {"grad_accum_dtype": "fp32"}
-    return {**base, **more}
-
-
-def make_engine(
-    parameters: dict[str, torch.nn.Parameter], settings: dict[str, Any], lamb: Any = Lamb, **options: Any
-) -> tuple[Any, Any]:
-    model = Bag(parameters)
-    named = model.named_parameters() if lamb is Lamb else model.parameters()
-    optimizer = lamb(named, lr=LR, **options)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    if lamb is Lamb:
-        optimizer.bind(engine)
-    return engine, optimizer
-
-
-def inject(engine: Any, gradients: dict[str, torch.Tensor], scale: float = 1.0) -> None:
-    """Give the engine mean gradients of exactly `gradients` over all ranks and accumulation steps.
-
-    Element i comes from rank i mod W alone, in one micro step alone, times W and the number of micro steps.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    accumulation = engine.gradient_accumulation_steps()
-    for micro_step in range(accumulation):
-        mine = {}
-        for name, gradient in gradients.items():
-            index = torch.arange(gradient.numel()).view(gradient.shape)
-            chosen = (index % world_size == rank) & (index // world_size % accumulation == micro_step)
-            mine[name] = gradient * chosen * (world_size * accumulation * scale)
-        engine.backward(engine(mine))
-        engine.step()
-
-
-def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
-    named = engine.module.named_parameters()
-    if engine.zero_optimization_stage() == 0:
-        return {name: p.detach().clone() for name, p in named}
-    return {name: safe_get_full_fp32_param(p).clone() for name, p in named}
-
-
-def clipped(gradients: dict[str, torch.Tensor], engine: Any) -> dict[str, torch.Tensor]:
-    """As DeepSpeed clips (stage_1_and_2.py, unscale_and_clip_grads), from the norm that it reports."""
-    limit = engine.gradient_clipping()
-    if not limit:
-        return gradients
-    norm = torch.as_tensor(engine.get_global_grad_norm())
-    true_norm = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
-    elements = sum(g.numel() for g in gradients.values())
-    assert abs(float(norm) / true_norm - 1) <= elements * U  # an fp32 sum of their squares, in any order
-    clip = torch.clamp((norm + 1e-6) / limit, min=1.0)
-    assert clip > 1, "the scenario must clip"
-    return {name: g * (1.0 / clip) for name, g in gradients.items()}
 
 
 def run_parity(
@@ -175,202 +88,6 @@ def parity() -> dict[str, dict[str, Any]]:
     results["whole control"] = run_parity("fp32", config("fp32", zero={"stage": 0}), **ordinary)
     results["control"] = run_parity("fp32", config("fp32"), **ordinary)
     return results
-
-
-def train(engine: Any, steps: range) -> None:
-    for step in steps:
-        inject(engine, make_gradients(step, BITS["fp32"]))
-
-
-def save_and_resume(folder: str) -> dict[str, Any]:
-    """Six steps, a checkpoint after three; resumed at this world size; converted for the others."""
-    engine, _ = make_engine(make_parameters(), config("fp32"))
-    train(engine, range(3))
-    engine.save_checkpoint(folder, tag="three")
-    at_three = full_parameters(engine)
-    train(engine, range(3, 6))
-    straight = full_parameters(engine)
-
-    engine, optimizer = make_engine(make_parameters(), config("fp32"))
-    optimizer.param_groups[0]["lr"] = 123.0
-    engine.load_checkpoint(folder, tag="three")
-    train(engine, range(3, 6))
-    resumed = full_parameters(engine)
-
-    engine, optimizer = make_engine(make_parameters(), config("fp32"))
-    engine.save_checkpoint(folder, tag="zero")  # before the first step: the state must be there already
-    dist.barrier()
-    if dist.get_rank() == 0:
-        with contextlib.redirect_stdout(io.StringIO()):
-            convert_to_universal(folder, "three")
-    dist.barrier()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    consolidated = dict(get_fp32_state_dict_from_zero_checkpoint(folder, tag="three"))
-    return {"at_three": at_three, "straight": straight, "resumed": resumed, "consolidated": consolidated}
-
-
-def convert_to_universal(folder: str, tag: str) -> None:
-    from deepspeed.checkpoint.ds_to_universal import main
-
-    main(
-        argparse.Namespace(
-            input_folder=str(Path(folder, tag)),
-            output_folder=str(Path(folder, f"{tag}_universal")),
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
-        )
-    )
-
-
-def adamw_engine(settings: dict[str, Any]) -> tuple[Any, torch.optim.Optimizer]:
-    model = Bag(make_parameters())
-    optimizer = build_optimizer(
-        OptimizerConfig(name="adamw", lr=LR, weight_decay=0.1), model.named_parameters()
-    )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    bind_optimizer(optimizer, engine)
-    return engine, optimizer
-
-
-def plain_adamw(
-    start: dict[str, torch.Tensor],
-) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
-    """One process, whole tensors, torch's loop over them; what is decayed is written out by hand."""
-    whole = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
-    decayed = {"embed.weight", "zero.weight", "layer.weight", "tiny.weight", "out.weight"}
-    groups = [
-        {"params": [whole[name] for name in whole if name in decayed], "weight_decay": 0.1},
-        {"params": [whole[name] for name in whole if name not in decayed], "weight_decay": 0.0},
-    ]
-    return whole, torch.optim.AdamW(groups, lr=LR, eps=1e-6, fused=False, foreach=False)
-
-
-def adamw(folder: str) -> dict[str, Any]:
-    """Six steps beside torch's AdamW, under several engines; a checkpoint after three, resumed, and converted."""
-    worst = {}
-    for name, settings in (
-        ("plain", config("fp32")),
-        ("clipping", config("fp32", gradient_clipping=0.01)),
-        ("bf16", config("bf16")),
-        ("stage 1", config("fp32", zero={"stage": 1})),
-    ):
-        engine, _ = adamw_engine(settings)
-        whole, plain = plain_adamw(full_parameters(engine))
-        for step in range(6):
-            gradients = make_gradients(step, BITS["bf16" if name == "bf16" else "fp32"])
-            inject(engine, gradients)
-            for key, gradient in clipped(gradients, engine).items():
-                whole[key].grad = gradient
-            plain.step()
-            if (step, name) == (2, "plain"):
-                engine.save_checkpoint(folder, tag="adamw")
-        found = full_parameters(engine)
-        worst[name] = max(float((found[key] - whole[key]).abs().max()) for key in whole)
-        if name == "plain":
-            straight = found
-    engine, _ = adamw_engine(config("fp32"))
-    engine.load_checkpoint(folder, tag="adamw")
-    train(engine, range(3, 6))
-    resumed = full_parameters(engine)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        with contextlib.redirect_stdout(io.StringIO()):
-            convert_to_universal(folder, "adamw")
-    dist.barrier()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    consolidated = dict(get_fp32_state_dict_from_zero_checkpoint(folder, tag="adamw"))
-    return {
-        "worst": worst,
-        "straight": straight,
-        "resumed": resumed,
-        "shapes": {k: v.shape for k, v in consolidated.items()},
-    }
-
-
-def adamw_universal(folder: str) -> dict[str, torch.Tensor]:
-    engine, optimizer = adamw_engine(config("fp32", checkpoint={"load_universal": True}))
-    own = own_settings(optimizer)
-    engine.load_checkpoint(folder, tag="adamw_universal")
-    after_loading(optimizer, own)
-    train(engine, range(3, 6))
-    return full_parameters(engine)
-
-
-def resume_universal(folder: str) -> dict[str, dict[str, torch.Tensor]]:
-    return {"lamb": lamb_universal(folder), "adamw": adamw_universal(folder)}
-
-
-def lamb_universal(folder: str) -> dict[str, torch.Tensor]:
-    settings = config("fp32", checkpoint={"load_universal": True})
-    engine, optimizer = make_engine(make_parameters(), settings)
-    engine.load_checkpoint(folder, tag="three_universal")
-    assert optimizer.state[optimizer.param_groups[0]["params"][0]]["step"] == 3
-    train(engine, range(3, 6))
-    return full_parameters(engine)
-
-
-def overflow() -> dict[str, Any]:
-    """fp16 with loss scaling; at step 1 the gradient overflows in elements that rank 0 alone holds."""
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().is_fp16_supported = lambda: True
-    settings = config("fp32", fp16={"enabled": True, "initial_scale_power": 4, "hysteresis": 1})
-    engine, optimizer = make_engine(make_parameters(), settings)
-    (flat,) = optimizer.param_groups[0]["params"]
-    history = []
-    for step in range(3):
-        before = full_parameters(engine), optimizer.state[flat]["exp_avg"].clone()
-        gradients = make_gradients(step, BITS["bf16"])
-        if step == 1:
-            gradients["embed.weight"][0, 0] = float("inf") if dist.get_rank() == 0 else 0.0
-        inject(engine, gradients)
-        after = full_parameters(engine), optimizer.state[flat]["exp_avg"]
-        history.append(
-            {
-                "same": all(torch.equal(before[0][n], after[0][n]) for n in before[0])
-                and torch.equal(before[1], after[1]),
-                "finite": all(bool(torch.isfinite(p).all()) for p in after[0].values()),
-                "skipped": engine.skipped_steps,
-                "step": optimizer.state[flat]["step"],
-                "scale": engine.optimizer.loss_scale,
-            }
-        )
-    return {"history": history, "parameters": after[0]}
-
-
-def accumulated_norms() -> dict[str, float]:
-    """The gradient norm of eight fp16 micro steps, by the format they are added up in."""
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().is_fp16_supported = lambda: True
-    fp16 = {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}
-    norms = {}
-    for name, kept in {"fp32": {"grad_accum_dtype": "fp32"}, "fp16": {"grad_accum_dtype": "fp16"}}.items():
-        engine, _ = make_engine(tiny_parameters(), config("fp32", 8, fp16=fp16, data_types=kept))
-        for size in [1.0, *[2.0**-12] * 7]:
-            engine.backward(engine({"w.weight": torch.full((1, 3), size)}))
-            engine.step()
-        norms[name] = float(engine.get_global_grad_norm())
-    return norms
-
-
-def first_masters() -> dict[str, dict[str, torch.Tensor]]:
-    """The fp32 masters of engines in 16 bits before their first step, and the weights that they were made from."""
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().is_fp16_supported = lambda: True
-    found = {"given": {name: p.detach().clone() for name, p in Bag(make_parameters()).named_parameters()}}
-    for name, dtype, more in (("bf16", "bf16", {}), ("fp16", "fp32", {"fp16": {"enabled": True}})):
-        recipe = Config(optimizer=OptimizerConfig(lr=LR))
-        module: Any = Bag(make_parameters())
-        found[name] = full_parameters(start_engine(recipe, module, config(dtype, **more), "cpu"))
-        found[f"{name} weights"] = {each: p.detach().clone() for each, p in module.named_parameters()}
-    return found
 
 
 def refusals() -> dict[str, str]:

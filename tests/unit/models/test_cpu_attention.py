@@ -74,6 +74,19 @@ def test_a_row_that_sees_nothing_spoils_no_other() -> None:
         assert torch.equal(found[0][:, :7], expected[:, :7])
 
 
+def test_dropout_in_bf16_is_torchs_on_the_maps() -> None:
+    vectors = [
+        torch.randn(2, 2, 9, 16, generator=torch.Generator().manual_seed(5)).bfloat16() for _ in range(3)
+    ]
+    query, key, value = (each.requires_grad_() for each in vectors)
+    torch.manual_seed(6)
+    mixed, _ = cpu_attention.attention(Layer(), query, key, value, None, dropout=0.3)
+    torch.manual_seed(6)
+    weights = functional.dropout(torch.softmax(query * 0.25 @ key.transpose(-2, -1), -1), 0.3)
+    assert (weights == 0).any()
+    assert torch.equal(mixed, (weights @ value).transpose(1, 2))
+
+
 def _wide(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.dtype == torch.bool else mask.double()
 
