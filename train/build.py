@@ -43,6 +43,7 @@ from train.models.build import (
     open_teachers,
     tokenizer_source,
 )
+from train.models.compilation import compile_layers
 from train.models.cpu_attention import with_cpu_attention
 from train.models.dropout import with_fast_dropout
 from train.models.flops import measured_matrix_rate, shape_of, training_flops_per_token
@@ -152,6 +153,8 @@ def assemble(
     check_sequence_length(student, config.data.sequence_length)
     if world.device == "cpu":
         with_fast_dropout(with_cpu_attention(student))
+    if config.model.student_compile:
+        compile_layers(student, world.device)
     startup.ended("student")
     frozen = freeze_untrained(objective, student, teacher, world.device)
     cost = _compute_cost(config, data, student, teacher, world.device)

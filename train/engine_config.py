@@ -50,7 +50,7 @@ IDLE = {
     "activation_checkpointing": "deepspeed.checkpointing is not called; take a smaller training.micro_batch_size",
     "checkpoint": "checkpoints are written, checked and kept by the recipe's section checkpoint.*",
     "comms_logger": "its summary is not asked for; run.profile_steps traces every collective",
-    "compile": "engine.compile() is not called; model.teacher_compile compiles the teacher",
+    "compile": "engine.compile() is not called; model.teacher_compile and model.student_compile do it",
     "sparse_gradients": "embeddings have dense gradients, which the optimizer needs whole",
     "zero_force_ds_cpu_optimizer": "it goes with offload_optimizer, which the optimizer refuses",
 }

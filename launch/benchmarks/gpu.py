@@ -4,7 +4,7 @@
 
 NOT YET RUN ON A GPU. It starts, one after the other, on the first GPU and without downloads: the tests of tests/gpu;
 training steps of BERT-base to DistilBERT (random weights, random shards) with every objective at 128 and 512 tokens, by
-launch/pretrain.py, with the largest micro batch that fits; one of them again with the teacher compiled; LAMB beside a
+launch/pretrain.py, with the largest micro batch that fits; one of them again with both models compiled; LAMB beside a
 copy. About 15 minutes. DIR/gpu.json holds all figures, the machine and the versions: please open an issue of this
 project with it attached. DIR/gpu.txt has the same as tables; the logs lie beside them. An installed package has no
 tests/gpu, and says so. Exit codes: 0 done; 1 something failed, the others' figures are there; 2 bad usage, or no GPU.
@@ -95,7 +95,8 @@ def runs(teacher: Path, shards: Path) -> dict[str, list[str]]:
                 f"--checkpoint.every_steps={STEPS}",
                 *own,
             ]
-    return {**found, "triple 128 compiled": [*found["triple 128"], "--model.teacher_compile=true"]}
+    compiled = ["--model.teacher_compile=true", "--model.student_compile=true"]
+    return {**found, "triple 128 compiled": [*found["triple 128"], *compiled]}
 
 
 def measured_run(run_dir: Path, settings: Sequence[str]) -> dict[str, Any]:

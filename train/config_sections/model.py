@@ -30,6 +30,10 @@ class ModelConfig:
     teacher_compile: bool = False
     """Pass the teacher's encoder through torch.compile."""
 
+    student_compile: bool = False
+    """Compile the student's layers by torch.compile, each on its own; on a CPU that takes a C++ compiler. Dropout then
+    draws other masks, of the same seeds."""
+
     student_layers: int | None = None
     """Layers of the student; null: half the teacher's."""
 

@@ -73,3 +73,8 @@ def settings(
         return [f"--config={RECIPE}", *common]
     every_other = [] if model == "bert-base" else ["--model.layer_map=every_other"]
     return [*common, f"--model.teacher={inputs / 'teacher'}", *every_other, *OBJECTIVES[objective]]
+
+
+def compiled(objective: str) -> list[str]:
+    """Teacher, where there is one, and student through torch.compile."""
+    return ["--model.student_compile=true", *([] if objective == MLM else ["--model.teacher_compile=true"])]

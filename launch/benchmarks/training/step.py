@@ -5,7 +5,9 @@
 Ranks of this machine are started by the real launcher and make steps of launch/pretrain.py's own trainer, with its
 shipped engine JSON (ZeRO-2; fp32 on a CPU, fp16 on a GPU), on random weights and random shards made here. With
 `--against plain` the original code's formulation (logits of both models at all positions, triple loss, torch's dropout)
-takes turns with it, on the same trainer, engine and LAMB. The log is written at every step, not at every tenth.
+takes turns with it, on the same trainer, engine and LAMB; with `--against compiled` the same step with teacher and
+student through torch.compile. The ratio is the time of the other over that of ours. The log is written at every step,
+not at every tenth.
 
 Shares of the step are each part's own time: "forward" holds the loss and the teacher's logits, "backward" leaves out
 "collectives", "optimizer" is the engine's part beside "lamb", "data" the wait for it beside "masking". The floor is the
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.one_or_more_of((*OBJECTIVES, settings.MLM)),
         help=f"some of {', '.join(OBJECTIVES)}, with commas (default triple; {settings.MLM} for quickstart-teacher)",
     )
-    parser.add_argument("--against", choices=["plain"], help="also the original formulation, in turns")
+    parser.add_argument("--against", choices=["plain", "compiled"], help="what takes turns with it")
     parser.add_argument(
         "--accumulation", type=options.at_least_1, default=1, help="micro batches of a step (default 1)"
     )
@@ -108,8 +110,8 @@ def main(args: argparse.Namespace) -> int:
     objectives = args.objective or possible[:1]
     if unknown := [name for name in objectives if name not in possible]:
         raise UserError(f"--objective={unknown[0]}: with --model={args.model} give {' or '.join(possible)}")
-    if args.against and settings.MLM in objectives:
-        raise UserError(f"--against={args.against}: --model={args.model} has no teacher; leave it out")
+    if args.against == "plain" and settings.MLM in objectives:
+        raise UserError(f"--against=plain: --model={args.model} has no teacher; leave it out")
     if args.processor_time and args.ranks != [1]:
         raise UserError("--processor-time leaves out what a rank waits for others; give --ranks=1")
     quiet_libraries()
@@ -140,7 +142,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _measured(args: argparse.Namespace, ranks: int, shape: options.Shape, objective: str) -> dict[str, Any]:
     def spec(folder: Path) -> dict[str, Any]:
-        runs = {"ours": objective} | ({"plain": "triple"} if args.against else {})
+        runs = {"ours": objective}
+        if args.against:
+            runs[args.against] = objective if args.against == "compiled" else "triple"
         profile = args.profile and args.profile.absolute() / f"{ranks}-{shape}-{objective}"
         return {
             "kind": "step",
@@ -149,7 +153,10 @@ def _measured(args: argparse.Namespace, ranks: int, shape: options.Shape, object
             "processor_time": args.processor_time,
             "profile": str(profile) if profile else None,
             "contenders": {
-                name: settings.settings(args.model, each, shape, ranks, args.accumulation, folder)
+                name: [
+                    *settings.settings(args.model, each, shape, ranks, args.accumulation, folder),
+                    *(settings.compiled(each) if name == "compiled" else []),
+                ]
                 for name, each in runs.items()
             },
         }
