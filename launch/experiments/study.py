@@ -53,9 +53,10 @@ class StudyJob:
             StoppedError: a signal came.
             UserError: `only` names no run, or a record is of other settings.
         """
-        study, job, records = self.study, self.job, self.records
+        study, records = self.study, self.records
         records.model(TEACHER, records.of_teacher(study.teacher))
         names = [run.variant.name for run in study.runs({each.name: 0.0 for each in study.objectives})]
+        names = [HEAD, *names] if study.needs_head else names
         if self.only and self.only not in names:
             raise UserError(f"--only {self.only}: no such run; there are {', '.join(names)}")
         head_rate = None
@@ -64,6 +65,9 @@ class StudyJob:
             head = f"{HEAD} of {records.names[study.teacher]}, learning rate {head_rate:g}"
             records.names[str(study.out / HEAD / MODEL)] = head
         self.head = study.head(head_rate)
+        if self.only == HEAD:
+            self.train([self.head])
+            return self.ended()
         rates = {}
         for each in study.objectives:
             runs = study.search(study.run(study.students[0], each))
@@ -83,9 +87,13 @@ class StudyJob:
                 self.made.append(run)
                 self.train_and_score(run)
             print("\n" + self.write(), flush=True)
-        for name, reason in job.failed.items():
+        return self.ended()
+
+    def ended(self) -> int:
+        """The exit code, after what has failed."""
+        for name, reason in self.job.failed.items():
             print(f"FAILED: {name} ({reason})", file=sys.stderr)
-        return 1 if job.failed else 0
+        return 1 if self.job.failed else 0
 
     def settings(self, variant: Variant) -> dict[str, Any]:
         """What the run's result depends on."""

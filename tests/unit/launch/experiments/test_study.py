@@ -171,8 +171,22 @@ def test_the_run_that_a_setting_does_not_go_with_is_named(tmp_path: Path) -> Non
 
 
 def test_a_run_that_is_none_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--only half-kd: no such run; there are half-cut, half-triple"):
+    with pytest.raises(
+        UserError, match=r"--only half-kd: no such run; there are teacher-head, half-cut, half-triple"
+    ):
         StudyJob(job_of(tmp_path), planned(), recorded(tmp_path), "half-kd").run()
+
+
+def test_the_teachers_head_alone_for_an_array_of_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(StudyJob, "train", lambda self, runs: trained.extend(run.name for run in runs))
+    monkeypatch.setattr(StudyJob, "settings", lambda self, run: {"of": run.name})
+    made = StudyJob(job_of(tmp_path), planned(rates=(0.001,)), recorded(tmp_path), "teacher-head")
+    assert made.run() == 0
+    assert trained == ["teacher-head"]
+    assert not (tmp_path / "study.json").exists()
 
 
 def test_a_recorded_rate_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
