@@ -31,6 +31,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -54,6 +55,10 @@ from train.data.corpus import without_heldout_windows
 from train.distributed.signals import STOPPED_AFTER_SAVING
 from train.errors import UserError
 from train.run_folder import hold
+
+if TYPE_CHECKING:
+    from train.config import Config
+    from train.models.build import TeacherFolder
 
 TASKS = ("cola", "sst2", "mrpc", "stsb", "rte", "qnli", "mnli", "imdb", "squad")
 OWN = {
@@ -90,30 +95,12 @@ def main(arguments: Sequence[str]) -> int:
     from train.distributed.world import quiet_libraries
     from train.finetuning.soft_labels import weights_digest
     from train.models.build import TeacherFolder
-    from train.models.families import has_head
     from train.models.tokenizer_checks import check_vocabulary
 
     quiet_libraries()
     base = parse_config([*words, f"--model.teacher={options.teacher}"], "")
     folder = TeacherFolder(options.teacher, needs_head=False)
-    shape = (folder.config.num_hidden_layers, folder.config.hidden_size, folder.config.num_attention_heads)
-    study = Study(
-        teacher=options.teacher,
-        has_head=has_head(folder.model),
-        out=options.out,
-        scale=Scale(
-            options.budget_tokens,
-            options.curve,
-            base.training.global_batch_size * base.data.sequence_length,
-        ),
-        students=chosen(options.students, students_of(*shape), "--students"),
-        objectives=[
-            each for each in chosen(options.objectives, OBJECTIVES, "--objectives") if each.is_on(base)
-        ],
-        rates=options.rates or [base.optimizer.lr],
-        recipe=base,
-        layer_map=options.layer_map,
-    )
+    study = _study(options, base, folder)
     flags = ["--task", *options.score_on, "--data", options.tasks, "--seeds", str(options.seeds)]
     finetuning, settings = checked_finetuning(flags, own, options.teacher)
     job = job_for(options, words, finetuning, list(settings), options.seeds)
@@ -137,6 +124,26 @@ def main(arguments: Sequence[str]) -> int:
             print("" if options.only else "\n" + made.write())
             print(f"\n{AGAIN}", file=sys.stderr)
             return STOPPED_AFTER_SAVING
+
+
+def _study(options: argparse.Namespace, base: Config, folder: TeacherFolder) -> Study:
+    """What is asked for, of this teacher."""
+    from train.models.families import has_head  # see main
+
+    shape = (folder.config.num_hidden_layers, folder.config.hidden_size, folder.config.num_attention_heads)
+    tokens_per_step = base.training.global_batch_size * base.data.sequence_length
+    objectives = chosen(options.objectives, OBJECTIVES, "--objectives")
+    return Study(
+        teacher=options.teacher,
+        has_head=has_head(folder.model),
+        out=options.out,
+        scale=Scale(options.budget_tokens, options.curve, tokens_per_step),
+        students=chosen(options.students, students_of(*shape), "--students"),
+        objectives=[each for each in objectives if each.is_on(base)],
+        rates=options.rates or [base.optimizer.lr],
+        recipe=base,
+        layer_map=options.layer_map,
+    )
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

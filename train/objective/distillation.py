@@ -141,16 +141,7 @@ class DistillationLoss(nn.Module):
         """
         settings = self.settings
         assert teacher is not None or not settings.needs_teacher
-        family = family_of(student)
-        embedding, tied, embedded = student.get_input_embeddings(), None, None
-        if has_head(student) and embedding.weight is family.decoder(student)[0]:
-            tied = TiedGradient()
-            embedded = tied_lookup(embedding, masked.input_ids, tied)
-        alone = self.relations is not None and not settings.needs_student_output
-        with self.relations.student.alone() if self.relations is not None and alone else nullcontext():
-            encoded = family.encode(
-                student, masked.input_ids, attention_mask, settings.needs_layers, inputs_embeds=embedded
-            )
+        encoded, tied = self._encoded(student, masked.input_ids, attention_mask)
         terms = None
         if settings.needs_masks:
             tokens = select_tokens(
@@ -181,6 +172,22 @@ class DistillationLoss(nn.Module):
             if terms is not None and settings.needs_teacher_logits
             else None,
         )
+
+    def _encoded(
+        self, student: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[EncoderOutput, TiedGradient | None]:
+        """The student's hidden states, and where its decoder is tied to the embeddings their common gradient."""
+        settings, family = self.settings, family_of(student)
+        embedding, tied, embedded = student.get_input_embeddings(), None, None
+        if has_head(student) and embedding.weight is family.decoder(student)[0]:
+            tied = TiedGradient()
+            embedded = tied_lookup(embedding, input_ids, tied)
+        alone = self.relations is not None and not settings.needs_student_output
+        with self.relations.student.alone() if self.relations is not None and alone else nullcontext():
+            encoded = family.encode(
+                student, input_ids, attention_mask, settings.needs_layers, inputs_embeds=embedded
+            )
+        return encoded, tied
 
     def _vocabulary_terms(
         self,
