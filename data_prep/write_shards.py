@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from data_prep.sources.resolve import TXT_DOCUMENTS, resolve_sources
 from data_prep.sources.tables import quiet_hub
 from data_prep.workers import Team, mpi_size, mpi_team, process_team
 
+SHARE_TOLERANCE = 0.01
+"""Between a source's share that was asked for and that of its whole documents, before it is worth a note."""
 EXAMPLES = """
 examples:
   # documentation that is on this machine anyway, with a vocabulary of its own
@@ -248,6 +251,26 @@ def heldout_note(plan: Plan) -> str:
     return f"by chance no document fell to the held-out split; {what} held out, so that there is something to score on"
 
 
+def _mixed(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each source of a mixture has given, and whether that is what was asked for."""
+    total = max(1, sum(source["train_tokens"] for source in sources))
+    shares = [source["train_tokens"] / total for source in sources]
+    lines = [
+        f"{share:8.1%} {source['train_documents']:>12,} documents {source['train_tokens']:>15,} tokens of train, "
+        f"{source['epochs']:.2f} epochs of {source['source']}"
+        for share, source in zip(shares, sources, strict=True)
+    ]
+    pairs = zip(shares, sources, strict=True)
+    far = [each for each in pairs if abs(each[0] - each[1]["weight"]) > SHARE_TOLERANCE]
+    if far:
+        share, source = max(far, key=lambda each: abs(each[0] - each[1]["weight"]))
+        lines.append(
+            f"note: {source['source']} has {share:.1%} where {source['weight']:.1%} was asked for: documents are taken "
+            "whole, and these are long; give more --mixture-tokens, or shorter documents"
+        )
+    return lines
+
+
 def summary(manifest: Manifest, out: str, elapsed_s: float | None) -> str:
     """What a user wants to know at the end."""
     lines = []
@@ -258,12 +281,7 @@ def summary(manifest: Manifest, out: str, elapsed_s: float | None) -> str:
             f"{split:8} {documents:>12,} documents {tokens:>15,} tokens {len(shards):>6,} shards "
             f"{size / 1e6:>10,.1f} MB"
         )
-    lines += [
-        f"{source['weight']:8.1%} {source['train_documents']:>12,} documents {source['train_tokens']:>15,} tokens of "
-        f"train, {source['epochs']:.2f} epochs of {source['source']}"
-        for source in manifest.sources
-        if "epochs" in source
-    ]
+    lines += _mixed([source for source in manifest.sources if "epochs" in source])
     skipped = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest.skipped.items())
     lines.append(f"left out {skipped}")
     read = sum(source["bytes"] for source in manifest.sources)
