@@ -43,7 +43,7 @@ from train.models.build import (
     open_teachers,
     tokenizer_source,
 )
-from train.models.compilation import compile_layers
+from train.models.compilation import compile_layers, require_compiler
 from train.models.cpu_attention import with_cpu_attention
 from train.models.dropout import with_fast_dropout
 from train.models.flops import measured_matrix_rate, shape_of, training_flops_per_token
@@ -135,6 +135,9 @@ def assemble(
     Raises:
         UserError: what is wrong with the configuration, the shards or the teacher.
     """
+    for option in ("teacher_compile", "student_compile"):
+        if getattr(config.model, option):
+            require_compiler(f"model.{option}", world.device)
     manifest = inputs.manifest
     folders = open_teachers(config, manifest.tokenizer)
     hub_names = [folder.name for folder in folders if folder.is_on_hub]
@@ -154,7 +157,7 @@ def assemble(
     if world.device == "cpu":
         with_fast_dropout(with_cpu_attention(student))
     if config.model.student_compile:
-        compile_layers(student, world.device)
+        compile_layers(student)
     startup.ended("student")
     frozen = freeze_untrained(objective, student, teacher, world.device)
     cost = _compute_cost(config, data, student, teacher, world.device)

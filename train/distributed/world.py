@@ -181,7 +181,7 @@ def _import_muon() -> None:
     Every engine imports it and none here uses it; its functions are decorated with torch.compile, which would load the
     compiler: two seconds of each rank's start.
     """
-    name = "TORCHDYNAMO_DISABLE"  # torch reads it at each torch.compile; the teacher's comes later
+    name = "TORCHDYNAMO_DISABLE"  # torch reads it at each torch.compile; no model's falls into this import
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:

@@ -36,6 +36,7 @@ from train.distributed.world import quiet_libraries
 from train.errors import UserError
 from train.run_folder import provenance
 
+AGAINST = "what takes turns with it: the original formulation, or ours through torch.compile"
 PARTS = (
     "data",
     "masking",
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.one_or_more_of((*OBJECTIVES, settings.MLM)),
         help=f"some of {', '.join(OBJECTIVES)}, with commas (default triple; {settings.MLM} for quickstart-teacher)",
     )
-    parser.add_argument("--against", choices=["plain", "compiled"], help="what takes turns with it")
+    parser.add_argument("--against", choices=["plain", "compiled"], help=AGAINST)
     parser.add_argument(
         "--accumulation", type=options.at_least_1, default=1, help="micro batches of a step (default 1)"
     )
