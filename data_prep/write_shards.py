@@ -263,7 +263,8 @@ def _mixed(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     pairs = zip(shares, sources, strict=True)
     far = [each for each in pairs if abs(each[0] - each[1]["weight"]) > SHARE_TOLERANCE]
     if far:
-        share, source = max(far, key=lambda each: abs(each[0] - each[1]["weight"]))
+        # Every source gives at least what it was asked for: the one that gives too much is the cause.
+        share, source = max(far, key=lambda each: each[0] - each[1]["weight"])
         lines.append(
             f"note: {source['source']} has {share:.1%} where {source['weight']:.1%} was asked for: documents are taken "
             "whole, and these are long; give more --mixture-tokens, or shorter documents"
