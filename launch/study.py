@@ -16,8 +16,8 @@ Every model is fine-tuned with launch/finetune.py on the tasks that --tasks hold
 --KEY=VALUE); --section.key=value and --config go to all runs of launch/pretrain.py. Run the same command again after a
 kill: what is finished is skipped, what was interrupted goes on. DIR/study.json alone is enough to go on with, on
 another machine too: what it records with the same settings is neither trained nor scored again. Checkpoints and
-fine-tuned weights are removed once a run is scored (--keep leaves them). As an array of jobs, give each `--only RUN`
-(names by --list) once the learning rates and the teacher's head are there, then run the command without it.
+fine-tuned weights are removed once a run is scored (--keep leaves them). As an array of jobs: `--only teacher-head`
+first, where the teacher needs one, then a job for each `--only RUN` (names by --list), then the command without it.
 
 Out: DIR/study.json, study.md, study.png, and the tables on the screen, also where it is stopped; for one page:
 launch/report.py --study DIR/study.json. Exit codes: 0 done; 1 a run failed, the others are in the tables; 2 bad usage,
@@ -172,7 +172,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--score-on", metavar="A,B", default=",".join(TASKS), help="tasks (default: %(default)s)")
     add("--seeds", type=int, default=3, metavar="N", help="fine-tuning seeds (default: %(default)s)")
     add("--config", action="append", default=[], metavar="R.yaml", help="recipe that all runs share")
-    add("--only", metavar="RUN", help="train and score this run alone, and make no tables")
+    add("--only", metavar="RUN", help="train (and, of a student, score) this run alone, and make no tables")
     add("--keep", action="store_true", help="leave checkpoints and fine-tuned weights of what is scored")
     add("--list", action="store_true", help="say what would be trained, and stop")
     add_where(parser)

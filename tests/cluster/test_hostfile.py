@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,9 @@ from train.loop.metrics import read_rows
 pytestmark = pytest.mark.slow
 LOST_AFTER_S = 4
 # What the launcher, pdsh and ssh add to the time after which a silent rank is lost (docs/CLUSTER.md).
-SECONDS_TO_END = 10
+SECONDS_TO_BE_NAMED = 10
+SECONDS_AT_MOST = 120
+"""Until the launcher has ended, too; one that has not is killed, and has no exit code of its own."""
 
 
 def launch(hosts: Hosts, typed_on: str, folder: Path, *script: str) -> subprocess.Popen[str]:
@@ -71,6 +74,8 @@ def story(hosts: Hosts, settings: list[str], tmp_path_factory: pytest.TempPathFa
         how = {"cut": hosts.cut, "kill": hosts.kill, "kill_processes": hosts.kill_processes}[strike]
         struck, said_after_s, lines = time.monotonic(), math.inf, []
         # On a busy disk processes that are killed end late, the victim's as well as the survivor's.
+        end = threading.Timer(SECONDS_AT_MOST, job.kill)
+        end.start()
         with ThreadPoolExecutor(1) as pool:
             striking = pool.submit(how, victim)
             assert job.stdout is not None
@@ -79,6 +84,7 @@ def story(hosts: Hosts, settings: list[str], tmp_path_factory: pytest.TempPathFa
                 if "error: rank " in line:
                     said_after_s = min(said_after_s, time.monotonic() - struck)
             striking.result()
+        end.cancel()
         return Death(job.wait(), "".join(lines), said_after_s)
 
     with hosts.slow_link(delay_s=0.01, rate="20mbit"):
@@ -95,7 +101,7 @@ def story(hosts: Hosts, settings: list[str], tmp_path_factory: pytest.TempPathFa
 
 
 def wait_until_gone(run_dir: Path) -> None:
-    deadline = time.monotonic() + LOST_AFTER_S + SECONDS_TO_END
+    deadline = time.monotonic() + LOST_AFTER_S + SECONDS_TO_BE_NAMED
     while any(f"--run.dir={run_dir}" in (p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
         assert time.monotonic() < deadline, "a rank or its launcher lives on"
         time.sleep(0.1)
@@ -125,8 +131,8 @@ def test_two_hosts_give_the_losses_of_one(story: Story, expected_losses: list[fl
 def test_a_host_that_dies_ends_the_job_with_one_message(story: Story, death: str, message: str) -> None:
     code, output, said_after_s = getattr(story, death)
     print(f"{death}: named after {said_after_s:.1f} s")
-    assert code != 0
-    assert said_after_s < LOST_AFTER_S + SECONDS_TO_END, output
+    assert code > 0, f"ended by {code}"
+    assert said_after_s < LOST_AFTER_S + SECONDS_TO_BE_NAMED, output
     assert output.count("error: ") == 1, output
     assert message in output
     assert "run it again to go on from the newest checkpoint" in output
