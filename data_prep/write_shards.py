@@ -253,22 +253,19 @@ def heldout_note(plan: Plan) -> str:
 
 def _mixed(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     """What each source of a mixture has given, and whether that is what was asked for."""
-    total = max(1, sum(source["train_tokens"] for source in sources))
-    shares = [source["train_tokens"] / total for source in sources]
-    lines = [
-        f"{share:8.1%} {source['train_documents']:>12,} documents {source['train_tokens']:>15,} tokens of train, "
-        f"{source['epochs']:.2f} epochs of {source['source']}"
-        for share, source in zip(shares, sources, strict=True)
-    ]
-    pairs = zip(shares, sources, strict=True)
-    far = [each for each in pairs if abs(each[0] - each[1]["weight"]) > SHARE_TOLERANCE]
-    if far:
-        # Every source gives at least what it was asked for: the one that gives too much is the cause.
-        share, source = max(far, key=lambda each: each[0] - each[1]["weight"])
+    total, lines = sum(source["train_tokens"] for source in sources), []
+    for source in sources:
+        share = source["train_tokens"] / max(1, total)
         lines.append(
-            f"note: {source['source']} has {share:.1%} where {source['weight']:.1%} was asked for: documents are taken "
-            "whole, and these are long; give more --mixture-tokens, or shorter documents"
+            f"{share:8.1%} {source['train_documents']:>12,} documents {source['train_tokens']:>15,} tokens of train, "
+            f"{source['epochs']:.2f} epochs of {source['source']}"
         )
+        # No source gives less than it was asked for: what another lacks in share, this one has too much.
+        if share - source["weight"] > SHARE_TOLERANCE:
+            lines.append(
+                f"note: the last has {share:.1%} where {source['weight']:.1%} was asked for: documents are taken "
+                "whole, and its are long; give more --mixture-tokens, or shorter documents"
+            )
     return lines
 
 

@@ -45,15 +45,20 @@ def save_and_resume(folder: str) -> dict[str, Any]:
 
     engine, optimizer = make_engine(make_parameters(), config("fp32"))
     engine.save_checkpoint(folder, tag="zero")  # before the first step: the state must be there already
+    consolidated = converted(folder, "three")
+    return {"at_three": at_three, "straight": straight, "resumed": resumed, "consolidated": consolidated}
+
+
+def converted(folder: str, tag: str) -> dict[str, torch.Tensor]:
+    """A checkpoint's weights as DeepSpeed consolidates them; a universal checkpoint is left beside it."""
     dist.barrier()
     if dist.get_rank() == 0:
         with contextlib.redirect_stdout(io.StringIO()):
-            convert_to_universal(folder, "three")
+            convert_to_universal(folder, tag)
     dist.barrier()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    consolidated = dict(get_fp32_state_dict_from_zero_checkpoint(folder, tag="three"))
-    return {"at_three": at_three, "straight": straight, "resumed": resumed, "consolidated": consolidated}
+    return dict(get_fp32_state_dict_from_zero_checkpoint(folder, tag=tag))
 
 
 def convert_to_universal(folder: str, tag: str) -> None:
@@ -122,20 +127,8 @@ def adamw(folder: str) -> dict[str, Any]:
     engine.load_checkpoint(folder, tag="adamw")
     train(engine, range(3, 6))
     resumed = full_parameters(engine)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        with contextlib.redirect_stdout(io.StringIO()):
-            convert_to_universal(folder, "adamw")
-    dist.barrier()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    consolidated = dict(get_fp32_state_dict_from_zero_checkpoint(folder, tag="adamw"))
-    return {
-        "worst": worst,
-        "straight": straight,
-        "resumed": resumed,
-        "shapes": {k: v.shape for k, v in consolidated.items()},
-    }
+    shapes = {name: weight.shape for name, weight in converted(folder, "adamw").items()}
+    return {"worst": worst, "straight": straight, "resumed": resumed, "shapes": shapes}
 
 
 def adamw_universal(folder: str) -> dict[str, torch.Tensor]:
