@@ -30,6 +30,7 @@ from launch.planner.hardware import LINK_EFFICIENCY, find_gpu
 from train.config import Config
 from train.config_sections.data import DataConfig
 from train.config_sections.training import DEFAULT_MICRO_BATCH_SIZE
+from train.data.order import TooFewWindowsError
 from train.engine_config import (
     EngineSettings,
     default_engine_config,
@@ -67,7 +68,10 @@ def main(arguments: Sequence[str]) -> int:
     if asked is None:
         config = fit_micro_batch(config, machines.world_size)
     micro = 1 if asked == "auto" else config.training.settled_micro_batch_size
-    recipe = read_recipe(config, engine, tokens, vocabulary, micro_batch_size=micro)
+    try:
+        recipe = read_recipe(config, engine, tokens, vocabulary, micro_batch_size=micro)
+    except TooFewWindowsError as error:
+        raise UserError(f"{corpus}\n{error}\nor plan for another corpus: --tokens 3e9") from None
     make_plan(recipe, machines)  # refuses a number of GPUs that does not fit, before anything is printed
     largest = fitting_micro_batch(recipe, machines.world_size, memory_gib)
     if asked == "auto" and largest:

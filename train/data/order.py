@@ -26,6 +26,10 @@ _SHARDS, _DOCUMENTS, _WINDOWS = 1, 2, 3
 _STEPS = 2**63
 
 
+class TooFewWindowsError(UserError):
+    """The shards do not fill one global batch."""
+
+
 class Run(NamedTuple):
     """Consecutive places in one shard's window permutation of an epoch."""
 
@@ -124,7 +128,8 @@ class DataOrder:
         seed: 0 <= seed < 2**64.
         lanes: upper bound of the number of lanes, see num_lanes.
     Raises:
-        UserError: fewer windows than one global batch, or a seed out of range.
+        TooFewWindowsError: fewer windows than one global batch.
+        UserError: a seed out of range.
     """
 
     def __init__(
@@ -142,7 +147,7 @@ class DataOrder:
         self.num_windows = int(self._first_id[-1])
         self.steps_per_epoch = self.num_windows // global_batch_size
         if self.steps_per_epoch == 0:
-            raise UserError(
+            raise TooFewWindowsError(
                 f"the shards hold {self.num_windows} windows, fewer than one batch of {global_batch_size}: "
                 "add text, or lower training.global_batch_size or data.sequence_length"
             )

@@ -302,6 +302,14 @@ def test_shards_that_are_named_and_not_there(
     assert "corpus: 4.3e9 tokens (Wikipedia" in capsys.readouterr().out
 
 
+def test_shards_of_less_than_a_batch_are_named_with_the_other_way(shards_folder: str) -> None:
+    with pytest.raises(
+        UserError,
+        match=rf"(?s)shards of {shards_folder}\n.*fewer than one batch.*or plan for another corpus: --tokens",
+    ):
+        main(["--shards", shards_folder, "--training.global_batch_size=65536"])
+
+
 def test_data_shards_is_shards(shards_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--training.global_batch_size=32", "--training.micro_batch_size=4", "--data.sequence_length=32"]
     lines = []
