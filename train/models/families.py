@@ -40,6 +40,8 @@ class DecoderInputs:
     """(vocabulary,)."""
     share: float = 1.0
     """Weight in an ensemble's average; the shares of one ensemble add up to 1."""
+    from_bf16: bool = False
+    """Features and weight hold bf16 numbers in a wider format: their products may be computed from bf16."""
 
     def of(self, tokens: slice) -> DecoderInputs:
         """The same decoder with a part of the tokens."""
@@ -48,13 +50,19 @@ class DecoderInputs:
     def in_dtype(self, dtype: torch.dtype) -> DecoderInputs:
         """Operands of the matrix products whose results are wanted in `dtype`.
 
-        Half precision stays as it is on a GPU, which sums in fp32 anyway; a CPU has no such products to gain
-        from everywhere, and gets them in `dtype`.
+        Half precision stays as it is on a GPU, whose products of it are summed and returned in fp32. torch has no such
+        products on a CPU: there it is widened to `dtype`, and `from_bf16` says what it was.
         """
-        weight = self.weight
-        if weight.device.type == "cpu" or weight.dtype not in (torch.float16, torch.bfloat16):
+        weight, on_cpu = self.weight, self.weight.device.type == "cpu"
+        from_bf16 = on_cpu and weight.dtype == self.features.dtype == torch.bfloat16
+        if on_cpu or weight.dtype not in (torch.float16, torch.bfloat16):
             weight = weight.to(dtype)
-        return replace(self, features=self.features.to(weight.dtype), weight=weight)
+        return replace(
+            self,
+            features=self.features.to(weight.dtype),
+            weight=weight,
+            from_bf16=from_bf16 or self.from_bf16,
+        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ together with the row's weight.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,7 +121,7 @@ def chunk_terms(chunk: Chunk, values: torch.Tensor) -> torch.Tensor:
 
 def tempered_logits(inputs: DecoderInputs, scale: float, out: torch.Tensor) -> torch.Tensor:
     """scale * (features @ weight.T + bias), written to `out`."""
-    product(inputs.features, inputs.weight.t(), out)
+    product(inputs.features, inputs.weight.t(), out, from_bf16=inputs.from_bf16)
     if inputs.bias is not None:
         bias = inputs.bias.to(out.dtype) * scale
         return torch.add(bias, out, alpha=scale, out=out)
@@ -132,13 +134,19 @@ def product(
     out: torch.Tensor,
     accumulate: bool = False,
     factor: torch.Tensor | None = None,
+    *,
+    from_bf16: bool = False,
 ) -> None:
-    """out (+)= left @ right; half-precision operands give fp32 sums, multiplied by `factor` where there is one."""
+    """out (+)= left @ right; half-precision operands give fp32 sums, multiplied by `factor` where there is one.
+
+    With `from_bf16` a CPU that multiplies bf16 rounds fp32 operands to it; sums and results stay in fp32.
+    """
     if left.dtype == out.dtype:
-        if accumulate:
-            out.addmm_(left, right)
-        else:
-            torch.mm(left, right, out=out)
+        with _bf16_operands() if from_bf16 else nullcontext():
+            if accumulate:
+                out.addmm_(left, right)
+            else:
+                torch.mm(left, right, out=out)
         return
     part = torch.mm(left, right, out_dtype=out.dtype)
     if factor is not None:
@@ -147,6 +155,17 @@ def product(
         out += part
     else:
         out.copy_(part)
+
+
+@contextmanager
+def _bf16_operands() -> Iterator[None]:
+    """oneDNN's products of fp32 matrices by way of bf16; without an effect where the processor lacks it."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at import
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _soft_targets(

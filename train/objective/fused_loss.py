@@ -153,7 +153,7 @@ class _Pass:
         student = student.in_dtype(dtype)
         features, weight = student.features, student.weight
         teachers = tuple(teacher.in_dtype(dtype) for teacher in self.teachers)
-        tokens, unit = self._unit_weights(dtype, half=weight.dtype != dtype)
+        tokens, unit = self._unit_weights(dtype, half=student.from_bf16 or weight.dtype != dtype)
         dropped = self._dropped_rows()
         values = torch.zeros(4, dtype=dtype, device=features.device)
         grad_features = torch.empty_like(features, dtype=dtype) if needs_gradient[0] else None
@@ -176,9 +176,16 @@ class _Pass:
                 grad_bias += gradient.sum(0)
             operand, factor = self._operand(gradient, weight.dtype)
             if grad_features is not None:
-                product(operand, weight, grad_features[rows], factor=factor)
+                product(operand, weight, grad_features[rows], factor=factor, from_bf16=student.from_bf16)
             if grad_weight is not None:
-                product(operand.t(), chunk.student.features, grad_weight, start > 0, factor)
+                product(
+                    operand.t(),
+                    chunk.student.features,
+                    grad_weight,
+                    accumulate=start > 0,
+                    factor=factor,
+                    from_bf16=student.from_bf16,
+                )
         values[:3] *= unit
         values[3] /= (self.tokens.row_weights > 0).sum().clamp_min(1)
         return values, (grad_features, grad_weight, grad_bias), unit
@@ -206,7 +213,10 @@ class _Pass:
         return ~kept[:, None]
 
     def _unit_weights(self, dtype: torch.dtype, half: bool) -> tuple[SelectedTokens, torch.Tensor]:
-        """Weights in the means over a common factor that keeps half-precision gradients in range."""
+        """Weights in the means over a common factor that keeps half-precision gradients in range.
+
+        The largest becomes a power of two: the entries at targets, all alike, would all be rounded the same way.
+        """
         of_rows, of_targets = self.tokens.row_weights.to(dtype), self.tokens.target_weights.to(dtype)
         unit = torch.ones((), dtype=dtype, device=of_rows.device)
         if half:

@@ -312,3 +312,36 @@ def test_half_precision_products_neither_underflow_nor_overflow(denominator, wei
     assert loss == pytest.approx(expected, rel=2e-3)
     for own, other in zip(found, wanted, strict=True):
         assert (own - other).norm() < 5e-3 * other.norm()
+
+
+def test_bf16_on_a_cpu_rounds_what_is_multiplied_and_nothing_else():
+    """Logits and sums are fp32; the gradient at the targets, one value for all, is not rounded to one side.
+
+    On a processor without bf16 products the fp32 ones are at hand, and closer.
+    """
+    generator = torch.Generator().manual_seed(5)
+    tokens, vocabulary, width, masked = 512, 1000, 64, 73
+    student, teacher = (random_decoder((tokens, vocabulary, width), generator, True) for _ in range(2))
+    targets = torch.randint(vocabulary, (masked,), generator=generator)
+
+    def run(dtype):
+        leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (student.features, student.weight)]
+        terms = vocabulary_loss(
+            DecoderInputs(*leaves, student.bias.bfloat16().to(dtype)),
+            [DecoderInputs(*(t.bfloat16().to(dtype) for t in (teacher.features, teacher.weight)), None)],
+            selected(torch.full((tokens,), 1 / tokens), targets, torch.full((masked,), 1 / masked)),
+            VocabularyWeights(temperature=2.0, kd=5.0, mlm=2.0),
+            chunk_tokens=100,
+        )
+        terms.loss.backward()
+        return terms, [leaf.grad.double() for leaf in leaves]
+
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    (expected, wanted), (terms, found) = run(torch.float64), run(torch.bfloat16)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    for name in ("loss", "kd", "mlm", "top1_agreement"):
+        # Logits of up to 50, in fp32: each is 2^-24 * 50 * sqrt(width) off at most.
+        assert getattr(terms, name).item() == pytest.approx(getattr(expected, name).item(), rel=3e-5)
+    for own, other in zip(found, wanted, strict=True):
+        assert (own - other).norm() < 2**-8 * other.norm()
+        assert (own * other).sum() / (other * other).sum() == pytest.approx(1, abs=2**-12)
