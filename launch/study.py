@@ -10,7 +10,8 @@ pretraining on the corpus), relations alone (relations), the cosine of the hidde
 loss and relations (both), MLM alone from random weights (control), relations from random weights (relations-random);
 beside them the untrained cut, and relations for as much time as the triple loss takes. A curve follows triple and
 relations over other budgets (--curve), each run with a schedule of its own. Each objective's learning rate is the one
-of --rates with the lowest held-out loss, after a quarter of the budget on the first student.
+of --rates with the lowest held-out loss, after a quarter of the budget on the first student. Where
+objective.relation_heads does not divide the narrow width, that student has as many as divide both.
 
 Every model is fine-tuned with launch/finetune.py on the tasks that --tasks holds (--finetune.KEY=VALUE becomes its
 --KEY=VALUE); --section.key=value and --config go to all runs of launch/pretrain.py. Run the same command again after a
@@ -129,7 +130,10 @@ def main(arguments: Sequence[str]) -> int:
 def _study(options: argparse.Namespace, base: Config, folder: TeacherFolder) -> Study:
     """What is asked for, of this teacher."""
     from train.models.families import has_head  # see main
+    from train.objective.build import relation_heads
 
+    if base.objective.relation_heads is not None:
+        relation_heads(base.objective.relation_heads, [folder.config.hidden_size])
     shape = (folder.config.num_hidden_layers, folder.config.hidden_size, folder.config.num_attention_heads)
     tokens_per_step = base.training.global_batch_size * base.data.sequence_length
     objectives = chosen(options.objectives, OBJECTIVES, "--objectives")

@@ -211,14 +211,16 @@ class Study:
         """
         teacher = str(self.out / HEAD / MODEL) if objective.needs_head and not self.has_head else self.teacher
         recipe, cosines = self.recipe.objective, set(HIDDEN) & set(objective.terms)
-        is_narrow = "model.student_width" in student.changes
-        projects = is_narrow and any(getattr(recipe, name) for name in cosines)
+        width = student.changes.get("model.student_width")
+        projects = width is not None and any(getattr(recipe, name) for name in cosines)
+        heads_fit = width is None or recipe.relation_heads is None or width % recipe.relation_heads == 0
         changes = {
             "model.teacher": teacher,
             "model.layer_map": "random" if objective.random else self.layer_map,
             **student.changes,
             **terms_alone(self.recipe, objective.terms),
             **({"objective.projection": True} if projects else {}),
+            **({} if heads_fit else {"objective.relation_heads": None}),
             **self._length(rate, tokens),
         }
         return Variant(

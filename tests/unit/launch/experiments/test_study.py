@@ -136,6 +136,15 @@ def test_shapes_are_whole_heads() -> None:
     assert students_of(1, 32, 1)[1].changes == {"model.student_layers": 1, "model.student_width": 32}
 
 
+def test_relation_heads_that_do_not_divide_the_narrow_width_are_those_of_the_others() -> None:
+    """12 divide the teacher's 384 and not 256."""
+    words = ["--objective.relation_heads=12"]
+    for run in planned(words=words).listed():
+        config = parse_config([*SHARED, *words, *run.words], "")
+        if config.objective.relation_weight > 0:
+            assert config.objective.relation_heads == (None if config.model.student_width else 12), run.name
+
+
 def test_one_rate_needs_no_search() -> None:
     assert not any(run.name.startswith("search/") for run in planned(rates=(0.001,)).listed())
 
@@ -301,6 +310,7 @@ def test_the_tables_of_the_page_are_those_of_its_figures(path: Path) -> None:
         (["--seeds", "0"], "--seeds 0: give at least 1"),
         (["--ranks", "0"], "--ranks 0: give at least 1"),
         (["--run.dir=x"], "--run.dir has no effect here"),
+        (["--objective.relation_heads=7"], "objective.relation_heads=7 does not divide the widths"),
         (["--model.student_width=16"], "--model.student_width has no effect here: --students says it"),
         (["--training.max_steps", "7"], "--training.max_steps has no effect here: --budget-tokens and"),
         (["--finetune.epoch=1"], "becomes --KEY=VALUE of launch/finetune.py"),
