@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_prep.shard_format.manifest import is_remote
-from train.config_sections.checks import require, require_at_most, require_positive
+from train.config_sections.checks import refuse, require_at_most, require_positive
 
 MAX_LANES = 65_536
 
@@ -38,16 +38,17 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_positive(self, "data", "lanes")
         require_at_most(self, "data", MAX_LANES, "lanes")
-        require(self.sequence_length >= 8, "data.sequence_length", self.sequence_length, "give at least 8")
-        require(isinstance(self.shards, str), "data.shards", self.shards, "give the folder or URL of shards")
+        if not self.sequence_length >= 8:
+            refuse(self, "data.sequence_length", "give at least 8")
+        if not isinstance(self.shards, str):
+            refuse(self, "data.shards", "give the folder or URL of shards")
         remote = is_remote(self.shards)  # refuses what is not read
-        require(
-            self.cache_dir is None or remote,
-            "data.cache_dir",
-            self.cache_dir,
-            f"has no effect with the local data.shards={self.shards!r}; remove it",
-        )
-        require(0 <= self.seed < 2**31, "data.seed", self.seed, "give a number from 0 to 2147483647")
+        if self.cache_dir is not None and not remote:
+            refuse(
+                self, "data.cache_dir", f"has no effect with the local data.shards={self.shards!r}; remove it"
+            )
+        if not 0 <= self.seed < 2**31:
+            refuse(self, "data.seed", "give a number from 0 to 2147483647")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class MaskingConfig:
     """Choose whole words rather than pieces of words."""
 
     def __post_init__(self) -> None:
-        require(
-            0 < self.probability < 1, "masking.probability", self.probability, "give a share between 0 and 1"
-        )
-        require(0 <= self.smoothing <= 2, "masking.smoothing", self.smoothing, "give a number from 0 to 2")
+        if not 0 < self.probability < 1:
+            refuse(self, "masking.probability", "give a share between 0 and 1")
+        if not 0 <= self.smoothing <= 2:
+            refuse(self, "masking.smoothing", "give a number from 0 to 2")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from train.config_sections.checks import require, require_positive
+from train.config_sections.checks import refuse, require_positive
 
 OF_TEACHERS = ("teacher_weights", "teacher_dtype", "teacher_compile", "layer_map")
 """Fields that stay at their defaults without a teacher."""
@@ -68,47 +68,29 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = ("student_layers", "student_width", "student_heads", "student_feed_forward")
         require_positive(self, "model", *sizes)
-        require(self.teacher != [], "model.teacher", self.teacher, "name at least one teacher, or null")
+        if self.teacher == []:
+            refuse(self, "model.teacher", "name at least one teacher, or null")
         if self.teacher is None:
-            require(
-                self.start_from is not None or (self.scratch is not None and "model_type" in self.scratch),
-                "model.scratch",
-                self.scratch,
-                "with model.teacher=null say what to train, for example {model_type: bert, hidden_size: 256}, or give "
-                "model.start_from",
-            )
-            require(
-                self.start_from is None or self.scratch is None,
-                "model.scratch",
-                self.scratch,
-                "has no effect beside model.start_from; remove one",
-            )
+            if self.start_from is None and (self.scratch is None or "model_type" not in self.scratch):
+                refuse(
+                    self,
+                    "model.scratch",
+                    "with model.teacher=null say what to train, for example {model_type: bert, hidden_size: 256}, or "
+                    "give model.start_from",
+                )
+            if self.start_from is not None and self.scratch is not None:
+                refuse(self, "model.scratch", "has no effect beside model.start_from; remove one")
             unset = ModelConfig.__dataclass_fields__
             for name in (*sizes, *OF_TEACHERS):
-                value = getattr(self, name)
-                require(
-                    value == unset[name].default,
-                    f"model.{name}",
-                    value,
-                    "has no effect without model.teacher",
-                )
+                if getattr(self, name) != unset[name].default:
+                    refuse(self, f"model.{name}", "has no effect without model.teacher")
         else:
             for name in ("scratch", "start_from"):
-                value = getattr(self, name)
-                require(
-                    value is None, f"model.{name}", value, "has no effect beside model.teacher; remove one"
-                )
-        require(
-            not self.new_head or self.start_from is not None,
-            "model.new_head",
-            self.new_head,
-            "goes on a model.start_from without an MLM head; give that too",
-        )
+                if getattr(self, name) is not None:
+                    refuse(self, f"model.{name}", "has no effect beside model.teacher; remove one")
+        if self.new_head and self.start_from is None:
+            refuse(self, "model.new_head", "goes on a model.start_from without an MLM head; give that too")
         if self.teacher_weights is not None:
             count = len(self.teacher) if isinstance(self.teacher, list) else 1
-            require(
-                len(self.teacher_weights) == count and all(0 < w < math.inf for w in self.teacher_weights),
-                "model.teacher_weights",
-                self.teacher_weights,
-                f"give {count} weights above 0, one for each teacher",
-            )
+            if len(self.teacher_weights) != count or not all(0 < w < math.inf for w in self.teacher_weights):
+                refuse(self, "model.teacher_weights", f"give {count} weights above 0, one for each teacher")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from train.config_sections.checks import require, require_positive
+from train.config_sections.checks import refuse, require_positive
 
 OBJECTIVE_WEIGHTS = (
     "kd_weight",
@@ -132,57 +132,33 @@ class ObjectiveConfig:
         }
 
     def __post_init__(self) -> None:
-        require(
-            0 < self.temperature < math.inf,
-            "objective.temperature",
-            self.temperature,
-            "give a number above 0",
-        )
+        if not 0 < self.temperature < math.inf:
+            refuse(self, "objective.temperature", "give a number above 0")
         weights = {name: getattr(self, name) for name in OBJECTIVE_WEIGHTS}
         for name, weight in weights.items():
-            require(0 <= weight < math.inf, f"objective.{name}", weight, "give 0 or more")
-        require(
-            any(weights.values()),
-            "objective.kd_weight",
-            self.kd_weight,
-            "all weights are 0, so that there is nothing to learn; raise one",
-        )
-        require(
-            self.needs_teacher_logits or self.kd_positions == "all",
-            "objective.kd_positions",
-            self.kd_positions,
-            "has no effect with objective.kd_weight=0; remove it",
-        )
-        require(
-            self.kd_weight > 0 or self.temperature == ObjectiveConfig.temperature,
-            "objective.temperature",
-            self.temperature,
-            "has no effect with objective.kd_weight=0; remove it",
-        )
-        require(
-            bool(self.layer_pairs) == (self.layer_cosine_weight > 0),
-            "objective.layer_pairs",
-            self.layer_pairs,
-            f"goes with objective.layer_cosine_weight={self.layer_cosine_weight}: give both or neither",
-        )
-        require(
-            not self.projection or self.needs_hidden,
-            "objective.projection",
-            self.projection,
-            "has no effect without a cosine term; remove it",
-        )
-        for name in ("relation_heads", "relation_layers"):
-            value = getattr(self, name)
-            require(
-                value is None or self.relation_weight > 0,
-                f"objective.{name}",
-                value,
-                "has no effect with objective.relation_weight=0; remove it",
+            if not 0 <= weight < math.inf:
+                refuse(self, f"objective.{name}", "give 0 or more")
+        if not any(weights.values()):
+            refuse(
+                self, "objective.kd_weight", "all weights are 0, so that there is nothing to learn; raise one"
             )
+        without_kd = "has no effect with objective.kd_weight=0; remove it"
+        if self.kd_positions != "all" and not self.needs_teacher_logits:
+            refuse(self, "objective.kd_positions", without_kd)
+        if self.temperature != ObjectiveConfig.temperature and self.kd_weight == 0:
+            refuse(self, "objective.temperature", without_kd)
+        if bool(self.layer_pairs) != (self.layer_cosine_weight > 0):
+            weight = self.layer_cosine_weight
+            refuse(
+                self,
+                "objective.layer_pairs",
+                f"goes with objective.layer_cosine_weight={weight}: give both or neither",
+            )
+        if self.projection and not self.needs_hidden:
+            refuse(self, "objective.projection", "has no effect without a cosine term; remove it")
+        for name in ("relation_heads", "relation_layers"):
+            if getattr(self, name) is not None and self.relation_weight == 0:
+                refuse(self, f"objective.{name}", "has no effect with objective.relation_weight=0; remove it")
         require_positive(self, "objective", "relation_heads")
-        require(
-            all(own >= 1 and theirs >= 1 for own, theirs in self.relation_layers or []),
-            "objective.relation_layers",
-            self.relation_layers,
-            "layers count from 1",
-        )
+        if any(own < 1 or theirs < 1 for own, theirs in self.relation_layers or []):
+            refuse(self, "objective.relation_layers", "layers count from 1")

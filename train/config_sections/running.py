@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from train.config_sections.checks import require, require_at_most, require_positive
+from train.config_sections.checks import refuse, require_at_most, require_not_negative, require_positive
 
 MAX_TIMEOUT_S = 10_000_000
 
@@ -34,12 +34,9 @@ class CheckpointConfig:
             self, "checkpoint", "every_steps", "keep_last", "milestone_every_steps", "stop_after_failures"
         )
         milestone = self.milestone_every_steps
-        require(
-            milestone is None or milestone % self.every_steps == 0,
-            "checkpoint.milestone_every_steps",
-            milestone,
-            f"give a multiple of checkpoint.every_steps={self.every_steps}",
-        )
+        if milestone is not None and milestone % self.every_steps != 0:
+            remedy = f"give a multiple of checkpoint.every_steps={self.every_steps}"
+            refuse(self, "checkpoint.milestone_every_steps", remedy)
 
 
 @dataclass(frozen=True)
@@ -99,8 +96,7 @@ class RunConfig:
         names = ("log_every_steps", "stop_after_non_finite", "lost_rank_timeout_s", "hang_timeout_s")
         require_positive(self, "run", *names)
         require_at_most(self, "run", MAX_TIMEOUT_S, "lost_rank_timeout_s", "hang_timeout_s")
-        for name in ("spike_deviations", "profile_steps", "rollback_on_divergence"):
-            require(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "give 0 or more")
+        require_not_negative(self, "run", "spike_deviations", "profile_steps", "rollback_on_divergence")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from train.config_sections.checks import require, require_at_most, require_positive
+from train.config_sections.checks import refuse, require_at_most, require_not_negative, require_positive
 from train.errors import UserError
 
 MAX_GLOBAL_BATCH_SIZE = 2**24
@@ -46,25 +46,17 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "optimizer", "lr", "eps")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "give 0 or more")
-        require(
-            all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "give two numbers in [0, 1)"
-        )
+        require_not_negative(self, "optimizer", "weight_decay")
+        if not all(0 <= b < 1 for b in self.betas):
+            refuse(self, "optimizer.betas", "give two numbers in [0, 1)")
         if self.name == "adamw":
             for key in LAMB_OPTIONS:
-                value = getattr(self, key)
-                require(
-                    value == getattr(OptimizerConfig, key),
-                    f"optimizer.{key}",
-                    value,
-                    "is LAMB's and has no effect with optimizer.name=adamw; remove it",
-                )
-            require(
-                self.lr != OptimizerConfig.lr,
-                "optimizer.lr",
-                self.lr,
-                "is LAMB's default; give a rate for optimizer.name=adamw, for example 1e-3 at a batch of 4,096",
-            )
+                if getattr(self, key) != getattr(OptimizerConfig, key):
+                    remedy = "is LAMB's and has no effect with optimizer.name=adamw; remove it"
+                    refuse(self, f"optimizer.{key}", remedy)
+            if self.lr == OptimizerConfig.lr:
+                remedy = "give a rate for optimizer.name=adamw, for example 1e-3 at a batch of 4,096"
+                refuse(self, "optimizer.lr", f"is LAMB's default; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -87,21 +79,17 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         warmup = self.warmup_steps
-        require(warmup is None or warmup >= 0, "schedule.warmup_steps", warmup, "give 0 or more, or null")
-        require(self.decay_power >= 0, "schedule.decay_power", self.decay_power, "give 0 or more")
+        if warmup is not None and warmup < 0:
+            refuse(self, "schedule.warmup_steps", "give 0 or more, or null")
+        require_not_negative(self, "schedule", "decay_power")
         short = self.short_sequence_length
-        require(
-            short is None or short >= 8, "schedule.short_sequence_length", short, "give at least 8, or null"
-        )
-        require(
-            0 < self.short_share < 1, "schedule.short_share", self.short_share, "give a share between 0 and 1"
-        )
-        require(
-            short is not None or self.short_share == ScheduleConfig.short_share,
-            "schedule.short_share",
-            self.short_share,
-            "has no effect without schedule.short_sequence_length; remove it",
-        )
+        if short is not None and short < 8:
+            refuse(self, "schedule.short_sequence_length", "give at least 8, or null")
+        if not 0 < self.short_share < 1:
+            refuse(self, "schedule.short_share", "give a share between 0 and 1")
+        if short is None and self.short_share != ScheduleConfig.short_share:
+            remedy = "has no effect without schedule.short_sequence_length; remove it"
+            refuse(self, "schedule.short_share", remedy)
 
 
 DEFAULT_MICRO_BATCH_SIZE = 32
@@ -134,34 +122,18 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "training", "global_batch_size", "epochs")
-        require(
-            self.max_steps is None or self.max_steps >= 0,
-            "training.max_steps",
-            self.max_steps,
-            "give 0 or more",
-        )
+        require_not_negative(self, "training", "max_steps")
         require_at_most(self, "training", MAX_GLOBAL_BATCH_SIZE, "global_batch_size")
         require_at_most(self, "training", MAX_STEPS, "max_steps", "epochs")
         if self.micro_batch_size != "auto":
             require_positive(self, "training", "micro_batch_size")
-        require(
-            self.epochs is None or self.max_steps is None,
-            "training.epochs",
-            self.epochs,
-            f"has no effect beside training.max_steps={self.max_steps}; remove one",
-        )
-        require(
-            self.gradient_clipping >= 0,
-            "training.gradient_clipping",
-            self.gradient_clipping,
-            "give 0 or more",
-        )
-        require(
-            not isinstance(self.micro_batch_size, int) or self.global_batch_size % self.micro_batch_size == 0,
-            "training.micro_batch_size",
-            self.micro_batch_size,
-            f"must divide training.global_batch_size={self.global_batch_size}",
-        )
+        if self.epochs is not None and self.max_steps is not None:
+            remedy = f"has no effect beside training.max_steps={self.max_steps}; remove one"
+            refuse(self, "training.epochs", remedy)
+        require_not_negative(self, "training", "gradient_clipping")
+        if isinstance(self.micro_batch_size, int) and self.global_batch_size % self.micro_batch_size != 0:
+            remedy = f"must divide training.global_batch_size={self.global_batch_size}"
+            refuse(self, "training.micro_batch_size", remedy)
 
     @property
     def settled_micro_batch_size(self) -> int:
