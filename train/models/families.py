@@ -103,13 +103,13 @@ class Family:
     """How often one forward pass calls the maps to queries and keys, by config; the hidden states come first."""
     layer_output: Callable[[torch.Tensor], Any] = field(default=lambda hidden: hidden, kw_only=True)
     """What a layer returns, by its hidden states."""
-    decoder_function: Callable[[Any], tuple[torch.Tensor, torch.Tensor | None]] = field(
+    decoder: Callable[[Any], tuple[torch.Tensor, torch.Tensor | None]] = field(
         default=lambda model: (model.get_output_embeddings().weight, model.get_output_embeddings().bias),
         kw_only=True,
     )
-    """The decoder's weight and bias."""
-    transform_function: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = field(kw_only=True)
-    """The MLM head before its decoder."""
+    """Decoder weight (vocabulary, the embeddings' width), usually tied with them, and bias (vocabulary,), by model."""
+    transform: Callable[[Any, torch.Tensor], torch.Tensor] = field(kw_only=True)
+    """The MLM head before its decoder: features that it multiplies, (..., the embeddings' width) from (..., width)."""
     position_ids: Callable[[Any, torch.Tensor], torch.Tensor] | None = field(default=None, kw_only=True)
     """Positions by token id, where the model would take others if it is given embeddings instead of ids."""
     config_for_depth: Callable[[Any, tuple[int, ...]], dict[str, Any]] = field(
@@ -145,14 +145,6 @@ class Family:
         )
         return EncoderOutput(output.last_hidden_state, output.hidden_states if output_hidden_states else None)
 
-    def transform(self, model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-        """Features that the decoder multiplies: (..., the embeddings' width) from (..., width)."""
-        return self.transform_function(model, hidden)
-
-    def decoder(self, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Decoder weight (vocabulary, the embeddings' width), usually tied with them, and bias (vocabulary,)."""
-        return self.decoder_function(model)
-
     def decoder_inputs(
         self, model: PreTrainedModel, hidden: torch.Tensor, share: float = 1.0
     ) -> DecoderInputs:
@@ -168,26 +160,6 @@ class Family:
     def width(self, model: PreTrainedModel) -> int:
         """Of its hidden states."""
         return int(model.config.hidden_size)
-
-
-def _bert_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return model.cls.predictions.transform(hidden)
-
-
-def _distilbert_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
-
-
-def _roberta_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return model.lm_head.layer_norm(nn.functional.gelu(model.lm_head.dense(hidden)))
-
-
-def _modernbert_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return model.head(hidden)
-
-
-def _electra_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return model.generator_predictions(hidden)
 
 
 def _deberta_transform(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -215,7 +187,7 @@ BERT = Family(
     encoder="bert",
     layers="bert.encoder.layer",
     head=("cls.predictions.",),
-    transform_function=_bert_transform,
+    transform=lambda model, hidden: model.cls.predictions.transform(hidden),
 )
 DISTILBERT = Family(
     model_type="distilbert",
@@ -227,14 +199,14 @@ DISTILBERT = Family(
     feed_forward=("ffn.lin1", "ffn.lin2"),
     num_layers_field="n_layers",
     feed_forward_field="hidden_dim",
-    transform_function=_distilbert_transform,
+    transform=lambda model, hidden: model.vocab_layer_norm(model.activation(model.vocab_transform(hidden))),
 )
 ROBERTA = Family(
     model_type="roberta",
     encoder="roberta",
     layers="roberta.encoder.layer",
     head=("lm_head.",),
-    transform_function=_roberta_transform,
+    transform=lambda model, hidden: model.lm_head.layer_norm(nn.functional.gelu(model.lm_head.dense(hidden))),
     position_ids=_roberta_positions,
 )
 XLM_ROBERTA = replace(ROBERTA, model_type="xlm-roberta")
@@ -254,7 +226,7 @@ ELECTRA = Family(
     encoder="electra",
     layers="electra.encoder.layer",
     head=("generator_predictions.", "generator_lm_head."),
-    transform_function=_electra_transform,
+    transform=lambda model, hidden: model.generator_predictions(hidden),
 )
 DEBERTA_V2 = Family(
     model_type="deberta-v2",
@@ -269,8 +241,8 @@ DEBERTA_V2 = Family(
         2 if config.relative_attention and getattr(config, "share_att_key", False) else 1
     ),
     layer_output=lambda hidden: (hidden, None),
-    transform_function=_deberta_transform,
-    decoder_function=_deberta_decoder,
+    transform=_deberta_transform,
+    decoder=_deberta_decoder,
 )
 MODERNBERT = Family(
     model_type="modernbert",
@@ -282,7 +254,7 @@ MODERNBERT = Family(
     attention_output="attn.Wo",
     feed_forward=("mlp.Wi", "mlp.Wo"),
     rotary=True,
-    transform_function=_modernbert_transform,
+    transform=lambda model, hidden: model.head(hidden),
     config_for_depth=lambda config, layers: {"layer_types": [config.layer_types[layer] for layer in layers]},
 )
 
