@@ -102,8 +102,9 @@ def _load_with_head(path_or_hub: str, config: Any) -> tuple[PreTrainedModel, lis
     config = config or read_config(path_or_hub)
     refuse_decoder(path_or_hub, config)
     family = family_of_type(config.model_type)
-    options = {"config": config, "attn_implementation": family.attention}
-    return _load(path_or_hub, AutoModelForMaskedLM, options, optional=family.head)
+    return _load(
+        path_or_hub, AutoModelForMaskedLM, family.head, config=config, attn_implementation=family.attention
+    )
 
 
 def load_with_saved_head(folder: Path) -> PreTrainedModel:
@@ -120,7 +121,7 @@ def load_with_saved_head(folder: Path) -> PreTrainedModel:
     auto_class = getattr(transformers, head_of_class(class_name, str(folder)).auto_class)
     model: Any
     # Of a bare encoder only the last hidden states are asked for, and its pooler may not be there.
-    model, absent = _load(folder, auto_class, optional=POOLER if auto_class is AutoModel else ())
+    model, absent = _load(folder, auto_class, POOLER if auto_class is AutoModel else ())
     if absent:
         model.pooler = None  # random numbers
     return model.eval()
@@ -157,7 +158,7 @@ def load_with_new_head(name: str, auto_class: Any, seed: int, head: Mapping[str,
     Raises:
         UserError: weights of the encoder as in `_load`.
     """
-    encoder, missing = _load(name, AutoModel, optional=POOLER)
+    encoder, missing = _load(name, AutoModel, POOLER)
     torch.manual_seed(seed)
     config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head)
     config.dtype = torch.float32
@@ -175,31 +176,31 @@ def load_with_new_head(name: str, auto_class: Any, seed: int, head: Mapping[str,
 def _load(
     name: str | Path,
     auto_class: Any,
-    options: Mapping[str, Any] | None = None,
-    without_head: Callable[[PreTrainedModel, Sequence[str]], str | None] | None = None,
     optional: tuple[str, ...] = (),
+    without_head: Callable[[PreTrainedModel, Sequence[str]], str | None] | None = None,
+    config: Any = None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """`auto_class.from_pretrained`, on the CPU, silent, without any code of the folder's.
+    """`auto_class.from_pretrained`, in fp32 on the CPU, silent, without any code of the folder's.
 
     Args:
-        options: of from_pretrained; fp32 unless it says otherwise.
-        without_head: gives the message for (model, missing keys) where these mean that the head is not there.
         optional: beginnings of the keys that may be missing.
+        without_head: gives the message for (model, missing keys) where these mean that the head is not there.
+        config: its Hugging Face config, where that has been read before.
+        options: of from_pretrained.
     Returns:
         The model, and the keys of `optional` that are missing: random numbers.
     Raises:
         UserError: weights that cannot be read, are missing, no numbers, of another shape than by the config, or of more
             layers than it has.
     """
-    options = {
-        "dtype": torch.float32,
-        "config": (options or {}).get("config") or read_config(name),
-        **(options or {}),
-    }
+    config = config or read_config(name)
     try:
         with _quiet_transformers():
             model, info = auto_class.from_pretrained(
                 name,
+                config=config,
+                dtype=torch.float32,
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
