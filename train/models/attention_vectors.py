@@ -53,11 +53,6 @@ class SkippableLayer:
         return self.layer_output(hidden_states)
 
 
-def _skippable(kind: type) -> type:
-    """A layer's class with `SkippableLayer` before it."""
-    return kind if issubclass(kind, SkippableLayer) else type(kind.__name__, (SkippableLayer, kind), {})
-
-
 class AttentionVectors:
     """The queries, keys and values of a model's layer; made once, it records from then on.
 
@@ -81,7 +76,9 @@ class AttentionVectors:
         for projection in self._projections[:2]:
             projection.calls = family.projection_calls(model.config)
         for each in self._layers:
-            each.__class__ = _skippable(type(each))
+            if not isinstance(each, SkippableLayer):
+                kind = type(each)
+                each.__class__ = type(kind.__name__, (SkippableLayer, kind), {})
             each.layer_output = family.layer_output
         block.projections = self._projections
         if family.projection_norm is not None:

@@ -53,7 +53,12 @@ def read_config(name: str | Path) -> Any:
     try:
         refuse_pipes(name)
         settings, _ = PreTrainedConfig.get_config_dict(name)
-        _refuse_code(name, settings)
+        if "auto_map" in settings:
+            raise UserError(
+                f"{name}: its config.json asks for code of its own (auto_map), and code of a model's folder is never "
+                "run here; give a model of transformers' own classes. If it is one, saved with needless code, take "
+                "auto_map out of its config.json"
+            )
         _refuse_values(name, settings)
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except UserError:
@@ -101,15 +106,6 @@ def read_json_beside(name: str, file: str) -> Any:
         _raise_exceptions_for_connection_errors=False,
     )
     return None if path is None else parse_json(read_file(path), path, COPY_AGAIN)
-
-
-def _refuse_code(name: str | Path, settings: Mapping[str, Any]) -> None:
-    if "auto_map" in settings:
-        raise UserError(
-            f"{name}: its config.json asks for code of its own (auto_map), and code of a model's folder is never run "
-            f"here; give a model of transformers' own classes. If it is one, saved with needless code, take auto_map "
-            "out of its config.json"
-        )
 
 
 def _refuse_values(name: str | Path, settings: Mapping[str, Any]) -> None:

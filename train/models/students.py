@@ -79,7 +79,11 @@ def make_student(
     wide, _ = student_config(teacher_model.config, num_layers, layer_map)
     student = _inherited(kind(wide), teacher_model, layers)
     if config.to_dict() != wide.to_dict():
-        student = _narrowed(student, kind(config), measured)
+        family, narrow = family_of(student), kind(config)
+        importance = None if measured is None else measured(family, student)
+        kept = choose(family, student.config, narrow.config, importance)
+        narrow.load_state_dict(narrow_weights(family, student, narrow, kept))
+        student = narrow
     if not has_head(teacher_model):
         student = bare_encoder(student)
     return student.train()
@@ -107,18 +111,6 @@ def _inherited(
     found = student.load_state_dict(weights, strict=has_head(teacher_model))
     assert all(name.startswith(family_of(student).head) for name in found.missing_keys), found
     return student
-
-
-def _narrowed(
-    wide: PreTrainedModel,
-    narrow: PreTrainedModel,
-    measured: Measured | None,
-) -> PreTrainedModel:
-    family = family_of(wide)
-    importance = None if measured is None else measured(family, wide)
-    kept = choose(family, wide.config, narrow.config, importance)
-    narrow.load_state_dict(narrow_weights(family, wide, narrow, kept))
-    return narrow
 
 
 def student_config(
