@@ -105,11 +105,7 @@ def default_engine_config(device_type: str) -> Path:
 
 
 def read_engine_config(path: str | Path) -> dict[str, Any]:
-    """The JSON object of a file.
-
-    Raises:
-        UserError: no such file, no JSON object, a key twice.
-    """
+    """The JSON object of a file; UserError for no such file, no JSON object, a key twice."""
     where = f"deepspeed.config={str(path)!r}"
     try:
         config = json.loads(read_file(_found(path)), object_pairs_hook=_object, parse_constant=_refuse)
@@ -304,10 +300,8 @@ class EngineSettings:
 
 def engine_settings(engine_config: Mapping[str, Any]) -> EngineSettings:
     """The settings in a DeepSpeed JSON; defaults as in DeepSpeed 0.19."""
-    precision = "fp32"
-    for name in ("fp16", "bf16"):
-        if engine_config.get(name, {}).get("enabled"):
-            precision = name
+    enabled = (name for name in ("bf16", "fp16") if engine_config.get(name, {}).get("enabled"))
+    precision = next(enabled, "fp32")
     accumulation = engine_config.get("data_types", {}).get("grad_accum_dtype") or precision
     zero = engine_config.get("zero_optimization", {})
     return EngineSettings(

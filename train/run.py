@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,7 @@ from train.run_folder import (
 
 
 def run(config: Config) -> int:
-    """Train to the end, or until a signal.
-
-    Returns:
-        The exit code: 0 done, 75 stopped after saving.
-    """
+    """Train to the end, or until a signal; the exit code: 0 done, 75 stopped after saving."""
     startup = StartupTimer()
     startup.ended("imports")
     run_dir, asked = Path(config.run.dir), config.training.micro_batch_size
@@ -99,7 +95,15 @@ def run(config: Config) -> int:
         config = replace(config, training=replace(config.training, micro_batch_size=size))
         config = fit_micro_batch(config, world.world_size)
     clock = Clock(world.device)
-    with _watched(config, world, clock) as stop, ExitStack() as opened:
+    # What may end a run from outside: a rank that is lost or stuck, memory that runs out, a signal, the launcher's end.
+    lost, stuck = config.run.lost_rank_timeout_s, config.run.hang_timeout_s
+    with (
+        Heartbeat(world, clock.where, lost_rank_timeout_s=lost, hang_timeout_s=stuck),
+        explained_memory_errors(config, world, clock.where),
+        StopRequest() as stop,
+        LauncherWatch(stop),
+        ExitStack() as opened,
+    ):
         inputs = read_inputs(config, world.device)
         changes += from_first_rank(world, lambda: changed_inputs(run_dir, inputs.as_record()))
         refuse_changes(config, changes)
@@ -137,20 +141,6 @@ def run(config: Config) -> int:
     return 0
 
 
-@contextmanager
-def _watched(config: Config, world: World, clock: Clock) -> Iterator[StopRequest]:
-    """What may end a run from outside: a rank that is lost or stuck, memory that runs out, a signal, the launcher's
-    end."""
-    lost, stuck = config.run.lost_rank_timeout_s, config.run.hang_timeout_s
-    with (
-        Heartbeat(world, clock.where, lost_rank_timeout_s=lost, hang_timeout_s=stuck),
-        explained_memory_errors(config, world, clock.where),
-        StopRequest() as stop,
-        LauncherWatch(stop),
-    ):
-        yield stop
-
-
 def _compared_with_run(run_dir: Path, config: Config) -> tuple[Config, list[str]]:
     """With the micro batch that an earlier start found; and what is otherwise than then, UserError where it may not."""
     config = found_before(run_dir, config)
@@ -160,11 +150,7 @@ def _compared_with_run(run_dir: Path, config: Config) -> tuple[Config, list[str]
 
 
 def _remarks(parts: Parts, inputs: Inputs, asked: int | str | None) -> Iterator[str]:
-    """What a user should know before the money is spent.
-
-    Args:
-        asked: training.micro_batch_size as it was given.
-    """
+    """What a user should know before the money is spent; `asked`: training.micro_batch_size as it was given."""
     config = parts.config
     nothing_held_out = without_heldout_windows(
         config.data.shards, inputs.manifest, config.data.sequence_length

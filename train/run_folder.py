@@ -50,17 +50,16 @@ def provenance() -> dict[str, str]:
 def _commit() -> str:
     if not (ROOT / ".git").exists():  # installed: the folder may lie in another project's checkout
         return "unknown"
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        git = ["git", "-C", str(ROOT)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout
-        changed = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout
+        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.strip() + (" with uncommitted changes" if changed.strip() else "")
+    return commit + (" with uncommitted changes" if changed else "")
 
 
 @contextlib.contextmanager

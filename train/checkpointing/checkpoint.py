@@ -99,10 +99,20 @@ class Checkpointer:
             records, fault = _record(partial / name)
             sizes = {file: record.size for file, record in records.items()}
             if fault is None and first:
+                fault = unseen(partial / name, sizes)
+            if fault is None and first:
                 optimizer = name_of(self.engine.optimizer.optimizer)
-                fault = unseen(partial / name, sizes) or _complete(
-                    partial / name, state.step, records, heldout_mlm_loss, optimizer
-                )
+                try:
+                    write_facts(
+                        partial / name,
+                        state.step,
+                        dist.get_world_size(),
+                        records,
+                        heldout_mlm_loss,
+                        optimizer,
+                    )
+                except OSError as error:
+                    fault = f"rank 0: {error}"
         if (fault := any_fault(fault)) is not None:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -165,11 +175,7 @@ def _save_engine(engine: Any, partial: Path, name: str, state: TrainState) -> st
 
 
 def _record(checkpoint: Path) -> tuple[dict[str, Record], str | None]:
-    """Every rank flushes and digests what it wrote, all at once.
-
-    Returns:
-        The records of all ranks, and the first rank's fault or None.
-    """
+    """Every rank flushes and digests what it wrote, all at once: the records of all, the first rank's fault or None."""
     rank, own, fault = dist.get_rank(), {}, None
     try:
         own = record_own_files(checkpoint, rank, dist.get_world_size())
@@ -207,24 +213,10 @@ def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     reason = text[0] if text else type(error).__name__
     # torch's zip writer reports a short write as a position that it did not expect.
-    return (
-        f"{reason} (is the disk full?)"
-        if "unexpected pos" in reason or "PytorchStreamWriter" in reason
-        else reason
-    )
+    is_short = "unexpected pos" in reason or "PytorchStreamWriter" in reason
+    return f"{reason} (is the disk full?)" if is_short else reason
 
 
 def step_folders(folder: Path) -> list[Path]:
     """The checkpoints of a run, whole or not, newest first."""
     return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
-
-
-def _complete(
-    path: Path, step: int, records: dict[str, Record], heldout_mlm_loss: float | None, optimizer: str
-) -> str | None:
-    """List the files; what went wrong, or None."""
-    try:
-        write_facts(path, step, dist.get_world_size(), records, heldout_mlm_loss, optimizer)
-    except OSError as error:
-        return f"rank 0: {error}"
-    return None

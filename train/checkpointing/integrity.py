@@ -74,16 +74,10 @@ class Record(NamedTuple):
 
 
 def record_own_files(checkpoint: Path, rank: int, world_size: int) -> dict[str, Record]:
-    """Flush the files of this rank's share to the disk and digest them.
-
-    Raises:
-        OSError: one of them cannot be read or flushed.
-    """
+    """Flush the files of this rank's share to the disk and digest them; OSError where one cannot be read or flushed."""
     # Another rank's files may not be seen here yet; partitions lie at the top.
-    names = sorted(
-        path.relative_to(checkpoint).as_posix()
-        for path in (checkpoint.iterdir() if rank else checkpoint.rglob("*"))
-    )
+    paths = checkpoint.iterdir() if rank else checkpoint.rglob("*")
+    names = sorted(path.relative_to(checkpoint).as_posix() for path in paths)
     own = [
         name
         for name in names
@@ -121,11 +115,7 @@ def write_facts(
 
 
 def read_facts(checkpoint: Path) -> Facts:
-    """What complete.json says.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """What complete.json says; UserError where it is missing or damaged."""
     path, remedy = checkpoint / COMPLETE, "remove that checkpoint, or restore it"
     try:
         tree = read_json(path, remedy)

@@ -23,6 +23,7 @@ from train.checkpointing.checkpoint import any_fault, passed_over, step_folders,
 from train.checkpointing.integrity import Facts, content_fault, listed, read_facts
 from train.checkpointing.safe_load import weights_only
 from train.checkpointing.state import TrainState
+from train.distributed.consistency import as_on_first_rank
 from train.errors import BAD_USAGE, RankError, UserError, one_line
 from train.optimizer import after_loading, own_settings
 
@@ -41,8 +42,8 @@ def choose_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
         UserError: there are checkpoints, and none is whole; a rank does not see the files that rank 0 does.
     """
     first, faults = dist.get_rank() == 0, []
-    for candidate in _from_first_rank(step_folders(folder) if first else []):
-        facts, fault = _from_first_rank(listed(candidate) if first else (None, None))
+    for candidate in as_on_first_rank(step_folders(folder) if first else []):
+        facts, fault = as_on_first_rank(listed(candidate) if first else (None, None))
         if facts is not None:
             fault = any_fault(_fault_of_share(candidate, facts))
         if fault is None:
@@ -55,12 +56,6 @@ def choose_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
             + f"; no checkpoint in {folder} is whole: restore one, or remove them all to start again at step 0"
         )
     return None
-
-
-def _from_first_rank(value: Any) -> Any:
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
 
 
 def _fault_of_share(checkpoint: Path, facts: Facts) -> str | None:
@@ -153,16 +148,16 @@ def _load_frozen(engine: Any, checkpoint: Path) -> None:
 
 def _facts(checkpoint: Path) -> Facts:
     """As rank 0 reads them."""
-    return _from_first_rank(read_facts(checkpoint) if dist.get_rank() == 0 else None)
+    return as_on_first_rank(read_facts(checkpoint) if dist.get_rank() == 0 else None)  # type: ignore[return-value]
 
 
 def _convert(checkpoint: Path, written_by: int) -> Path:
     """Rank 0 has the universal form written; the others wait, and until they see it."""
     target, first = checkpoint.parent / UNIVERSAL / checkpoint.name, dist.get_rank() == 0
-    failure = _from_first_rank(_run_conversion(checkpoint, target, written_by) if first else None)
+    failure = as_on_first_rank(_run_conversion(checkpoint, target, written_by) if first else None)
     if failure is not None:
         raise UserError(failure)
-    files = _from_first_rank(_sizes(target) if first else None)
+    files = as_on_first_rank(_sizes(target) if first else {})
     if not first and (fault := unseen(target, files)) is not None:
         raise RankError(fault)
     return target

@@ -102,11 +102,8 @@ class ObjectiveConfig:
         return self.needs_masks or self.needs_hidden or self.embedding_weight > 0
 
     def relation_pairs(self, student_layers: int, teacher_layers: Sequence[int]) -> list[tuple[int, int]]:
-        """(student layer, teacher layer) of each teacher, counted from 1; the last ones where the recipe names none.
-
-        Args:
-            student_layers, teacher_layers: how many each has.
-        """
+        """(student layer, teacher layer) of each teacher, by the models' numbers of layers and counted from 1; the last
+        ones where the recipe names none."""
         return self.relation_layers or [(student_layers, each) for each in teacher_layers]
 
     @property

@@ -78,11 +78,7 @@ def largest_micro_batch(global_batch_size: int, lanes: int, world_size: int, at_
 
 
 def check_fit(global_batch_size: int, lanes: int, world_size: int, micro_batch_size: int) -> int:
-    """Gradient accumulation steps per global step.
-
-    Raises:
-        UserError: the world size does not fit; the message lists the sizes that do.
-    """
+    """Gradient accumulation steps per global step; UserError, with those that fit, for a world size that does not."""
     if micro_batch_size < 1:
         raise UserError(f"training.micro_batch_size is {micro_batch_size}: it must be at least 1")
     fitting = fitting_world_sizes(global_batch_size, lanes, micro_batch_size)
@@ -154,11 +150,7 @@ class DataOrder:
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def position(self, step: int) -> tuple[int, int]:
-        """(epoch, step within the epoch) of a global step, both from 0.
-
-        Raises:
-            UserError: the step is negative, or 2**63 and more.
-        """
+        """(epoch, step within the epoch) of a global step, both from 0; UserError below 0, and from 2**63 on."""
         if not 0 <= step < _STEPS:
             raise UserError(f"step is {step}: steps count from 0, and end below 2**63")
         return divmod(step, self.steps_per_epoch)

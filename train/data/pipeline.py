@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from data_prep.shard_format.manifest import Manifest
-from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from train.config import Config
 from train.config_sections.training import DEFAULT_MICRO_BATCH_SIZE, MAX_STEPS
 from train.data.loader import BatchLoader, MicroBatch
@@ -110,11 +109,7 @@ def fit_micro_batch(config: Config, world_size: int) -> Config:
 def build_run_data(
     config: Config, manifest: Manifest, *, rank: int = 0, world_size: int = 1, pin_memory: bool = False
 ) -> RunData:
-    """The data of a recipe for one rank.
-
-    Raises:
-        UserError: as train/data/loader.py does.
-    """
+    """The data of a recipe for one rank; UserError as in train/data/loader.py."""
     lengths, shares = planned_phases(config)
     loaders = [
         BatchLoader(
@@ -194,25 +189,21 @@ def build_schedule(config: Config, total: int) -> dict[str, Any]:
     }
 
 
-def build_masker(config: Config, manifest: Manifest, sequence_length: int | None = None) -> Masker:
+def build_masker(config: Config, manifest: Manifest, sequence_length: int) -> Masker:
     """The masker of the recipe, with the corpus's token counts and word boundaries where it wants them."""
-    rules, histogram, table = config.masking, None, None
+    rules, histogram, table, tokenizer = config.masking, None, None, manifest.tokenizer
     if rules.smoothing > 0:
         histogram = read_histogram(config.data.shards, manifest)
     if rules.whole_word:
-        table = _continuations(config, manifest.tokenizer)
+        ids = list(range(tokenizer.vocab_size))
+        pieces = read_tokenizer(tokenizer_source(config)).convert_ids_to_tokens(ids)
+        table = continuation_table(pieces, tokenizer.special_ids)
     return Masker(
-        manifest.tokenizer,
-        sequence_length or config.data.sequence_length,
+        tokenizer,
+        sequence_length,
         config.data.seed,
         probability=rules.probability,
         whole_word=table,
         histogram=histogram,
         smoothing=rules.smoothing,
     )
-
-
-def _continuations(config: Config, tokenizer: TokenizerInfo) -> np.ndarray:
-
-    pieces = read_tokenizer(tokenizer_source(config)).convert_ids_to_tokens(list(range(tokenizer.vocab_size)))
-    return continuation_table(pieces, tokenizer.special_ids)

@@ -40,11 +40,7 @@ class ShardCache:
         return self.folder / f"{shard.sha256[:16]}-{shard.name}"
 
     def get(self, shard: ShardInfo) -> bytearray | None:
-        """The file of a shard; None where it is not here, or has another size.
-
-        Raises:
-            UserError: the folder cannot be read.
-        """
+        """The file of a shard; None where it is not here, or has another size. UserError where it cannot be read."""
         try:
             data = read_bytes(str(self.path(shard)), shard.bytes)
         except FileNotFoundError:

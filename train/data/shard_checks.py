@@ -87,7 +87,9 @@ def check_shard_sizes(shards: str, infos: Sequence[ShardInfo]) -> None:
         for shard in chunk:
             url = shard_url(shards, shard.name)
             try:
-                size = file_size(url) if listed is None else _listed_size(listed, shard.name)
+                if listed is not None and shard.name not in listed:
+                    raise FileNotFoundError
+                size = file_size(url) if listed is None else listed[shard.name]
             except OSError as error:
                 raise unreadable(f"shard {shard.name}", url, error) from None
             if size is not None:
@@ -95,12 +97,6 @@ def check_shard_sizes(shards: str, infos: Sequence[ShardInfo]) -> None:
 
     step = 1 if remote and listed is None else _CHUNK
     _for_each(check, [infos[i : i + step] for i in range(0, len(infos), step)], _SIZE_THREADS)
-
-
-def _listed_size(listed: dict[str, int], name: str) -> int:
-    if name not in listed:
-        raise FileNotFoundError
-    return listed[name]
 
 
 def _for_each(function: Callable[[Item], None], items: Sequence[Item], num_threads: int) -> None:

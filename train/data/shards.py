@@ -81,16 +81,12 @@ def read_histogram(shards: str, manifest: Manifest) -> np.ndarray:
             f"it must have {size}, none below 0; {REMEDY}"
         )
     if manifest.token_histogram_sha256 is None:
-        _check_total(counts, manifest, f"{what} at {url}")
+        total, tokens = sum(counts.tolist()), sum(shard.tokens for shard in manifest.splits["train"])
+        if total != tokens:
+            raise UserError(
+                f"{what} at {url} was altered, it counts {total} tokens where the train split has {tokens}: {REMEDY}"
+            )
     return counts
-
-
-def _check_total(counts: np.ndarray, manifest: Manifest, what: str) -> None:
-    total, tokens = sum(counts.tolist()), sum(shard.tokens for shard in manifest.splits["train"])
-    if total != tokens:
-        raise UserError(
-            f"{what} was altered, it counts {total} tokens where the train split has {tokens}: {REMEDY}"
-        )
 
 
 def histogram_digest(shards: str, manifest: Manifest) -> str:

@@ -19,11 +19,7 @@ Result = TypeVar("Result")
 
 
 def start_up_facts(config: Config, corpus: Mapping[str, str]) -> dict[str, str]:
-    """What must be the same on every rank, by name.
-
-    Args:
-        corpus: the digests of train/data/corpus.py.
-    """
+    """What must be the same on every rank, by name; `corpus`: the digests of train/data/corpus.py."""
     return {
         **{key: json.dumps(value) for key, value in flatten(dataclasses.asdict(config)).items()},
         **{f"{name} in {config.data.shards}": digest for name, digest in corpus.items()},

@@ -86,11 +86,8 @@ def engine_arguments(device: str) -> SimpleNamespace | None:
 
 
 def gpus_of_driver(timeout_s: float = 60.0) -> list[dict[str, str]]:
-    """Name, driver and memory of each GPU, by nvidia-smi; none where it is not installed or finds none.
-
-    Raises:
-        RuntimeError: nvidia-smi fails, with its own words.
-    """
+    """Name, driver and memory of each GPU, by nvidia-smi; none where it is not installed or finds none. RuntimeError,
+    with its own words, where it fails."""
     if shutil.which(QUERY[0]) is None:
         return []
     try:

@@ -20,17 +20,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from train.distributed.collective_errors import cause_of, is_from_a_collective
 from train.distributed.store import HOST_KEY
+from train.distributed.world import World
 from train.errors import LostRankError, RendezvousError, ReportedElsewhereError
-
-if TYPE_CHECKING:
-    from train.distributed.world import World
 
 BEAT_S = 1.0
 SECONDS_TO_SEE = 3 * BEAT_S
@@ -103,9 +100,7 @@ class Heartbeat:
             threading.Thread(target=self._watch_rank_0, name="heartbeat-rank-0", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._store is None:
             return
         if not isinstance(error, Exception) or isinstance(error, ReportedElsewhereError):

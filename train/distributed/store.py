@@ -84,13 +84,11 @@ def compare_versions(
         if other.get(name) != version
     ]
     if differences:
-        raise _reported_by_rank_0(
-            rank,
-            UserError(
-                "the ranks run different versions; install requirements.txt in one environment on every host:\n  "
-                + "\n  ".join(differences[:SHOWN])
-            ),
+        fault = UserError(
+            "the ranks run different versions; install requirements.txt in one environment on every host:\n  "
+            + "\n  ".join(differences[:SHOWN])
         )
+        raise _reported_by_rank_0(rank, fault)
 
 
 def compare_devices(
@@ -108,27 +106,22 @@ def compare_devices(
     devices, hosts = _exchanged(store, "device", rank, world_size, f"{kind} {uuid}", wait_s)
     kinds = [device.split()[0] for device in devices]
     if len(set(kinds)) > 1:
-        odd = kinds.index("cpu")
-        raise _reported_by_rank_0(
-            rank,
-            UserError(
-                f"rank {odd} on {hosts[odd]} computes on the CPU, rank {kinds.index('cuda')} on "
-                f"{hosts[kinds.index('cuda')]} on a GPU: run launch/doctor.py on {hosts[odd]}, or set DS_ACCELERATOR "
-                "to the same on every host (cluster.env)"
-            ),
+        odd, other = kinds.index("cpu"), kinds.index("cuda")
+        fault = UserError(
+            f"rank {odd} on {hosts[odd]} computes on the CPU, rank {other} on {hosts[other]} on a GPU: run "
+            f"launch/doctor.py on {hosts[odd]}, or set DS_ACCELERATOR to the same on every host (cluster.env)"
         )
+        raise _reported_by_rank_0(rank, fault)
     if kind == "cpu":
         return
     for number, device in enumerate(devices):
         first = devices.index(device)
         if first < number:
-            raise _reported_by_rank_0(
-                rank,
-                UserError(
-                    f"ranks {first} and {number} on {hosts[number]} have the same GPU ({device.split()[1]}): start one "
-                    "rank per GPU (--gpus-per-node=N and --ntasks-per-node=N in Slurm, slots= in the hostfile)"
-                ),
+            fault = UserError(
+                f"ranks {first} and {number} on {hosts[number]} have the same GPU ({device.split()[1]}): start one "
+                "rank per GPU (--gpus-per-node=N and --ntasks-per-node=N in Slurm, slots= in the hostfile)"
             )
+            raise _reported_by_rank_0(rank, fault)
 
 
 def _port_in_use(address: str, port: int) -> str:

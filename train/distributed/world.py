@@ -196,10 +196,3 @@ def quiet_libraries() -> None:
     """Hold back transformers' bars and remarks; errors still come."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def any_rank_stops(stop: bool, group: Any) -> bool:
-    """True on every rank where it is true on any: one byte over gloo, no device is waited for."""
-    flag = torch.tensor([int(stop)], dtype=torch.int32)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    return bool(flag.item())

@@ -82,17 +82,18 @@ class HeldoutEvaluation:
     def _scores_of_tokens(self, student: PreTrainedModel, teacher: Teacher | None) -> dict[str, Any]:
         if teacher is not None and not teacher.has_head:
             teacher = None
-        total = torch.zeros(len(fields(HeldoutSums)), dtype=torch.float64, device=self._device)
+        names = [field.name for field in fields(HeldoutSums)]
+        total = torch.zeros(len(names), dtype=torch.float64, device=self._device)
         for input_ids, window_ids in self._batches:
             masked = self._masker(input_ids.to(self._device), window_ids.to(self._device), HELDOUT_EPOCH)
             sums = heldout_statistics(
                 student, masked, teacher(masked.input_ids, whole=True) if teacher else None
             )
-            values = [getattr(sums, field.name) for field in fields(HeldoutSums)]
+            values = [getattr(sums, name) for name in names]
             total += torch.stack([torch.zeros_like(total[0]) if v is None else v for v in values])
         if self._world_size > 1:
             dist.all_reduce(total)
-        sums_by_name = dict(zip((field.name for field in fields(HeldoutSums)), total.tolist(), strict=True))
+        sums_by_name = dict(zip(names, total.tolist(), strict=True))
         return {**_means(sums_by_name, teacher is not None), LABEL: self._label}
 
     def _scores_of_text(

@@ -43,7 +43,6 @@ def heldout_statistics(
     masked: MaskedBatch,
     teacher: TeacherOutput | None = None,
     *,
-    attention_mask: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> HeldoutSums:
     """Score a student, and its teacher if given, at the masked positions.
@@ -52,11 +51,10 @@ def heldout_statistics(
         student: in eval mode; of the teacher's vocabulary.
         masked: input_ids (B, L) int64; positions, targets (B, n) int64; valid (B, n) bool.
         teacher: its output on masked.input_ids; several are one ensemble.
-        attention_mask: (B, L), non-zero where a token counts; None when nothing is padded.
     """
     family = family_of(student)
-    tokens = select_tokens(masked, attention_mask, all_positions=False)
-    hidden = family.encode(student, masked.input_ids, attention_mask).last_hidden.flatten(0, 1)
+    tokens = select_tokens(masked, None, all_positions=False)
+    hidden = family.encode(student, masked.input_ids).last_hidden.flatten(0, 1)
     inputs = family.decoder_inputs(student, hidden[tokens.order])
     teachers = teacher.decoder_inputs(tokens.order) if teacher is not None else ()
     return heldout_sums(inputs, teachers, tokens.targets, masked.valid.flatten(), chunk_tokens)

@@ -82,7 +82,10 @@ def _compare(
     remedy = "set model.teacher_dtype to bf16 or fp32" if dtype != "float32" else "check it"
     if not has_head(model):
         return _compare_hidden(name, family, model, reference, input_ids, remedy)
-    running, exact = (_decoder_inputs(family, each, input_ids) for each in (model, reference))
+    running, exact = (
+        family.decoder_inputs(each, family.encode(each, input_ids).last_hidden.flatten(0, 1))
+        for each in (model, reference)
+    )
     tokens = input_ids.numel()
     workspace, size = Workspace(), chunk_rows(tokens, exact.weight)
     sums = torch.zeros(2, dtype=torch.float64, device=input_ids.device)
@@ -131,10 +134,6 @@ def _compare_hidden(
             f"{cosine:.3g} (1 - cos): {remedy}"
         )
     return PrecisionReport(name, dtype, cosine=max(0.0, cosine))
-
-
-def _decoder_inputs(family: Family, model: PreTrainedModel, input_ids: torch.Tensor) -> DecoderInputs:
-    return family.decoder_inputs(model, family.encode(model, input_ids).last_hidden.flatten(0, 1))
 
 
 def _logits(inputs: DecoderInputs, chunk: slice, workspace: Workspace, name: str) -> torch.Tensor:

@@ -112,7 +112,7 @@ def model_card(
         _scores(figures, stated),
         _limits(stated),
         _citation(title, stated),
-        _versions(figures),
+        "Made with " + ", ".join(map(" ".join, figures.versions.items())) + "." if figures else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -247,12 +247,6 @@ def _citation(title: str, stated: Stated) -> str:
         "  author = {Sanh, Victor and Debut, Lysandre and Chaumond, Julien and Wolf, Thomas},\n"
         "  journal = {arXiv:1910.01108},\n  year = {2019}\n}\n```"
     )
-
-
-def _versions(figures: CardFigures | None) -> str:
-    if figures is None:
-        return ""
-    return "Made with " + ", ".join(f"{name} {version}" for name, version in figures.versions.items()) + "."
 
 
 def _shown(value: float | str | None) -> str:

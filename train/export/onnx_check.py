@@ -46,23 +46,19 @@ def require_onnx() -> None:
         raise UserError(f"ONNX needs {' and '.join(missing)}, not installed here: {INSTALL}")
 
 
-def open_session(path: Path, num_threads: int | None = None) -> Any:
-    """An ONNX Runtime session on the CPU; torch's number of threads unless given."""
+def open_session(path: Path) -> Any:
+    """An ONNX Runtime session on the CPU, of torch's number of threads."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(ERRORS)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = ERRORS
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def run_session(session: Any, inputs: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
-    """The outputs of one batch, in the file's order.
-
-    Raises:
-        UserError: ONNX Runtime cannot run the file on this shape.
-    """
+    """The outputs of one batch, in the file's order; UserError where ONNX Runtime cannot run it on this shape."""
     try:
         return session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     except Exception as error:  # its exceptions have no base class of their own

@@ -128,10 +128,7 @@ def _open(teacher: Path) -> tuple[Any, Any, TokenizerInfo]:
 
 def load_as_saved(teacher: Path, config: Any) -> PreTrainedModel:
     """With its head, in eval mode; where that is none known here (ELECTRA's discriminator), as teachers are loaded.
-
-    Raises:
-        UserError: weights as in train/models/loading.py.
-    """
+    UserError for weights as in train/models/loading.py."""
     try:
         head_of_class(next(iter(config.architectures or []), ""), str(teacher))
     except UserError:

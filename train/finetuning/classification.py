@@ -25,11 +25,7 @@ from train.models.tokenizer_checks import load_tokenizer
 
 
 def check(job: Job) -> None:
-    """Is there a model, are its teachers', is there data? Nothing large is read.
-
-    Raises:
-        UserError: what is missing or does not fit.
-    """
+    """Is there a model, are its teachers', is there data? Nothing large is read; UserError for what does not fit."""
     model_and_tokenizer(job, job.model)
     if readers.hub_name(job.task, job.data) is None:
         assert job.data is not None

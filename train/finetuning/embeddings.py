@@ -54,11 +54,7 @@ class Embedder:
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str], name: str) -> np.ndarray:
-        """(N, width) fp32.
-
-        Args:
-            name: what the progress bar says.
-        """
+        """(N, width) fp32; `name` is what the progress bar says."""
         examples = Examples(list(texts), None, np.zeros(len(texts)), [])
         features = encode(self._tokenizer, examples, self.max_length, takes_token_types(self._model))
         order = np.argsort([-len(example["input_ids"]) for example in features], kind="stable")
@@ -92,11 +88,7 @@ class Retrieval:
 
 
 def read_retrieval(folder: Path, split: str = "test") -> Retrieval:
-    """BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv, plain or .gz.
-
-    Raises:
-        UserError: what is missing or does not fit, by file and row.
-    """
+    """BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv, plain or .gz; UserError, by file and row."""
     documents = _texts(_there(folder, "corpus.jsonl"))
     queries = _texts(_there(folder, "queries.jsonl"))
     path = _there(folder, f"qrels/{split}.tsv")

@@ -6,6 +6,7 @@ import itertools
 import statistics
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,10 +78,6 @@ def score_tags(
     return {**found, "score": statistics.fmean(found[name] for name in names)}
 
 
-def _f1(labels: np.ndarray, predicted: np.ndarray) -> float:
-    return f1_score(labels, predicted, zero_division=0)
-
-
 def _correlation(function: Callable[..., Any]) -> Callable[[np.ndarray, np.ndarray], float]:
     """0 where one side is constant: scipy gives NaN."""
 
@@ -93,15 +90,6 @@ def _correlation(function: Callable[..., Any]) -> Callable[[np.ndarray, np.ndarr
     return correlation
 
 
-def _averaged_f1(average: str) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Over the classes that occur: among labels of several at a time, over all."""
-
-    def f1(labels: np.ndarray, predicted: np.ndarray) -> float:
-        return f1_score(labels, predicted, average=average, zero_division=0)
-
-    return f1
-
-
 ENTITY_METRICS: dict[str, Callable[..., float]] = {
     "entity_precision": precision_score,
     "entity_recall": recall_score,
@@ -109,9 +97,10 @@ ENTITY_METRICS: dict[str, Callable[..., float]] = {
 }
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": accuracy_score,
-    "f1": _f1,
-    "macro_f1": _averaged_f1("macro"),
-    "micro_f1": _averaged_f1("micro"),
+    "f1": partial(f1_score, zero_division=0),
+    # Over the classes that occur: among labels of several at a time, over all.
+    "macro_f1": partial(f1_score, average="macro", zero_division=0),
+    "micro_f1": partial(f1_score, average="micro", zero_division=0),
     "matthews": matthews_corrcoef,
     "pearson": _correlation(pearsonr),
     "spearman": _correlation(spearmanr),

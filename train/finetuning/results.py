@@ -39,11 +39,7 @@ def write_scores(folder: Path, scores: Mapping[str, Any], seeds: Mapping[int, Ma
 
 
 def read_scores(folder: Path) -> dict[str, Any] | None:
-    """What `write_scores` left in a task's folder, or None where nothing is.
-
-    Raises:
-        UserError: the file is not such a file.
-    """
+    """What `write_scores` left in a task's folder, None where nothing is; UserError where the file is no such file."""
     path = folder / FILE
     try:
         scores = read_json(path, "")
@@ -58,11 +54,7 @@ def read_scores(folder: Path) -> dict[str, Any] | None:
 
 
 def read_seed_scores(folder: Path) -> dict[str, float]:
-    """The scores of a finished seed, from its model folder.
-
-    Raises:
-        UserError: the file is not such a file.
-    """
+    """The scores of a finished seed, from its model folder; UserError where the file is no such file."""
     path = folder / FILE
     try:
         scores = read_json(path, "")

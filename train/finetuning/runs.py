@@ -25,17 +25,13 @@ from train.finetuning.soft_labels import weights_digest
 from train.finetuning.squad import training as squad
 from train.finetuning.task_runner import TaskRunner
 from train.finetuning.training import Stopped
-from train.run_folder import hold
+from train.run_folder import flatten, hold
 
 OPTIONS = "options.json"
 
 
 def check_task(job: Job) -> None:
-    """Everything that can be refused cheaply, before hours are spent on the tasks before.
-
-    Raises:
-        UserError: data or models that are not there or do not fit.
-    """
+    """UserError for all that can be refused cheaply, before hours are spent on the tasks before: data, models."""
     if job.task.kind == "span":
         squad.check(job)
     elif job.task.kind == "tokens":
@@ -165,8 +161,8 @@ def _refuse_changes(folder: Path, options: Mapping[str, Any]) -> None:
     path = folder / OPTIONS
     if not path.exists():
         return
-    before = _flat(read_json(path, f"delete {folder} or give another --out"))
-    now = _flat(options)
+    before = flatten(read_json(path, f"delete {folder} or give another --out"))
+    now = flatten(options)
     compared = [key for key in {**before, **now} if key in now or not key.startswith("contents.")]
     changes = [
         f"contents of the {key.removeprefix('contents.')} differ"
@@ -181,16 +177,6 @@ def _refuse_changes(folder: Path, options: Mapping[str, Any]) -> None:
             + "\n  ".join(changes)
             + "\ngive another --out, restore what was, or delete the folder"
         )
-
-
-def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{name}": entry for name, entry in value.items()}
-        else:
-            flat[key] = value
-    return flat
 
 
 def _seeds(seeds: Sequence[int]) -> str:

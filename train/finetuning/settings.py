@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from train.distributed.signals import StopRequest
 from train.errors import UserError
 from train.finetuning.tasks import Settings, Task
 
 SPAN_ALONE = ("doc_stride", "max_answer_length")
-
-
-class MayStop(Protocol):
-    """train.distributed.signals.StopRequest, or anything else that can be asked."""
-
-    @property
-    def requested(self) -> bool: ...
-
-    def when_asked(self, act: Callable[[], None]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +30,7 @@ class Job:
     unlabelled: str | None = None
     checkpoint_seconds: float = 300.0
     """Between two checkpoints of a seed."""
-    stop: MayStop | None = None
+    stop: StopRequest | None = None
     say: Callable[[str], None] = print
     """Prints a line for the user."""
 

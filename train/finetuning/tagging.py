@@ -29,11 +29,7 @@ from train.models.loading import load_finetuned
 
 
 def check(job: Job) -> None:
-    """As train/finetuning/classification.py's, and that there are no texts without labels.
-
-    Raises:
-        UserError: what is missing or does not fit.
-    """
+    """As train/finetuning/classification.py's; UserError also where texts without labels are given."""
     if job.unlabelled:
         raise UserError(
             f"--unlabelled has no effect on {job.task.name}, whose words have labels; leave it out"
@@ -124,9 +120,8 @@ class Tagging(TaskRunner):
         loss = self._teach(features, train) if job.teachers else None
         for example, labels in zip(features, train.labels, strict=True):
             example["labels"] = labels[example["words"]]
-        seen = [
-            example for example in features if len(example["words"])
-        ]  # of none, the mean loss is no number
+        # Of an example without words the mean loss is no number.
+        seen = [example for example in features if len(example["words"])]
         if not seen:
             raise UserError(f"{job.task.name}: the model sees none of the words of the training set")
         self.data = TrainingSet(seen, self._padding, loss)

@@ -54,7 +54,7 @@ class TaskRunner(ABC):
         """
         job, started = self.job, time.monotonic()
         model = self.new_model(seed)
-        fitted = fit(model, self.data, job, seed, work)
+        seconds_before, examples_per_s = fit(model, self.data, job, seed, work)
         model.eval()
         outputs = self.dev_outputs(model)
         if not all(np.isfinite(output).all() for output in outputs.values()):
@@ -67,8 +67,8 @@ class TaskRunner(ABC):
         write_length_limit(out, model.config)
         return {
             **self.score(outputs, out),
-            "seconds": fitted.seconds_before + time.monotonic() - started,
-            "examples_per_s": fitted.examples_per_s * self.train_examples / len(self.data.examples),
+            "seconds": seconds_before + time.monotonic() - started,
+            "examples_per_s": examples_per_s * self.train_examples / len(self.data.examples),
         }
 
     @abstractmethod

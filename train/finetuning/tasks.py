@@ -252,12 +252,13 @@ def task_named(name: str) -> Task:
     Raises:
         UserError: there is none, with the list of those there are.
     """
-    plain = {_plain(key): task for key, task in TASKS.items()}
+    plain = {plain_name(key): task for key, task in TASKS.items()}
     try:
-        return plain[_plain(name)]
+        return plain[plain_name(name)]
     except KeyError:
         raise UserError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}") from None
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The letters and digits of a task's name, by which its spellings are the same."""
     return name.lower().replace("-", "").replace("_", "")

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from data_prep.shard_format.files import write_json
 from data_prep.shard_format.terminal import progress_bar
 from train.distributed.host_memory import keep_freed_memory
+from train.distributed.signals import StopRequest
 from train.errors import NonFiniteError
 from train.finetuning.batches import EpochBatches, Features
-from train.finetuning.settings import Job, MayStop
+from train.finetuning.settings import Job
 from train.models.cpu_attention import with_cpu_attention
 from train.models.dropout import with_fast_dropout
 
@@ -55,21 +56,13 @@ class TrainingSet:
     """None for the model's own."""
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What training took."""
-
-    seconds_before: float
-    """In the starts before this one that it went on from."""
-    examples_per_s: float
-    """In this process."""
-
-
-def fit(model: PreTrainedModel, data: TrainingSet, job: Job, seed: int, work: Path) -> Fitted:
+def fit(model: PreTrainedModel, data: TrainingSet, job: Job, seed: int, work: Path) -> tuple[float, float]:
     """Train `model` in place: AdamW, linear warm-up and decay, gradients clipped at norm 1.
 
     Goes on from the newest whole checkpoint in `work`, bit for bit on a CPU; leaves one every `job.checkpoint_seconds`.
 
+    Returns:
+        Seconds that the starts before this one took which it went on from; examples per second of this one.
     Raises:
         Stopped: `job.stop` asked for it; a checkpoint was left.
         NonFiniteError: the weights are no numbers any more.
@@ -116,7 +109,7 @@ def fit(model: PreTrainedModel, data: TrainingSet, job: Job, seed: int, work: Pa
             f"{name}: the weights are no numbers any more; give a lower --learning-rate than {settings.learning_rate:g}"
         )
     seconds = time.monotonic() - started
-    return Fitted(seconds_before, (state.global_step - first_step) * num_examples / len(batches) / seconds)
+    return seconds_before, (state.global_step - first_step) * num_examples / len(batches) / seconds
 
 
 def predict(
@@ -141,7 +134,8 @@ def predict(
     bar = _PredictionBar(name, len(examples), job.stop)
     trainer.add_callback(bar)
     try:
-        found = trainer.predict(_Listed([examples[index] for index in order])).predictions
+        listed: Any = [examples[index] for index in order]
+        found = trainer.predict(listed).predictions
     finally:
         bar.close()
     back = np.argsort(order)
@@ -191,31 +185,19 @@ def _quiet_arguments(job: Job) -> dict[str, Any]:
     }
 
 
-class _Listed(torch.utils.data.Dataset):
-    """A sequence of examples as torch's Dataset, for Trainer."""
-
-    def __init__(self, examples: Sequence[Features]) -> None:
-        self._examples = examples
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> Features:
-        return self._examples[index]
-
-
 class _FineTuner(Trainer):
     """Trainer with our order of batches and, for soft labels, our loss."""
 
     def __init__(
         self, model: PreTrainedModel, arguments: TrainingArguments, data: TrainingSet, batches: EpochBatches
     ) -> None:
-        super().__init__(model, arguments, data_collator=data.collate, train_dataset=_Listed(data.examples))
+        examples: Any = data.examples
+        super().__init__(model, arguments, data_collator=data.collate, train_dataset=examples)
         self._batches, self._own_loss = batches, data.loss
 
     def get_train_dataloader(self) -> DataLoader:
-        assert isinstance(self.train_dataset, _Listed)
-        return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
+        examples: Any = self.train_dataset
+        return DataLoader(examples, batch_sampler=self._batches, collate_fn=self.data_collator)
 
     def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
         if self._own_loss is None:
@@ -238,7 +220,7 @@ class _EpochOf(TrainerCallback):
 class _Checkpoints(TrainerCallback):
     """Asks Trainer for a checkpoint when it is time, or when a signal came, and then also for the end."""
 
-    def __init__(self, every_s: float, stop: MayStop | None, started: float) -> None:
+    def __init__(self, every_s: float, stop: StopRequest | None, started: float) -> None:
         self._every_s, self._stop, self._started = every_s, stop, started
         self._last = time.monotonic()
 
@@ -285,7 +267,7 @@ class _TrainingBar(TrainerCallback):
 
 
 class _PredictionBar(TrainerCallback):
-    def __init__(self, name: str, total: int, stop: MayStop | None) -> None:
+    def __init__(self, name: str, total: int, stop: StopRequest | None) -> None:
         self._name, self._total, self._stop = name, total, stop
         self._bar = _bar(name, total)
 

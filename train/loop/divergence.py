@@ -82,12 +82,8 @@ def _last_row(steps: Sequence[int]) -> list[int]:
 def diverged(
     error: NonFiniteError, trainer: Trainer, skipped: Sequence[int], first: int, done: int
 ) -> DivergedError:
-    """The error with its batches in the message; every rank calls this.
-
-    Args:
-        skipped, first, done: as in `bad_steps`.
-    """
-    finite = torch.tensor(float(_weights_are_finite(trainer.engine)), device=trainer.engine.device)
+    """The error with its batches in the message; every rank calls this. The last three arguments as in `bad_steps`."""
+    finite = torch.tensor(float(weights_are_finite(trainer.engine)), device=trainer.engine.device)
     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
     bad = bad_steps(skipped, first, done, bool(finite), trainer.engine.fp16_enabled())
     ids = trainer.data.window_ids(bad[-1]).tolist()
@@ -99,7 +95,8 @@ def diverged(
     )
 
 
-def _weights_are_finite(engine: Any) -> bool:
+def weights_are_finite(engine: Any) -> bool:
+    """Whether all parameters of an engine's module are numbers; waits for the device."""
     sums = [parameter.detach().double().sum() for parameter in engine.module.parameters()]
     return bool(torch.isfinite(torch.stack(sums)).all())
 

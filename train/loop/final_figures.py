@@ -27,12 +27,12 @@ def final_figures(rows: Rows, state: TrainState, tokens: int, log_every_steps: i
         "tokens_per_s" and "loss" are None, and the held-out scores empty, where nothing holds them any more.
     """
     heldout = {row["step"]: row for row in rows if _is_heldout(row)}
-    speeds = sorted(row["tokens_per_s"] for row in rows if row.get("tokens_per_s") is not None)
+    speeds = [row["tokens_per_s"] for row in rows if row.get("tokens_per_s") is not None]
     return {
         "steps": state.step,
         "tokens": tokens,
         "loss": _last_loss(rows, state, log_every_steps),
-        "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
+        "tokens_per_s": statistics.median_high(speeds) if speeds else None,
         "heldout_before": _without_step(heldout.get(0, {})),
         "heldout": _without_step(heldout.get(state.step, {})),
     }

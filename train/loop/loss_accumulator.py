@@ -6,22 +6,11 @@ A row that a kill falls into is the same as an undisturbed run's: the sums so fa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from train.checkpointing.state import LossWindow
-
-
-class Means(NamedTuple):
-    """What `LossSums.take` returns: names beside one tensor on the device, so that ranks add up once."""
-
-    terms: list[str]
-    steps: list[int]
-    """Steps that were added since the last call or the start."""
-    values: torch.Tensor
-    """(terms + steps,) fp32: each term's mean over the micro batches, then the loss of each step."""
 
 
 class LossSums:
@@ -49,13 +38,18 @@ class LossSums:
         """Whether nothing was added since the last call of `take`."""
         return not self._sums
 
-    def take(self) -> Means:
-        """The means since the last call."""
+    def take(self) -> tuple[list[str], list[int], torch.Tensor]:
+        """The means since the last call, in one tensor on the device, so that ranks add up once.
+
+        Returns:
+            Names of the terms; the steps that were added; (terms + steps,) fp32: each term's mean over the micro
+            batches, then the loss of each step.
+        """
         terms, steps = list(self._sums), list(self._by_step)
         means = [total / self._count for total in self._sums.values()]
         means += [torch.stack(losses).mean() for losses in self._by_step.values()]
         self._sums, self._count, self._by_step = {}, 0.0, {}
-        return Means(terms, steps, torch.stack(means))
+        return terms, steps, torch.stack(means)
 
     def were_finite(self) -> bool:
         """Whether every loss since the last call was a number; waits for the device."""

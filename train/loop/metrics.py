@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -41,18 +41,6 @@ Row = Mapping[str, float | str]
 """Figures by name, and words that say how they were taken, which metrics.jsonl alone holds."""
 # What this module writes; other .jsonl files in the folder are the user's.
 RECORDS = ("metrics", "spikes")
-
-
-class Events(Protocol):
-    """Where rows go."""
-
-    def row(self, step: int, values: Row, histograms: Mapping[str, torch.Tensor] = ...) -> None: ...
-
-    def record(self, name: str, step: int, values: Mapping[str, Any]) -> None: ...
-
-    def say(self, message: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class NoEvents:
@@ -146,6 +134,9 @@ class RunEvents:
             self._warned.add(where)
 
 
+Events = NoEvents | RunEvents
+"""Where rows go."""
+
 # The first word of a key is TensorBoard's group, where the key does not need to say it again.
 NAMED_GROUPS = ("loss", "share", "heldout", "time", "startup")
 GROUPS = {
@@ -186,12 +177,13 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     A line that is no such row is left out: a kill may cut one short, a power cut fill one with zeros. Empty where the
     file is gone.
     """
-    rows = _read(run_dir / "metrics.jsonl")
-    return [row for row in rows if all(_is_figure(value) for name, value in row.items() if name != LABEL)]
-
-
-def _is_figure(value: Any) -> bool:
-    return value is None or isinstance(value, int | float)
+    return [
+        row
+        for row in _read(run_dir / "metrics.jsonl")
+        if all(
+            value is None or isinstance(value, int | float) for name, value in row.items() if name != LABEL
+        )
+    ]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ Not yet run on a GPU; the search and the arithmetic are tested on a CPU, with a 
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from train.distributed.world import World
 from train.engine_config import EngineSettings, engine_settings, partition_size
 from train.errors import UserError
 from train.loop.trainer import DistillationModule
-from train.models.build import TeacherFolder, build_student, build_teacher, count_parameters
+from train.models.build import TEACHER_DTYPES, TeacherFolder, build_student, build_teacher, count_parameters
 from train.objective.build import build_objective
 
 # What stays free for the allocator's fragments, NCCL's buffers and cuBLAS's workspace.
@@ -44,14 +45,8 @@ def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | 
         sizes: ascending.
         fits: true up to some size and false from there on.
     """
-    low, high = 0, len(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        if fits(sizes[middle]):
-            low = middle + 1
-        else:
-            high = middle
-    return sizes[low - 1] if low else None
+    fitting = bisect(sizes, False, key=lambda size: not fits(size))
+    return sizes[fitting - 1] if fitting else None
 
 
 def engine_bytes(parameters: int, world_size: int, engine: EngineSettings) -> int:
@@ -109,13 +104,12 @@ def _trial(
     teacher = build_teacher(config, world.device, teachers) if config.objective.needs_teacher else None
     student = build_student(config, manifest, teachers)
     module = DistillationModule(student, build_objective(config.objective, student, teacher)).to(world.device)
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        if engine_config.get(name, {}).get("enabled"):
-            module.to(dtype)
+    engine = engine_settings(engine_config)
+    module.to(TEACHER_DTYPES[engine.precision])
     parameters = count_parameters(module)
     free, _ = torch.cuda.mem_get_info(world.device)
     usable = USABLE_SHARE * (free + torch.cuda.memory_reserved(world.device))
-    usable -= engine_bytes(parameters, world.world_size, engine_settings(engine_config))
+    usable -= engine_bytes(parameters, world.world_size, engine)
     length = config.data.sequence_length
     masked_per_row = max(1, round(config.masking.probability * length))
 

@@ -53,12 +53,11 @@ class Profiling:
                 f"profile: nothing was traced: this start made {self._done} steps, and the first {SKIPPED_STEPS} are "
                 "left out"
             )
-        if traced is None or self._done <= SKIPPED_STEPS:
-            return
-        try:
-            self._write(traced)
-        except (OSError, RuntimeError) as error:
-            self.events.say(f"profile: the trace could not be written to {self.folder}: {error}")
+        elif traced is not None:
+            try:
+                self._write(traced)
+            except (OSError, RuntimeError) as error:
+                self.events.say(f"profile: the trace could not be written to {self.folder}: {error}")
 
     def _write(self, traced: profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -21,7 +22,7 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self._on_gpu = device.startswith("cuda")
-        self._seconds: dict[str, float] = {}
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self.entered = 0
         """Sections entered so far."""
         self.current = "start-up"
@@ -50,7 +51,7 @@ class Clock:
         try:
             yield
         finally:
-            self._add(name, time.perf_counter() - start_s)
+            self._seconds[name] += time.perf_counter() - start_s
 
     def waiting_for(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
         """`items`, with the host's time spent waiting for each counted towards `name`."""
@@ -68,9 +69,9 @@ class Clock:
         if self._events:
             torch.cuda.synchronize()
         for name, start, end in self._events:
-            self._add(name, start.elapsed_time(end) / 1000)
-        seconds, self._seconds, self._events = self._seconds, {}, []
-        return seconds
+            self._seconds[name] += start.elapsed_time(end) / 1000
+        seconds, self._seconds, self._events = self._seconds, defaultdict(float), []
+        return dict(seconds)
 
     def where(self) -> str:
         """Changes with every section: shows a watcher that the main thread moves on, and where it is."""
@@ -79,6 +80,3 @@ class Clock:
     def _enter(self, name: str) -> None:
         self.entered += 1
         self.current = name
-
-    def _add(self, name: str, seconds: float) -> None:
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds

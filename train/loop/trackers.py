@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
@@ -42,14 +42,6 @@ class Start:
     """0 for a new run: what a service holds of an earlier start at step 0 stays there, as another run."""
     config: Mapping[str, Any]
     """The resolved configuration, as a tree of sections."""
-
-
-class Tracker(Protocol):
-    """One place where figures go."""
-
-    def row(self, step: int, values: Mapping[str, float], histograms: Mapping[str, torch.Tensor]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -171,6 +163,8 @@ class Trackio:
         self._run.finish()
 
 
+Tracker = TensorBoard | MLflow | Wandb | Trackio
+"""One place where figures go."""
 TRACKERS: dict[str, Callable[[Start], Tracker]] = {
     "tensorboard": TensorBoard,
     "mlflow": MLflow,

@@ -168,14 +168,10 @@ def build_student(
     model, seed = config.model, config.data.seed
     if model.scratch is not None:
         made = _from_scratch(model.scratch, manifest.tokenizer, seed)
+    elif model.start_from is not None:
+        made = _trained_on((folders or teacher_folders(config))[0], model.new_head, seed)
     else:
-        folder = (folders or teacher_folders(config))[0]
-        trained_on = model.start_from is not None
-        made = (
-            _trained_on(folder, model.new_head, seed)
-            if trained_on
-            else student_of(folder.model, config, measured)
-        )
+        made = student_of((folders or teacher_folders(config))[0].model, config, measured)
     return made.train(config.training.dropout)
 
 
@@ -196,12 +192,12 @@ def student_of(teacher: PreTrainedModel, config: Config, measured: Measured | No
 
 def _trained_on(folder: TeacherFolder, new_head: bool, seed: int) -> PreTrainedModel:
     if not new_head:
-        return copy.deepcopy(folder.model).train()  # what is trained is moved and rounded
+        return copy.deepcopy(folder.model)  # what is trained is moved and rounded
     if has_head(folder.model):
         raise UserError(
             f"model.new_head=True: {folder.name} has an MLM head already; leave it out to train that one on"
         )
-    return with_new_head(folder.model, seed).train()
+    return with_new_head(folder.model, seed)
 
 
 def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int) -> PreTrainedModel:
@@ -225,13 +221,9 @@ def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int)
         hf_config = AutoConfig.for_model(**{**settings, **own})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return (
-                AutoModelForMaskedLM.from_config(
-                    hf_config, attn_implementation=family.attention, trust_remote_code=False
-                )
-                .float()
-                .train()
-            )
+            return AutoModelForMaskedLM.from_config(
+                hf_config, attn_implementation=family.attention, trust_remote_code=False
+            ).float()
     # A word for a number, a width that no head count divides: many kinds of errors come of it.
     except Exception as error:
         raise UserError(

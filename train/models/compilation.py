@@ -17,11 +17,7 @@ after torch's own limit of 8 stays uncompiled."""
 
 
 def require_compiler(option: str, device: str) -> None:
-    """Refuse an option that needs a C++ compiler where there is none; a GPU's code comes from Triton.
-
-    Raises:
-        UserError: with the remedy.
-    """
+    """UserError for an option that needs a C++ compiler where there is none; a GPU's code comes from Triton."""
     compiler = os.environ.get("CXX", "g++")
     if device == "cpu" and shutil.which(compiler) is None:
         raise UserError(

@@ -71,11 +71,8 @@ def read_config(name: str | Path) -> Any:
 
 
 def read_tokenizer(name: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder, or of a name on the hub; none of its code is ever run.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The tokenizer of a Hugging Face folder, or of a name on the hub; none of its code is ever run. UserError where it
+    cannot be read."""
     try:
         refuse_pipes(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -133,11 +130,7 @@ def _refuse(name: str | Path, key: str, value: Any, wanted: str) -> None:
 
 
 def read_encoder_config(name: str | Path) -> Any:
-    """`read_config`, of an encoder of text.
-
-    Raises:
-        UserError: it cannot be read, or the model is another kind.
-    """
+    """`read_config`, of an encoder of text; UserError where the model is another kind."""
     config = read_config(name)
     refuse_decoder(name, config)
     if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:

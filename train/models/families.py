@@ -309,11 +309,7 @@ def bare_encoder(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The adapter of a model, by its config's `model_type`.
-
-    Raises:
-        UserError: the architecture is not in the table.
-    """
+    """The adapter of a model, by its config's `model_type`; UserError where it is not in the table."""
     return family_of_type(model.config.model_type)
 
 

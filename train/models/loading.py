@@ -69,11 +69,8 @@ def load_masked_lm(
 
 
 def load_encoder(path_or_hub: str, config: Any = None) -> PreTrainedModel:
-    """`load_masked_lm`, or where its weights hold no MLM head the bare encoder, without a pooler.
-
-    Raises:
-        UserError: as there; a part of a head.
-    """
+    """`load_masked_lm`, or where its weights hold no MLM head the bare encoder, without a pooler; a part of a head is
+    refused."""
     model, missing = _load_with_head(path_or_hub, config)
     if not missing:
         return model
@@ -211,11 +208,8 @@ def _load(
         if (refusal := refused_pickle(error)) is not None:
             raise UserError(f"{name}: its weights cannot be read: a file {refusal}") from None
         # A head of DeBERTa-v3, which transformers before 5.20 cannot load.
-        remedy = (
-            "update transformers to 5.20 or newer"
-            if "DebertaV2LMPredictionHead" in str(error)
-            else COPY_AGAIN
-        )
+        is_too_new = "DebertaV2LMPredictionHead" in str(error)
+        remedy = "update transformers to 5.20 or newer" if is_too_new else COPY_AGAIN
         raise UserError(f"{name}: its weights cannot be read: {one_line(error)}; {remedy}") from None
     absent = sorted(key for key in info["missing_keys"] if key.startswith(optional))
     missing = sorted(set(info["missing_keys"]) - set(absent))

@@ -75,9 +75,8 @@ def set_sizes(
         raise UserError(f"model.student_heads={heads} does not divide the student's width {width}")
     if inherits:
         _check_inherits(family, (width, old_width), (heads, old_heads), (size, head_size), (units, old_units))
-    if (
-        getattr(config, "embedding_size", None) == old_width
-    ):  # ELECTRA's embeddings may have a width of their own
+    # ELECTRA's embeddings may have a width of their own.
+    if getattr(config, "embedding_size", None) == old_width:
         config.embedding_size = width
     config.hidden_size, config.num_attention_heads = width, heads
     setattr(config, family.feed_forward_field, units)

@@ -24,11 +24,7 @@ def product_rates() -> tuple[float, float]:
 
 
 def precision_remark(models: Sequence[nn.Module]) -> str | None:
-    """What the number formats of models on a CPU cost; None where there is nothing to gain.
-
-    Args:
-        models: student and teachers.
-    """
+    """What the number formats of a run's student and teachers cost on a CPU; None where there is nothing to gain."""
     formats = {next(model.parameters()).dtype for model in models}
     if not formats <= {torch.float32, torch.bfloat16}:
         return None

@@ -46,11 +46,8 @@ def load_tokenizer(name: str, config: Any) -> Any:
 
 
 def folder_fingerprint(path_or_hub: str) -> str | None:
-    """Fingerprint of the tokenizer beside a model; None where there is none that can be compared.
-
-    Raises:
-        UserError: the folder has one, and it cannot be read.
-    """
+    """Fingerprint of the tokenizer beside a model; None where there is none that can be compared. UserError where a
+    folder's cannot be read."""
     folder = Path(path_or_hub)
     if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES[:3]):
         return None

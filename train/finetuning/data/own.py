@@ -194,9 +194,8 @@ def _training_table(task: Task) -> Table:
     hub = hub_name(task, task.own.train)
     if hub is not None:
         return hub_tables(task, hub)["train"]
-    return read_table(
-        task, Path(task.own.train), lambda line: None
-    )  # what is left out is said when the task is read
+    # What is left out is said when the task is read.
+    return read_table(task, Path(task.own.train), lambda line: None)
 
 
 def has_entities(labels: Sequence[str]) -> bool:

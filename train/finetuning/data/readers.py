@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,10 @@ from data_prep.shard_format.hub import require_hub
 from train.errors import UserError, one_line
 from train.finetuning.data.examples import Examples, Table, examples_of
 from train.finetuning.data.tables import Say, format_of, lines_of, read_table
-from train.finetuning.tasks import SPLIT_OFF, NoTrainingSetError, Task
+from train.finetuning.tasks import SPLIT_OFF, NoTrainingSetError, Task, plain_name
 
 ENDINGS = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
 HUB = "hub:"
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where the sets of a task lie: files, or folders of one folder for each class."""
-
-    train: Path
-    dev: dict[str, Path]
-    """Without the sets that are not there; empty where the dev set is to be split off."""
 
 
 def data_folder(data: str) -> Path:
@@ -36,17 +26,20 @@ def data_folder(data: str) -> Path:
     return folder
 
 
-def find_files(task: Task, data: str) -> Files:
+def find_files(task: Task, data: str) -> tuple[Path, dict[str, Path]]:
     """The task's files below `data`, which is its own folder or the one of all tasks.
 
+    Returns:
+        The training set and the dev sets by name: files, or folders of one folder for each class. Without the dev sets
+        that are not there; none where one is to be split off.
     Raises:
         UserError: none are there, with what was looked for; `data` is no folder.
     """
     if task.own is not None:
-        return Files(Path(data), {"dev": Path(task.own.dev)} if task.own.dev else {})
+        return Path(data), {"dev": Path(task.own.dev)} if task.own.dev else {}
     folder = data_folder(data)
-    plain = {_plain(name) for name in task.folders}
-    folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and _plain(path.name) in plain]
+    plain = {plain_name(name) for name in task.folders}
+    folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and plain_name(path.name) in plain]
     for place in (*folders, folder):
         train = _find_set(task, place, ("train",))
         if train is not None:
@@ -60,7 +53,7 @@ def find_files(task: Task, data: str) -> Files:
     if not dev and task.split_off is None:
         wanted = " or ".join(names[0] for names in task.dev.values())
         raise UserError(f"{place} has no dev set: {task.title} wants {wanted}{'|'.join(ENDINGS)}")
-    return Files(train, dev)
+    return train, dev
 
 
 def read_task(task: Task, data: str | None, say: Say) -> tuple[Examples, dict[str, Examples]]:
@@ -76,9 +69,9 @@ def read_task(task: Task, data: str | None, say: Say) -> tuple[Examples, dict[st
         train, source = dev.pop("train"), tables["train"].where
     else:
         assert data is not None
-        files = find_files(task, data)
-        train, source = examples_of(task, read_table(task, files.train, say)), str(files.train)
-        dev = {name: examples_of(task, read_table(task, path, say)) for name, path in files.dev.items()}
+        of_training, others = find_files(task, data)
+        train, source = examples_of(task, read_table(task, of_training, say)), str(of_training)
+        dev = {name: examples_of(task, read_table(task, path, say)) for name, path in others.items()}
     absent = [name for name in task.dev if name not in dev]
     if not dev:
         assert task.split_off is not None
@@ -126,10 +119,6 @@ def _find_set(task: Task, folder: Path, names: Sequence[str]) -> Path | None:
         if task.labels and all((folder / name / label).is_dir() for label in task.labels):
             return folder / name
     return None
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")
 
 
 def hub_name(task: Task, data: str | None) -> tuple[str, str | None] | None:

@@ -51,7 +51,7 @@ def read_table(task: Task, path: Path, say: Say, headerless: bool = True) -> Tab
     if kind == "csv":
         rows = list(_csv_rows(path))
     else:
-        lines = list(_lines(path))
+        lines = lines_of(path)
         if lines and kind == "jsonl":
             return _json_table(path, lines)
         rows = [(row, line.split("\t")) for row, line in lines]
@@ -64,13 +64,7 @@ def read_table(task: Task, path: Path, say: Say, headerless: bool = True) -> Tab
 
 def lines_of(path: Path) -> list[tuple[int, str]]:
     """(number, line) of each that is not blank."""
-    return list(_lines(path))
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in _all_lines(path):
-        if line.strip():
-            yield number, line.rstrip("\r\n")
+    return [(number, line.rstrip("\r\n")) for number, line in _all_lines(path) if line.strip()]
 
 
 def _all_lines(path: Path) -> Iterator[tuple[int, str]]:

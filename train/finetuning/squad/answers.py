@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from train.finetuning.squad.features import Windows, text_of, widest_context
+from train.finetuning.squad.features import Floats, Windows, text_of, widest_context
 from train.finetuning.squad.questions import Question
 
 NUM_BEST = 20  # --n_best_size of BERT's run_squad.py
-Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from train.finetuning.squad.features import Windows
-
-Floats = np.ndarray[Any, np.dtype[np.float32]]
+from train.finetuning.squad.features import Floats, Windows
 
 
 def soft_span_loss(
@@ -61,11 +59,7 @@ def distillation_loss(
 
 
 def tempered(logits: Floats, windows: Windows, temperature: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Softmax at `temperature` within each window.
-
-    Args:
-        logits: (2, tokens of all windows) of start and end.
-    """
+    """Softmax at `temperature` within each window, of (2, tokens of all windows) logits of start and end."""
     scaled = logits.astype(np.float64) / temperature
     begins = windows.bounds[:-1]
     scaled -= np.repeat(np.maximum.reduceat(scaled, begins, axis=1), windows.lengths, axis=1)
@@ -75,11 +69,7 @@ def tempered(logits: Floats, windows: Windows, temperature: float) -> np.ndarray
 
 
 def soft_spans(logits: Sequence[Floats], windows: Windows, temperature: float) -> Floats:
-    """The teachers' mean probabilities, (2, tokens of all windows).
-
-    Args:
-        logits: of each teacher, (2, tokens of all windows).
-    """
+    """The teachers' mean probabilities, of logits (2, tokens of all windows) each, in the same shape."""
     mean = np.zeros_like(logits[0], np.float64)
     for each in logits:
         mean += tempered(each, windows, temperature) / len(logits)

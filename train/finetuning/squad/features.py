@@ -21,6 +21,7 @@ from train.finetuning.squad.questions import Question
 MAX_QUESTION_TOKENS = 64  # --max_query_length of BERT's run_squad.py
 BATCH = 500
 Ints = np.ndarray[Any, np.dtype[np.int32]]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)

@@ -216,9 +216,8 @@ def read_questions(job: Job) -> tuple[list[Question], list[Question]]:
             f"{job.task.name}: {len(misplaced)} of {len(questions):,} training questions are left out, their "
             f"answers do not stand where answer_start says: {named(misplaced)}"
         )
-    return _sample(train, job.settings.max_train_examples), _sample(
-        read["dev"][1], job.settings.max_eval_examples
-    )
+    settings, dev = job.settings, read["dev"][1]
+    return _sample(train, settings.max_train_examples), _sample(dev, settings.max_eval_examples)
 
 
 def trainable(questions: Sequence[Question], source: str) -> tuple[list[Question], list[str]]:

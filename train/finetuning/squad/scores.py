@@ -59,11 +59,7 @@ def f1_v2(gold: str, prediction: str) -> float:
 
 
 def score_v1(golds: Golds, predictions: Mapping[str, str]) -> SquadScores:
-    """Scores of SQuAD v1.1, where every question has an answer.
-
-    Raises:
-        UserError: no questions, or one without an answer.
-    """
+    """Scores of SQuAD v1.1; UserError without questions, or where one has no answer."""
     for key, answers in golds.items():
         if not answers:
             raise UserError(f"question {key} has no answer, as in SQuAD 2.0: score it by the rules of 2.0")

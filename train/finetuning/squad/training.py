@@ -24,7 +24,7 @@ from train.finetuning.settings import Job
 from train.finetuning.soft_labels import teacher_outputs, weights_digest
 from train.finetuning.squad.answers import find_answers
 from train.finetuning.squad.distillation import distillation_loss, soft_spans, windows_digest
-from train.finetuning.squad.features import Windows, make_windows, pair_template, question_room
+from train.finetuning.squad.features import Floats, Windows, make_windows, pair_template, question_room
 from train.finetuning.squad.questions import (
     Question,
     find_squad_files,
@@ -40,15 +40,10 @@ from train.models.loading import check_encoder, load_finetuned
 from train.models.tokenizer_checks import load_tokenizer
 
 NULL_THRESHOLD = 0.0  # --null_score_diff_threshold of BERT's run_squad.py
-Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def check(job: Job) -> None:
-    """Refuse what can be refused before anything is read or trained.
-
-    Raises:
-        UserError: data or models that are not there or do not fit.
-    """
+    """UserError for data or models that are not there or do not fit, before anything is read or trained."""
     if job.unlabelled:
         raise UserError(
             f"--unlabelled has no effect on {job.task.name}, whose teachers label the training questions; leave it out"

@@ -12,8 +12,8 @@ from train.checkpointing.checkpoint import Checkpointer
 from train.checkpointing.state import TrainState
 from train.config_sections.running import CheckpointConfig
 from train.distributed.signals import StopRequest
-from train.distributed.world import any_rank_stops
 from train.errors import CheckpointNotWrittenError, NonFiniteError
+from train.loop.divergence import weights_are_finite
 from train.loop.metrics import Events
 from train.loop.observers.loss_spikes import SpikeDetector
 from train.loop.observers.overflows import NON_FINITE_REMEDY
@@ -95,13 +95,16 @@ class Checkpointing:
         whose step was skipped, and says nothing of the weights."""
         engine = self.trainer.engine
         losses_finite = self.trainer.losses.were_finite() or engine.fp16_enabled()
-        sums = [parameter.detach().double().sum() for parameter in engine.module.parameters()]
-        finite = losses_finite and bool(torch.isfinite(torch.stack(sums)).all())
-        if self._on_any_rank(not finite):
+        if self._on_any_rank(not (losses_finite and weights_are_finite(engine))):
             raise NonFiniteError(
                 f"losses or weights have become infinite or NaN by step {state.step}; nothing is saved over the "
                 f"checkpoints before. {NON_FINITE_REMEDY}"
             )
 
     def _on_any_rank(self, here: bool) -> bool:
-        return here if self._group is None else any_rank_stops(here, self._group)
+        """One number over gloo, no device is waited for."""
+        if self._group is None:
+            return here
+        flag = torch.tensor([int(here)], dtype=torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())
