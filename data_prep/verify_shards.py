@@ -22,18 +22,10 @@ require_packages()
 import numpy as np
 
 from data_prep.error_messages import exit_code, explain
+from data_prep.shard_format.blocks import count_tokens, npy_array, token_blocks
 from data_prep.shard_format.errors import MissingFile, UserError, refuse_empty_words
 from data_prep.shard_format.files import refuse_pipe
-from data_prep.shard_format.manifest import (
-    SPLITS,
-    TOKENIZER_FOLDER,
-    Manifest,
-    ShardInfo,
-    count_tokens,
-    npy_array,
-    read_blocks,
-    token_dtype,
-)
+from data_prep.shard_format.manifest import SPLITS, TOKENIZER_FOLDER, Manifest, ShardInfo, token_dtype
 from data_prep.shard_format.terminal import progress_bar
 from data_prep.shard_format.tokenizer_record import check_record
 
@@ -54,17 +46,13 @@ def check_shard(path: Path, info: ShardInfo, manifest: Manifest) -> np.ndarray:
     size = path.stat().st_size
     if size != info.bytes:
         raise UserError(f"{path} has {size:,} bytes, the manifest says {info.bytes:,}; {REMEDY}")
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while data := file.read(1 << 20):
-            digest.update(data)
-        if digest.hexdigest() != info.sha256:
-            raise UserError(f"{path} is altered: its sha256 is not the manifest's; {REMEDY}")
-        file.seek(0)
-        try:
-            blocks = read_blocks(file, token_dtype(manifest.tokenizer.vocab_size))
-        except UserError as error:
-            raise UserError(f"{path} is no shard: {error}; {REMEDY}") from None
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != info.sha256:
+        raise UserError(f"{path} is altered: its sha256 is not the manifest's; {REMEDY}")
+    try:
+        blocks = token_blocks(data, token_dtype(manifest.tokenizer.vocab_size))
+    except UserError as error:
+        raise UserError(f"{path} is no shard: {error}; {REMEDY}") from None
     return _check_blocks(blocks, path, info, manifest)
 
 
@@ -149,8 +137,7 @@ def passages(folder: Path, manifest: Manifest, tokenizer: Any, count: int) -> It
     shards = [shard for split in SPLITS for shard in manifest.splits[split]]
     for index in range(min(count, len(shards))):
         shard = shards[index * len(shards) // count]
-        with open(folder / shard.name, "rb") as file:
-            blocks = read_blocks(file)
+        blocks = token_blocks((folder / shard.name).read_bytes())
         if not blocks:
             continue
         block = blocks[0]

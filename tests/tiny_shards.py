@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.shard_format.manifest import Manifest, ShardInfo, token_dtype, write_shard
+from data_prep.shard_format.blocks import write_shard
+from data_prep.shard_format.manifest import Manifest, ShardInfo, token_dtype
 from data_prep.shard_format.tokenizer_info import TokenizerInfo
 
 SEP = 3

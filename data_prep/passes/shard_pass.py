@@ -30,17 +30,10 @@ from data_prep.passes.placement import (
 from data_prep.passes.source_files import keep_records
 from data_prep.passes.tokenize_pass import bucket_heads, wait_for, write_skipped
 from data_prep.passes.work_folder import source_records
+from data_prep.shard_format.blocks import blocks_of, count_tokens, write_shard
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import new_file, new_folder, write_array, write_text
-from data_prep.shard_format.manifest import (
-    SPLITS,
-    TOKENIZER_FOLDER,
-    Manifest,
-    ShardInfo,
-    blocks_of,
-    count_tokens,
-    write_shard,
-)
+from data_prep.shard_format.manifest import SPLITS, TOKENIZER_FOLDER, Manifest, ShardInfo
 from data_prep.workers import Worker
 
 DOCUMENTS_IN_MEMORY = 4_000_000  # of the plan: 40 bytes each, and as much again to sort them

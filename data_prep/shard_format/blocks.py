@@ -76,20 +76,11 @@ def count_tokens(counts: np.ndarray, tokens: np.ndarray) -> None:
         counts += np.bincount(tokens[start : start + _SLICE], minlength=len(counts))
 
 
-def read_blocks(file: BinaryIO, dtype: np.dtype[Any] | None = None) -> list[np.ndarray]:
-    """The token arrays of a shard, in order, as views of its bytes.
-
-    Raises:
-        UserError: the file is no whole shard (of this dtype, where one is given).
-    """
-    return token_blocks(file.read(), dtype)
-
-
 def token_blocks(data: bytes | bytearray, dtype: np.dtype[Any] | None = None) -> list[np.ndarray]:
-    """The arrays of a tar's members, as views of `data`: 1-D, of `dtype` or else uint16 or uint32.
+    """The arrays of a shard's members, in order, as views of `data`: 1-D, of `dtype` or else uint16 or uint32.
 
     Raises:
-        UserError: it is no such tar; the message names the member.
+        UserError: it is no such tar, or not a whole one; the message names the member.
     """
     blocks = []
     for name, start, stop in tar_members(data):

@@ -24,16 +24,6 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
-from data_prep.shard_format.blocks import (
-    BLOCK_TOKENS,
-    TOKENS_KEY,
-    blocks_of,
-    count_tokens,
-    npy_array,
-    read_blocks,
-    token_blocks,
-    write_shard,
-)
 from data_prep.shard_format.canonical import canonical_json, split_shards, without_garbage_collection
 from data_prep.shard_format.checks import (
     Count,
@@ -46,31 +36,13 @@ from data_prep.shard_format.checks import (
 )
 from data_prep.shard_format.errors import MissingFile, UserError
 from data_prep.shard_format.files import write_text
-from data_prep.shard_format.remote import is_remote, read_bytes
+from data_prep.shard_format.remote import read_bytes
 from data_prep.shard_format.tokenizer_info import TokenizerInfo
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "heldout")
-
-__all__ = [
-    "BLOCK_TOKENS",
-    "SPLITS",
-    "TOKENS_KEY",
-    "Manifest",
-    "ShardInfo",
-    "blocks_of",
-    "count_tokens",
-    "is_remote",
-    "npy_array",
-    "read_blocks",
-    "shard_url",
-    "token_blocks",
-    "token_dtype",
-    "without_scheme",
-    "write_shard",
-]
 
 
 @dataclass(slots=True)  # there may be a million, which take twice as long to make if frozen

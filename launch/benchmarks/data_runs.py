@@ -61,7 +61,8 @@ def datasets_map(corpus: str, tokenizer: str, out: str, cores: int) -> dict[str,
     import numpy as np
     from transformers import AutoTokenizer
 
-    from data_prep.shard_format.manifest import token_dtype, write_shard
+    from data_prep.shard_format.blocks import write_shard
+    from data_prep.shard_format.manifest import token_dtype
 
     loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     datasets.disable_progress_bars()

@@ -25,8 +25,9 @@ import torch
 import webdataset
 
 from data_prep.passes.job import HISTOGRAM_NAME
+from data_prep.shard_format.blocks import write_shard
 from data_prep.shard_format.files import write_json
-from data_prep.shard_format.manifest import Manifest, ShardInfo, shard_url, write_shard
+from data_prep.shard_format.manifest import Manifest, ShardInfo, shard_url
 from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from launch.benchmarks import options
 from launch.machine import hardware

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.shard_format.manifest import is_remote
+from data_prep.shard_format.remote import is_remote
 from launch.preflight import checks
 from launch.preflight.checks import Finding, finding
 from launch.preflight.hosts import Host, UnreachableError, ask_all, keep_alive_s

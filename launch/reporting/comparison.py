@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from data_prep.shard_format.manifest import is_remote, without_scheme
+from data_prep.shard_format.manifest import without_scheme
+from data_prep.shard_format.remote import is_remote
 from train.build import heldout_scoring
 from train.config import Config
 from train.errors import UserError

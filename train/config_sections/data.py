@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from data_prep.shard_format.manifest import is_remote
+from data_prep.shard_format.remote import is_remote
 from train.config_sections.checks import refuse, require_at_most, require_positive
 
 MAX_LANES = 65_536

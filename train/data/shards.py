@@ -11,14 +11,8 @@ import hashlib
 
 import numpy as np
 
-from data_prep.shard_format.manifest import (
-    Manifest,
-    ShardInfo,
-    npy_array,
-    shard_url,
-    token_blocks,
-    token_dtype,
-)
+from data_prep.shard_format.blocks import npy_array, token_blocks
+from data_prep.shard_format.manifest import Manifest, ShardInfo, shard_url, token_dtype
 from data_prep.shard_format.remote import is_remote, read_bytes
 from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from train.data.shard_cache import ShardCache

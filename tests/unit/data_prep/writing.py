@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from data_prep import write_shards
-from data_prep.shard_format.manifest import Manifest, read_blocks
+from data_prep.shard_format.blocks import token_blocks
+from data_prep.shard_format.manifest import Manifest
 
 
 def make(*arguments: Any, processes: int = 1) -> int:
@@ -20,10 +21,9 @@ def documents_in(folder: Path, split: str = "train") -> list[tuple[int, ...]]:
     manifest = Manifest.load(folder)
     found = []
     for shard in manifest.splits[split]:
-        with open(folder / shard.name, "rb") as file:
-            for block in read_blocks(file):
-                ends = np.flatnonzero(block == manifest.tokenizer.sep_id)
-                found += [tuple(part[:-1].tolist()) for part in np.split(block, ends + 1) if len(part)]
+        for block in token_blocks((folder / shard.name).read_bytes()):
+            ends = np.flatnonzero(block == manifest.tokenizer.sep_id)
+            found += [tuple(part[:-1].tolist()) for part in np.split(block, ends + 1) if len(part)]
     return found
 
 

@@ -15,17 +15,9 @@ import webdataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep.shard_format import blocks, canonical
+from data_prep.shard_format.blocks import blocks_of, count_tokens, token_blocks, write_shard
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.manifest import (
-    Manifest,
-    ShardInfo,
-    _as_written,
-    blocks_of,
-    count_tokens,
-    read_blocks,
-    token_dtype,
-    write_shard,
-)
+from data_prep.shard_format.manifest import Manifest, ShardInfo, _as_written, token_dtype
 from data_prep.shard_format.tokenizer_info import TokenizerInfo, tokenizer_fingerprint, tokenizer_info
 
 TOKENIZER = TokenizerInfo("f" * 64, 64, 0, 1, 2, 3, 4, (0, 1, 2, 3, 4))
@@ -210,8 +202,7 @@ def test_stock_webdataset_reads_a_shard(tmp_path: Path, dtype: type) -> None:
     assert all(array.ndim == 1 and array.dtype == dtype and array[-1] == 3 for array in arrays)
     np.testing.assert_array_equal(np.concatenate(arrays), np.concatenate(documents))
     assert all(len(array) >= 8192 for array in arrays[:-1])
-    with open(path, "rb") as file:
-        np.testing.assert_array_equal(np.concatenate(list(read_blocks(file))), np.concatenate(documents))
+    np.testing.assert_array_equal(np.concatenate(token_blocks(path.read_bytes())), np.concatenate(documents))
 
 
 def test_same_documents_give_the_same_bytes_with_little_overhead() -> None:
@@ -288,13 +279,13 @@ def test_hostile_shards_are_refused_and_nothing_is_unpickled(
     monkeypatch.setattr(pickle, "load", None)
     monkeypatch.setattr(pickle, "loads", None)
     with pytest.raises(ValueError, match=message):
-        read_blocks(io.BytesIO(data))
+        token_blocks(data)
 
 
 def test_a_shard_of_another_dtype_is_refused() -> None:
-    assert read_blocks(io.BytesIO(tar_of(GOOD)))[0].tolist() == [7, 3]
+    assert token_blocks(tar_of(GOOD))[0].tolist() == [7, 3]
     with pytest.raises(ValueError, match=r"an array of <u2, shape \(2,\), not of <u4 in one row"):
-        read_blocks(io.BytesIO(tar_of(GOOD)), np.dtype(np.uint32))
+        token_blocks(tar_of(GOOD), np.dtype(np.uint32))
 
 
 def test_counting_goes_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
