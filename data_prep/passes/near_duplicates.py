@@ -11,7 +11,7 @@ holds about 60 bytes for each document of the corpus: 6 GB for a hundred million
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def _runs(tokens: np.ndarray) -> np.ndarray:
     return np.unique(hashes >> np.uint64(32))
 
 
-def near_duplicates(keys: np.ndarray, bands: Sequence[np.ndarray]) -> np.ndarray:
+def near_duplicates(keys: np.ndarray, bands: Iterable[np.ndarray]) -> np.ndarray:
     """Which documents agree in a band with one of a lower key.
 
     Args:
@@ -98,31 +98,16 @@ def find_near_duplicates(paths: Sequence[Path], out: Path) -> NearDuplicates:
     """Look through all bucket files, and write what was found to `out`; on rank 0."""
     buckets = [open_bucket(path) for path in paths]
     keys = np.concatenate([bucket.keys for bucket in buckets])
-    bands = _Bands(buckets)
+    bands = (np.concatenate([bucket.bands[:, band] for bucket in buckets]) for band in range(BANDS))
     dropped = near_duplicates(keys, bands)
     write_array(out, dropped)
     documents = len(np.unique(keys[dropped]))
     return NearDuplicates(out, documents, int(dropped.sum()) - documents)
 
 
-class _Bands(Sequence[np.ndarray]):
-    """Band by band from the bucket files."""
-
-    def __init__(self, buckets: Sequence[Bucket]) -> None:
-        self._buckets = buckets
-
-    def __len__(self) -> int:
-        return BANDS
-
-    def __getitem__(self, band: Any) -> Any:
-        if band >= BANDS:
-            raise IndexError(band)
-        return np.concatenate([bucket.bands[:, band] for bucket in self._buckets])
-
-
 def dropped_masks(found: NearDuplicates | None, buckets: Sequence[Bucket]) -> list[np.ndarray]:
     """For each bucket file a bool for each of its documents, True where it is dropped."""
-    ends = np.cumsum([len(bucket.keys) for bucket in buckets])
     if found is None:
         return [np.zeros(len(bucket.keys), dtype=bool) for bucket in buckets]
+    ends = np.cumsum([len(bucket.keys) for bucket in buckets])
     return np.split(np.load(found.path, mmap_mode="r"), ends[:-1])

@@ -27,9 +27,8 @@ from data_prep.passes.placement import (
     order_and_deduplicate,
     plan_shards,
 )
-from data_prep.passes.source_files import keep_records
 from data_prep.passes.tokenize_pass import bucket_heads, wait_for, write_skipped
-from data_prep.passes.work_folder import source_records
+from data_prep.passes.work_folder import keep_records
 from data_prep.shard_format.blocks import blocks_of, count_tokens, write_shard
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import new_file, new_folder, write_array, write_text
@@ -226,14 +225,10 @@ class _Hashed:
         self.sha256 = hashlib.sha256()
         self.size = 0
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes) -> None:
         self.sha256.update(data)
         self.size += len(data)
         self._file.write(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.size
 
 
 def finished(job: Job, shard: ShardPlan) -> ShardInfo | None:
@@ -301,7 +296,7 @@ def finish(job: Job, plan: Plan, save_tokenizer: Any) -> Manifest:
             **({"beyond_the_mixture": sum(share.unused for share in plan.shares)} if plan.shares else {}),
         },
     )
-    keep_records(out, source_records(out))
+    keep_records(out)
     manifest.save(out)
     shutil.rmtree(job.work, ignore_errors=True)
     return manifest

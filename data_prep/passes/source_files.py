@@ -8,7 +8,6 @@ tail. What lies on the hub is not compared.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from pydantic import StrictInt, StrictStr, TypeAdapter, ValidationError
 
 from data_prep.shard_format.checks import first_problem
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.files import read_json, write_text
+from data_prep.shard_format.files import read_json
 from data_prep.sources.resolve import Source
 
 SAMPLE = 1 << 16
@@ -104,13 +103,8 @@ def _paths(sources: Sequence[Source]) -> Iterator[str]:
     return iter(found)
 
 
-def keep_records(out: Path, records: Records) -> None:
-    """Leave the records beside the shards."""
-    write_text(out / RECORD_NAME, json.dumps(records))
-
-
 def kept_records(out: Path) -> Records | None:
-    """What `keep_records` has left; None in folders from before November 2026."""
+    """What lies beside the shards; None in folders from before November 2026."""
     path = out / RECORD_NAME
     if not path.exists():
         return None

@@ -44,7 +44,8 @@ class TokenizePass:
         worker.progress.already_done(sum(head["stored_bytes"] for head in bucket_heads(self._job)))
         encoder = Encoder(self._job.backend, self._job.tokenizer)
         # Before anybody begins: an end mark alone does not say that the chunks before it are done.
-        waiting = sorted((unit for unit in self._units if not self._is_done(unit)), key=_largest_first)
+        waiting = [unit for unit in self._units if not self._is_done(unit)]
+        waiting.sort(key=lambda unit: -unit.bytes)
         gc.disable()  # parsing makes many objects, none of them in cycles
         try:
             for unit in waiting:
@@ -189,10 +190,6 @@ class _UnitReader:
         while size < limit and (record := self.next_record()) is not None:
             size += record.size
             yield record
-
-
-def _largest_first(unit: Unit) -> tuple[int, int]:
-    return -unit.bytes, unit.number
 
 
 def made_buckets(job: Job) -> tuple[Path, ...]:

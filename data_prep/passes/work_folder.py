@@ -29,7 +29,6 @@ from data_prep.passes.source_files import (
     SAMPLE,
     SAMPLES,
     Changes,
-    Records,
     changed_files,
     checked_records,
     describe_files,
@@ -106,10 +105,9 @@ def prepare_folder(
     return run, None
 
 
-def source_records(out: Path) -> Records:
-    """The files of the sources as they were when the unfinished job began."""
-    records: Records = _read_journal(out)["files"]
-    return records
+def keep_records(out: Path) -> None:
+    """Leave beside the shards what the files of the sources were when the job began."""
+    write_text(out / RECORD_NAME, json.dumps(_read_journal(out)["files"]))
 
 
 def _read_journal(out: Path) -> dict[str, Any]:
