@@ -32,7 +32,6 @@ class Progress:
         self._bar: Any = None
 
     def show_bar(self, total: int, unit: str) -> None:
-
         self._bar = progress_bar(total=total or None, desc=self._name, unit=unit, unit_scale=True)
 
     def already_done(self, amount: int) -> None:

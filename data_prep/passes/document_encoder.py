@@ -65,7 +65,6 @@ class Encoder:
     """Tokenises documents in batches; made from text, so that it can be sent to other processes."""
 
     def __init__(self, backend: str, info: TokenizerInfo) -> None:
-
         content = json.loads(backend)
         self._tokenizer: Any = _ready(Tokenizer.from_str(backend))
         self._lowercase = False

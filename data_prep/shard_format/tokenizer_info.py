@@ -43,10 +43,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def _identity(tokenizer: Any) -> dict[str, Any]:
     backend = json.loads(_backend(tokenizer).to_str())
     model = dict(backend["model"])
+    # get_vocab() has it, with the added tokens; Unigram's list carries scores and stays.
     if isinstance(model.get("vocab"), dict):
-        model.pop(
-            "vocab"
-        )  # get_vocab() has it, with the added tokens; Unigram's list carries scores and stays
+        del model["vocab"]
     return {
         "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0])),
         "special": _special_ids(tokenizer),

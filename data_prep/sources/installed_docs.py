@@ -42,12 +42,12 @@ def read_docstrings(file: SourceFile, options: ReadOptions, reading: Reading) ->
         yield Record("", text, len(text))
 
 
-def docstrings(source: bytes, min_characters: int = MIN_CHARACTERS) -> list[str]:
+def docstrings(source: bytes) -> list[str]:
     """The docstrings of one file's module, classes and functions, in the order in which they stand.
 
     A file that this Python cannot parse (templates, other versions' syntax) has none.
     """
-    if not _may_have_long_docstring(source, min_characters):
+    if not _may_have_long_docstring(source):
         return []
     try:
         with warnings.catch_warnings():
@@ -59,7 +59,7 @@ def docstrings(source: bytes, min_characters: int = MIN_CHARACTERS) -> list[str]
     nodes: list[ast.AST] = [tree]
     while nodes:
         node = nodes.pop()
-        if isinstance(node, _OWNERS) and (text := ast.get_docstring(node)) and len(text) >= min_characters:
+        if isinstance(node, _OWNERS) and (text := ast.get_docstring(node)) and len(text) >= MIN_CHARACTERS:
             texts.append(text)
         inner = [child for part in ("body", "orelse", "finalbody") for child in getattr(node, part, ())]
         nodes += [
@@ -77,10 +77,10 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _may_have_long_docstring(source: bytes, min_characters: int) -> bool:
+def _may_have_long_docstring(source: bytes) -> bool:
     """Parsing is nearly all of the cost, and half of the files have no triple-quoted string that is long."""
     return any(
-        len(part) >= min_characters for quote in (b'"""', b"'''") for part in source.split(quote)[1::2]
+        len(part) >= MIN_CHARACTERS for quote in (b'"""', b"'''") for part in source.split(quote)[1::2]
     )
 
 

@@ -16,7 +16,7 @@ from data_prep.sources.text_files import text_of
 from data_prep.sources.texts import BadRecord
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?---\r?\n(?=[ \t]*\S)(.*?)\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_BREAKS = {"softbreak": "\n", "hardbreak": "\n"}
+_INLINE = {"softbreak": "\n", "hardbreak": "\n", "html_inline": ""}
 _VERBATIM = ("fence", "code_block")
 
 
@@ -35,7 +35,7 @@ def parse_markdown(record: Record, options: ReadOptions) -> str:
             blocks.append("\t".join(row))
             row = None
         elif token.type == "inline":
-            inline = "".join(_BREAKS.get(child.type, _content(child)) for child in token.children or ())
+            inline = "".join(_INLINE.get(child.type, child.content) for child in token.children or ())
             (blocks if row is None else row).append(inline)
         elif token.type in _VERBATIM:
             blocks.append(token.content.rstrip("\n"))
@@ -52,10 +52,6 @@ def _without_front_matter(text: str) -> str:
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError):  # of ill escapes, and of depth
         return text
     return text[found.end() :] if isinstance(node, yaml.MappingNode) else text
-
-
-def _content(token: Any) -> str:
-    return "" if token.type == "html_inline" else str(token.content)
 
 
 @functools.cache
@@ -85,9 +81,8 @@ def _extractor() -> Any:
             f"HTML is read with the package trafilatura, which is not installed ({error}): "
             "pip install -r requirements-sources.txt"
         ) from None
-    logging.getLogger("trafilatura").setLevel(
-        logging.CRITICAL
-    )  # it warns of pages without text: we name them
+    # It warns of pages without text: we name them.
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
     return trafilatura.extract
 
 

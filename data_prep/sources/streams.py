@@ -8,9 +8,9 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import zstandard
 
@@ -26,21 +26,16 @@ class DamagedFile(UserError):
 
 def plain_name(path: str) -> str:
     """`path` without the ending of its compression."""
-    for ending in COMPRESSIONS:
-        if path.endswith(ending):
-            return path[: -len(ending)]
-    return path
+    plain, ending = os.path.splitext(path)
+    return plain if ending in COMPRESSIONS else path
 
 
-class ByteStream:
-    """An open file, unpacked. `position()` counts the bytes read of the file as it is stored."""
+class ByteStream(NamedTuple):
+    """An open file, unpacked."""
 
-    def __init__(self, raw: BinaryIO, stream: IO[bytes]) -> None:
-        self._raw = raw
-        self.stream = stream
-
-    def position(self) -> int:
-        return self._raw.tell()
+    stream: IO[bytes]
+    position: Callable[[], int]
+    """Bytes read of the file as it is stored."""
 
 
 @contextmanager
@@ -53,12 +48,11 @@ def open_stream(path: str) -> Iterator[ByteStream]:
     """
     refuse_pipe(path)
     with open(path, "rb") as raw:
-        if (
-            plain_name(path) != path and not os.fstat(raw.fileno()).st_size
-        ):  # gzip and zstd take it for no text
+        # gzip and zstd take it for no text.
+        if plain_name(path) != path and not os.fstat(raw.fileno()).st_size:
             raise DamagedFile(f"{path} is empty, and no packed file is; fetch or pack it again")
         try:
-            yield ByteStream(raw, _unpack(path, raw))
+            yield ByteStream(_unpack(path, raw), raw.tell)
         except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
             raise DamagedFile(f"{path} is damaged or cut short: {error}; fetch or pack it again") from None
         except OSError as error:
@@ -83,8 +77,6 @@ class _ZstdFile(io.RawIOBase):
     """zstandard's own stream_reader takes a file that is cut short for a whole one; this does not."""
 
     def __init__(self, raw: BinaryIO) -> None:
-
-        self._error = zstandard.ZstdError
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._raw = raw
         self._frame = self._new_frame()
@@ -108,7 +100,7 @@ class _ZstdFile(io.RawIOBase):
             self._fed = True
             try:
                 self._plain = memoryview(self._frame.decompress(packed))
-            except self._error as error:
+            except zstandard.ZstdError as error:
                 raise EOFError(str(error)) from None
             if self._frame.eof:
                 self._fed = False
