@@ -1,12 +1,23 @@
-"""How the errors of the three commands reach the user."""
+"""What the three commands share: how they parse, and how their errors reach the user."""
 
 from __future__ import annotations
 
+import argparse
 import errno
+import sys
 import traceback
 
 from data_prep.processes import ProcessLost
-from data_prep.shard_format.errors import UserError
+from data_prep.shard_format.errors import UserError, refuse_empty_words
+
+
+def parse_words(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The command line (None: the process's own), without empty words."""
+    try:
+        refuse_empty_words(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        parser.error(str(error))
+    return parser.parse_args(arguments)
 
 
 def _is_full_disk(error: Exception) -> bool:

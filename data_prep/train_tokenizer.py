@@ -25,10 +25,10 @@ require_packages()
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from data_prep.error_messages import exit_code, explain
+from data_prep.error_messages import exit_code, explain, parse_words
 from data_prep.passes.mixture import split_weights
 from data_prep.processes import ProcessExecutor
-from data_prep.shard_format.errors import UserError, refuse_empty_words
+from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import new_folder
 from data_prep.shard_format.terminal import progress_bar
 from data_prep.shard_format.tokenizer_files import save_tokenizer
@@ -124,7 +124,6 @@ def corpus(units: list[Unit], options: ReadOptions, num_processes: int) -> Itera
 
     Documentation is parsed on `num_processes` processes; other formats read faster than the trainer counts.
     """
-
     total = sum(unit.bytes for unit in units)
     started = time.monotonic()
     bar = progress_bar(total=total or None, desc="reading", unit="B", unit_scale=True)
@@ -187,11 +186,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"a document of more UTF-8 text is left out (default {MAX_DOCUMENT_MB})",
     )
     parser.add_argument("--processes", type=int, metavar="N", help="default: one per core")
-    try:
-        refuse_empty_words(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        parser.error(str(error))
-    return parser.parse_args(arguments)
+    return parse_words(parser, arguments)
 
 
 def run(parsed: argparse.Namespace) -> str:

@@ -21,9 +21,9 @@ require_packages()
 
 import numpy as np
 
-from data_prep.error_messages import exit_code, explain
+from data_prep.error_messages import exit_code, explain, parse_words
 from data_prep.shard_format.blocks import count_tokens, npy_array, token_blocks
-from data_prep.shard_format.errors import MissingFile, UserError, refuse_empty_words
+from data_prep.shard_format.errors import MissingFile, UserError
 from data_prep.shard_format.files import refuse_pipe
 from data_prep.shard_format.manifest import SPLITS, TOKENIZER_FOLDER, Manifest, ShardInfo, token_dtype
 from data_prep.shard_format.terminal import progress_bar
@@ -153,11 +153,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="a folder that write_shards.py made")
     parser.add_argument("--passages", type=int, default=3, metavar="N", help="how many to show (default 3)")
-    try:
-        refuse_empty_words(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        parser.error(str(error))
-    return parser.parse_args(arguments)
+    return parse_words(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from data_prep.error_messages import exit_code, explain
+from data_prep.error_messages import exit_code, explain, parse_words
 from data_prep.passes.job import NEAR_DUPLICATES_NAME, SKIPPED_NAME, Job, JobOptions
 from data_prep.passes.mixture import split_weights
 from data_prep.passes.near_duplicates import Signatures, find_near_duplicates
@@ -30,7 +30,7 @@ from data_prep.passes.placement import Plan
 from data_prep.passes.shard_pass import ShardPass, finish, make_plan
 from data_prep.passes.tokenize_pass import TokenizePass, made_buckets
 from data_prep.passes.work_folder import locked, prepare_folder
-from data_prep.shard_format.errors import UserError, refuse_empty_words
+from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.hub import require_hub
 from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest
 from data_prep.shard_format.tokenizer_files import save_tokenizer
@@ -114,11 +114,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, metavar="N", help="default: one per core; under mpirun the ranks are it"
     )
-    try:
-        refuse_empty_words(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        parser.error(str(error))
-    return parser.parse_args(arguments)
+    return parse_words(parser, arguments)
 
 
 def _add_reading_options(parser: argparse.ArgumentParser) -> None:
