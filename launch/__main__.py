@@ -128,7 +128,6 @@ def help_text() -> str:
 
 def complete() -> None:
     """Answer a shell's question how a word may end; a command is followed no further than to its parser."""
-
     parse = argparse.ArgumentParser.parse_known_args
 
     def answer(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:

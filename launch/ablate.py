@@ -34,7 +34,7 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch.cli import parse_config, run_main
+from launch.cli import command_parser, parse_config, run_main
 from launch.experiments.job import StoppedError
 from launch.experiments.options import (
     FINETUNE,
@@ -100,9 +100,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's options, and what is left for launch/pretrain.py and launch/finetune.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__, allow_abbrev=False)
     parser.add_argument(
         "--config",
         action="append",

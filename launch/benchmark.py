@@ -8,7 +8,6 @@ figures of record stand in docs/BENCHMARKS.md.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from data_prep.shard_format.required_packages import require_packages
 require_packages()
 
 from launch.benchmarks import data
-from launch.cli import run_main
+from launch.cli import command_parser, run_main
 
 BENCHMARKS = {
     "data": "corpus to shards: documents/s and tokens/s beside the bare tokenizer and datasets.map",
@@ -37,19 +36,13 @@ BENCHMARKS = {
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, summary in BENCHMARKS.items():
         commands.add_parser(name, help=summary, description=summary, add_help=False)
     known, rest = parser.parse_known_args(arguments)
     benchmark = _benchmark(known.benchmark)
-    options = argparse.ArgumentParser(
-        prog=f"benchmark.py {known.benchmark}",
-        description=benchmark.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    options = command_parser(benchmark.__doc__, prog=f"benchmark.py {known.benchmark}")
     benchmark.add_arguments(options)
     code: int = benchmark.main(options.parse_args(rest))
     return code

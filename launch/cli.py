@@ -52,6 +52,13 @@ class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormat
     """The description as it is written, each flag with its type and default."""
 
 
+def command_parser(description: str | None, **options: Any) -> argparse.ArgumentParser:
+    """A parser of a command's own flags, whose --help shows the description as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+    )
+
+
 def parse_config(arguments: Sequence[str], description: str) -> Config:
     """The configuration of a command line: defaults < `--config` files < `--section.key=value`.
 

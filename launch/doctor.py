@@ -25,7 +25,7 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch.cli import parse_config, run_main
+from launch.cli import command_parser, parse_config, run_main
 from launch.preflight.checks import Finding
 from launch.preflight.hosts import DEFAULT_SSH, Host, read_hostfile, read_ssh
 from launch.tables import text_table
@@ -64,9 +64,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags that are the doctor's own."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__, allow_abbrev=False)
     add = parser.add_argument
     add(
         "--hostfile", help="the job's hosts, a line `NAME slots=GPUS` for each; this machine alone without it"

@@ -31,7 +31,7 @@ from data_prep.shard_format.required_packages import require_packages
 require_packages()
 
 from data_prep.shard_format.files import new_folder
-from launch.cli import run_main
+from launch.cli import command_parser, run_main
 from train.errors import UserError
 from train.run_folder import read_summary
 
@@ -41,9 +41,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, export, say what was done."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT_OR_FOLDER")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too")

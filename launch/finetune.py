@@ -21,7 +21,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,7 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from dataclasses import replace
-
-from launch.cli import run_main
+from launch.cli import command_parser, run_main
 from launch.tables import text_table
 from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
 from train.errors import UserError
@@ -47,9 +45,7 @@ COLUMNS = ("task", "metrics", "score,\nmedian", "lowest to\nhighest", "seeds", "
 
 def parser() -> argparse.ArgumentParser:
     """Options; a setting that is not given stays None, so that the task's own default holds."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    made = command_parser(__doc__, allow_abbrev=False)
     made.add_argument(
         "--model", required=True, metavar="DIR", help="encoder with its tokenizer: folder or hub name"
     )
@@ -311,7 +307,6 @@ def jobs_with_data(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
 
 def run_jobs(jobs: Sequence[Job], seeds: Sequence[int]) -> int:
     """Run one after another, then print the table."""
-
     from train.finetuning.runs import run_task
     from train.finetuning.training import Stopped
 

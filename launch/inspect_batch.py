@@ -27,7 +27,7 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch.cli import parse_config, run_main
+from launch.cli import command_parser, parse_config, run_main
 from train.config import Config
 from train.data.order import check_fit
 from train.errors import UserError
@@ -90,9 +90,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Confi
 
     options.micro_batch_size is None where nobody gave a number.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__, allow_abbrev=False)
     parser.add_argument("--step", type=int, required=True, help="global step, from 0")
     parser.add_argument("--world-size", type=int, default=1, help="ranks that share the batch (default 1)")
     parser.add_argument("--show", type=int, default=3, help="sequences to print (default 3)")

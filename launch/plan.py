@@ -25,7 +25,7 @@ require_packages()
 
 from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import MANIFEST_NAME
-from launch.cli import parse_config, run_main
+from launch.cli import command_parser, parse_config, run_main
 from launch.planner.hardware import LINK_EFFICIENCY, find_gpu
 from train.config import Config
 from train.config_sections.data import DataConfig
@@ -103,9 +103,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags that are the plan's own."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--nodes", type=int, default=1, help="machines (1)")
     add("--gpus-per-node", type=int, default=8, help="GPUs in each (8)")

@@ -11,7 +11,6 @@ stopped.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -36,7 +35,7 @@ from data_prep.shard_format.manifest import Manifest
 from data_prep.shard_format.terminal import progress_bar
 from data_prep.sources.installed_docs import installed_doc_files, read_docstrings
 from data_prep.sources.records import Reading, ReadOptions, SourceFile
-from launch.cli import run_main
+from launch.cli import command_parser, run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words, run_stage
 from train.errors import BAD_USAGE, RunError, UserError
 from train.run_folder import final_model, hold
@@ -61,9 +60,7 @@ class Stage:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the stages that are not finished yet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything")
     parser.add_argument(
         "--source",
@@ -188,7 +185,6 @@ def make_shards(corpus: str | Path, out: Path) -> None:
 
 def write_corpus(path: Path) -> None:
     """The documents of the source `installed-docs` as JSON lines, in a fixed order; appears whole or not."""
-
     files = installed_doc_files()
     documents = characters = 0
     bar = progress_bar(total=sum(file.bytes for file in files), unit="B", unit_scale=True, desc="reading")
@@ -206,9 +202,7 @@ def write_corpus(path: Path) -> None:
     print(f"{documents:,} documents, {characters / 1e6:.1f} MB -> {path}")
 
 
-def _documents_of(file: object) -> list[str]:
-
-    assert isinstance(file, SourceFile)
+def _documents_of(file: SourceFile) -> list[str]:
     return [record.payload for record in read_docstrings(file, ReadOptions(), Reading())]
 
 

@@ -33,7 +33,7 @@ from data_prep.shard_format.required_packages import require_packages
 require_packages()
 
 from data_prep.shard_format.files import write_json, write_text
-from launch.cli import parse_config, run_main
+from launch.cli import command_parser, parse_config, run_main
 from launch.reporting.inputs import (
     named_folders,
     read_ablation,
@@ -85,9 +85,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; ValueError where an option would have no effect."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder of a finished run")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument(
@@ -109,9 +107,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UserError("--curves adds to the plot of runs: give run folders too")
     if options.reference and not options.scores:
         raise UserError(f"--reference {options.reference} names a model of --scores: give --scores too")
-    options.runs, options.curves = (
-        [run.resolve() for run in runs] for runs in (options.runs, options.curves)
-    )
+    options.runs = [run.resolve() for run in options.runs]
+    options.curves = [run.resolve() for run in options.curves]
     return options
 
 

@@ -21,7 +21,7 @@ from data_prep.shard_format.required_packages import require_packages
 require_packages()
 
 from data_prep.shard_format.files import write_json
-from launch.cli import run_main
+from launch.cli import command_parser, run_main
 from launch.tables import text_table
 from train.config_sections.objective import POOLINGS
 from train.errors import UserError
@@ -31,9 +31,7 @@ from train.finetuning.data.tables import format_of, read_table
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    made = command_parser(__doc__, allow_abbrev=False)
     made.add_argument(
         "--model", required=True, nargs="+", metavar="DIR", help="encoders with their tokenizers"
     )

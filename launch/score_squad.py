@@ -10,7 +10,6 @@ without a prediction counts as 0.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch.cli import run_main
+from launch.cli import command_parser, run_main
 from train.errors import UserError
 from train.finetuning.squad import questions as squad_data
 from train.finetuning.squad import scores as squad_scores
@@ -30,9 +29,7 @@ from train.finetuning.squad import scores as squad_scores
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, score, print one JSON object; what is missing goes to stderr."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("questions", type=Path, metavar="DEV.json", help="SQuAD questions with their answers")
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS.json")
     parser.add_argument(

@@ -13,7 +13,6 @@ many as reach a --coverage of its tokens (train split).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch.cli import run_main
+from launch.cli import command_parser, run_main
 from train.errors import UserError
 
 COVERAGE = 0.9999
@@ -32,9 +31,7 @@ COVERAGE = 0.9999
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, trim, say what is left."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("teacher", type=Path, metavar="TEACHER", help="Hugging Face folder")
     parser.add_argument("--shards", required=True, metavar="DIR", help="folder or URL of shards")
     size = parser.add_mutually_exclusive_group()
