@@ -78,7 +78,6 @@ def _first_documents(corpus: str, count: int, folder: str) -> str:
     """The first `count` lines, packed as before where that is gzip: unpacking is part of the work."""
     if not count:
         return corpus
-
     path = os.path.join(folder, "corpus.jsonl.gz")
     with open_stream(corpus) as opened, gzip.open(path, "wb", compresslevel=6) as file:
         file.writelines(islice(opened.stream, count))

@@ -112,11 +112,10 @@ def measured_run(run_dir: Path, settings: Sequence[str]) -> dict[str, Any]:
         if name.startswith("time_") or name in (*COLUMNS, "loss", "skipped_steps")
     }
     waits = waits_per_step(json.loads((run_dir / "profile" / "trace-rank-0.json").read_text()), TRACED)
-    planned = {"planned_gib": planned_gib(settings, micro)}
     return {
         "micro_batch_size": micro,
         **kept,
-        **planned,
+        "planned_gib": planned_gib(settings, micro),
         "waits": sum(waits.values()),
         "waits_by_name": waits,
     }

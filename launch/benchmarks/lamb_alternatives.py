@@ -15,15 +15,9 @@ import torch
 class _PlainLamb(torch.optim.Optimizer):
     """One group; state step, exp_avg and exp_avg_sq per parameter."""
 
-    def __init__(
-        self,
-        params: Iterable[torch.Tensor],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.01,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(self, params: Iterable[torch.Tensor], lr: float, weight_decay: float = 0.01) -> None:
+        defaults = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
 
     def _moments(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = self.state[parameter]

@@ -148,16 +148,17 @@ def stock(
         yield from pipeline
 
 
-def _loader(args: argparse.Namespace, shards: str, manifest: Manifest, **options: Any) -> BatchLoader:
-    settings = {
-        "sequence_length": args.sequence_length,
-        "global_batch_size": args.global_batch_size,
-        "micro_batch_size": args.micro_batch_size,
-        "lanes": LANES,
-        "seed": SEED,
+def _loader(args: argparse.Namespace, shards: str, manifest: Manifest, **options: Any) -> _CountingLoader:
+    return _CountingLoader(
+        shards,
+        manifest,
+        sequence_length=args.sequence_length,
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        lanes=LANES,
+        seed=SEED,
         **options,
-    }
-    return _CountingLoader(shards, manifest, **settings)
+    )
 
 
 class _CountingLoader(BatchLoader):
@@ -216,9 +217,8 @@ def _epoch_cost(args: argparse.Namespace, shards: str, manifest: Manifest) -> di
     for number, _ in enumerate(loader.batches(0, loader.steps_per_epoch)):
         if number % 16 == 0:
             peak = max(peak, process.memory_info().rss)
-    readings = loader.num_readings  # type: ignore[attr-defined]
     return {
-        "readings_per_shard_and_epoch": readings / len(manifest.splits["train"]),
+        "readings_per_shard_and_epoch": loader.num_readings / len(manifest.splits["train"]),
         "peak_memory_mib": (peak - before) / 2**20,
     }
 

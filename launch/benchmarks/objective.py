@@ -103,9 +103,16 @@ def main(args: argparse.Namespace) -> int:
     ]
     _print_steps(figures["steps"])
     if not args.no_memory:
-        figures["step_memory"] = _memory_of_steps(args.shapes[0], args.threads)
+        figures["step_memory"] = {
+            name: _child("step", name, args.shapes[0], args.threads)
+            for name in FORMULATIONS
+            if name != "plain"
+        }
         figures["loss_memory"] = _memory_of_losses(args.memory_shape, args.threads)
-        figures["relations_memory"] = _memory_of_relations(args.threads)
+        figures["relations_memory"] = {
+            name: _child("relations", name, RELATIONS_SHAPE, args.threads)
+            for name in ("plain relation", "fused relation")
+        }
         _print_memory(figures, args.shapes[0], args.memory_shape)
     if args.json:
         write_json(args.json, figures)
@@ -213,19 +220,8 @@ def _child(kind: str, formulation: str, shape: Shape, threads: int) -> int:
     return int(json.loads(result.stdout.splitlines()[-1]))
 
 
-def _memory_of_steps(shape: Shape, threads: int) -> dict[str, int]:
-    return {name: _child("step", name, shape, threads) for name in FORMULATIONS if name != "plain"}
-
-
-def _memory_of_relations(threads: int) -> dict[str, int]:
-    """Of the relation term alone, from vectors to their gradients."""
-    return {
-        name: _child("relations", name, RELATIONS_SHAPE, threads)
-        for name in ("plain relation", "fused relation")
-    }
-
-
 def _relations_memory(formulation: str, batch: int, length: int) -> int:
+    """Of the relation term alone, from vectors to their gradients."""
     vectors = [
         [torch.randn(batch, length, WIDTH, requires_grad=gradient) for _ in range(3)]
         for gradient in (True, False)

@@ -36,10 +36,8 @@ def make_inputs(folder: Path, config: BertConfig | None = None, tokens: int = 8_
     names = {number: f"[{name.upper()}]" for name, number in SPECIAL.items()}
     pieces = {names.get(number, f"w{number}"): number for number in range(config.vocab_size)}
     backend = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
-    backend.normalizer, backend.pre_tokenizer = (
-        normalizers.BertNormalizer(),
-        pre_tokenizers.BertPreTokenizer(),
-    )
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = {f"{name}_token": f"[{name.upper()}]" for name in SPECIAL}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=512, **special)
     tokenizer.save_pretrained(teacher)

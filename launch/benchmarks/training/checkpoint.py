@@ -21,6 +21,7 @@ import torch.distributed as dist
 from data_prep.shard_format.files import write_json
 from launch.benchmarks.options import Shape
 from launch.benchmarks.training import settings, step
+from launch.benchmarks.training.launching import measured
 from launch.machine import hardware
 from launch.tables import text_table
 from train.build import Parts
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
             run = settings.settings(args.model, objective, shape, ranks, 1, folder)
             return {"kind": "checkpoint", "contenders": {"ours": run}}
 
-        figures = step.in_new_folder(spec, ranks, args.dir and args.dir.absolute())
+        figures = measured(spec, ranks, args.dir and args.dir.absolute())
         rows.append({"model": args.model, "ranks": ranks, **figures})
     print(as_text(rows))
     if args.json:

@@ -19,9 +19,6 @@ GPU collectives are not told apart, and NONE OF THIS HAS BEEN RUN ON ONE.
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,18 +159,7 @@ def _measured(args: argparse.Namespace, ranks: int, shape: options.Shape, object
             },
         }
 
-    return in_new_folder(spec, ranks)
-
-
-def in_new_folder(
-    spec: Callable[[Path], dict[str, Any]], ranks: int, beside: Path | None = None
-) -> dict[str, Any]:
-    """Measure in a folder that is removed afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=beside))
-    try:
-        return measured(spec(folder), ranks, folder)
-    finally:
-        shutil.rmtree(folder)
+    return measured(spec, ranks)
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:
