@@ -44,9 +44,13 @@ class Job:
     def config_of(self, variant: Variant) -> Config:
         """Its configuration, through the same parser as launch/pretrain.py's; UserError naming the run."""
         try:
-            return parse_config([*self.words, *variant.words, f"--run.dir={self.out / variant.name}"], "")
+            return parse_config(self._words(variant), "")
         except UserError as error:
             raise UserError(f"{variant.name}: {error}") from None
+
+    def _words(self, variant: Variant) -> list[str]:
+        """The flags of launch/pretrain.py."""
+        return [*self.words, *variant.words, f"--run.dir={self.out / variant.name}"]
 
     def fail(self, name: str, reason: str) -> None:
         """Remember a run that has no result, and say so."""
@@ -61,23 +65,16 @@ class Job:
         """
         num_open = sum(not is_finished(self.out / variant.name) for variant in variants)
         for number, variant in enumerate(variants, start=1):
-            run_dir, changed = (
-                self.out / variant.name,
-                variant.changed if variant.changes else "nothing changed",
-            )
+            run_dir = self.out / variant.name
+            changed = variant.changed if variant.changes else "nothing changed"
             heading = f"[{number}/{len(variants)}] {variant.name}: {variant.title} ({changed})"
             if is_finished(run_dir):
                 print(f"{heading} - done before", flush=True)
                 continue
             print(heading + self._time_left(num_open), flush=True)
             num_open -= 1
-            words = [
-                str(ROOT / "launch" / "pretrain.py"),
-                *self.words,
-                *variant.words,
-                f"--run.dir={run_dir}",
-            ]
-            code = self._run([*self.launcher(), *words])
+            script = str(ROOT / "launch" / "pretrain.py")
+            code = self._run([*self.launcher(), script, *self._words(variant)])
             if code or not is_finished(run_dir):
                 self.fail(variant.name, reason_of(code))
                 if variant.is_required:

@@ -151,17 +151,15 @@ def comparison_table(plan: Plan) -> str:
 def plot_curve(curve: Sequence[Plan], path: Path, title: str) -> None:
     """Tokens per second against GPUs, and what share of perfect scaling that is; grey where the recipe as it is
     does not reach."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     first = curve[0]
     gpus = [plan.machines.world_size for plan in curve]
     perfect = [first.tokens_per_s / gpus[0] * count for count in gpus]
     reached = [plan.tokens_per_s for plan in curve]
     inside = [plan.machines.world_size for plan in curve if plan.recipe.lanes == first.recipe.lanes]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(gpus, perfect, color="0.6", linestyle="--", label="if communication were free")
     left.plot(gpus, reached, color="C0", marker="o", label="predicted")
     left.set(yscale="log", ylabel="tokens per second")
@@ -183,4 +181,3 @@ def plot_curve(curve: Sequence[Plan], path: Path, title: str) -> None:
         f"{models} parameters, {first.recipe.global_batch_size:,} sequences a step; {title}", fontsize=10
     )
     figure.savefig(path, dpi=130)
-    plt.close(figure)

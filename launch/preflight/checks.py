@@ -150,11 +150,8 @@ def check_torch(answers: Answers, slots: Mapping[str, int]) -> Finding:
         wrong = [f"{number} ({d['name']}): {d['fault']}" for number, d in enumerate(devices) if d["fault"]]
         if wrong:
             return f"device {'; '.join(wrong)}"
-        return (
-            None
-            if describe(facts) == describe(first)
-            else f"{describe(facts)}; first host: {describe(first)}"
-        )
+        seen, reference = describe(facts), describe(first)
+        return None if seen == reference else f"{seen}; first host: {reference}"
 
     well = f"{describe(first)}; a matrix product on each device is right"
     remedy = (

@@ -127,9 +127,8 @@ def ask(name: str, ssh: Sequence[str] | None, arguments: Sequence[str], timeout_
         received_at = time.time()
         said.seek(0)
         words = " / ".join(line.strip() for line in said.read().splitlines()[-5:])
-    lines = [
-        line for line in done.stdout.splitlines() if line.startswith("{")
-    ]  # a login shell may greet first
+    # A login shell may greet first.
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     try:
         answer = json.loads(lines[-1])
     except (IndexError, ValueError):
