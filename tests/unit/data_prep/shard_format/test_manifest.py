@@ -1,4 +1,4 @@
-"""A manifest from outside: every field is checked before anything is done with it."""
+"""The manifest: its canonical text, and one from outside, of which every field is checked before it is used."""
 
 from __future__ import annotations
 
@@ -10,14 +10,81 @@ from typing import Any
 
 import pytest
 
+from data_prep.shard_format import canonical
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.manifest import Manifest, ShardInfo
+from data_prep.shard_format.manifest import Manifest, ShardInfo, _as_written
 from data_prep.shard_format.tokenizer_info import TokenizerInfo
 
 TOKENIZER = TokenizerInfo("f" * 64, 64, 0, 1, 2, 3, 4, (0, 1, 2, 3, 4))
 SHARD = ShardInfo("train-000000.tar", 10240, "0" * 64, 3, 500)
 DEEPEST = 20_000
-MANIFEST = Manifest(TOKENIZER, {"train": (SHARD,), "heldout": ()}, "counts.npy", skipped={"duplicates": 1})
+MANIFEST = Manifest(
+    TOKENIZER, {"train": (SHARD,), "heldout": ()}, "token_histogram.npy", skipped={"duplicates": 1}
+)
+
+
+def test_manifest_survives_saving(tmp_path: Path) -> None:
+    MANIFEST.save(tmp_path)
+    loaded = Manifest.load(str(tmp_path))
+    assert loaded == MANIFEST
+    assert loaded.digest() == MANIFEST.digest()
+    assert Manifest.load(f"file:{tmp_path}").digest() == MANIFEST.digest()
+    assert dataclasses.replace(MANIFEST, options={"seed": 1}).digest() != MANIFEST.digest()
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))  # in other clothes
+    assert Manifest.load(tmp_path) == MANIFEST
+
+
+def test_the_canonical_text_is_what_json_makes_of_the_fields() -> None:
+    """It is written by a template; digests of manifests from before there was a token_histogram_sha256 stay."""
+    shards = tuple(dataclasses.replace(SHARD, name=f"{i}.tar", tokens=i + 3) for i in range(3))
+    for splits in (MANIFEST.splits, {"train": shards, "heldout": shards[:2]}, {"train": (), "heldout": ()}):
+        for extra in (
+            {},
+            {"options": {'a "splits": null,\n "b': ["é", None, 0.5]}, "sources": ({"splits": None},)},
+        ):
+            manifest = dataclasses.replace(MANIFEST, splits=splits, **extra)
+            content = dataclasses.asdict(manifest)
+            assert content.pop("token_histogram_sha256") is None
+            assert manifest.to_json() == json.dumps(content, indent=1, sort_keys=True) + "\n"
+            content["token_histogram_sha256"] = "a" * 64
+            guarded = dataclasses.replace(manifest, token_histogram_sha256="a" * 64)
+            assert guarded.to_json() == json.dumps(content, indent=1, sort_keys=True) + "\n"
+    assert MANIFEST.digest() == "c8dbfd6e8b636aa79e0c23686f462d5916f4982f23842e6c48d46f72dc266ff5"
+
+
+@pytest.mark.parametrize("piece", [1, 150, 700, 1 << 20])
+def test_the_fast_reader_of_many_shards_equals_the_plain_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    """Wherever its pieces end; what `save` did not write is left to the plain one, which names what is wrong."""
+    monkeypatch.setattr(canonical, "_PIECE", piece)
+    shards = tuple(dataclasses.replace(SHARD, name=f"train-{i:06d}.tar", bytes=i * 10**6) for i in range(40))
+    written = dataclasses.replace(MANIFEST, splits={"train": shards[:30], "heldout": shards[30:]})
+    text = written.to_json()
+    read = _as_written(bytearray(text.encode()))
+    assert read == written == Manifest.from_dict(json.loads(text))
+    assert read.digest() == written.digest()
+    for old, new in [
+        ('"tokens": 500', '"tokens": 2'),
+        ('"tokens": ', '"tokens": -'),
+        ("   }", "    }"),
+        ('"bytes": 0', '"bytes": 00'),
+        ("\n  ]", ",\n  ]"),
+        ('"train"', '"trait"'),
+    ]:
+        assert old in text
+        assert _as_written(bytearray(text.replace(old, new, 1).encode())) is None, new
+    (tmp_path / "manifest.json").write_text(text.replace("000007", "000006", 1))
+    with pytest.raises(UserError, match=r"train-000006\.tar is listed twice"):
+        Manifest.load(tmp_path)
+
+
+def test_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"does not exist; make shards with `python data_prep/write_shards"
+    ):
+        Manifest.load(tmp_path)
 
 
 def content_with(path: str, value: Any) -> dict[str, Any]:
@@ -74,6 +141,10 @@ def test_a_name_that_a_shell_or_a_path_could_read_otherwise_is_refused(field: st
         ("splits.train.0", {"name": "x.tar"}, r"splits\.train\[0\]\.bytes: Field required"),
         ("splits.train.0.more", 1, r"train\[0\]\.more = 1: Unexpected keyword argument"),
         ("tokenizer", [], r"tokenizer = \[\]: Input should be a dictionary"),
+        ("tokenizer", None, r"not a manifest of shards \(tokenizer = None: "),
+        ("version", 2, "has version 2, this code reads version 1"),
+        ("splits", {"train": []}, r"not a manifest of shards \(splits: there is no split 'heldout'\)"),
+        ("splits.train.0.name", "../x.tar", r"splits\.train\[0\]\.name: '\.\./x\.tar' is not a plain file name"),
     ],
 )  # fmt: skip
 def test_a_field_of_another_kind_is_refused_by_name(
@@ -95,10 +166,11 @@ def test_a_field_of_another_kind_is_refused_by_name(
         '"x"',
         "{}",
         '{"version": 1}',
+        "\xff{",
     ],
 )
 def test_other_json_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "manifest.json").write_text(text)
+    (tmp_path / "manifest.json").write_text(text, "latin-1")
     with pytest.raises(ValueError, match="is not a manifest of shards"):
         Manifest.load(tmp_path)
 
@@ -146,7 +218,7 @@ def test_what_is_nested_deeply_has_a_digest_or_is_refused(tmp_path: Path, field:
         ("\n   {", "\n  {"),
         ('"duplicates": 1', '"duplicates": 1, "duplicates": 2'),
         ('"skipped"', '"shipped"'),
-        ("counts", "c\u00f6unts"),
+        ("histogram.npy", "hist\u00f6gram.npy"),
     ],
 )
 def test_a_text_is_read_by_its_form_as_it_is_by_its_json(tmp_path: Path, before: str, after: str) -> None:
