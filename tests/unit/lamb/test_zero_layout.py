@@ -7,37 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
+from tests.unit.models.test_families import MODELS
 from train.lamb import Lamb
 from train.lamb.parameters import is_bias_or_norm
 from train.lamb.zero_layout import Fragment, partition_fragments, read_layout
 
-SMALL = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-}
-FAMILIES = {
-    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)),
-    "roberta": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL)),
-    "distilbert": lambda: transformers.DistilBertForMaskedLM(
-        transformers.DistilBertConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, hidden_dim=24)
-    ),
-    "modernbert": lambda: transformers.ModernBertForMaskedLM(
-        transformers.ModernBertConfig(
-            **SMALL, pad_token_id=0, norm_bias=True, attention_bias=True, mlp_bias=True
-        )
-    ),
-}
 
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_names_and_shapes_agree_for_every_family(family: str) -> None:
     """The two criteria, each alone, single out the same tensors: biases and the weights of norm layers."""
-    model = FAMILIES[family]()
+    model = MODELS[family]()
     plain = {n for n, p in model.named_parameters() if is_bias_or_norm(n, ndim=2)}
     assert plain == {n for n, p in model.named_parameters() if is_bias_or_norm("x", p.ndim)}
     norms = {
@@ -53,11 +33,10 @@ def test_names_and_shapes_agree_for_every_family(family: str) -> None:
     assert adapted == set(optimizer.tensor_names) - plain
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert"])
 def test_tied_weights_count_once(family: str) -> None:
-    model = FAMILIES[family]()
-    every_name = model.named_parameters(remove_duplicate=False)
-    optimizer = Lamb(every_name, lr=0.1)
+    model = MODELS[family]()
+    optimizer = Lamb(model.named_parameters(remove_duplicate=False), lr=0.1)
     assert len({id(p) for p in optimizer.param_groups[0]["params"]}) == len(optimizer.tensor_names)
     assert len(list(model.named_parameters(remove_duplicate=False))) > len(optimizer.tensor_names)
 
