@@ -46,3 +46,15 @@ def selected(row_weights, targets=(), target_weights=()):
 
 def objective_of(chunk_tokens=None, **settings):
     return DistillationLoss(ObjectiveConfig(**settings), chunk_tokens=chunk_tokens)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_gradients(model, expected, tolerance=1e-10):
+    """Those that the model holds are there for the same parameters, and as near as sums in fp64 are."""
+    own = gradients(model)
+    assert own.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (own[name] - gradient).abs().max() <= tolerance * max(1.0, gradient.abs().max()), name

@@ -12,6 +12,7 @@ import torch
 from data_prep.shard_format.manifest import Manifest
 from tests.unit.export.test_sentence_files import write_sentence_files
 from tests.unit.models.test_families import MODELS
+from tests.unit.objective.given import assert_gradients, gradients
 from tests.unit.objective.test_relation_objective import model_of, unmasked
 from train.config import Config
 from train.config_sections.data import DataConfig
@@ -51,12 +52,7 @@ def test_loss_and_gradients_are_the_formulas(kind: str, pooling: str, padded: bo
     (2 * expected).backward()
     torch.testing.assert_close(terms.loss, 2 * expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(terms.embedding, expected.detach(), rtol=1e-10, atol=1e-12)
-    gradients = {name: parameter.grad for name, parameter in again.named_parameters()}
-    for name, parameter in student.named_parameters():
-        if gradients[name] is None:
-            assert parameter.grad is None, name
-        else:
-            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-10, atol=1e-12)
+    assert_gradients(student, gradients(again), 1e-12)
 
 
 def test_beside_relations_of_an_inner_layer_the_models_run_to_their_end() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.unit.objective.given import objective_of, random_batch
+from tests.unit.objective.given import assert_gradients, gradients, objective_of, random_batch
 from train.config_sections.objective import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.errors import UserError
@@ -22,10 +22,6 @@ from train.objective.fused_loss import vocabulary_loss
 from train.objective.hidden_loss import hidden_cosine
 from train.objective.reference import original_distiller_loss, reference_cosine, reference_terms
 from train.objective.token_selection import select_tokens
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("masked_only", [False, True])
@@ -57,10 +53,7 @@ def test_whole_objective_equals_the_original_codes(models, batch, masked_only):
     terms = objective(student, batch, Teacher([teacher])(batch.input_ids, mask), attention_mask=mask)
     terms.loss.backward()
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    own = gradients(student)
-    assert own.keys() == expected_gradients.keys()
-    for name, gradient in expected_gradients.items():
-        assert (own[name] - gradient).abs().max() <= 1e-10 * max(1.0, gradient.abs().max())
+    assert_gradients(student, expected_gradients)
     named = terms.as_dict()
     assert list(named) == ["loss", "loss_kd", "loss_mlm", "loss_cos", "loss_mse", "top1_agreement"]
     total = 5 * named["loss_kd"] + 2 * named["loss_mlm"] + named["loss_cos"] + 0.7 * named["loss_mse"]
@@ -84,8 +77,7 @@ def test_the_cosine_on_mapped_layers_and_its_projection(models, batch):
     cosines = [reference_cosine(hidden[0][i], hidden[1][j].detach()) for i, j in pairs]
     (1.5 * sum(cosines) / 3).backward()
     assert terms.layer_cosine.item() == pytest.approx(sum(cosines).item() / 3, rel=1e-9)
-    for name, gradient in gradients(student).items():
-        assert (own[name] - gradient).abs().max() <= 1e-9 * max(1.0, gradient.abs().max())
+    assert_gradients(student, own, 1e-9)
 
 
 def test_a_projection_is_trained_where_widths_differ(models, batch):
@@ -209,8 +201,7 @@ def test_accumulation_with_given_denominators_is_the_mean_over_all_tokens(models
             num_masked_tokens=float(whole.valid.sum()) / 2,
         )
         (terms.loss / 2).backward()
-    for name, gradient in gradients(student).items():
-        assert (gradient - expected[name]).abs().max() <= 1e-10 * max(1.0, expected[name].abs().max())
+    assert_gradients(student, expected)
 
 
 def test_student_in_autocast_and_under_compile(models, batch):
@@ -282,10 +273,7 @@ def test_the_gradient_of_a_tied_weight_is_autograds(batch, terms, is_tied):
         )
         expected = expected + 5 * reference.kd + 2 * reference.mlm
     expected.backward()
-    wanted = gradients(student)
-    assert own.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        assert (own[name] - gradient).abs().max() <= 1e-10 * max(1.0, gradient.abs().max()), name
+    assert_gradients(student, own)
 
 
 def test_no_host_scalar_is_assigned_by_index(batch):

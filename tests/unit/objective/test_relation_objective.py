@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.unit.models.test_families import MODELS, rough
+from tests.unit.objective.given import assert_gradients, gradients
 from train.config_sections.objective import ObjectiveConfig
 from train.config_sections.training import OptimizerConfig
 from train.data.masking import MaskedBatch, NoMasking
@@ -89,12 +90,7 @@ def test_loss_and_gradients_are_the_formulas(kind):
     expected = reference_relations(own, [each.detach() for each in theirs], 16)
     expected.backward()
     torch.testing.assert_close(terms.loss, expected, rtol=1e-10, atol=1e-12)
-    gradients = {name: parameter.grad for name, parameter in again.named_parameters()}
-    for name, parameter in student.named_parameters():
-        if gradients[name] is None:
-            assert parameter.grad is None, name
-        else:
-            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-10, atol=1e-12)
+    assert_gradients(student, gradients(again), 1e-12)
 
 
 def calls_after(model, layer):
@@ -166,25 +162,12 @@ def test_without_heads_it_is_the_same_to_the_bit(kind):
         frozen = Teacher([teacher], output_hidden_states=True, relation_layers=[4])
         terms = build_objective(settings, student, frozen)(student, masked, frozen(masked.input_ids))
         terms.loss.backward()
-        gradients = {n: p.grad for n, p in student.base_model.named_parameters() if p.grad is not None}
-        found.append((terms.as_dict(), gradients))
-    (terms, gradients), (bare_terms, bare_gradients) = found
+        found.append((terms.as_dict(), gradients(student.base_model)))
+    (terms, headed), (bare_terms, bare) = found
     assert terms.keys() == bare_terms.keys() == {"loss", "loss_cos", "loss_layer_cos", "loss_relation"}
     assert all(torch.equal(value, bare_terms[name]) for name, value in terms.items())
-    assert gradients.keys() == bare_gradients.keys()
-    assert all(torch.equal(value, bare_gradients[name]) for name, value in gradients.items())
-
-
-def test_a_compiled_teacher_gives_the_same(monkeypatch):
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="aot_eager"))
-    teacher, masked = model_of("bert"), unmasked()
-    expected = Teacher([copy.deepcopy(teacher)], relation_layers=[4])(masked.input_ids)
-    compiled = Teacher([teacher], relation_layers=[4], compile=True)
-    for _ in range(2):
-        found = compiled(masked.input_ids)
-        for own, other in zip(found.members[0].vectors, expected.members[0].vectors, strict=True):
-            torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+    assert headed.keys() == bare.keys()
+    assert all(torch.equal(value, bare[name]) for name, value in headed.items())
 
 
 def test_an_ensemble_is_its_members_by_share():

@@ -23,12 +23,7 @@ def form(request) -> str:
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [
-        (torch.float64, 1e-10),
-        (torch.float32, 3e-5),
-        (torch.float16, 2e-3),
-        (torch.bfloat16, 1.6e-2),
-    ],
+    [(torch.float64, 1e-10), (torch.float32, 3e-5), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)],
 )
 def test_values_and_gradients_are_the_formulas(dtype, tolerance, form):
     """The vectors are rounded to the format beforehand; what is left is sums in fp32 and the gradients' rounding."""
@@ -135,16 +130,13 @@ def test_what_is_no_number_stays_so(form, value):
 def test_threads_change_no_bit():
     generator = torch.Generator().manual_seed(0)
     vectors = [torch.randn(3, 200, 96, generator=generator) for _ in range(6)]
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            student = [each.clone().requires_grad_() for each in vectors[:3]]
-            loss = relation_loss(student, vectors[3:], torch.full((3, 200), 1 / 600), heads=12)
-            loss.backward()
-            found.append([loss.detach(), *(each.grad for each in student)])
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        student = [each.clone().requires_grad_() for each in vectors[:3]]
+        loss = relation_loss(student, vectors[3:], torch.full((3, 200), 1 / 600), heads=12)
+        loss.backward()
+        found.append([loss.detach(), *(each.grad for each in student)])
     for other in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
