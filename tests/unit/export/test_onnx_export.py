@@ -14,7 +14,6 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForQuestionAnswering,
-    BertLMHeadModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     PreTrainedModel,
@@ -226,26 +225,3 @@ def test_options_without_effect(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         main([str(exported["classifier"] / "model"), str(tmp_path / "out"), *words])
-
-
-def test_what_is_no_encoder_is_named(exported: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere is not a Hugging Face folder: it holds no config.json"):
-        load_with_saved_head(tmp_path / "nowhere")
-    BertLMHeadModel(BertConfig(vocab_size=72, is_decoder=True, **BERT)).save_pretrained(tmp_path / "decoder")
-    with pytest.raises(ValueError, match="decoder is a bert decoder, which is no encoder of text"):
-        load_with_saved_head(tmp_path / "decoder")
-    shutil.copytree(exported["classifier"] / "model", tmp_path / "headless")
-    encoder = load_with_saved_head(exported["classifier"] / "model").base_model
-    torch_config = (tmp_path / "headless" / "config.json").read_text()
-    encoder.save_pretrained(tmp_path / "headless")
-    (tmp_path / "headless" / "config.json").write_text(torch_config)
-    with pytest.raises(ValueError, match=r"headless is incomplete: classifier.bias, .* missing"):
-        load_with_saved_head(tmp_path / "headless")
-    config = (tmp_path / "headless" / "config.json").read_text()
-    (tmp_path / "headless" / "config.json").write_text(config.replace("ForSequenceClassification", "Odd"))
-    with pytest.raises(ValueError, match="DistilBertOdd is not among the heads known here: ForMaskedLM"):
-        load_with_saved_head(tmp_path / "headless")
-    (tmp_path / "headless" / "config.json").write_text(config)
-    (tmp_path / "headless" / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match="headless: its weights cannot be read"):
-        load_with_saved_head(tmp_path / "headless")

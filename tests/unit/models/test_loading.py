@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
@@ -26,7 +27,13 @@ from launch.planner.models import named_model
 from tests.unit.models.test_families import MODELS, SIZES
 from train.errors import UserError
 from train.models.families import family_of, has_head
-from train.models.loading import load_encoder, load_masked_lm, load_with_saved_head, with_new_head
+from train.models.loading import (
+    load_encoder,
+    load_masked_lm,
+    load_with_new_head,
+    load_with_saved_head,
+    with_new_head,
+)
 from train.models.tokenizer_checks import check_vocabulary, folder_fingerprint
 
 
@@ -75,10 +82,9 @@ def test_a_new_head_is_the_seeds_and_its_decoder_the_embeddings(teacher_folder):
     assert first.get_input_embeddings().weight.data_ptr() != encoder.get_input_embeddings().weight.data_ptr()
 
 
-@pytest.mark.parametrize("kind", [BertForSequenceClassification, BertModel])
-def test_a_classifier_is_no_teacher(kind, tmp_path):
-    kind(BertConfig(**SIZES)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"no MLM head: cls.predictions.bias.*names {kind.__name__}"):
+def test_a_classifier_is_no_teacher(tmp_path):
+    BertForSequenceClassification(BertConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no MLM head: cls.predictions.bias.*BertForSequenceClassification"):
         load_masked_lm(str(tmp_path))
 
 
@@ -114,24 +120,42 @@ def test_weights_that_nobody_asks_for_are_none_of_a_lost_layer(teacher_folder, t
     assert load_with_saved_head(folder).config.num_hidden_layers == 4
 
 
+@pytest.mark.parametrize(
+    "load",
+    [
+        load_masked_lm,
+        lambda name: load_with_saved_head(Path(name)),
+        lambda name: load_with_new_head(name, AutoModelForSequenceClassification, 0, {"num_labels": 2}),
+    ],
+    ids=["masked", "saved head", "new head"],
+)
+def test_weights_that_do_not_fit_are_refused_by_every_loader(load, teacher_folder, tmp_path):
+    """transformers would cut layers off, or draw numbers, without a word."""
+    folder = Path(shutil.copytree(teacher_folder, tmp_path / "model"))
+
+    def refused(message):
+        with pytest.raises(UserError, match=message):
+            load(str(folder))
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 65}))
+    refused(r"layer.0.intermediate.dense.bias has shape \(64,\), by its config.json \(65,\)")
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    refused("model: its weights have 4 layers, its config.json 2")
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    del weights["bert.encoder.layer.1.attention.self.query.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(r"model is incomplete: .*layer.1.attention.self.query.weight is missing")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    refused("model: its weights cannot be read: ")
+
+
 def test_other_broken_folders_are_refused(teacher_folder, tmp_path):
     with pytest.raises(UserError, match="there is no model folder"):
         load_masked_lm(str(tmp_path / "nothing"))
     folder = Path(shutil.copytree(teacher_folder, tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 65}))
-    with pytest.raises(
-        ValueError, match=r"layer.0.intermediate.dense.bias has shape \(64,\), by its config.json \(65,\)"
-    ):
-        load_masked_lm(str(folder))
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    with pytest.raises(ValueError, match=r"its weights have 4 layers, its config.json 2"):
-        load_masked_lm(str(folder))
-    (folder / "config.json").write_text(json.dumps(config))
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"its weights cannot be read: "):
-        load_masked_lm(str(folder))
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"no pickle")
     with pytest.raises(ValueError, match=r"its weights cannot be read: "):
