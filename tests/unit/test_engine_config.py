@@ -27,6 +27,7 @@ NUMBERS: dict[str, Any] = {
     "gradient_accumulation_steps": 16,
     "gradient_clipping": 1.0,
 }
+WELL: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
@@ -43,40 +44,50 @@ def test_every_shipped_config_resolves(path: Path) -> None:
     assert template["train_batch_size"] == "auto", "the template must not be changed"
 
 
+OWNED = ("train_batch_size", "gradient_clipping", "optimizer", "scheduler", "steps_per_print", "timers")
+
+
 @pytest.mark.parametrize(
-    "key", ["train_batch_size", "gradient_clipping", "optimizer", "scheduler", "steps_per_print", "timers"]
+    ("template", "message"),
+    [
+        *(({key: 7}, f'{key}=7 belongs to .*write "auto"') for key in OWNED),
+        ({"zero_optimization": {"stage": "auto"}}, r'fills in "auto" at zero_optimization\.stage'),
+        ({"zero_optimization": {"stage": 0}}, "stage=0; this trainer runs stages 1 and 2"),
+        ({"zero_optimization": {"stage": 3}}, "stage=3; this trainer runs stages 1 and 2"),
+        ({"zero_optimization": 2}, "zero_optimization=2; give an object"),
+        *(
+            (WELL | {key: True}, f"{key}=True; give an object such as")
+            for key in ("fp16", "bf16", "data_types")
+        ),
+        (WELL | {"zero_optimisation": {}}, "section 'zero_optimisation'; did you mean 'zero_optimization'"),
+        (WELL | {"quux": {}}, "unknown section 'quux'; remove it; known are bf16, communication_data_type"),
+        *(
+            (WELL | {key: {}}, f"{key} does nothing in this trainer: {re.escape(instead)}; leave {key} out")
+            for key, instead in IDLE.items()
+        ),
+        *(
+            (
+                WELL | {section: {"stage": 2, key: True}},
+                rf"{section}\.{key} is not for this trainer.*leave it out",
+            )
+            for section, key in (
+                ("zero_optimization", "allgather_partitions"),
+                ("zero_optimization", "stage3_max_live_parameters"),
+                ("bf16", "bf16_optimizer_states"),
+                ("fp16", "auto_cast"),
+            )
+        ),
+    ],
 )
-def test_a_literal_where_the_recipe_decides_is_refused(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"{key}=7 belongs to .*write \"auto\""):
-        resolve_engine_config({key: 7}, **NUMBERS)
-
-
-def test_a_leftover_auto_is_refused() -> None:
-    with pytest.raises(ValueError, match=r'fills in "auto" at zero_optimization\.stage'):
-        resolve_engine_config({"zero_optimization": {"stage": "auto"}}, **NUMBERS)
-
-
-@pytest.mark.parametrize("stage", [0, 3])
-def test_other_stages_are_refused(stage: int) -> None:
-    with pytest.raises(ValueError, match=f"stage={stage}; this trainer runs stages 1 and 2"):
-        resolve_engine_config({"zero_optimization": {"stage": stage}}, **NUMBERS)
-
-
-def test_zero_must_be_an_object() -> None:
-    with pytest.raises(ValueError, match="zero_optimization=2; give an object"):
-        resolve_engine_config({"zero_optimization": 2}, **NUMBERS)
-
-
-@pytest.mark.parametrize("key", ["fp16", "bf16", "data_types"])
-def test_a_section_must_be_an_object(key: str) -> None:
-    with pytest.raises(ValueError, match=f"{key}=True; give an object such as"):
-        resolve_engine_config({"zero_optimization": {"stage": 2}, key: True}, **NUMBERS)
+def test_what_is_not_the_engines_to_say_or_does_nothing_is_refused(
+    template: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_engine_config(template, **NUMBERS)
 
 
 def test_the_optimizer_is_allowed_whatever_the_file_says() -> None:
-    assert resolve_engine_config({"zero_optimization": {"stage": 2}}, **NUMBERS)[
-        "zero_allow_untested_optimizer"
-    ]
+    assert resolve_engine_config(WELL, **NUMBERS)["zero_allow_untested_optimizer"]
 
 
 def test_a_missing_file_lists_those_that_are_shipped(tmp_path: Path) -> None:
@@ -96,45 +107,9 @@ def test_default_by_device() -> None:
     assert default_engine_config("cpu").name == "cpu.json"
 
 
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("zero_optimisation", "did you mean 'zero_optimization'"),
-        ("quux", "remove it; known are bf16, communication_data_type"),
-    ],
-)
-def test_an_unknown_section_is_refused(key: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown section '{key}'; {message}"):
-        resolve_engine_config({key: {}, "zero_optimization": {"stage": 2}}, **NUMBERS)
-
-
-@pytest.mark.parametrize(("key", "instead"), IDLE.items())
-def test_a_section_without_effect_is_refused(key: str, instead: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"{key} does nothing in this trainer: {re.escape(instead)}; leave {key} out"
-    ):
-        resolve_engine_config({key: {}, "zero_optimization": {"stage": 2}}, **NUMBERS)
-
-
-@pytest.mark.parametrize(
-    ("section", "key"),
-    [
-        ("zero_optimization", "allgather_partitions"),
-        ("zero_optimization", "stage3_max_live_parameters"),
-        ("bf16", "bf16_optimizer_states"),
-        ("fp16", "auto_cast"),
-    ],
-)
-def test_a_key_without_effect_is_refused(section: str, key: str) -> None:
-    template: dict[str, Any] = {"zero_optimization": {"stage": 2}, "fp16": {}, "bf16": {}}
-    template[section][key] = True
-    with pytest.raises(ValueError, match=rf"{section}\.{key} is not for this trainer.*leave it out"):
-        resolve_engine_config(template, **NUMBERS)
-
-
 @pytest.mark.parametrize("key", LOGGED)
 def test_what_only_a_log_shows_needs_the_log(key: str) -> None:
-    template = {"zero_optimization": {"stage": 2}, key: True}
+    template = WELL | {key: True}
     assert resolve_engine_config(template, **NUMBERS, log_level="info")[key]
     with pytest.raises(ValueError, match=f"{key} shows in .*give deepspeed.log_level=info"):
         resolve_engine_config(template, **NUMBERS, log_level="error")
