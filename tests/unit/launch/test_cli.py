@@ -7,12 +7,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
 from data_prep import train_tokenizer, verify_shards, write_shards
-from launch import quickstart, report
 from launch.cli import parse_config, run_main
 from tests.paths import ROOT
 from train.errors import LostRankError, RankError, ReportedElsewhereError, UserError
@@ -172,44 +170,6 @@ def test_an_interrupt_is_one_word(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_report_refuses_what_is_no_run_and_names_that_clash(tmp_path: Path) -> None:
-    for parent in ("a", "b"):
-        (tmp_path / parent / "run").mkdir(parents=True)
-        (tmp_path / parent / "run" / "metrics.jsonl").touch()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty is not a run folder: it holds no metrics\.jsonl"):
-        report.main([str(tmp_path / "empty"), "--out", str(tmp_path / "out")])
-    with pytest.raises(ValueError, match="two runs are named 'run'"):
-        report.main([str(tmp_path / "a/run"), str(tmp_path / "b/run"), "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-
-
-def test_quickstart_refuses_a_folder_of_another_run(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(
-        UserError, match=r"holds checkpoints, which is not the quickstart's: give another --out"
-    ):
-        quickstart.main(["--out", str(tmp_path)])
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
-
-
-def test_quickstart_refuses_too_little_text(
-    tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run_here(python: str, script: str, *words: object) -> None:
-        assert script == "data_prep/write_shards.py"
-        assert write_shards.main([*map(str, words), "--processes", "1"]) == 0
-
-    monkeypatch.setattr(quickstart, "_run", run_here)
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "tokenizer").symlink_to(tokenizer_folder)
-    (tmp_path / "few.txt").write_text("\n\n".join(["the small model reads a large shard fast"] * 3))
-    with pytest.raises(ValueError, match=r"the source has too little text: \d+ tokens were held out"):
-        quickstart.make_shards(tmp_path / "few.txt", out)
-    assert not (out / "shards").exists(), "shards left behind would be taken for finished ones"
-
-
 @pytest.mark.parametrize("words", [["--run.dir="], ["--out", ""], ["--config", " "], ["", "--out=x"]])
 def test_an_empty_value_is_refused_by_every_command(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -228,8 +188,7 @@ def test_an_empty_value_is_refused_by_every_command(
 
 
 @pytest.mark.parametrize(
-    "word",
-    ["--run.dir=", "--data.shards=", "--model.teacher=", "--model.teacher=['a', '']"],
+    "word", ["--run.dir=", "--data.shards=", "--model.teacher=", "--model.teacher=['a', '']"]
 )
 def test_an_empty_value_of_a_recipe_is_refused(word: str) -> None:
     with pytest.raises(UserError, match=rf"{re.escape(word[2:].partition('=')[0])}=.*is empty; give a value"):

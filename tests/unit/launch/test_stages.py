@@ -6,8 +6,6 @@ import fcntl
 import importlib.util
 import os
 import pty
-import random
-import shlex
 import subprocess
 import sys
 import termios
@@ -16,10 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import write_shards
-from launch import quickstart, stages
-from tests.conftest import WORDS
-from tests.distributed.data_prep_runs import contents
+from launch import stages
 from tests.paths import ROOT
 
 LAUNCHER = {
@@ -109,39 +104,3 @@ def test_a_stop_before_there_are_ranks_ends_the_launcher(
     started = time.monotonic()
     assert stages.run_stage([*stages.LAUNCHER, "x.py"], environment) == 75
     assert time.monotonic() - started < 20
-
-
-def test_the_command_that_the_quickstart_prints_makes_its_shards(
-    tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The same folder, with the options of that line, gives the same bytes: its held-out share and size of a shard."""
-
-    def run(python: str, script: str, *words: object) -> None:
-        assert write_shards.main([*map(str, words), "--processes", "1"]) == 0
-
-    rng = random.Random(0)
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for number in range(300):
-        (texts / f"{number}.txt").write_text(" ".join(rng.choices(WORDS, k=40)))
-    (tmp_path / "tokenizer").symlink_to(tokenizer_folder)
-    monkeypatch.setattr(quickstart, "_run", run)
-    quickstart.make_shards(texts, tmp_path)
-    (printed,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("python "))
-    python, script, *words = shlex.split(printed)
-    assert script == "data_prep/write_shards.py"
-    words[words.index("--out") + 1] = str(tmp_path / "again")
-    run(python, script, *words)
-    assert contents(tmp_path / "again") == contents(tmp_path / "shards")
-
-
-def test_the_quickstart_s_folders_are_those_of_the_folder_it_is_started_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its stages run from the repository's, or the installed package's."""
-    started: list[object] = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quickstart, "_deepspeed", lambda *words: started.extend(words))
-    stages_of = {stage.name: stage for stage in quickstart.stages(Path("q"), 1.0, "wiki.jsonl", "fp32")}
-    stages_of["teacher"].work()
-    assert {f"--run.dir={tmp_path}/q/teacher", f"--data.shards={tmp_path}/q/shards"} <= set(started)

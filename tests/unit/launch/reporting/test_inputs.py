@@ -12,7 +12,13 @@ import pytest
 from launch.report import main
 from launch.reporting.comparison import compare
 from launch.reporting.inputs import read_ablation, read_inference, read_model_scores
-from tests.unit.launch.reporting.given import ablation_json, inference_json, scores, write_scores
+from tests.unit.launch.reporting.given import (
+    ablation_json,
+    finished_run,
+    inference_json,
+    scores,
+    write_scores,
+)
 from train.config import Config
 from train.config_sections.data import DataConfig
 from train.config_sections.model import ModelConfig
@@ -89,13 +95,15 @@ def test_files_that_are_cut_off_or_missing_are_named(tmp_path: Path) -> None:
         (["--scores", "a={s}", "--reference", "b"], "--reference b: --scores has a"),
         (["--ablation", "x", "--reference", "b"], "--reference b names a model of --scores"),
         (["--scores", "a={s}", "--curves", "x"], "--curves adds to the plot of runs"),
-        (["{r}", "{r}"], "two runs are named 'student'"),
+        (["{r}", "{other}"], "two runs are named 'student'"),
         (["nowhere"], "nowhere is not a run folder: it holds no metrics.jsonl"),
+        (["{s}"], "s is not a run folder: it holds no metrics.jsonl"),
     ],
 )
 def test_bad_usage_is_named(words: list[str], message: str, tmp_path: Path, run_folder: Path) -> None:
     folder = write_scores(tmp_path / "s", sst2=scores("sst2", 90.0))
-    given = [word.replace("{s}", str(folder)).replace("{r}", str(run_folder)) for word in words]
+    places = {"s": folder, "r": run_folder, "other": finished_run(tmp_path / "other")}
+    given = [word.format(**places) for word in words]
     with pytest.raises(UserError, match=message):
         main([*given, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -47,10 +47,7 @@ def test_losses_of_other_masks_or_lengths_never_share_an_axis(run_folder: Path, 
     """A run of this version beside one of an older, whose held-out masks were those it trained with; and a run that
     went on from the older version to this one."""
     config = {"masking": {"probability": 0.15, "smoothing": 0.7, "whole_word": False}}
-    config |= {
-        "data": {"seed": 0, "sequence_length": 128},
-        "schedule": {"short_sequence_length": None},
-    }
+    config |= {"data": {"seed": 0, "sequence_length": 128}, "schedule": {"short_sequence_length": None}}
     (run_folder / "config.yaml").write_text(json.dumps(config))
     old = read_curve(run_folder)
     with (run_folder / "metrics.jsonl").open("a") as file:
