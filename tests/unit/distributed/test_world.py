@@ -129,10 +129,7 @@ def test_the_inner_launcher_counts(environment: dict[str, str]) -> None:
         ({"RANK": "0"}, "set {'RANK': '0'} but not LOCAL_RANK, WORLD_SIZE: start with"),
         ({"WORLD_SIZE": "2"}, "but not RANK, LOCAL_RANK"),
         (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "x"}, "OMPI_COMM_WORLD_RANK='x' is no whole number"),
-        (
-            {"OMPI_COMM_WORLD_RANK": "0"},
-            "but not OMPI_COMM_WORLD_LOCAL_RANK, OMPI_COMM_WORLD_SIZE",
-        ),
+        ({"OMPI_COMM_WORLD_RANK": "0"}, "but not OMPI_COMM_WORLD_LOCAL_RANK, OMPI_COMM_WORLD_SIZE"),
         (
             TORCH | {"RANK": "8"},
             "'LOCAL_SIZE': '4'}: needs 0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK < 4, the ranks",
@@ -207,15 +204,9 @@ def test_first_host(nodes: str, first: str) -> None:
 def test_hosts_with_different_numbers_of_tasks() -> None:
     """srun --ntasks=7 on nodes of 4, 2 and 1 GPUs, dealt out in turn (--distribution=cyclic)."""
     given = SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4,2,1", "SLURM_STEP_NUM_TASKS": "7"}
-    assert discover_ranks(given | {"SLURM_NODEID": "1", "SLURM_PROCID": "4"}) == Ranks(4, 1, 7, 2, "srun")
-    assert (
-        discover_ranks(given | {"SLURM_NODEID": "0", "SLURM_PROCID": "6", "SLURM_LOCALID": "3"}).local_size
-        == 4
-    )
-    assert (
-        discover_ranks(given | {"SLURM_NODEID": "2", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}).local_size
-        == 1
-    )
+    for node, rank, local_rank, local_size in ((1, 4, 1, 2), (0, 6, 3, 4), (2, 2, 0, 1)):
+        place = {"SLURM_NODEID": str(node), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank)}
+        assert discover_ranks(given | place) == Ranks(rank, local_rank, 7, local_size, "srun")
 
 
 def test_an_interactive_shell_of_salloc_starts_deepspeed_by_hand() -> None:

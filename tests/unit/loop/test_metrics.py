@@ -103,18 +103,13 @@ def test_a_profile_of_too_few_steps_or_to_a_full_disk_gives_a_message(
     assert "profile: the trace could not be written" in full
 
 
-def test_rows_that_are_no_numbers_stay_json(tmp_path: Path) -> None:
+def test_rows_records_and_histograms_of_no_numbers_are_written(tmp_path: Path) -> None:
     events = RunEvents(tmp_path, "run", 0, 10)
-    events.row(1, {"loss": float("nan"), "lr": float("inf")})
-    events.close()
-    assert read_rows(tmp_path) == [{"step": 1, "loss": None, "lr": None}]
-
-
-def test_records_and_histograms_of_no_numbers_are_written(tmp_path: Path) -> None:
-    events = RunEvents(tmp_path, "run", 0, 10)
-    events.row(1, {"loss": 1.0}, {"trust_ratios": torch.tensor([float("nan")])})
+    values = {"loss": float("nan"), "lr": float("inf")}
+    events.row(1, values, {"trust_ratios": torch.tensor([float("nan")])})
     events.record("spikes", 1, {"loss": float("inf"), "window_ids": [3, 4]})
     events.close()
+    assert read_rows(tmp_path) == [{"step": 1, "loss": None, "lr": None}]
     assert (tmp_path / "spikes.jsonl").read_text() == '{"step": 1, "loss": null, "window_ids": [3, 4]}\n'
 
 

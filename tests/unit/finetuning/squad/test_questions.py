@@ -61,10 +61,7 @@ def test_plausible_answers_of_impossible_questions_are_none(tmp_path: Path) -> N
         ({"data": []}, "there are no questions in it"),
         ({"data": [{"title": "t"}]}, "squad.json: not SQuAD: data[0].paragraphs is missing"),
         ({"data": [{"paragraphs": [{"qas": []}]}]}, "data[0].paragraphs[0].context is missing"),
-        (
-            {"data": [{"paragraphs": [{"context": "x"}]}]},
-            "data[0].paragraphs[0].qas is missing",
-        ),
+        ({"data": [{"paragraphs": [{"context": "x"}]}]}, "data[0].paragraphs[0].qas is missing"),
         (content(id=...), "data[0].paragraphs[0].qas[0].id is missing"),
         (content(question=...), "data[0].paragraphs[0].qas[0].question is missing"),
         (content(answers=...), "data[0].paragraphs[0].qas[0].answers is missing"),

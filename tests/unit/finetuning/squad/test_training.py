@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +199,6 @@ def test_a_batch_is_what_the_stock_tokenizer_gives() -> None:
 
 
 def test_stopped_and_continued_is_the_same(student: str, data: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     whole = run_task(job(student, data, tmp_path / "whole"), [3])
     stopped = replace(job(student, data, tmp_path / "stopped"), stop=StopAfter(5))
     with pytest.raises(Stopped):
@@ -215,8 +214,6 @@ def test_stopped_and_continued_is_the_same(student: str, data: Path, tmp_path: P
 
 
 def test_smaller_windows_are_said(student: str, data: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     said: list[str] = []
     span.SpanRunner(replace(job(student, data, tmp_path), say=said.append))
     assert said == [
@@ -254,8 +251,6 @@ def test_samples_are_fixed(student: str, data: Path, tmp_path: Path) -> None:
 
 
 def test_misplaced_answers_are_said(student: str, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     content = json.loads(squad(tmp_path / "train.json", 200).read_text())
     content["data"][0]["paragraphs"][7]["qas"][0]["answers"][0]["answer_start"] += 1
     (tmp_path / "train.json").write_text(json.dumps(content))

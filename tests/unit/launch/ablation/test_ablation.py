@@ -1,4 +1,4 @@
-"""The ablation's variants, its table, and its command with the training itself replaced."""
+"""The ablation's table, its figure, and its command with the training itself replaced."""
 
 from __future__ import annotations
 
@@ -16,24 +16,20 @@ from launch import ablate
 from launch.ablation import runs as ablation_runs
 from launch.ablation.figure import plot
 from launch.ablation.table import Ablation, Result, Scale, as_json, as_markdown, as_text
-from launch.ablation.variants import FULL, PUBLISHED, chosen_variants, variants_of
+from launch.ablation.variants import FULL, PUBLISHED, variants_of
 from launch.cli import parse_config
 from launch.experiments import job as experiment_job
 from launch.experiments.run_folders import FREE_TO_DIFFER
-from launch.experiments.variant import Variant
 from tests.paths import ROOT
 from tests.tiny_shards import write_tiny_shards
 from train.config import Config
-from train.config_sections.objective import OBJECTIVE_WEIGHTS
 from train.errors import UserError
 from train.finetuning.results import write_scores
 from train.finetuning.tasks import GLUE
-from train.models.students import resolve_layer_map
-from train.run_folder import as_tree, differing_keys, flatten
+from train.run_folder import as_tree, differing_keys
 
 QUICKSTART = ["--config", str(ROOT / "launch" / "recipes" / "quickstart-student.yaml")]
-ADAMW = ["--optimizer.name=adamw", "--optimizer.lr=0.001"]
-RELATIONS = [f"--objective.{name}={int(name == 'relation_weight')}" for name in OBJECTIVE_WEIGHTS]
+HIDDEN = ["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[1,2]]"]
 HELDOUT = {
     "heldout_kl": 0.05,
     "heldout_top1_agreement": 0.8,
@@ -43,146 +39,12 @@ HELDOUT = {
 MASKED = {"heldout_masking": "15 % of 64 tokens, uniform"}
 
 
-def variants(
-    words: Sequence[str], teacher_layers: int, full_seeds: int = 1
-) -> tuple[dict[str, Variant], dict]:
-    found, left_out = variants_of(parse_config(words, ""), teacher_layers, full_seeds)
-    return {variant.name: variant for variant in found}, left_out
-
-
-@pytest.mark.parametrize(
-    ("words", "teacher_layers"),
-    [
-        (QUICKSTART, 4),
-        ([], 12),
-        (["--model.layer_map=[1,5,11]"], 12),
-        (["--model.layer_map=random"], 12),
-        (["--model.layer_map=random", "--model.student_layers=3", "--objective.kd_positions=masked"], 12),
-        (["--objective.temperature=3", "--objective.kd_positions=masked"], 12),
-        (["--objective.kd_positions=masked", "--objective.mse_weight=1"], 12),
-        (["--objective.projection=true"], 12),
-        (["--optimizer.clamp=[0.1,10]", "--optimizer.lr=0.001", "--masking.whole_word=true"], 12),
-        (["--optimizer.prenormalize=true", "--training.gradient_clipping=0"], 12),
-        (
-            [
-                "--objective.projection=true",
-                "--objective.layer_cosine_weight=1",
-                "--objective.layer_pairs=[[1,2]]",
-            ],
-            12,
-        ),
-    ],
-)
-def test_each_variant_is_accepted_and_differs_in_exactly_what_it_says(
-    words: list[str], teacher_layers: int
-) -> None:
-    base = flatten(as_tree(parse_config(words, "")))
-    found, left_out = variants(words, teacher_layers, full_seeds=3)
-    assert {"full", "no-kd", "no-cosine", "no-mlm", "full-seed-1", "full-seed-2"} <= set(found)
-    assert len(found) + len(left_out) == 15
-    for name, variant in found.items():
-        config = flatten(as_tree(parse_config([*words, *variant.words], "")))
-        assert {key: value for key, value in config.items() if value != base[key]} == variant.changes, name
-        assert bool(variant.changes) == (name != FULL)
-
-
-def test_what_the_variants_of_the_quickstart_change() -> None:
-    found, left_out = variants(QUICKSTART, 4)
-    assert {name: variant.changed for name, variant in found.items()} == {
-        "full": "nothing",
-        "no-kd": "objective.kd_weight=0.0",
-        "no-cosine": "objective.cosine_weight=0.0",
-        "no-mlm": "objective.mlm_weight=0.0",
-        "random": "model.layer_map=random",
-        "masked-kd": "objective.kd_positions=masked",
-        "first-half": "model.layer_map=[0,1]",
-        "last-half": "model.layer_map=[2,3]",
-        "relations": "objective.kd_weight=0.0 objective.mlm_weight=0.0 objective.cosine_weight=0.0 "
-        "masking.smoothing=0.7 objective.relation_weight=1.0",
-        "adamw": "optimizer.name=adamw optimizer.lr=0.001",
-        "masking-30": "masking.probability=0.3",
-    }
-    assert left_out == {
-        "every-other": "has the same layers [0, 2] as full",
-        "distilbert": "takes 6 layers of a teacher of 12; this student has 2, its teacher 4",
-    }
-
-
-def test_a_narrower_student_inherits_other_layers_too() -> None:
-    assert "first-half" in variants(["--model.student_width=384"], 12)[0]
-
-
-def test_layer_maps_of_the_published_recipe() -> None:
-    found, left_out = variants([], 12)
-    assert list(found)[-6:-3] == ["every-other", "first-half", "last-half"]
-    assert found["last-half"].words == ["--model.layer_map=[6,7,8,9,10,11]"]
-    assert left_out == {"distilbert": "has the same layers [0, 2, 4, 7, 9, 11] as full"}
-    assert "distilbert" in variants(["--model.layer_map=every_other"], 12)[0]
-
-
-@pytest.mark.parametrize("name", ["random", "every-other", "first-half", "last-half"])
-def test_every_student_has_as_many_layers_as_the_recipes(name: str) -> None:
-    """A recipe that lists three layers: a name alone would mean half of the teacher's twelve."""
-    words = ["--model.layer_map=[1,5,11]"]
-    model = parse_config([*words, *variants(words, 12)[0][name].words], "").model
-    if model.layer_map == "random":
-        assert model.student_layers == 3
-    else:
-        assert len(resolve_layer_map(model.layer_map, 12, model.student_layers)) == 3
-
-
-@pytest.mark.parametrize(
-    ("words", "name", "reason"),
-    [
-        (["--objective.cosine_weight=0"], "no-cosine", "the recipe has objective.cosine_weight=0 already"),
-        (["--objective.cosine_weight=0", "--objective.mlm_weight=0"], "no-kd", "no other term than"),
-        (["--objective.kd_positions=masked"], "masked-kd", "objective.kd_positions=masked already"),
-        (["--objective.kd_weight=0"], "masked-kd", "the recipe has objective.kd_weight=0"),
-        (ADAMW, "adamw", "the recipe has optimizer.name=adamw already"),
-        (["--masking.probability=0.3"], "masking-30", "the recipe has masking.probability=0.3 already"),
-        (RELATIONS, "masking-30", "no term of the recipe predicts tokens"),
-        (RELATIONS, "relations", "the recipe trains relations alone already"),
-        (["--model.layer_map=random"], "random", "model.layer_map=random already"),
-        (
-            ["--model.layer_map=random", "--model.student_width=384"],
-            "first-half",
-            "random student of width 384",
-        ),
-        (["--model.layer_map=random", "--model.student_layers=13"], "last-half", "13 layers, the teacher"),
-    ],
-)
-def test_what_makes_no_sense_is_left_out_with_a_reason(words: list[str], name: str, reason: str) -> None:
-    found, left_out = variants(words, 12)
-    assert name not in found
-    assert reason in left_out[name]
-
-
 def test_adamw_is_tried_at_rates_of_its_own() -> None:
     found, _ = variants_of(parse_config(QUICKSTART, ""), 4, 1, (3e-4, 1e-3))
-    assert [v.changes["optimizer.lr"] for v in found if v.name in ("adamw-0.0003", "adamw-0.001")] == [
-        3e-4,
-        1e-3,
-    ]
+    rates = {v.name: v.changes["optimizer.lr"] for v in found if v.name.startswith("adamw")}
+    assert rates == {"adamw-0.0003": 3e-4, "adamw-0.001": 1e-3}
     results = [result(FULL, 0.05), dataclasses.replace(result("adamw", 0.06), changed="optimizer.lr=0.001")]
     assert "steps and learning rate, but for optimizer.lr=0.001; one" in as_text(Ablation(results, SMALL))
-
-
-def test_refusals_of_the_variants() -> None:
-    found, left_out = variants_of(parse_config(QUICKSTART, ""), 4, 2)
-    assert [v.name for v in chosen_variants(found, left_out, ["no-mlm"])] == ["full", "no-mlm", "full-seed-1"]
-    with pytest.raises(
-        UserError, match=r"--variants no-such: no such variant; there are adamw, first-half, full,"
-    ):
-        chosen_variants(found, left_out, ["no-such"])
-    with pytest.raises(
-        ValueError, match=r"--variants distilbert: takes 6 layers of a teacher of 12.*leave it out"
-    ):
-        chosen_variants(found, left_out, ["distilbert"])
-    with pytest.raises(UserError, match="--full-seeds 0: give at least 1"):
-        variants(QUICKSTART, 4, 0)
-    scratch = ["--model.teacher=null", "--model.scratch={model_type: bert}", "--objective.kd_weight=0"]
-    with pytest.raises(UserError, match=r"model\.teacher=None: an ablation takes terms of the distillation"):
-        variants([*scratch, "--objective.cosine_weight=0"], 0)
 
 
 def test_differing_keys_leave_out_what_does_not_matter() -> None:
@@ -213,9 +75,7 @@ def test_differences_and_noise_by_hand() -> None:
     noise = ablation.noise()
     assert noise is not None
     assert noise["heldout_kl"] == pytest.approx(0.003)
-    rows: dict[str, str] = defaultdict(
-        str
-    )  # a table too wide for a terminal is shown in parts, below each other
+    rows: dict[str, str] = defaultdict(str)  # a table too wide for a terminal is shown in parts
     for row in as_text(ablation).splitlines():
         if row.startswith("│"):
             rows[row.split("│")[1].strip()] += row
@@ -294,18 +154,8 @@ def test_the_figure_is_a_png_without_a_legend_over_its_points(
 
 @pytest.fixture
 def words(tmp_path: Path, teacher_folder: str, shards_folder: str) -> list[str]:
-    out = str(tmp_path / "out")
-    return [
-        *QUICKSTART,
-        f"--model.teacher={teacher_folder}",
-        f"--data.shards={shards_folder}",
-        "--out",
-        out,
-        "--ranks",
-        "1",
-        "--full-seeds",
-        "1",
-    ]
+    inputs = [f"--model.teacher={teacher_folder}", f"--data.shards={shards_folder}"]
+    return [*QUICKSTART, *inputs, "--out", str(tmp_path / "out"), "--ranks", "1", "--full-seeds", "1"]
 
 
 class Stages:
@@ -382,9 +232,7 @@ def test_scores_under_other_masks_are_taken_anew_once(
     summary = json.loads((old / "summary.json").read_text())
     del summary["heldout"]["heldout_masking"]
     (old / "summary.json").write_text(json.dumps(summary))
-    (old / "heldout_as_full.json").write_text(
-        json.dumps(HELDOUT)
-    )  # it kept what was scored by the recipe's masks
+    (old / "heldout_as_full.json").write_text(json.dumps(HELDOUT))  # scored by the recipe's masks
     scored = []
     monkeypatch.setattr(
         ablation_runs,

@@ -45,17 +45,9 @@ def test_json_table_and_ratios(
 ) -> None:
     pytest.importorskip("onnxruntime")
     words = ["--model", f"teacher={teacher_folder}", "--model", f"student={student_folder}"]
-    words += [
-        "--runtimes",
-        "eager,onnx,onnx-int8",
-        "--lengths",
-        "16",
-        "--batch-sizes",
-        "1,4",
-        "--rounds",
-        "3",
-    ]
-    assert inference.main(options(*words, "--threads", "1", "--json", str(tmp_path / "i.json"))) == 0
+    words += ["--runtimes", "eager,onnx,onnx-int8", "--lengths", "16", "--batch-sizes", "1,4"]
+    words += ["--rounds", "3", "--threads", "1", "--json", str(tmp_path / "i.json")]
+    assert inference.main(options(*words)) == 0
     report = json.loads((tmp_path / "i.json").read_text())
     assert [model["name"] for model in report["models"]] == ["teacher", "student"]
     assert report["reference"] == "teacher"
@@ -90,9 +82,8 @@ def test_figures_follow_from_the_seconds() -> None:
     report = inference.summarise(contenders, workloads, times, options())
     row = report["models"][0]["rows"][0]
     assert (row["latency_ms"], row["latency_ms_range"], row["sentences_per_s"]) == (2000, [1000, 3000], 4)
-    assert [ratio["times_faster"] for ratio in report["ratios"]] == [
-        3.0
-    ]  # of 1, 4 and 3: each round by itself
+    # Of 1, 4 and 3: each round by itself.
+    assert [ratio["times_faster"] for ratio in report["ratios"]] == [3.0]
     assert report["ratios"][0]["times_faster_range"] == [1.0, 4.0]
     assert report["models"][1]["parameters"] == 6
 

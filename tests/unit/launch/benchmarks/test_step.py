@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,18 +35,16 @@ def test_nested_sections_count_their_own_time(monkeypatch: pytest.MonkeyPatch) -
     assert clock.totals == {"student": 2.0, "backward": 2.0, "collectives": 2.0}
 
 
-@pytest.mark.parametrize("soft", ["all", "masked"])
-def test_products_are_the_flops_of_a_run(soft: str) -> None:
-    shape, decoded = Shape(3, 32), 32 if soft == "all" else 5
-    products = products_of(STUDENT, [TEACHER], shape, attention_heads=2, decoded=decoded)
-    counted = training_flops_per_token(STUDENT, [TEACHER], 32, 5, soft)  # type: ignore[arg-type]
-    assert sum(each.flops for each in products) == pytest.approx(counted.total * 3 * 32)
-
-
-def test_products_of_relations_are_the_flops_of_a_run() -> None:
-    layers, shape = RelationLayers(2, (4,), True, True), Shape(3, 32)
-    products = products_of(STUDENT, [TEACHER], shape, attention_heads=2, decoded=5, relations=layers)
-    counted = training_flops_per_token(STUDENT, [TEACHER], 32, 0, "none", layers)
+@pytest.mark.parametrize(
+    ("soft", "decoded", "masked", "relations"),
+    [("all", 32, 5, None), ("masked", 5, 5, None), ("none", 5, 0, RelationLayers(2, (4,), True, True))],
+)
+def test_products_are_the_flops_of_a_run(
+    soft: Any, decoded: int, masked: int, relations: RelationLayers | None
+) -> None:
+    shape = Shape(3, 32)
+    products = products_of(STUDENT, [TEACHER], shape, attention_heads=2, decoded=decoded, relations=relations)
+    counted = training_flops_per_token(STUDENT, [TEACHER], 32, masked, soft, relations)
     assert sum(each.flops for each in products) == pytest.approx(counted.total * 3 * 32)
 
 

@@ -199,8 +199,7 @@ def test_activations_of_head_and_objective(kd_positions: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "rows"),
-    [({}, 4 * 64), ({"kd_positions": "masked"}, 4 * 10), ({"kd_weight": 0.0}, 0)],
+    ("objective", "rows"), [({}, 4 * 64), ({"kd_positions": "masked"}, 4 * 10), ({"kd_weight": 0.0}, 0)]
 )
 def test_what_teachers_hold(objective: dict[str, Any], rows: int) -> None:
     """Weights; last hidden states of all tokens, decoder inputs of those whose logits are compared."""

@@ -25,17 +25,8 @@ ENGINE = EngineSettings(2, 2, 4, 50_000_000, overlap=True, precision="fp16")
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("plan")
-    words = [
-        "--gpu",
-        "V100-32GB",
-        "--price",
-        "2",
-        "--json",
-        str(folder / "p.json"),
-        "--plot",
-        str(folder / "p.png"),
-    ]
-    assert main(words) == 0
+    words = f"--gpu V100-32GB --price 2 --json {folder}/p.json --plot {folder}/p.png"
+    assert main(words.split()) == 0
     assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "p.json").read_text())
 

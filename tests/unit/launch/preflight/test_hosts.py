@@ -41,11 +41,7 @@ def test_hostfile(tmp_path: Path) -> None:
     (tmp_path / "windows").write_bytes(
         b"a\tslots=8\r\n\r\n  10.0.0.2   slots=4 max_slots=8\r\nfd00::3 slots=1#c"
     )
-    assert read_hostfile(str(tmp_path / "windows")) == [
-        Host("a", 8),
-        Host("10.0.0.2", 4),
-        Host("fd00::3", 1),
-    ]
+    assert read_hostfile(str(tmp_path / "windows")) == [Host("a", 8), Host("10.0.0.2", 4), Host("fd00::3", 1)]
     with pytest.raises(ValueError, match="No such file"):
         doctor.main(["--hostfile", str(tmp_path / "none")])
     with pytest.raises(ValueError, match="has no effect beside --hostfile"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.utils import logging as hub_logging
+from transformers import AutoModelForMaskedLM, BertConfig, DistilBertConfig, DistilBertForMaskedLM
 
 from data_prep.shard_format.manifest import Manifest
 from launch import doctor
@@ -27,8 +28,6 @@ from train.distributed.rendezvous import free_port
 
 def test_disk_is_for_every_checkpoint_that_is_kept(tmp_path: Path) -> None:
     """fp16 weights, an fp32 master and two moments in each, and one in the making; the student in fp32 once."""
-    from transformers import BertConfig, DistilBertConfig, DistilBertForMaskedLM
-
     BertConfig().save_pretrained(tmp_path)
     with torch.device("meta"):
         student = DistilBertForMaskedLM(DistilBertConfig())
@@ -40,8 +39,6 @@ def test_disk_is_for_every_checkpoint_that_is_kept(tmp_path: Path) -> None:
 
 
 def test_disk_is_for_the_student_that_the_recipe_makes(tmp_path: Path) -> None:
-    from transformers import BertConfig
-
     BertConfig().save_pretrained(tmp_path)
 
     def needed(*settings: str) -> float:
@@ -59,8 +56,6 @@ def test_disk_is_for_the_student_that_the_recipe_makes(tmp_path: Path) -> None:
 
 
 def test_teacher_that_overflows_at_a_late_token(teacher_folder: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForMaskedLM
-
     model = AutoModelForMaskedLM.from_pretrained(teacher_folder)
     with torch.no_grad():
         model.bert.embeddings.position_embeddings.weight[CPU_TOKENS - 1] = 1e6
@@ -73,8 +68,6 @@ def test_teacher_that_overflows_at_a_late_token(teacher_folder: str, tmp_path: P
 def test_a_teacher_without_head_is_well_where_no_term_predicts_tokens(
     shards_folder: str, teacher_folder: str, tmp_path: Path
 ) -> None:
-    from transformers import AutoModelForMaskedLM
-
     shutil.copytree(teacher_folder, tmp_path / "bare")
     AutoModelForMaskedLM.from_pretrained(teacher_folder).base_model.save_pretrained(tmp_path / "bare")
     words = [*small_settings(shards_folder, teacher_folder), f"--model.teacher={tmp_path}/bare"]
@@ -99,16 +92,9 @@ def test_this_machine_with_a_run_folder_in_a_file(
 ) -> None:
     """The probe as a plain subprocess; every check is well but the planted one."""
     (tmp_path / "file").write_text("in the way")
-    words = [
-        f"--data.shards={shards_folder}",
-        f"--model.teacher={teacher_folder}",
-        "--data.sequence_length=32",
-    ]
-    words += [
-        "--model.layer_map=every_other",
-        "--training.global_batch_size=32",
-        "--training.micro_batch_size=8",
-    ]
+    words = [f"--data.shards={shards_folder}", f"--model.teacher={teacher_folder}"]
+    words += ["--data.sequence_length=32", "--model.layer_map=every_other"]
+    words += ["--training.global_batch_size=32", "--training.micro_batch_size=8"]
     words += [f"--run.dir={tmp_path / 'file' / 'run'}", "--skip-all-reduce", f"--master-port={free_port()}"]
     hub_logging.set_verbosity_warning()
     assert doctor.main(words) == 1
@@ -126,11 +112,7 @@ def test_this_machine_with_a_run_folder_in_a_file(
     [
         (["--model.layer_map=[0,99]"], "student", r"names layers \[99\] that the teacher does not have"),
         (["--model.layer_map=distilbert"], "student", "of a 12-layer teacher"),
-        (
-            ["--model.student_width=33"],
-            "student",
-            "must be a multiple of its heads. width",
-        ),
+        (["--model.student_width=33"], "student", "must be a multiple of its heads. width"),
         (["--data.sequence_length=65"], "student", "positions for 64 tokens"),
         (
             ["--objective.layer_cosine_weight=1", "--objective.layer_pairs=[[1, 9]]"],
