@@ -45,12 +45,7 @@ STAND_INS = {
     """,
 }
 SAME = {"shards": "", "batch": 0, "loss": 0.0, "weight": 0.0}
-DIFFERENT = {
-    "shards": " ",
-    "batch": 1,
-    "loss": 2.0**-50,
-    "weight": 2.0**-23,
-}
+DIFFERENT = {"shards": " ", "batch": 1, "loss": 2.0**-50, "weight": 2.0**-23}
 """One change each, as small as it can be; and the results that it changes."""
 
 

@@ -29,7 +29,10 @@ OTHERS: dict[str, Any] = {
     "torch_autocast": {"enabled": False},
     "wall_clock_breakdown": False,
 }
-WELL: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+
+
+def of_zero(**settings: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 2, **settings}}
 
 
 def settle(template: dict[str, Any], file: str = "mine.json") -> dict[str, Any]:
@@ -98,22 +101,13 @@ def test_damaged_jsons(first: int) -> None:
             "data_types.grad_accum_dtype='x'; give fp16, bf16 or fp32",
         ),
         (
-            {"zero_optimization": {"stage": 2, "overlap_com": True}},
+            of_zero(overlap_com=True),
             "DeepSpeed refuses zero_optimization.overlap_com=True: overlap_com: Extra inputs are not permitted",
         ),
         ({"fp16": {"enabled": True, "hysteresis": "two"}}, "DeepSpeed refuses fp16.hysteresis='two': hyst"),
-        (
-            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "5e8"}},
-            "reduce_bucket_size='5e8'; give a num",
-        ),
-        (
-            {"zero_optimization": {"stage": 2, "reduce_bucket_size": 10**30}},
-            "give a number above 0, up to 1,000",
-        ),
-        (
-            {"zero_optimization": {"stage": 2, "allgather_bucket_size": 3}},
-            "allgather_bucket_size=3; give an even",
-        ),
+        (of_zero(reduce_bucket_size="5e8"), "reduce_bucket_size='5e8'; give a num"),
+        (of_zero(reduce_bucket_size=10**30), "give a number above 0, up to 1,000"),
+        (of_zero(allgather_bucket_size=3), "allgather_bucket_size=3; give an even"),
         (
             {"gradient_predivide_factor": 2.0},
             "gradient_predivide_factor=2.0 does not go with .*reduce_scatter",
@@ -130,7 +124,7 @@ def test_damaged_jsons(first: int) -> None:
 )
 def test_the_field_is_named(section: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        settle(WELL | section)
+        settle(of_zero() | section)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +146,6 @@ def test_damaged_files(text: bytes, message: str, tmp_path: Path) -> None:
 
 
 def test_what_is_well_is_taken() -> None:
-    template = WELL | OTHERS
+    template = of_zero() | OTHERS
     resolved = settle(copy.deepcopy(template))
     assert json.loads(json.dumps(resolved))["train_batch_size"] == Config().training.global_batch_size

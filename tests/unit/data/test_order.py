@@ -22,6 +22,7 @@ from train.data.order import (
     permutation,
     windows_per_shard,
 )
+from train.errors import UserError
 
 WORLD_SIZES = (1, 2, 4, 8)
 
@@ -172,30 +173,25 @@ def test_lanes_are_the_largest_divisor() -> None:
     assert fitting_world_sizes(4096, 64, micro_batch_size=128) == [1, 2, 4, 8, 16, 32]
     assert fitting_world_sizes(48, 64) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
     assert check_fit(4096, 64, world_size=8, micro_batch_size=32) == 16
-
-
-def test_a_world_size_that_does_not_fit_is_told_which_do() -> None:
-    with pytest.raises(
-        ValueError, match=r"world size of 3 does not fit .*use a world size of 1, 2, 4, 8, 16$"
-    ):
-        check_fit(64, 16, world_size=3, micro_batch_size=4)
-    with pytest.raises(
-        ValueError, match="no world size fits: choose a micro batch that divides the global batch"
-    ):
-        check_fit(64, 16, world_size=1, micro_batch_size=3)
-    with pytest.raises(
-        ValueError, match=r"16, 32, 64, or data\.lanes=128, which changes the order of the data$"
-    ):
-        check_fit(4096, 64, world_size=128, micro_batch_size=32)
     assert check_fit(4096, 128, world_size=128, micro_batch_size=32) == 1
-    with pytest.raises(
-        ValueError, match=r"32, 64; more ranks than 64 need a larger data\.lanes that divides"
-    ):
-        check_fit(4096, 64, world_size=96, micro_batch_size=32)
-    with pytest.raises(ValueError, match=r"use a world size of 1, 2, 4, 8, 16$"):
-        check_fit(64, 16, world_size=0, micro_batch_size=4)
-    with pytest.raises(ValueError, match="micro_batch_size is 0"):
-        check_fit(64, 16, world_size=1, micro_batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "lanes", "world_size", "micro_batch_size", "message"),
+    [
+        (64, 16, 3, 4, r"world size of 3 does not fit .*use a world size of 1, 2, 4, 8, 16$"),
+        (64, 16, 0, 4, r"use a world size of 1, 2, 4, 8, 16$"),
+        (64, 16, 1, 3, "no world size fits: choose a micro batch that divides the global batch"),
+        (64, 16, 1, 0, "micro_batch_size is 0"),
+        (4096, 64, 128, 32, r"16, 32, 64, or data\.lanes=128, which changes the order of the data$"),
+        (4096, 64, 96, 32, r"32, 64; more ranks than 64 need a larger data\.lanes that divides"),
+    ],
+)
+def test_a_world_size_that_does_not_fit_is_told_which_do(
+    global_batch_size: int, lanes: int, world_size: int, micro_batch_size: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check_fit(global_batch_size, lanes, world_size, micro_batch_size)
 
 
 def test_what_cannot_be_ordered_is_refused() -> None:

@@ -217,12 +217,17 @@ def test_an_answer_that_is_no_http_is_an_error(manifest: Manifest, answer: bytes
 # ------------------------------------------------------------------------------------- slow, dying, not there
 
 
-@pytest.mark.parametrize("kind", ["http", "s3"])
+@pytest.fixture(params=["http", "bucket"])
+def place(request: pytest.FixtureRequest) -> tuple[Store, str]:
+    """Each kind of store, and where the shards lie in it."""
+    store = request.getfixturevalue(request.param)
+    return store, store.url if request.param == "http" else LOCATION
+
+
 def test_a_torn_answer_is_asked_for_again_and_then_an_error(
-    kind: str, folder: Path, manifest: Manifest, request: pytest.FixtureRequest
+    place: tuple[Store, str], folder: Path, manifest: Manifest
 ) -> None:
-    store = request.getfixturevalue("http" if kind == "http" else "bucket")
-    location = store.url if kind == "http" else LOCATION
+    store, location = place
     shard = manifest.splits["train"][0]
     for fault in ("torn", "reset"):
         store.faults["GET"] = [fault]
@@ -234,15 +239,13 @@ def test_a_torn_answer_is_asked_for_again_and_then_an_error(
             UserError, match=rf"shard {shard.name} at {location}\S+ cannot be read \(.+\): fetch"
         ):
             read_shard(location, shard)
-        assert len(store.requests) <= (6 if kind == "http" else 9)  # aiohttp sends each twice
+        assert len(store.requests) <= (9 if location == LOCATION else 6)  # aiohttp sends each twice
 
 
-@pytest.mark.parametrize("kind", ["http", "s3"])
 def test_a_store_that_stalls_is_an_error_in_time(
-    kind: str, manifest: Manifest, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    place: tuple[Store, str], manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = request.getfixturevalue("http" if kind == "http" else "bucket")
-    location = store.url if kind == "http" else LOCATION
+    store, location = place
     monkeypatch.setattr(remote, "STALL_S", 0.5)
     store.faults["GET"] = "stall"
     begun = time.monotonic()

@@ -16,14 +16,6 @@ from train.distributed.store import _try_connections, join_store
 from train.errors import RendezvousError, ReportedElsewhereError
 
 
-def test_all_come() -> None:
-    port = free_port()
-    with ThreadPoolExecutor() as pool:
-        stores = [pool.submit(join_store, rank, 3, "127.0.0.1", port, 20) for rank in range(3)]
-        for rank, store in enumerate(stores):
-            assert store.result().get(f"halfling-here/{rank}") == platform.node().encode()
-
-
 def test_ranks_that_cannot_connect_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A firewall that lets rank 0's port through and no other: here rank 2's server takes nobody."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,other")

@@ -22,15 +22,11 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     BertTokenizer,
-    DebertaV2Config,
-    DebertaV2ForMaskedLM,
     ElectraConfig,
     ElectraForMaskedLM,
     ElectraForPreTraining,
     ElectraModel,
     EsmTokenizer,
-    MPNetConfig,
-    MPNetForMaskedLM,
     PreTrainedModel,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -59,9 +55,6 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "bert, no head": lambda: BertModel(BertConfig(**SIZES)),
     "bert, fine-tuned": lambda: BertForSequenceClassification(BertConfig(**SIZES)),
-    "electra": lambda: ElectraForMaskedLM(ElectraConfig(**SIZES, embedding_size=24)),
-    "deberta-v2": lambda: DebertaV2ForMaskedLM(DebertaV2Config(**SIZES, relative_attention=True)),
-    "mpnet": lambda: MPNetForMaskedLM(MPNetConfig(**SIZES)),
 }
 
 

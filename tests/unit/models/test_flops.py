@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForMaskedLM, ElectraConfig, ElectraForMaskedLM
+from transformers import AutoModelForMaskedLM
 
+from tests.unit.models.test_families import MODELS
 from train.models.attention_vectors import AttentionVectors
 from train.models.families import ELECTRA, family_of
 from train.models.flops import (
@@ -54,20 +55,12 @@ def test_equals_torchs_count(teacher_folder: str) -> None:
 
 
 def test_narrow_embeddings_equal_torchs_count() -> None:
-    config = ElectraConfig(
-        vocab_size=64,
-        embedding_size=16,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-    )
-    config._attn_implementation = "eager"
-    model = ElectraForMaskedLM(config).eval()
+    model = MODELS["electra"]().eval()
+    model.set_attn_implementation("eager")
     ours = forward_flops_per_token(shape_of(model), sequence_length=16, decoded_share=1.0)
     ids = torch.randint(0, 64, (3, 16))
     assert counted(lambda: model(ids)) == 3 * 16 * ours
-    assert ELECTRA.decoder(model)[0].shape == (64, 16)
+    assert ELECTRA.decoder(model)[0].shape == (64, 24)
 
 
 def test_matrix_rate_is_plausible() -> None:

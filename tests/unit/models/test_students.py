@@ -177,10 +177,7 @@ def test_layer_maps(arguments, layers):
         (([0, 1, 1, 2], 3), "model.layer_map lists 4 layers but the teacher has only 3; .*layer_map=random"),
         (([0.9, 1.7], 4), r"model.layer_map \[0.9, 1.7\]: give whole numbers"),
         (([0, 2], 4, 3), "model.student_layers is 3 but model.layer_map lists 2 layers"),
-        (
-            ("evry_other", 4),
-            r"model.layer_map is 'evry_other'; choose every_other, last_of_each, distilbert",
-        ),
+        (("evry_other", 4), r"model.layer_map is 'evry_other'; choose every_other, last_of_each, distilbert"),
     ],
 )
 def test_layer_maps_that_do_not_fit_are_refused(arguments, message):

@@ -1,4 +1,4 @@
-"""Tasks of a user's own: files to scores, for every type of label, and what is refused by name."""
+"""Tasks of a user's own: files to scores, for every type of label."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from seqeval.metrics import f1_score as entity_f1
-from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoTokenizer, pipeline
 
-from launch.finetune import job_of, main, own_options, parser, tasks_of
+from launch.finetune import job_of, own_options, parser, tasks_of
 from tests.tiny_tasks import FILLERS, save_encoder
 from tests.unit.finetuning.squad_tokenizers import byte_pairs, wordpiece
 from train.errors import UserError
@@ -141,16 +141,8 @@ def test_several_classes_for_a_text(tmp_path: Path, model: str) -> None:
     assert scores["median"]["micro_f1"] > 80
     folder = tmp_path / "out/kinds/seed-0"
     assert AutoConfig.from_pretrained(folder).problem_type == "multi_label_classification"
-    taught, _ = own_job(
-        tmp_path / "taught",
-        model,
-        f"jsonl:{path}",
-        "--label-type",
-        "classes",
-        *QUICK,
-        "--teacher",
-        str(folder),
-    )
+    flags = ("--label-type", "classes", *QUICK, "--teacher", str(folder))
+    taught, _ = own_job(tmp_path / "taught", model, f"jsonl:{path}", *flags)
     assert run_task(taught, [0])["median"]["micro_f1"] > 80
 
     lines = ["text\tred\ttall", *(f"{row['text']}\t{int('red' in row['label'])}\t0" for row in rows)]
@@ -186,14 +178,16 @@ def test_entities_for_teacher_and_student(tmp_path: Path, family: str) -> None:
     assert scores["median"]["score"] == scores["median"]["entity_f1"]
     assert {"entity_precision", "entity_recall"} <= set(scores["median"])
     folder = tmp_path / "teacher/ner/seed-0"
+    config = AutoConfig.from_pretrained(folder)
+    assert config.label2id == {"O": 0, "B-LOC": 1, "B-PER": 2, "I-PER": 3}
+    assert len(AutoTokenizer.from_pretrained(folder)) == config.vocab_size
     if family == "bert":  # whose tokens are words here; of others a word's first token alone is labelled
         find = pipeline("token-classification", str(folder), aggregation_strategy="simple", device="cpu")
         found = find(f"{FILLERS[7]} {FILLERS[0]} {FILLERS[1]} {FILLERS[2]}")
         assert [entity["entity_group"] for entity in found] == ["PER", "LOC"]
 
-    student = save_encoder(
-        tmp_path / "student-model", num_layers=1, seed=3
-    )  # another tokenizer than RoBERTa's
+    # Another tokenizer than RoBERTa's.
+    student = save_encoder(tmp_path / "student-model", num_layers=1, seed=3)
     job, _ = own_job(tmp_path / "student", student, f"conll:{train}", *flags, "--teacher", str(folder))
     assert run_task(job, [0])["median"]["entity_f1"] > 90
 
@@ -203,10 +197,7 @@ def test_words_are_found_among_their_tokens(tokenizer: Any) -> None:
     """As the tokenizer has it of one word after the other; a token that is a space is none of a word."""
     made, words = tokenizer(), ["fast", "unheard-of", "the", "\u0007", "slow"]
     [found] = encode_words(made, [words], 64, False)
-    assert found["words"].tolist() in (
-        [0, 1, 2, 4],
-        [0, 1, 2, 3, 4],
-    )  # some tokenizers drop control characters
+    assert found["words"].tolist() in ([0, 1, 2, 4], [0, 1, 2, 3, 4])  # some drop control characters
     pieces = [
         made(word if index == 0 else f" {word}", add_special_tokens=False)["input_ids"]
         for index, word in enumerate(words)
@@ -274,148 +265,3 @@ def test_scores_are_the_libraries(tmp_path: Path, model: str) -> None:
     scores = score_predictions(job.task, {"dev": outputs}, {"dev": labels})
     assert scores["micro_f1"] == pytest.approx(100 * 4 / 5)
     assert scores["macro_f1"] == pytest.approx(100 * (1 + 2 / 3) / 2)
-
-
-CSV = "text,label\na,x\nb,y\n"
-
-
-@pytest.mark.parametrize(
-    ("files", "task", "flags", "said"),
-    [
-        ({"a.csv": CSV}, "csv:{}/b.csv", (), r"there is no file .*b.csv; give --task csv:FILE"),
-        ({"a.csv": CSV}, "csv:{}/a.csv", ("--dev", "gone"), "there is no file gone"),
-        ({"a.csv": CSV}, "csv:{}/a.csv", ("--text", "title"), "has no column title; it has text, label; .*--text"),
-        ({"a.csv": CSV}, "csv:{}/a.csv", ("--label", "topic"), "has no column topic; it has text, label"),
-        ({"a.csv": "text,label\n"}, "csv:{}/a.csv", (), "label has 0 labels"),
-        ({"a.csv": "text,label\na,x\nb,x\n"}, "csv:{}/a.csv", (), r"has 1 labels \(all are 'x'\)"),
-        ({"a.csv": "text,label\na,x\nb,\n"}, "csv:{}/a.csv", (), "row 3: label is '', no label"),
-        ({"a.csv": 'text,label\na,"x\n'}, "csv:{}/a.csv", (), "row 2: no CSV"),
-        ({"a.csv": "text,label\na,x,y\n"}, "csv:{}/a.csv", (), "do not have the 2 columns text, label"),
-        ({"a.csv": CSV}, "csv:{}/a.csv", ("--columns", "text"), "3 of 3 rows do not have the 1 columns text"),
-        ({"a.csv": CSV}, "csv:{}/a.csv", ("--label-type", "tags"), "tags are read from conll:FILE"),
-        ({"a.csv": CSV}, "csv:{}/a.csv", ("--metrics", "spearman"), "no such metric of --label-type class"),
-        ({"a.csv": CSV}, "csv:{}/a.csv", ("--text", "a", "b", "c"), "--text names 3 columns"),
-        ({"a.csv": CSV}, "csv:{}/a.csv", ("--label", "a", "b"), "--label names 2 columns; .*--label-type classes"),
-        ({"a.jsonl": '{"text": "a", "label": null}'}, "jsonl:{}/a.jsonl", (), "row 1: label is None, no label"),
-        ({"a.jsonl": '{"text": "a", "label": ["x"]}'}, "jsonl:{}/a.jsonl", (), "another --label-type"),
-        ({"a.jsonl": "{}"}, "jsonl:{}/a.jsonl", ("--columns", "x"), "--columns has no effect"),
-        ({"a.conll": "a O\nb\n"}, "conll:{}/a.conll", (), "row 2: 1 columns where 2 are wanted"),
-        ({"a.conll": "\n\n"}, "conll:{}/a.conll", (), "is empty"),
-        ({"a.conll": "a X\nb Y\n"}, "conll:{}/a.conll", ("--metrics", "entity_f1"), "tags such as B-PER"),
-        ({"a.conll": "a X\nb Y\n"}, "conll:{}/a.conll", ("--columns", "w", "t"), "names no column tokens"),
-        ({"a.conll": "a X\nb Y\n"}, "conll:{}/a.conll", ("--label-type", "class"), "has tags; leave it out"),
-        ({"a.conll": "a NN X\nb NN Y\n"}, "conll:{}/a.conll", ("--label", "pos"), "--label pos has no effect"),
-        ({"a.conll": "a NN X\nb NN Y\n"}, "conll:{}/a.conll", ("--text", "w"), "--text w .*with --columns"),
-    ],
-)  # fmt: skip
-def test_bad_tasks_are_refused_by_name(
-    tmp_path: Path, files: dict[str, str], task: str, flags: tuple[str, ...], said: str
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=said):
-        own_job(tmp_path / "out", "model", task.format(tmp_path), *flags)
-
-
-@pytest.mark.parametrize(
-    ("kind", "train", "dev", "flags", "said"),
-    [
-        ("csv", CSV, "text,label\na,z\n", (), "row 2: label is 'z'; a has the labels of its training set: x, y"),
-        ("csv", CSV, "text,label\n", (), "dev.csv holds no examples"),
-        ("csv", CSV, "", (), "dev.csv is empty"),
-        ("csv", CSV, "text\na\n", (), "has no column label; it has text"),
-        ("csv", CSV, None, (), "too small to split a dev set off"),
-        ("csv", "text,label\na,1\nb,many\n", None, ("--label-type", "number"), "row 3: label is 'many'; a has numbers"),
-        ("jsonl", '{"tokens": ["a", "b"], "tags": ["X", "Y"]}', '{"tokens": ["a", "b"], "tags": ["X"]}',
-         ("--label-type", "tags"), "row 1: 2 words and 1 tags; give one tag for each word"),
-        ("jsonl", '{"tokens": ["a", "b"], "tags": ["X", "Y"]}', '{"tokens": ["a"], "tags": ["Z"]}',
-         ("--label-type", "tags"), "row 1: a tag is 'Z'"),
-        ("jsonl", '{"tokens": ["a", "b"], "tags": ["X", "Y"]}', '{"tokens": "a", "tags": ["X"]}',
-         ("--label-type", "tags"), "row 1: tokens is 'a', not a list of words"),
-        ("jsonl", '{"text": "a", "label": ["x", "y"]}', '{"text": "a", "label": ["z"]}',
-         ("--label-type", "classes"), "row 1: label is .'z'.; a has the labels"),
-    ],
-)  # fmt: skip
-def test_bad_sets_are_refused_by_name(
-    tmp_path: Path, kind: str, train: str, dev: str | None, flags: tuple[str, ...], said: str
-) -> None:
-    (tmp_path / f"a.{kind}").write_text(train)
-    if dev is not None:
-        (tmp_path / f"dev.{kind}").write_text(dev)
-        flags = (*flags, "--dev", str(tmp_path / f"dev.{kind}"))
-    job, heard = own_job(tmp_path / "out", "model", f"{kind}:{tmp_path / f'a.{kind}'}", *flags)
-    with pytest.raises(UserError, match=said):
-        read_task(job.task, job.data, heard.append)
-
-
-def test_columns_of_conll_are_chosen_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "a.conll"
-    path.write_text("NN w B-X\nVB v O\n")
-    flags = ("--columns", "pos", "word", "tag", "--text", "word", "--label", "pos", "--dev", str(path))
-    job, said = own_job(tmp_path / "out", "model", f"conll:{path}", *flags)
-    assert job.task.labels == ("NN", "VB")
-    train, _ = read_task(job.task, job.data, said.append)
-    assert train.first == [["w", "v"]]
-
-
-def test_only_of_tags_o_comes_first(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text,label\na,A\nb,O\nc,B\n")
-    assert own_job(tmp_path, "model", f"csv:{tmp_path / 'a.csv'}")[0].task.labels == ("A", "B", "O")
-    (tmp_path / "a.conll").write_text("a A\nb O\n")
-    assert own_job(tmp_path, "model", f"conll:{tmp_path / 'a.conll'}")[0].task.labels == ("O", "A")
-
-
-def test_options_of_own_tasks_want_one(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text(CSV)
-    own = f"csv:{tmp_path / 'a.csv'}"
-    for words, said in (
-        (["sst2", "--dev", "x"], "--dev is about one --task of your own, as csv:FILE"),
-        ([own, own, "--label-type", "number"], "there are 2; run one at a time"),
-        ([own, "--data", "glue"], "--data has no effect"),
-        ([own, "--unlabelled", "x"], "no effect without --teacher"),
-    ):
-        with pytest.raises(UserError, match=said):
-            main(["--model", "m", "--out", str(tmp_path / "o"), "--task", *words])
-
-
-def test_a_dataset_of_the_hub_as_a_task(tmp_path: Path, model: str) -> None:
-    """`datasets` takes a local folder for a hub dataset."""
-    import datasets
-
-    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-X"]))
-    features = datasets.Features({"words": datasets.Sequence(datasets.Value("string")), "ner_tags": tags})
-    for split in ("train", "validation"):
-        rows = {"words": [["a", "b"]] * 3, "ner_tags": [[0, 1]] * 3}
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
-    job, said = own_job(tmp_path / "out", model, f"hub:{tmp_path}", "--label-type", "tags")
-    assert job.task.labels == ("O", "B-X")
-    train, dev = read_task(job.task, job.data, said.append)
-    assert [labels.tolist() for labels in train.labels] == [[0, 1]] * 3
-    assert len(dev["dev"]) == 3
-
-
-def test_a_dataset_of_the_hub_without_a_dev_split(tmp_path: Path) -> None:
-    """As AG News, which has train and test alone."""
-    import datasets
-
-    for split in ("train", "test"):
-        rows = {"text": [f"{split} {n}" for n in range(100)], "label": ["x", "y"] * 50}
-        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"{split}.parquet")
-    name = f"hub:{tmp_path}"
-    job, said = own_job(tmp_path / "out", "model", name)
-    train, dev = read_task(job.task, job.data, said.append)
-    assert len(train) + len(dev[SPLIT_OFF]) == 100
-    assert all(text.startswith("train ") for text in [*train.first, *dev[SPLIT_OFF].first])
-    assert f"no dev set beside {tmp_path}, split train: {len(dev[SPLIT_OFF])} of its examples" in said[0]
-    with pytest.raises(UserError, match=r"--dev a has no effect on .*, else a tenth of its training set"):
-        own_job(tmp_path / "out", "model", name, "--dev", "a")
-
-
-def test_tokenizers_are_saved_with_the_tagger(tmp_path: Path, model: str) -> None:
-    train = write_entities(tmp_path / "ner.conll", 40, 0)
-    job, _ = own_job(tmp_path / "out", model, f"conll:{train}", "--epochs", "1")
-    run_task(job, [0])
-    folder = tmp_path / "out/ner/seed-0"
-    loaded = AutoModelForTokenClassification.from_pretrained(folder)
-    assert loaded.config.label2id == {"O": 0, "B-LOC": 1, "B-PER": 2, "I-PER": 3}
-    assert len(AutoTokenizer.from_pretrained(folder)) == loaded.config.vocab_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,124 +30,86 @@ from launch.preflight.checks import (
 from launch.preflight.hosts import keep_alive_s
 from tests.unit.launch.preflight.answers import BROKEN, DEVICE, GPU, HEALTHY, ON_CPU, SLOTS, TORCH, hosts
 
+JUDGES: dict[str, Callable[[dict[str, dict[str, Any]]], Finding]] = {
+    "versions": check_versions,
+    "code": check_code,
+    "gpus": lambda answers: check_gpus(answers, SLOTS),
+    "torch": lambda answers: check_torch(answers, SLOTS),
+    "memory": lambda answers: check_memory(answers, SLOTS),
+    "shards": lambda answers: check_shards(answers, "/shards"),
+    "teachers": check_teachers,
+    "run_folder": lambda answers: check_run_folder(answers, "/run"),
+    "clock_ahead_s": check_clocks,
+}
 
-def judge(name: str, answers: dict[str, dict[str, Any]]) -> Finding:
-    return {
-        "versions": lambda: check_versions(answers),
-        "code": lambda: check_code(answers),
-        "gpus": lambda: check_gpus(answers, SLOTS),
-        "torch": lambda: check_torch(answers, SLOTS),
-        "memory": lambda: check_memory(answers, SLOTS),
-        "shards": lambda: check_shards(answers, "/shards"),
-        "teachers": lambda: check_teachers(answers),
-        "run_folder": lambda: check_run_folder(answers, "/run"),
-        "disk": lambda: check_disk(answers, 5.0, "/run"),
-        "clock_ahead_s": lambda: check_clocks(answers),
-    }[name]()
+
+def check_space(answers: dict[str, dict[str, Any]]) -> Finding:
+    return check_disk(answers, 5.0, "/run")
 
 
 def test_healthy() -> None:
-    for check in (
-        "versions",
-        "code",
-        "gpus",
-        "torch",
-        "memory",
-        "shards",
-        "teachers",
-        "run_folder",
-        "clock_ahead_s",
-    ):
-        found = judge(check, hosts())
+    for judge in JUDGES.values():
+        found = judge(hosts())
         assert (found.ok, found.remedy) == (True, "")
         assert found.result
-    disk = judge("disk", hosts())
+    disk = check_space(hosts())
     assert (disk.ok, disk.result) == (True, "100.0 GiB free, 5.0 needed")
 
 
 @pytest.mark.parametrize(
-    ("check", "changed", "seen", "remedy"),
+    ("check", "answer", "seen", "remedy"),
     [
-        (
-            "versions",
-            {"versions": {**HEALTHY["versions"], "torch": "missing"}},
-            "b: torch missing",
-            "pip install",
-        ),
-        (
-            "versions",
-            {"versions": {**HEALTHY["versions"], "python": "3.10.1"}},
-            "first host: 3.11.7",
-            "Python",
-        ),
-        ("code", {"code": "ffff"}, "b: ffff, on a 0123456789ab", "copy this folder to it"),
-        ("clock_ahead_s", {"clock_ahead_s": (-3.5, -2.5)}, "b: -2.5 s", "chronyd"),
-        ("clock_ahead_s", {"clock_ahead_s": (3.0, 4.0)}, "b: +3.0 s", "chronyd"),
-        ("gpus", {"gpus": [GPU]}, "b: 1 x NVIDIA A100, 81920 MiB, driver 550.54 for 2 slots", "nvidia-smi"),
-        ("gpus", {"gpus": [{**GPU, "driver": "535.1"}] * 2}, "driver 535.1; first host: 2 x", "drivers"),
-        ("gpus", {"gpus": []}, "b: no GPU; first host", "equal GPUs"),
-        ("gpus", {"gpus": {"error": "driver mismatch"}}, "b: driver mismatch", "nvidia-smi"),
+        ("versions", {**HEALTHY["versions"], "torch": "missing"}, "b: torch missing", "pip install"),
+        ("versions", {**HEALTHY["versions"], "python": "3.10.1"}, "first host: 3.11.7", "Python"),
+        ("code", "ffff", "b: ffff, on a 0123456789ab", "copy this folder to it"),
+        ("clock_ahead_s", (-3.5, -2.5), "b: -2.5 s", "chronyd"),
+        ("clock_ahead_s", (3.0, 4.0), "b: +3.0 s", "chronyd"),
+        ("gpus", [GPU], "b: 1 x NVIDIA A100, 81920 MiB, driver 550.54 for 2 slots", "nvidia-smi"),
+        ("gpus", [{**GPU, "driver": "535.1"}] * 2, "driver 535.1; first host: 2 x", "drivers"),
+        ("gpus", [], "b: no GPU; first host", "equal GPUs"),
+        ("gpus", {"error": "driver mismatch"}, "b: driver mismatch", "nvidia-smi"),
         (
             "torch",
-            {"torch": ON_CPU},
+            ON_CPU,
             "b: nvidia-smi shows 2 GPUs, but torch 2.13.0+cpu cannot use them: it is built without CUDA. Ranks would",
             "DS_ACCELERATOR=cpu (cluster.env)",
         ),
-        (
-            "torch",
-            {"torch": {**TORCH, "devices": [DEVICE]}},
-            "1 x NVIDIA A100, 79.2 GiB, capability 8.0",
-            "install",
-        ),
-        ("torch", {"torch": {**TORCH, "nccl": None}}, "b: torch 2.13.0+cu130 has no NCCL", "install"),
-        (
-            "torch",
-            {"torch": {**TORCH, "nccl": "2.20"}},
-            "NCCL 2.20; first host: torch 2.13.0+cu130: 2 x",
-            "install",
-        ),
-        (
-            "torch",
-            {"torch": {**TORCH, "devices": [DEVICE, BROKEN]}},
-            "b: device 1 (NVIDIA A100): out of mem",
-            "DS_",
-        ),
-        ("torch", {"torch": {"error": "No module named 'torch'"}}, "b: No module named 'torch'", "install"),
-        (
-            "memory",
-            {"memory": {"total_gib": 4, "free_gib": 1.5, "shm_gib": 9}},
-            "1.5 GiB free for 2 ranks",
-            "slots=",
-        ),
-        (
-            "memory",
-            {"memory": {"total_gib": 99, "free_gib": 90, "shm_gib": 0.0625}},
-            "/dev/shm",
-            "--shm-size",
-        ),
-        ("shards", {"shards": {"digest": "cccc", "shards": 3}}, "b: manifest cccc, on a aaaa", "/shards"),
-        ("shards", {"shards": {"error": "gone"}}, "b: gone", "mount or copy"),
-        ("teachers", {"teachers": {"/t": "cccc"}}, "b: differ from those on a", "same folder"),
-        ("run_folder", {"run_folder": {"error": "Read-only file system"}}, "b: Read-only", "--run.dir"),
-        ("disk", {"run_folder": {"free_gib": 1.25}}, "b: 1.25 GiB free", "free 5.0 GiB"),
+        ("torch", {**TORCH, "devices": [DEVICE]}, "1 x NVIDIA A100, 79.2 GiB, capability 8.0", "install"),
+        ("torch", {**TORCH, "nccl": None}, "b: torch 2.13.0+cu130 has no NCCL", "install"),
+        ("torch", {**TORCH, "nccl": "2.20"}, "NCCL 2.20; first host: torch 2.13.0+cu130: 2 x", "install"),
+        ("torch", {**TORCH, "devices": [DEVICE, BROKEN]}, "b: device 1 (NVIDIA A100): out of mem", "DS_"),
+        ("torch", {"error": "No module named 'torch'"}, "b: No module named 'torch'", "install"),
+        ("memory", {"total_gib": 4, "free_gib": 1.5, "shm_gib": 9}, "1.5 GiB free for 2 ranks", "slots="),
+        ("memory", {"total_gib": 99, "free_gib": 90, "shm_gib": 0.0625}, "/dev/shm", "--shm-size"),
+        ("shards", {"digest": "cccc", "shards": 3}, "b: manifest cccc, on a aaaa", "/shards"),
+        ("shards", {"error": "gone"}, "b: gone", "mount or copy"),
+        ("teachers", {"/t": "cccc"}, "b: differ from those on a", "same folder"),
+        ("run_folder", {"error": "Read-only file system"}, "b: Read-only", "--run.dir"),
     ],
 )
-def test_faults(check: str, changed: dict[str, Any], seen: str, remedy: str) -> None:
-    finding = judge(check, hosts(**changed))
+def test_faults(check: str, answer: Any, seen: str, remedy: str) -> None:
+    finding = JUDGES[check](hosts(**{check: answer}))
     assert not finding.ok
     assert seen in finding.result
     assert remedy in finding.remedy
 
 
+def test_a_full_disk() -> None:
+    finding = check_space(hosts(run_folder={"free_gib": 1.25}))
+    assert not finding.ok
+    assert "b: 1.25 GiB free" in finding.result
+    assert "free 5.0 GiB" in finding.remedy
+
+
 def test_first_host_at_fault() -> None:
     """What the first host lacks is its fault, and does not hide what the others have."""
     answers = {"a": {**HEALTHY, "shards": {"error": "no manifest"}}, "b": HEALTHY}
-    assert "a: no manifest" in judge("shards", answers).result
-    assert "data_prep/write_shards.py" in judge("shards", {"a": answers["a"]}).remedy
+    assert "a: no manifest" in JUDGES["shards"](answers).result
+    assert "data_prep/write_shards.py" in JUDGES["shards"]({"a": answers["a"]}).remedy
 
 
 def test_an_answer_too_slow_to_judge_a_clock_by() -> None:
-    assert judge("clock_ahead_s", hosts(clock_ahead_s=(-4.0, 0.5))).ok
+    assert JUDGES["clock_ahead_s"](hosts(clock_ahead_s=(-4.0, 0.5))).ok
 
 
 def test_variables_that_do_not_arrive() -> None:
