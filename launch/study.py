@@ -40,7 +40,7 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch.cli import parse_config, run_main
+from launch.cli import command_parser, parse_config, run_main
 from launch.experiments.job import StoppedError
 from launch.experiments.options import (
     add_where,
@@ -152,9 +152,7 @@ def _study(options: argparse.Namespace, base: Config, folder: TeacherFolder) -> 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's options, and what is left for launch/pretrain.py and launch/finetune.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--teacher", required=True, metavar="DIR", help="encoder with its tokenizer: folder or hub name")
     add("--corpus", required=True, metavar="SHARDS", help="of data_prep/write_shards.py, with its tokenizer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,6 @@ from train.data.corpus import corpus_digests, num_heldout_windows
 from train.data.loader import heldout_windows
 from train.data.order import check_fit
 from train.data.pipeline import RunData, build_run_data, build_schedule, fit_micro_batch
-from train.distributed.consistency import from_first_rank
 from train.distributed.device import engine_arguments
 from train.distributed.world import World, import_deepspeed
 from train.engine_check import check_engine_config
@@ -27,7 +27,7 @@ from train.engine_config import (
 )
 from train.errors import UserError, one_line
 from train.evaluation.heldout import HeldoutEvaluation
-from train.evaluation.importance import importance
+from train.evaluation.importance import importance_from_first_rank
 from train.evaluation.teacher_precision import check_teacher_precision
 from train.loop.micro_batch import find_micro_batch_size
 from train.loop.observers.logged_figures import ComputeCost
@@ -46,9 +46,7 @@ from train.models.build import (
 from train.models.compilation import compile_layers, require_compiler
 from train.models.cpu_attention import with_cpu_attention
 from train.models.dropout import with_fast_dropout
-from train.models.families import Family
 from train.models.flops import measured_matrix_rate, shape_of, training_flops_per_token
-from train.models.narrowing import Importance
 from train.models.teacher import Teacher
 from train.objective.build import build_objective, relation_layers
 from train.objective.untrained import freeze_untrained
@@ -148,12 +146,8 @@ def assemble(
     startup.ended("data")
     teacher = _checked_teacher(config, world.device, folders) if config.objective.needs_teacher else None
     startup.ended("teacher")
-
-    def measured(family: Family, model: PreTrainedModel) -> Importance:
-        """The same on all ranks: the last bits of another machine's could keep something else."""
-        return from_first_rank(world, lambda: importance(config, manifest, world.device, family, model))
-
-    student = build_student(config, manifest, folders, None if resumed else measured)
+    measured = None if resumed else functools.partial(importance_from_first_rank, config, manifest, world)
+    student = build_student(config, manifest, folders, measured)
     objective = build_objective(config.objective, student, teacher, config.data.seed)
     check_sequence_length(student, config.data.sequence_length)
     if world.device == "cpu":

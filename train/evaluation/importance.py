@@ -16,12 +16,21 @@ from data_prep.shard_format.manifest import Manifest
 from train.config import Config
 from train.data.loader import BatchLoader
 from train.data.order import windows_per_shard
+from train.distributed.consistency import from_first_rank
+from train.distributed.world import World
 from train.models.families import Family
 from train.models.narrowing import Importance
 from train.models.teacher import running_copy
 
 NUM_WINDOWS = 256
 BATCH = 16
+
+
+def importance_from_first_rank(
+    config: Config, manifest: Manifest, world: World, family: Family, model: PreTrainedModel
+) -> Importance:
+    """Measured on the first rank and the same on all: the last bits of another machine's could keep something else."""
+    return from_first_rank(world, lambda: importance(config, manifest, world.device, family, model))
 
 
 def importance(

@@ -88,7 +88,8 @@ class Retrieval:
 
 
 def read_retrieval(folder: Path, split: str = "test") -> Retrieval:
-    """BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv, plain or .gz; UserError, by file and row."""
+    """BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv, plain or .gz. UserError, by file and row, for what
+    is missing or does not fit."""
     documents = _texts(_there(folder, "corpus.jsonl"))
     queries = _texts(_there(folder, "queries.jsonl"))
     path = _there(folder, f"qrels/{split}.tsv")

@@ -31,7 +31,7 @@ OPTIONS = "options.json"
 
 
 def check_task(job: Job) -> None:
-    """UserError for all that can be refused cheaply, before hours are spent on the tasks before: data, models."""
+    """UserError for what can be refused cheaply, before hours are spent on other tasks: data and models."""
     if job.task.kind == "span":
         squad.check(job)
     elif job.task.kind == "tokens":

@@ -61,7 +61,7 @@ class DecoderInputs:
             self,
             features=self.features.to(weight.dtype),
             weight=weight,
-            from_bf16=from_bf16 or self.from_bf16,
+            from_bf16=from_bf16,
         )
 
 

@@ -43,7 +43,7 @@ class Module(BaseModel):
 
 
 def sentence_modules(name: str) -> list[Module]:
-    """Of a folder or a name on the hub; none where it is none of sentence-transformers', UserError where unreadable."""
+    """Of a folder or a name on the hub; empty where it is none of sentence-transformers'. UserError: damaged."""
     modules = read_json_beside(name, MODULES)
     try:
         return [] if modules is None else TypeAdapter(list[Module]).validate_python(modules)

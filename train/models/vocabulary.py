@@ -32,7 +32,7 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Pieces:
-    """What the tokens of a vocabulary are made of; UserError for a model none of WordPiece, BPE and Unigram."""
+    """What the tokens of a vocabulary are made of; UserError where the model is none of WordPiece, BPE and Unigram."""
 
     def __init__(self, content: Tree) -> None:
         model = content["model"]

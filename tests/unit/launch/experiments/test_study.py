@@ -1,4 +1,4 @@
-"""The study's plan, its tables, and what its command refuses; tests/end_to_end/test_study.py runs one."""
+"""A study's stages, what its file remembers, what its command refuses; tests/end_to_end/test_study.py runs one."""
 
 from __future__ import annotations
 
@@ -9,144 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from launch import report, study
-from launch.cli import parse_config
+from launch import study
 from launch.experiments import study_records
 from launch.experiments.job import Job
 from launch.experiments.study import StudyJob
-from launch.experiments.study_figure import plot
 from launch.experiments.study_records import Records
 from launch.experiments.study_results import (
-    Scores,
-    StudiedModel,
-    StudyFile,
     TriedRate,
-    curve_points,
-    tables_of,
 )
-from launch.experiments.study_runs import HEAD, OBJECTIVES, Scale, Study, chosen, students_of
+from launch.experiments.study_runs import OBJECTIVES
 from launch.experiments.variant import Variant
-from launch.reporting.inputs import read_study
-from launch.tables import DASH
-from tests.paths import ROOT
 from tests.tiny_tasks import write_sst2
+from tests.unit.launch.experiments.given import SHARED, model, planned
 from train.errors import UserError
 from train.finetuning.results import write_scores
-
-BUDGET, STEP = 4_000_000, 64 * 128
-
-
-SHARED = ["--model.teacher=encoder", "--model.teacher_dtype=bf16", "--objective.relation_weight=1"]
-
-
-def planned(
-    has_head: bool = False, rates: tuple[float, ...] = (0.001, 0.003), words: Sequence[str] = ()
-) -> Study:
-    curve = [500_000, 1_000_000, BUDGET]
-    recipe = parse_config([*SHARED, *words], "")
-    return Study(
-        "encoder",
-        has_head,
-        Path("out"),
-        Scale(BUDGET, curve, STEP),
-        students_of(6, 384, 12),
-        [each for each in OBJECTIVES if each.is_on(recipe)],
-        rates,
-        recipe,
-    )
-
-
-@pytest.mark.parametrize("has_head", [False, True])
-def test_every_run_is_accepted_and_named_once(has_head: bool) -> None:
-    found = planned(has_head)
-    names = [run.name for run in found.listed()]
-    assert len(set(names)) == len(names)
-    assert (HEAD in names) is not has_head
-    assert {
-        "half-cut",
-        "half-triple",
-        "narrow-control",
-        "half-relations-0.5M",
-        "search/half-both/lr-0.003",
-    } <= set(names)
-    assert not any(name.endswith("-4M") for name in names)  # that is half-triple itself
-    for run in found.listed():
-        config = parse_config([*SHARED, *run.words], "")
-        tokens = {"half-cut": 0, "narrow-cut": 0, "half-relations-0.5M": 500_000}.get(run.name, BUDGET)
-        tokens = BUDGET // 4 if run.name.startswith("search/") else tokens
-        if "-1M" not in run.name and "-0.5M" not in run.name:
-            assert config.training.max_steps == round(tokens / STEP), run.name
-        needs_head = config.objective.needs_masks and run.name.removeprefix("search/").split("/")[0] != HEAD
-        assert (config.model.teacher == "out/teacher-head/model") is (needs_head and not has_head), run.name
-        if config.model.student_width is not None:  # a cosine of other widths needs one
-            assert config.objective.projection is config.objective.needs_hidden, run.name
-
-
-def test_runs_that_come_to_the_same_are_one() -> None:
-    scale = Scale(BUDGET, [BUDGET // 4, BUDGET // 4, BUDGET // 4 + 1], STEP)
-    names = [run.name for run in replace(planned(), scale=scale).listed()]
-    assert len(set(names)) == len(names)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--objective.relation_heads=4", "--objective.relation_layers=[[1,1]]", "--objective.temperature=3"],
-        ["--objective.kd_positions=masked", "--masking.probability=0.3", "--masking.smoothing=0"],
-        ["--objective.mse_weight=1", "--objective.kd_weight=0", "--objective.projection=true"],
-        [
-            "--objective.layer_cosine_weight=1",
-            "--objective.layer_pairs=[[1,2]]",
-            "--objective.cosine_weight=0",
-        ],
-        ["--objective.cosine_weight=0"],
-        ["--optimizer.name=adamw", "--optimizer.lr=0.001"],
-    ],
-)
-def test_settings_of_one_term_reach_the_runs_that_have_it(words: list[str]) -> None:
-    """And no run is refused for a setting that is idle there."""
-    settings = dict(word.removeprefix("--").split("=") for word in words)
-    for run in planned(words=words).listed():
-        config = parse_config([*SHARED, *words, *run.words], "")
-        objective, name = config.objective, run.name.removeprefix("search/").split("/")[0]
-        terms = {each for each, weight in objective.term_weights().items() if weight}
-        if name in ("half-cut", "half-relations", "narrow-relations-random"):
-            assert terms == {"loss_relation"}
-            assert objective.relation_heads == (4 if "objective.relation_heads" in settings else None)
-        elif name in (HEAD, "half-control"):
-            assert terms == {"loss_mlm"}
-        elif name in ("half-triple", "half-both"):
-            assert ("loss_relation" in terms) is (name == "half-both")
-            assert config.masking.probability == float(settings.get("masking.probability", 0.15))
-        has_cosine = bool(terms & {"loss_cos", "loss_layer_cos"})
-        if config.model.student_width is not None:  # a cosine of other widths needs one
-            assert objective.projection is has_cosine
-
-
-def test_students_begin_with_the_layers_that_are_asked_for() -> None:
-    runs = {run.name: run.changes for run in replace(planned(), layer_map="last_of_each").listed()}
-    assert runs["half-cut"]["model.layer_map"] == runs["narrow-triple"]["model.layer_map"] == "last_of_each"
-    assert runs["half-control"]["model.layer_map"] == "random"
-
-
-def test_shapes_are_whole_heads() -> None:
-    half, narrow = students_of(6, 384, 12)
-    assert half.changes == {"model.student_layers": 3}
-    assert narrow.changes == {"model.student_layers": 4, "model.student_width": 256}
-    assert students_of(1, 32, 1)[1].changes == {"model.student_layers": 1, "model.student_width": 32}
-
-
-def test_relation_heads_that_do_not_divide_the_narrow_width_are_those_of_the_others() -> None:
-    """12 divide the teacher's 384 and not 256."""
-    words = ["--objective.relation_heads=12"]
-    for run in planned(words=words).listed():
-        config = parse_config([*SHARED, *words, *run.words], "")
-        if config.objective.relation_weight > 0:
-            assert config.objective.relation_heads == (None if config.model.student_width else 12), run.name
-
-
-def test_one_rate_needs_no_search() -> None:
-    assert not any(run.name.startswith("search/") for run in planned(rates=(0.001,)).listed())
 
 
 def recorded(out: Path) -> Records:
@@ -221,86 +97,6 @@ def test_a_recorded_rate_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.
     assert [rate.chosen for rate in made.rates] == [False, True]
 
 
-def model(name: str, points: float, *, tokens: int = BUDGET, spread: float = 1.0) -> StudiedModel:
-    student, _, objective = name.partition("-")
-    scores = {
-        task: Scores(seeds=[points - spread / 2, points, points + spread / 2]) for task in ("sst2", "rte")
-    }
-    return StudiedModel(
-        name=name if tokens in (0, BUDGET) else f"{name}-x",
-        title=name,
-        student=student if objective else "",
-        objective=objective,
-        parameters=10,
-        tokens=tokens,
-        tokens_per_s=100.0,
-        scores=scores,
-    )
-
-
-@pytest.fixture
-def finished() -> StudyFile:
-    models = [
-        model("teacher", 80.0, tokens=0),
-        model("half-cut", 70.0, tokens=0),
-        model("half-triple", 77.5),
-        model("half-triple", 75.0, tokens=BUDGET // 2),
-        model("half-control", 77.0),
-        model("half-relations", 79.0),
-    ]
-    rates = [TriedRate(objective="triple", rate=0.001, key="heldout_kl", heldout=0.5, chosen=True)]
-    return StudyFile(
-        teacher="t", tasks=["sst2", "rte"], budget=BUDGET, finetuning="--seeds 3", models=models, rates=rates
-    )
-
-
-def test_tables(finished: StudyFile) -> None:
-    scores, verdict, curve, rates = tables_of(finished)
-    assert scores.rows[0] == ["teacher", "80.0 (79.5 to 80.5)", "80.0 (79.5 to 80.5)", "80.0", "100.0%"]
-    assert scores.rows[2][-2:] == ["77.5", "96.9%"]
-    by_name = {row[0]: row for row in verdict.rows}
-    assert by_name["half-triple"][4:] == [
-        "75.0%",
-        "0 of 2; not SST-2, RTE",
-    ]  # 0.5 points above, seeds 1 apart
-    assert by_name["half-relations"][4:] == ["90.0%", "2 of 2"]
-    assert [row[1] for row in curve.rows] == ["0", f"{BUDGET // 2:,}", f"{BUDGET:,}"]
-    assert rates.rows == [["triple", "0.001", "0.5000 (heldout_kl)", "yes"]]
-
-
-def test_what_is_missing_is_a_dash_and_no_point(finished: StudyFile) -> None:
-    bare = finished.models[2].model_copy(update={"scores": {}})
-    partly = finished.model_copy(update={"models": [*finished.models[:2], bare]})
-    scores, verdict = tables_of(partly)[:2]
-    assert scores.rows[2] == ["half-triple", DASH, DASH, DASH, DASH]
-    assert verdict.rows[0][3:] == [DASH, DASH, DASH]
-    assert curve_points(partly, "half", "triple")[-1][1] is None
-
-
-def test_figure_and_report(finished: StudyFile, tmp_path: Path) -> None:
-    plot(finished, tmp_path / "study.png")
-    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
-    path = tmp_path / "study.json"
-    path.write_text(finished.model_dump_json())
-    assert report.main(["--study", str(path), "--out", str(tmp_path / "report")]) == 0
-    page = (tmp_path / "report" / "report.md").read_text()
-    assert "What each objective is worth" in page
-    assert "| half-relations | 4,000,000 | 100 | 79.0 | 90.0% | 2 of 2 |" in page
-    path.write_text(path.read_text().replace("80.0", "null", 1))
-    with pytest.raises(UserError, match=r"study.json: models.0.scores.sst2.seeds.* is None, no number"):
-        report.main(["--study", str(path), "--out", str(tmp_path / "report")])
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "study").glob("*.json")), ids=lambda path: path.stem)
-def test_the_tables_of_the_page_are_those_of_its_figures(path: Path) -> None:
-    page = (ROOT / "docs" / "STUDY.md").read_text()
-    assert path.name in page
-    for table in tables_of(read_study(path)):
-        assert table.as_markdown() in page, (
-            f"launch/report.py --study {path} makes another table: {table.title}"
-        )
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -337,13 +133,6 @@ def test_shards_are_looked_at_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
     assert study.main([*words, shards_folder, "--list"]) == 0
     assert "search/" not in capsys.readouterr().out  # equal rates are one
-
-
-def test_unknown_names_are_refused_with_those_there_are() -> None:
-    with pytest.raises(
-        UserError, match=r"--objectives kd: there is no such; there are triple, relations, hidden, both"
-    ):
-        chosen(["kd"], OBJECTIVES, "--objectives")
 
 
 def run_of_a_kind(job: StudyJob, monkeypatch: pytest.MonkeyPatch) -> None:
