@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -76,14 +77,16 @@ def kill_one_worker(
     is_worker: Callable[[list[str]], bool],
     env: dict[str, str] | None = None,
 ) -> tuple[int, str, list[psutil.Process]]:
-    """Start the command, kill -9 one of its workers once a bucket file is there; exit code, errors, all workers."""
+    """Start the command, kill -9 one of its workers once there is a bucket file; exit code, errors, all workers."""
     with subprocess.Popen(
         arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
-        while not count(out, ".work/buckets/*.bucket"):
+        workers: list[psutil.Process] = []
+        while not (workers and count(out, ".work/buckets/*.bucket")):  # the first may make one alone
             assert process.poll() is None
-        children = psutil.Process(process.pid).children(recursive=True)
-        workers = [child for child in children if is_worker(child.cmdline())]
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = psutil.Process(process.pid).children(recursive=True)
+                workers = [child for child in children if is_worker(child.cmdline())]
         os.kill(workers[-1].pid, signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
     return process.returncode, errors, workers
