@@ -14,7 +14,8 @@ rate are the same for all, but for AdamW's rate (--adamw-lr). The recipe itself 
 
 Each variant is an ordinary run of launch/pretrain.py in DIR/VARIANT/; --section.key=value goes to all of them. Run the
 same command again after a kill: what is finished is skipped, what was interrupted goes on. With --tasks every student
-is fine-tuned with launch/finetune.py (--finetune.KEY=VALUE becomes its --KEY=VALUE).
+is fine-tuned with launch/finetune.py (--finetune.KEY=VALUE becomes its --KEY=VALUE,
+--finetune.TASK.KEY=VALUE that of one task).
 
 Out: DIR/ablation.json, ablation.md, ablation.png, and the table on the screen. Exit codes: 0 done; 1 a variant failed,
 the others are in the table; 2 bad usage, configuration or input; 75 stopped, run again to continue.
@@ -75,9 +76,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.variants is not None:
         variants = chosen_variants(variants, left_out, names_in(options.variants))
         left_out = {}
-    finetuning, tasks = _finetuning(options, finetune_words, teacher_names(base)[0])
+    finetuning = _finetuning(options, finetune_words, teacher_names(base)[0])
     seeds = options.seeds or FINETUNING_SEEDS
-    job, plan = job_for(options, words, finetuning, tasks, seeds), AblationPlan(base, variants, left_out)
+    job, plan = job_for(options, words, finetuning, seeds), AblationPlan(base, variants, left_out)
     for variant in variants:
         job.config_of(variant)
     if options.list:
@@ -140,23 +141,20 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, words
 
 
-def _finetuning(
-    options: argparse.Namespace, own: Sequence[str], stand_in: str
-) -> tuple[list[str], list[str]]:
-    """launch/finetune.py's flags for every student, and the tasks; both empty without --tasks."""
+def _finetuning(options: argparse.Namespace, own: Sequence[str], stand_in: str) -> dict[str, list[str]]:
+    """launch/finetune.py's flags for every student, by task; empty without --tasks."""
     if options.tasks is None:
         for name, given in (("--data", options.data), ("--seeds", options.seeds)):
             if given is not None:
                 raise UserError(f"{name} has no effect without --tasks; name tasks, or remove it")
         if own:
             raise UserError(f"{FINETUNE}* has no effect without --tasks; name tasks, or remove it")
-        return [], []
+        return {}
     if options.seeds is not None and options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: give at least 1")
-    flags = ["--task", *names_in(options.tasks), "--seeds", str(options.seeds or FINETUNING_SEEDS)]
+    flags = ["--seeds", str(options.seeds or FINETUNING_SEEDS)]
     flags += [] if options.data is None else ["--data", options.data]
-    flags, settings = checked_finetuning(flags, own, stand_in)
-    return flags, list(settings)
+    return checked_finetuning(names_in(options.tasks), flags, own, stand_in)[0]
 
 
 if __name__ == "__main__":

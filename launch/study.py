@@ -14,11 +14,12 @@ of --rates with the lowest held-out loss, after a quarter of the budget on the f
 objective.relation_heads does not divide the narrow width, that student has as many as divide both.
 
 Every model is fine-tuned with launch/finetune.py on the tasks that --tasks holds (--finetune.KEY=VALUE becomes its
---KEY=VALUE); --section.key=value and --config go to all runs of launch/pretrain.py. Run the same command again after a
-kill: what is finished is skipped, what was interrupted goes on. DIR/study.json alone is enough to go on with, on
-another machine too: what it records with the same settings is neither trained nor scored again. Checkpoints and
-fine-tuned weights are removed once a run is scored (--keep leaves them). As an array of jobs: `--only teacher-head`
-first, where the teacher needs one, then a job for each `--only RUN` (names by --list), then the command without it.
+--KEY=VALUE for every task, --finetune.TASK.KEY=VALUE for one); --section.key=value and --config go to all runs of
+launch/pretrain.py. Run the same command again after a kill: what is finished is skipped, what was interrupted goes on.
+DIR/study.json alone is enough to go on with, on another machine too: what it records with the same settings is neither
+trained nor scored again. Checkpoints and fine-tuned weights are removed once a run is scored (--keep leaves them). As
+an array of jobs: `--only teacher-head` first, where the teacher needs one, then a job for each `--only RUN` (names by
+--list), then the command without it.
 
 Out: DIR/study.json, study.md, study.png, and the tables on the screen, also where it is stopped; for one page:
 launch/report.py --study DIR/study.json. Exit codes: 0 done; 1 a run failed, the others are in the tables; 2 bad usage,
@@ -102,9 +103,9 @@ def main(arguments: Sequence[str]) -> int:
     base = parse_config([*words, f"--model.teacher={options.teacher}"], "")
     folder = TeacherFolder(options.teacher, needs_head=False)
     study = _study(options, base, folder)
-    flags = ["--task", *options.score_on, "--data", options.tasks, "--seeds", str(options.seeds)]
-    finetuning, settings = checked_finetuning(flags, own, options.teacher)
-    job = job_for(options, words, finetuning, list(settings), options.seeds)
+    flags = ["--data", options.tasks, "--seeds", str(options.seeds)]
+    finetuning, settings = checked_finetuning(options.score_on, flags, own, options.teacher)
+    job = job_for(options, words, finetuning, options.seeds)
     for variant in study.listed():
         job.config_of(variant)
     if options.list:

@@ -46,7 +46,7 @@ def run(job: Job, plan: AblationPlan) -> int:
     if FULL in job.failed:
         print("without the full recipe there is nothing to compare with", file=sys.stderr)
         return BAD_USAGE if job.failed[FULL] == reason_of(BAD_USAGE) else 1
-    if job.tasks:
+    if job.finetuning:
         compare(job, plan)  # what is known is worth keeping before the hours of fine-tuning
         trained = [variant.name for variant in plan.variants if variant.name not in job.failed]
         job.finetune({name: str(final_model(job.out / name)) for name in trained})
@@ -63,11 +63,11 @@ def compare(job: Job, plan: AblationPlan) -> str:
     finished = [variant for variant in plan.variants if is_finished(job.out / variant.name)]
     masking = evaluation_label(plan.base.data.sequence_length)
     ablation = Ablation(
-        results=results_of(job.out, finished, plan.base, job.tasks),
+        results=results_of(job.out, finished, plan.base, list(job.finetuning)),
         scale=scale_of(job.out / FULL),
         masking=masking,
         teacher=teacher_scores(job.out / FULL, masking),
-        finetuning_seeds=job.finetuning_seeds if job.tasks else 0,
+        finetuning_seeds=job.finetuning_seeds if job.finetuning else 0,
         failed=job.failed,
         left_out=plan.left_out,
     )

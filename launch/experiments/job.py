@@ -33,9 +33,8 @@ class Job:
     """Flags of launch/pretrain.py for every run."""
     launcher: Callable[[], list[str]]
     environment: dict[str, str]
-    finetuning: list[str]
-    """Flags of launch/finetune.py for every model; empty without tasks."""
-    tasks: list[str]
+    finetuning: Mapping[str, Sequence[str]]
+    """Task -> flags of launch/finetune.py for every model; empty where nothing is scored."""
     finetuning_seeds: int
     failed: dict[str, str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
@@ -90,14 +89,16 @@ class Job:
             StoppedError: a signal came.
         """
         self.seconds.clear()
-        for number, (name, model) in enumerate(models.items(), start=1):
-            left = self._time_left(len(models) - number + 1)
-            print(
-                f"[scores {number}/{len(models)}] {name}: {', '.join(tasks or self.tasks)}{left}", flush=True
-            )
-            command = [sys.executable, str(ROOT / "launch" / "finetune.py"), *self.finetuning]
-            command += ["--task", *tasks] if tasks else []  # the last --task is the one that counts
-            code = self._run([*command, "--model", model, "--out", str(self.out / name / "scores")])
+        script = [sys.executable, str(ROOT / "launch" / "finetune.py")]
+        by_flags: dict[tuple[str, ...], list[str]] = {}
+        for task in tasks or self.finetuning:
+            by_flags.setdefault(tuple(self.finetuning[task]), []).append(task)
+        stages = [(name, flags) for name in models for flags in by_flags]
+        for number, (name, flags) in enumerate(stages, start=1):
+            left = self._time_left(len(stages) - number + 1)
+            print(f"[scores {number}/{len(stages)}] {name}: {', '.join(by_flags[flags])}{left}", flush=True)
+            where = ["--model", models[name], "--out", str(self.out / name / "scores")]
+            code = self._run([*script, *flags, "--task", *by_flags[flags], *where])
             if code:
                 self.fail(name, f"fine-tuning: {reason_of(code)}")
 

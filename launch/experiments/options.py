@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from train.distributed.device import kind_here, unused_gpus
 from train.errors import UserError
 
 FINETUNE = "--finetune."
+_ONE_TASK = re.compile(r"--(?P<task>[^.=]+)\.(?P<flag>.*)")
 FINETUNING_SEEDS = 5
 
 
@@ -36,7 +38,8 @@ def check_where(options: argparse.Namespace) -> None:
 
 
 def split_words(words: Sequence[str], recipes: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Flags for launch/pretrain.py, and those for launch/finetune.py that were given as --finetune.KEY=VALUE.
+    """Flags for launch/pretrain.py, and those for launch/finetune.py: of --finetune.KEY=VALUE --KEY=VALUE, for every
+    task; of --finetune.TASK.KEY=VALUE --TASK.KEY=VALUE.
 
     Args:
         recipes: files of --config, which come first.
@@ -51,12 +54,12 @@ def split_words(words: Sequence[str], recipes: Sequence[str]) -> tuple[list[str]
 
 
 def job_for(
-    options: argparse.Namespace, words: list[str], finetuning: list[str], tasks: list[str], seeds: int
+    options: argparse.Namespace, words: list[str], finetuning: Mapping[str, list[str]], seeds: int
 ) -> Job:
     """Where and how the runs start; a GPU that lies idle is said.
 
     Args:
-        finetuning, tasks, seeds: of the scores; empty without them.
+        finetuning, seeds: of the scores; empty without them.
     """
     on_cpu = options.hostfile is None and kind_here() == "cpu"
     if on_cpu and (remark := unused_gpus(os.environ, "cpu")):
@@ -68,30 +71,42 @@ def job_for(
         launcher=lambda: deepspeed_words(ranks, options.hostfile),
         environment=cpu_environment() if on_cpu else dict(os.environ),
         finetuning=finetuning,
-        tasks=tasks,
         finetuning_seeds=seeds,
     )
 
 
 def checked_finetuning(
-    flags: Sequence[str], own: Sequence[str], stand_in: str
-) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """launch/finetune.py's flags for every model, and the settings of the tasks that they name.
+    names: Sequence[str], flags: Sequence[str], own: Sequence[str], stand_in: str
+) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
+    """launch/finetune.py's flags for every model, and its settings, by task.
 
     Args:
-        own: what the user gave as --finetune.KEY=VALUE.
+        names: of the tasks, or glue.
+        own: what the user gave, as split_words leaves it.
         stand_in: a model whose check stands for that of the students, which are not there yet: the teacher.
     Raises:
         UserError: what would otherwise only be found wrong after hours of training.
     """
     parser = finetune.parser()
     parser.error = _refuse_flag  # type: ignore[method-assign]
-    parsed = parser.parse_args([*flags, *own, "--model", stand_in, "--out", "scores"])
-    jobs = [
-        finetune.job_of(task, parsed) for task in finetune.tasks_of(parsed.task, finetune.own_options(parsed))
-    ]
-    kept = finetune.jobs_with_data(jobs, parsed.task)
-    return [*flags, *own], {job.task.name: job.settings.as_json() for job in kept}
+    always = [*flags, *(word for word in own if not _ONE_TASK.match(word))]
+    end = ["--task", *names, "--model", stand_in, "--out", "scores"]
+    parsed = parser.parse_args([*always, *end])
+    tasks = finetune.tasks_of(names, finetune.own_options(parsed))
+    words = {task.name: list(always) for task in tasks}
+    for match in filter(None, map(_ONE_TASK.match, own)):
+        if match["task"] not in words:
+            raise UserError(
+                f"{FINETUNE}{match[0].removeprefix('--')} has no effect: {match['task']} is not among the tasks "
+                f"that are scored, {', '.join(words)}"
+            )
+        words[match["task"]].append(f"--{match['flag']}")
+    jobs = [finetune.job_of(task, parser.parse_args([*words[task.name], *end])) for task in tasks]
+    kept = finetune.jobs_with_data(jobs, names)
+    return (
+        {job.task.name: words[job.task.name] for job in kept},
+        {job.task.name: job.settings.as_json() for job in kept},
+    )
 
 
 def _refuse_flag(message: str) -> NoReturn:

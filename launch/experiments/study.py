@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ class StudyJob:
 
     def unscored(self, name: str) -> list[str]:
         """The tasks of which there is no record."""
-        return [task for task in self.job.tasks if task not in self.records.scores(name)]
+        return [task for task in self.job.finetuning if task not in self.records.scores(name)]
 
     def score(self, name: str, model: str) -> None:
         """Fine-tune a model on the tasks that are not recorded."""
@@ -259,9 +260,9 @@ class StudyJob:
         tried = [rate.settings for rate in self.rates]
         return StudyFile(
             teacher=self.study.teacher,
-            tasks=self.job.tasks,
+            tasks=list(self.job.finetuning),
             budget=self.study.scale.budget,
-            finetuning=" ".join(self.job.finetuning),
+            finetuning=spelled_flags(self.job.finetuning),
             models=models,
             rates=[*self.rates, *(rate for rate in records.rates if rate.settings not in tried)],
             versions=provenance(),
@@ -275,7 +276,7 @@ class StudyJob:
     def scores_of(self, name: str) -> dict[str, Scores]:
         """By task: the recorded ones, and those that were taken here."""
         found = self.records.scores(name)
-        for task in self.job.tasks:
+        for task in self.job.finetuning:
             folder = self.job.out / name / "scores" / task
             if task in found or (scores := read_scores(folder)) is None:
                 continue
@@ -292,6 +293,18 @@ def _seeds_of(folder: Path) -> Any:
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a held-out row: a divergence from a teacher that overflows has none."""
     return {key: value for key, value in row.items() if isinstance(value, float) and math.isfinite(value)}
+
+
+def spelled_flags(by_task: Mapping[str, Sequence[str]]) -> str:
+    """What all tasks share, then what one has beside it: "--seeds 3 --bf16; imdb: --max-length=256"."""
+    shared = [
+        words[0]
+        for words in takewhile(lambda words: len(set(words)) == 1, zip(*by_task.values(), strict=False))
+    ]
+    own = {task: flags[len(shared) :] for task, flags in by_task.items()}
+    return "; ".join(
+        [" ".join(shared), *(f"{task}: {' '.join(flags)}" for task, flags in own.items() if flags)]
+    )
 
 
 def listed(study: Study) -> str:

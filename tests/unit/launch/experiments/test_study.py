@@ -12,7 +12,8 @@ import pytest
 from launch import study
 from launch.experiments import study_records
 from launch.experiments.job import Job
-from launch.experiments.study import StudyJob
+from launch.experiments.options import checked_finetuning, split_words
+from launch.experiments.study import StudyJob, spelled_flags
 from launch.experiments.study_records import Records
 from launch.experiments.study_results import (
     TriedRate,
@@ -30,7 +31,7 @@ def recorded(out: Path) -> Records:
 
 
 def job_of(out: Path) -> Job:
-    return Job(out, [], list, {}, [], [], 1)
+    return Job(out, [], list, {}, {}, 1)
 
 
 def test_a_rate_is_chosen_among_those_that_have_a_figure(
@@ -97,6 +98,32 @@ def test_a_recorded_rate_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.
     assert [rate.chosen for rate in made.rates] == [False, True]
 
 
+def test_a_task_may_have_settings_of_its_own(
+    teacher_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sst2(tmp_path, 8, 4)
+    (tmp_path / "imdb").mkdir()
+    rows = [json.dumps({"id": f"{number}", "text": "words", "label": number % 2}) for number in range(60)]
+    (tmp_path / "imdb" / "train.jsonl").write_text("\n".join(rows))
+    _, own = split_words(
+        ["--finetune.imdb.max-length=16", "--finetune.epochs=2", "--finetune.imdb.epochs=1"], []
+    )
+    flags, settings = checked_finetuning(["sst2", "imdb"], ["--data", str(tmp_path)], own, teacher_folder)
+    assert [(settings[task]["epochs"], settings[task]["max_length"]) for task in ("sst2", "imdb")] == [
+        (2.0, 128),
+        (1.0, 16),
+    ]
+    assert spelled_flags(flags) == f"--data {tmp_path} --epochs=2; imdb: --max-length=16 --epochs=1"
+    commands: list[list[str]] = []
+    monkeypatch.setattr(Job, "_run", lambda self, command: commands.append(command[2:]) or 0)
+    replace(job_of(tmp_path), finetuning={**flags, "rte": flags["sst2"]}).finetune({"a": "folder"})
+    where = ["--model", "folder", "--out", str(tmp_path / "a" / "scores")]
+    assert commands == [
+        [*flags["sst2"], "--task", "sst2", "rte", *where],
+        [*flags["imdb"], "--task", "imdb", *where],
+    ]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -110,6 +137,8 @@ def test_a_recorded_rate_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.
         (["--model.student_width=16"], "--model.student_width has no effect here: --students says it"),
         (["--training.max_steps", "7"], "--training.max_steps has no effect here: --budget-tokens and"),
         (["--finetune.epoch=1"], "becomes --KEY=VALUE of launch/finetune.py"),
+        (["--finetune.sst2.epoch=1"], "becomes --KEY=VALUE of launch/finetune.py: unrecognized .* --epoch=1"),
+        (["--finetune.imdb.epochs=1"], "--finetune.imdb.epochs=1 has no effect: imdb is not among .*, sst2"),
     ],
 )
 def test_refusals(
@@ -189,7 +218,7 @@ def test_figures_keep_the_machine_that_they_were_taken_on(
 
     def call(machine: str, only: str | None) -> StudyJob:
         monkeypatch.setattr(study_records, "hardware", lambda device: machine)
-        job = StudyJob(replace(job_of(tmp_path), tasks=["sst2"]), found, recorded(tmp_path), only)
+        job = StudyJob(replace(job_of(tmp_path), finetuning={"sst2": []}), found, recorded(tmp_path), only)
         assert job.run() == 0
         return job
 
