@@ -119,24 +119,29 @@ class StudyFile(Figures):
 
 def scores_table(study: StudyFile) -> Table:
     """Every model on every task."""
-    columns = [Column("model", is_number=False), *(Column(TASKS[task].title) for task in study.tasks)]
+    first = [Column("model", is_number=False), Column("parameters")]
+    columns = [*first, *(Column(TASKS[task].title) for task in study.tasks), Column("mean"), Column("kept")]
     rows = [
         [
             model.name,
+            f"{model.parameters / 1e6:.1f}M",
             *(_score(model.scores.get(task)) for task in study.tasks),
             _points(model.mean(study.tasks)),
             _share(study.retention(model)),
         ]
         for model in study.models
     ]
+    kinds: dict[tuple[str, str], str] = {}
+    for each in study.models:  # other budgets have the same title
+        kinds.setdefault((each.student, each.objective), f"{each.name}: {each.title}")
     seeds = max((len(found.seeds) for each in study.models for found in each.scores.values()), default=0)
     notes = [
         f"Dev sets, points of 100; median of {seeds} fine-tuning seeds, lowest and highest in brackets. "
         f"Fine-tuned with {study.finetuning or 'the published settings'}.",
         "Kept: the mean as a share of the teacher's.",
-        *(f"{each.name}: {each.title}, {each.parameters:,} parameters" for each in study.models),
+        *kinds.values(),
     ]
-    return Table("What each objective is worth", [*columns, Column("mean"), Column("kept")], rows, notes)
+    return Table("What each objective is worth", columns, rows, notes)
 
 
 def verdict_table(study: StudyFile) -> Table:

@@ -42,7 +42,7 @@ def model(name: str, points: float, *, tokens: int = BUDGET, spread: float = 1.0
         title=name,
         student=student if objective else "",
         objective=objective,
-        parameters=10,
+        parameters=1_234_567,
         tokens=tokens,
         tokens_per_s=100.0,
         scores=scores,

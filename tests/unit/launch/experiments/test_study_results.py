@@ -39,8 +39,22 @@ def finished() -> StudyFile:
 
 def test_tables(finished: StudyFile) -> None:
     scores, verdict, curve, rates = tables_of(finished)
-    assert scores.rows[0] == ["teacher", "80.0 (79.5 to 80.5)", "80.0 (79.5 to 80.5)", "80.0", "100.0%"]
+    assert scores.rows[0] == [
+        "teacher",
+        "1.2M",
+        "80.0 (79.5 to 80.5)",
+        "80.0 (79.5 to 80.5)",
+        "80.0",
+        "100.0%",
+    ]
     assert scores.rows[2][-2:] == ["77.5", "96.9%"]
+    assert [note.partition(":")[0] for note in scores.notes[2:]] == [
+        "teacher",
+        "half-cut",
+        "half-triple",  # once for both budgets
+        "half-control",
+        "half-relations",
+    ]
     by_name = {row[0]: row for row in verdict.rows}
     assert by_name["half-triple"][4:] == [
         "75.0%",
@@ -55,7 +69,7 @@ def test_what_is_missing_is_a_dash_and_no_point(finished: StudyFile) -> None:
     bare = finished.models[2].model_copy(update={"scores": {}})
     partly = finished.model_copy(update={"models": [*finished.models[:2], bare]})
     scores, verdict = tables_of(partly)[:2]
-    assert scores.rows[2] == ["half-triple", DASH, DASH, DASH, DASH]
+    assert scores.rows[2] == ["half-triple", "1.2M", DASH, DASH, DASH, DASH]
     assert verdict.rows[0][3:] == [DASH, DASH, DASH]
     assert curve_points(partly, "half", "triple")[-1][1] is None
 
