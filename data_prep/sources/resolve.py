@@ -133,9 +133,15 @@ def _resolve_path(name: str, path: str, txt_documents: str) -> Source:
 
 
 def _walk(folder: str) -> Iterable[str]:
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    found, seen = [], {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        visible = sorted(name for name in folders if not name.startswith("."))
+        folders.clear()
+        for name in visible:
+            place = os.path.realpath(os.path.join(parent, name))
+            if place not in seen:  # links may go round
+                seen.add(place)
+                folders.append(name)
         found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
     return sorted(found)
 

@@ -117,6 +117,16 @@ def test_folders_and_globs_are_sorted(tmp_path: Path) -> None:
     assert read(f"{tmp_path}/b", f"{tmp_path}/a/9.txt") == ["b/2.txt", "a/9.txt"]
 
 
+def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
+    for name in ("a/1.txt", "elsewhere/2.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "a")
+    assert read(f"{tmp_path}/a") == ["a/1.txt", "elsewhere/2.txt"]
+
+
 @pytest.mark.parametrize("ending", list(PACK))
 def test_csv(tmp_path: Path, ending: str) -> None:
     texts = ['One, with "quotes"\nand a line more.', "Two — 漢字.", "Three."]
