@@ -14,15 +14,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from data_prep.shard_format.manifest import without_scheme
+from data_prep.shard_format.manifest import Manifest, without_scheme
 from data_prep.shard_format.remote import is_remote
 from train.build import heldout_scoring
 from train.config import Config
 from train.errors import UserError
 from train.evaluation.importance import importance
 from train.evaluation.masking import LABEL
-from train.models.build import build_student, check_sequence_length, count_parameters, teacher_names
+from train.models.build import (
+    TeacherFolder,
+    build_student,
+    check_sequence_length,
+    count_parameters,
+    teacher_names,
+)
 from train.models.loading import load_encoder
+from train.models.tokenizer_checks import check_vocabulary
 from train.run_folder import final_model, read_summary
 
 
@@ -78,9 +85,12 @@ def compare(run_dirs: Sequence[Path], configs: Sequence[Config]) -> list[Compare
     models: dict[str, PreTrainedModel] = {"teacher": teacher.models[0]}
     measured: dict[str, dict[str, Any]] = {}
     for run_dir, run_config in zip(run_dirs, configs, strict=True):
+        if run_dir.name == "teacher":
+            raise UserError(f"{run_dir}: a row named teacher is the first run's teacher; rename the folder")
         folder = final_model(run_dir)
         if not folder.is_dir():
             raise UserError(f"{run_dir} is not finished: it holds no {folder.name}/ yet")
+        refuse_other_tokenizer(folder, manifest)
         if teacher_names(run_config) and run_config.model.layer_map != "random":
             before = f"{run_dir.name} before training"
             models[before] = build_student(
@@ -113,6 +123,18 @@ def compare(run_dirs: Sequence[Path], configs: Sequence[Config]) -> list[Compare
             )
         )
     return compared
+
+
+def refuse_other_tokenizer(folder: Path, manifest: Manifest) -> None:
+    """UserError where a run's model reads other token ids than those of the windows that all models are scored on."""
+    found = TeacherFolder(str(folder), needs_head=False)
+    try:
+        check_vocabulary(str(folder), found.config, found.fingerprint, manifest.tokenizer)
+    except UserError:
+        raise UserError(
+            f"{folder} has another tokenizer than the first run's shards, on whose held-out windows all models are "
+            "scored: report it apart"
+        ) from None
 
 
 @torch.inference_mode()

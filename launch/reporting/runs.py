@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 from data_prep.shard_format.checks import first_problem
 from data_prep.shard_format.files import read_json
@@ -74,8 +74,8 @@ class _Summary(BaseModel, strict=True):
     """What is taken of summary.json."""
 
     parameters: dict[str, PositiveInt]
-    steps: PositiveInt
-    tokens: PositiveInt
+    steps: NonNegativeInt
+    tokens: NonNegativeInt
     device: str = ""
     versions: dict[str, str] = {}
 

@@ -22,7 +22,7 @@ from data_prep.shard_format.manifest import MANIFEST_NAME, Manifest
 from train.checkpointing.integrity import read_facts
 from train.config_sections.objective import OBJECTIVE_WEIGHTS
 from train.errors import UserError
-from train.finetuning.results import read_scores
+from train.finetuning.results import FILE, read_scores
 from train.models.build import count_parameters
 from train.models.families import has_head
 from train.run_folder import recorded_config
@@ -71,6 +71,8 @@ class CardFigures(BaseModel):
     hub_names: list[str] = []
     """Which of the teachers, or the model begun from, were no folders when the run read them; runs of before December
     2026 do not say."""
+    steps: int | None = None
+    """Of the run; older summaries may not say."""
     tokens: int
     heldout: dict[str, float | str | None]
     versions: dict[str, str]
@@ -102,6 +104,7 @@ def model_card(
         f"{student.config.hidden_size}"
     )
     code = [line.replace("{name}", stated.name) for line in USES[kind][1]]
+    is_its_end = figures is None or figures.steps in (None, read_facts(checkpoint).step)
     sections = [
         _front_matter(kind, teachers, on_hub, stated),
         f"# {title}",
@@ -109,7 +112,7 @@ def model_card(
         "\n".join(["```python", *code, "```"]),
         _recipe(config, teachers, on_hub),
         _data(config, stated),
-        _scores(figures, stated),
+        _scores(figures if is_its_end else None, stated),
         _limits(stated),
         _citation(title, stated),
         "Made with " + ", ".join(map(" ".join, figures.versions.items())) + "." if figures else "",
@@ -204,6 +207,7 @@ def _source(source: Mapping[str, Any]) -> str:
 
 
 def _scores(figures: CardFigures | None, stated: Stated) -> str:
+    """Those of the run's end, and those that were taken after it."""
     parts = []
     if figures:
         rows = {
@@ -217,6 +221,12 @@ def _scores(figures: CardFigures | None, stated: Stated) -> str:
 
 
 def _task_table(folder: Path) -> str:
+    if not folder.is_dir():
+        raise UserError(f"--scores {folder}: no such folder")
+    if (folder / FILE).exists():
+        raise UserError(
+            f"--scores {folder}: that is the folder of one task; give {folder.parent}, which holds it"
+        )
     found = {path.name: read_scores(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     rows = {
         name: f"{scores['median']['score']:.1f} (median of {len(scores['seeds'])})"

@@ -96,6 +96,28 @@ def test_a_model_without_a_teacher(teacher_folder: str, tmp_path: Path) -> None:
     assert "| mlm weight | 2.0 |" in card
 
 
+def test_scores_of_the_runs_end_are_not_those_of_an_older_checkpoint(
+    teacher_folder: str, tmp_path: Path
+) -> None:
+    model = load_masked_lm(teacher_folder)
+    for step, said in ((5, True), (3, False)):
+        checkpoint = make_checkpoint(tmp_path / "run" / "checkpoints", step)
+        card = model_card(model, checkpoint, {**SUMMARY, "steps": 5})
+        assert ("1,234,567" in card) is said
+        assert ("heldout_mlm_loss" in card or "MLM loss" in card) is said
+
+
+def test_a_folder_that_holds_no_tasks_scores_is_named(teacher_folder: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "run" / "checkpoints", 5)
+    folder = write_scores(tmp_path / "scores", sst2=scores("sst2", 90.0))
+    for given, said in (
+        (folder / "sst2", rf"that is the folder of one task; give {folder}, which holds it"),
+        (tmp_path / "none", r"none: no such folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            model_card(load_masked_lm(teacher_folder), checkpoint, SUMMARY, stated=Stated(scores=given))
+
+
 @pytest.mark.parametrize("recorded", [{"hub_names": []}, {}])
 def test_a_folder_that_is_gone_is_no_name_on_the_hub(
     teacher_folder: str, tmp_path: Path, recorded: dict[str, Any]

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from data_prep.shard_format.manifest import Manifest
 from launch.report import main
-from launch.reporting.comparison import compare
+from launch.reporting.comparison import compare, refuse_other_tokenizer
 from launch.reporting.inputs import read_ablation, read_inference, read_model_scores
+from launch.reporting.runs import read_run_facts
+from tests.tiny_shards import write_tiny_shards
 from tests.unit.launch.reporting.given import (
     ablation_json,
     finished_run,
@@ -130,6 +133,21 @@ def test_the_folder_of_one_task_is_named(tmp_path: Path) -> None:
         ValueError, match=rf"that is the folder of one task; give the one that holds it, {folder}"
     ):
         main(["--out", str(tmp_path / "out"), "--scores", f"a={folder / 'rte'}"])
+
+
+def test_a_run_of_another_tokenizer_is_named(tmp_path: Path, teacher_folder: str, shards_folder: str) -> None:
+    refuse_other_tokenizer(Path(teacher_folder), Manifest.load(shards_folder))
+    with pytest.raises(
+        UserError, match=r"has another tokenizer than the first run's shards, .* report it apart"
+    ):
+        refuse_other_tokenizer(Path(teacher_folder), write_tiny_shards(tmp_path))
+
+
+def test_a_run_that_trained_for_no_step_is_whole(run_folder: Path) -> None:
+    """A study's untrained cut."""
+    path = run_folder / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 0, "tokens": 0}))
+    assert read_run_facts(run_folder).tokens == 0
 
 
 def test_shards_that_count_from_another_folder_are_named(tmp_path: Path, teacher_folder: str) -> None:
