@@ -34,7 +34,7 @@ require_packages()
 from launch.cli import command_parser, run_main
 from launch.tables import text_table
 from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
-from train.errors import UserError
+from train.errors import NonFiniteError, UserError
 from train.finetuning.data.own import LABEL_TYPES, OwnOptions, is_own, own_task
 from train.finetuning.results import macro_average
 from train.finetuning.settings import Job, settings_for
@@ -300,7 +300,8 @@ def jobs_with_data(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
             kept.append(job)
     if not kept:
         raise UserError(
-            f"{jobs[0].data} holds none of the tasks of GLUE; give --data the folder of glue_data"
+            f"{jobs[0].data} holds none of the tasks {', '.join(job.task.name for job in jobs)}; give --data the "
+            "folder of glue_data"
         )
     return kept
 
@@ -310,17 +311,24 @@ def run_jobs(jobs: Sequence[Job], seeds: Sequence[int]) -> int:
     from train.finetuning.runs import run_task
     from train.finetuning.training import Stopped
 
-    results = []
+    results, failed = [], {}
     with StopRequest() as stop:
         try:
             for job in jobs:
-                results.append(run_task(replace(job, stop=stop), seeds))
+                try:
+                    results.append(run_task(replace(job, stop=stop), seeds))
+                except NonFiniteError as error:  # the other tasks may be without it
+                    failed[job.task.name] = f"{job.task.name} FAILED: {error}"
+                    print(failed[job.task.name], file=sys.stderr, flush=True)
         except Stopped as stopped:
             print(f"{stopped}; run the same command again to go on", file=sys.stderr)
             return STOPPED_AFTER_SAVING
-    print(table_of(results))
-    print(f"scores: {', '.join(str(job.folder / 'scores.json') for job in jobs)}")
-    return 0
+    if results:
+        print(table_of(results))
+    done = [str(job.folder / "scores.json") for job in jobs if job.task.name not in failed]
+    print(f"scores: {', '.join(done)}" if done else "no scores")
+    print(*failed.values(), sep="\n", end="\n" if failed else "", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def table_of(results: Sequence[Mapping[str, Any]]) -> str:

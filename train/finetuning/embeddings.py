@@ -97,7 +97,7 @@ def read_retrieval(folder: Path, split: str = "test") -> Retrieval:
     lines = lines_of(path)
     for row, line in lines:
         cells = line.split("\t")
-        if row == lines[0][0] and "query" in cells[0]:
+        if row == lines[0][0] and "query" in cells[0] and not cells[-1].strip().lstrip("-").isdigit():
             continue
         if len(cells) != 3 or not cells[2].strip().lstrip("-").isdigit():
             raise UserError(
@@ -130,8 +130,8 @@ def _texts(path: Path) -> dict[str, str]:
     found = {}
     for row, line in lines_of(path):
         record = parse_json(line, f"{path}, row {row}", MEND)
-        if not isinstance(record, dict) or not {"_id", "text"} <= set(record):
-            raise UserError(f"{path}, row {row}: not a JSON object with _id and text; {MEND}")
+        if not isinstance(record, dict) or "_id" not in record or not isinstance(record.get("text"), str):
+            raise UserError(f"{path}, row {row}: not a JSON object with _id and a text; {MEND}")
         found[str(record["_id"])] = f"{record.get('title') or ''} {record['text']}".strip()
     return found
 

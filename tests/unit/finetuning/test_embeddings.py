@@ -84,6 +84,18 @@ def test_similarity_and_retrieval_are_their_formulas(tmp_path: Path, model: str)
     assert found[f"{folder}, nDCG@10"] == pytest.approx(100 * np.mean(each), abs=0.02)
 
 
+def test_judgements_without_a_header_whose_ids_look_like_one(tmp_path: Path) -> None:
+    folder = write_collection(tmp_path / "c", [text for text, _ in sentences(40, 0)])
+    before = read_retrieval(folder).relevant
+    for path in (folder / "queries.jsonl", folder / "qrels/test.tsv"):
+        path.write_text(
+            path.read_text().replace("q", "query-").replace("query-uery-id\tcorpus-id\tscore\n", "")
+        )
+    assert read_retrieval(folder).relevant == {
+        query.replace("q", "query-"): found for query, found in before.items()
+    }
+
+
 def test_ndcg_of_the_best_ten_is_that_of_all() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -130,9 +142,10 @@ def test_what_cannot_be_scored_is_refused_by_name(tmp_path: Path, model: str) ->
         (folder / "qrels/test.tsv").write_text(text)
         with pytest.raises(UserError, match=said):
             read_retrieval(folder)
-    (folder / "corpus.jsonl").write_text('{"id": 1}\n')
-    with pytest.raises(UserError, match=r"corpus\.jsonl, row 1: not a JSON object with _id and text"):
-        read_retrieval(folder)
+    for record in ('{"id": 1}', '{"_id": "d0", "text": null}'):
+        (folder / "corpus.jsonl").write_text(record + "\n")
+        with pytest.raises(UserError, match=r"corpus\.jsonl, row 1: not a JSON object with _id and a text"):
+            read_retrieval(folder)
     (folder / "corpus.jsonl").unlink()
     with pytest.raises(UserError, match=r"there is no .*corpus\.jsonl"):
         read_retrieval(folder)

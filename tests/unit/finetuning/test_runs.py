@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +16,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from launch import finetune
 from tests.tiny_tasks import StopAfter, job_for, save_encoder, sentences, write_pairs, write_sst2
 from train.errors import NonFiniteError, UserError
 from train.finetuning import batches, classification
 from train.finetuning.batches import Padding, epoch_batches
 from train.finetuning.runs import check_task, run_task
+from train.finetuning.settings import Job
 from train.finetuning.soft_labels import class_order, mean_soft_labels, soft_label_loss
+from train.finetuning.tasks import task_named
 from train.finetuning.training import Stopped, newest_whole_checkpoint
 
 QUICK = ["--epochs", "4", "--learning-rate", "0.01", "--batch-size", "8"]
@@ -137,6 +142,32 @@ def test_other_options_are_refused_by_name(
 ) -> None:
     with pytest.raises(UserError, match=rf"was begun with other options:\n  {said}\ngive another --out"):
         run_task(job_for(taught, model, "sst2", data, *QUICK, *flags)[0], range(2))
+
+
+def test_a_task_that_diverges_leaves_the_others_their_scores(
+    tmp_path: Path,
+    model: str,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def diverges(job: Job, seeds: Sequence[int]) -> dict[str, Any]:
+        if job.task.name == "sst2":
+            raise NonFiniteError("sst2 seed 0: no numbers any more")
+        return {"task": job.task.name}
+
+    monkeypatch.setattr("train.finetuning.runs.run_task", diverges)
+    monkeypatch.setattr(finetune, "table_of", lambda results: f"table of {results}")
+    jobs = [
+        dataclasses.replace(job_for(tmp_path, model, "sst2", data)[0], task=task_named(name))
+        for name in ("sst2", "rte")
+    ]
+    assert finetune.run_jobs(jobs, range(1)) == 1
+    printed = capsys.readouterr()
+    assert "table of [{'task': 'rte'}]" in printed.out
+    assert printed.err.count("sst2 FAILED: sst2 seed 0: no numbers any more") == 2  # at once, and last
+    assert finetune.run_jobs(jobs[:1], range(1)) == 1
+    assert "no scores" in capsys.readouterr().out
 
 
 def test_other_contents_are_refused_by_name(tmp_path: Path, taught: Path, data: Path, model: str) -> None:

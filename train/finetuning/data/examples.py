@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,10 +104,10 @@ def examples_of(task: Task, table: Table, labelled: bool = True) -> Examples:
         labels = np.full(shape, np.nan, dtype=np.float32)
     else:
         labels = np.full(len(table.rows), NO_LABEL, dtype=np.int64)
+    keys = [text if isinstance(text, str) else " ".join(text) for text in texts[0]]
     if "id" in table.columns:
-        keys = [str(key) for key in table.columns["id"]]
-    else:
-        keys = [text if isinstance(text, str) else " ".join(text) for text in texts[0]]
+        pairs = zip(table.columns["id"], keys, strict=True)
+        keys = [text if key is None else str(key) for key, text in pairs]
     return Examples(texts[0], texts[1] if task.is_pair else None, labels, keys)
 
 
@@ -212,7 +214,10 @@ def _class(task: Task, value: Any) -> int | None:
 
 
 def names_in(value: Any) -> list[str]:
-    """The class names in a cell: of a list, or of a text with "|" between them."""
+    """The class names in a cell: of a list, also as JSON, or of a text with "|" between them."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
     names = value if isinstance(value, list | tuple) else str(value).split("|") if value is not None else []
     return [name for name in (str(name).strip() for name in names) if name]
 

@@ -57,7 +57,7 @@ def own_task(name: str, options: OwnOptions) -> Task:
     kind, _, path = name.partition(":")
     label_type = _label_type(name, options)
     tokens = label_type == "tags"
-    plain = _plain_name(name)
+    plain = own_name(name)
     task = Task(
         name=plain,
         title=plain,
@@ -133,10 +133,12 @@ def describe(task: Task) -> dict[str, Any]:
         "label": list(task.label),
         "labels": list(task.labels or ()),
         "columns": list(task.headerless or ()),
+        "many": task.many,
+        "metrics": list(task.metrics),
     }
 
 
-def _plain_name(name: str) -> str:
+def own_name(name: str) -> str:
     """The folder's name of a file called train, else the file's."""
     kind, _, path = name.partition(":")
     if kind == "hub":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -121,7 +122,8 @@ def _json_table(path: Path, lines: Sequence[tuple[int, str]]) -> Table:
         if not isinstance(record, dict):
             raise UserError(f"{path}, row {row}: not a JSON object with named fields; {MEND}")
         records.append(record)
-    columns = {name: [record.get(name) for record in records] for name in records[0]}
+    names = dict.fromkeys(itertools.chain.from_iterable(records))
+    columns = {name: [record.get(name) for record in records] for name in names}
     return Table(columns, str(path), [row for row, _ in lines])
 
 

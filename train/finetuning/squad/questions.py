@@ -23,7 +23,7 @@ from train.finetuning.data.examples import sampled
 from train.finetuning.data.readers import data_folder, hub_name, read_splits
 from train.finetuning.data.tables import MEND
 from train.finetuning.settings import Job
-from train.finetuning.tasks import Task
+from train.finetuning.tasks import NoTrainingSetError, Task
 
 VERSIONS = {"squad": "v1.1", "squad_v2": "v2.0"}
 SPLITS = {"train": ("train",), "dev": ("dev", "validation")}
@@ -188,7 +188,7 @@ def find_squad_files(task: Task, data: str) -> dict[str, Path]:
                 raise UserError(f"{place} has no {split} set of {task.title}: {' or '.join(names[split])}")
         if found:
             return found
-    raise UserError(
+    raise NoTrainingSetError(
         f"no questions of {task.title} in {data}: looked for {names['train'][0]} and {names['dev'][0]}, there and in "
         f"{', '.join(task.folders)}"
     )

@@ -128,6 +128,34 @@ def test_a_dev_set_is_split_off_by_a_hash_and_rows_without_a_header_are_named(
     assert not set(train.keys) & set(dev[SPLIT_OFF].keys)
 
 
+def test_records_of_json_lines_need_not_have_the_same_fields(tmp_path: Path, model: str) -> None:
+    """Nor ids: a null is none, and the text serves for the split."""
+    rows: list[dict[str, Any]] = [{"text": f"text {n}", "label": n % 2, "id": None} for n in range(200)]
+    rows[0] = {"text": "text 0", "note": "", "label": 0}
+    rows[5]["extra"] = 1
+    path = tmp_path / "kinds.jsonl"
+    path.write_text("".join(json.dumps(dict(sorted(row.items(), key=str))) + "\n" for row in rows))
+    job, said = own_job(tmp_path / "out", model, f"jsonl:{path}")
+    train, dev = read_task(job.task, job.data, said.append)
+    assert len(train) + len(dev[SPLIT_OFF]) == 200
+    assert 8 <= len(dev[SPLIT_OFF]) <= 35
+
+
+def test_other_metrics_than_those_of_a_finished_seed_are_refused(tmp_path: Path, model: str) -> None:
+    path = write_news(tmp_path / "news.csv", 60, 0)
+    flags = ("--text", "title", "--label", "topic", "--epochs", "1", "--max-length", "8")
+    run_task(own_job(tmp_path / "out", model, f"csv:{path}", *flags)[0], range(1))
+    for seeds in (range(1), range(2)):
+        job, _ = own_job(tmp_path / "out", model, f"csv:{path}", *flags, "--metrics", "matthews")
+        with pytest.raises(UserError, match=r"own\.metrics: \['accuracy', 'macro_f1'\] -> \['matthews'\]"):
+            run_task(job, seeds)
+    options = tmp_path / "out/news/options.json"
+    written = json.loads(options.read_text())
+    del written["own"]["metrics"], written["own"]["many"]  # as older versions wrote it
+    options.write_text(json.dumps(written))
+    assert run_task(own_job(tmp_path / "out", model, f"csv:{path}", *flags)[0], range(1))["seeds"]
+
+
 def test_several_classes_for_a_text(tmp_path: Path, model: str) -> None:
     rows = []
     for first, second in zip(texts_with(FILLERS[:2], 120, 0), texts_with(FILLERS[2:4], 120, 1), strict=True):
@@ -144,6 +172,13 @@ def test_several_classes_for_a_text(tmp_path: Path, model: str) -> None:
     flags = ("--label-type", "classes", *QUICK, "--teacher", str(folder))
     taught, _ = own_job(tmp_path / "taught", model, f"jsonl:{path}", *flags)
     assert run_task(taught, [0])["median"]["micro_f1"] > 80
+
+    for name, cells in (("json", json.dumps), ("bar", "|".join)):
+        (tmp_path / f"{name}.csv").write_text("text,label\n")
+        with (tmp_path / f"{name}.csv").open("a", newline="") as file:
+            csv.writer(file).writerows([(row["text"], cells(row["label"])) for row in rows])
+        job, _ = own_job(tmp_path / "out", model, f"csv:{tmp_path}/{name}.csv", "--label-type", "classes")
+        assert job.task.labels == ("blue", "red", "tall")
 
     lines = ["text\tred\ttall", *(f"{row['text']}\t{int('red' in row['label'])}\t0" for row in rows)]
     (tmp_path / "columns.tsv").write_text("\n".join(lines))
