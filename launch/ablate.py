@@ -36,7 +36,7 @@ from data_prep.shard_format.required_packages import require_packages
 require_packages()
 
 from launch.cli import command_parser, parse_config, run_main
-from launch.experiments.job import StoppedError
+from launch.experiments.job import Finetuning, StoppedError
 from launch.experiments.options import (
     FINETUNE,
     FINETUNING_SEEDS,
@@ -141,8 +141,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, words
 
 
-def _finetuning(options: argparse.Namespace, own: Sequence[str], stand_in: str) -> dict[str, list[str]]:
-    """launch/finetune.py's flags for every student, by task; empty without --tasks."""
+def _finetuning(options: argparse.Namespace, own: Sequence[str], stand_in: str) -> dict[str, Finetuning]:
+    """How every student is fine-tuned, by task; empty without --tasks."""
     if options.tasks is None:
         for name, given in (("--data", options.data), ("--seeds", options.seeds)):
             if given is not None:
@@ -152,8 +152,8 @@ def _finetuning(options: argparse.Namespace, own: Sequence[str], stand_in: str) 
         return {}
     if options.seeds is not None and options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: give at least 1")
-    flags = ["--seeds", str(options.seeds or FINETUNING_SEEDS)]
-    flags += [] if options.data is None else ["--data", options.data]
+    flags = [f"--seeds={options.seeds or FINETUNING_SEEDS}"]
+    flags += [] if options.data is None else [f"--data={options.data}"]
     return checked_finetuning(names_in(options.tasks), flags, own, stand_in)[0]
 
 

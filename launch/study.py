@@ -18,8 +18,8 @@ Every model is fine-tuned with launch/finetune.py on the tasks that --tasks hold
 launch/pretrain.py. Run the same command again after a kill: what is finished is skipped, what was interrupted goes on.
 DIR/study.json alone is enough to go on with, on another machine too: what it records with the same settings is neither
 trained nor scored again. Checkpoints and fine-tuned weights are removed once a run is scored (--keep leaves them). As
-an array of jobs: `--only teacher-head` first, where the teacher needs one, then a job for each `--only RUN` (names by
---list), then the command without it.
+an array of jobs: `--only RUN` for teacher-head, where the teacher needs one; then for each search run, where there are
+--rates; then for each other run (names by --list); then the command without it.
 
 Out: DIR/study.json, study.md, study.png, and the tables on the screen, also where it is stopped; for one page:
 launch/report.py --study DIR/study.json. Exit codes: 0 done; 1 a run failed, the others are in the tables; 2 bad usage,
@@ -103,8 +103,10 @@ def main(arguments: Sequence[str]) -> int:
     base = parse_config([*words, f"--model.teacher={options.teacher}"], "")
     folder = TeacherFolder(options.teacher, needs_head=False)
     study = _study(options, base, folder)
-    flags = ["--data", options.tasks, "--seeds", str(options.seeds)]
-    finetuning, settings = checked_finetuning(options.score_on, flags, own, options.teacher)
+    flags = [f"--data={options.tasks}", f"--seeds={options.seeds}"]
+    finetuning, settings = checked_finetuning(
+        options.score_on or TASKS, flags, own, options.teacher, all_needed=options.score_on is not None
+    )
     job = job_for(options, words, finetuning, options.seeds)
     for variant in study.listed():
         job.config_of(variant)
@@ -172,7 +174,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--layer-map", choices=("every_other", "last_of_each"), default="every_other", help=layers_help)
     add("--objectives", metavar="A,B", help="these alone (default: all)")
     add("--rates", metavar="R,R", help="learning rates to try (default: that of the recipe alone)")
-    add("--score-on", metavar="A,B", default=",".join(TASKS), help="tasks (default: %(default)s)")
+    add("--score-on", metavar="A,B", help=f"tasks (default: those of {','.join(TASKS)} that --tasks holds)")
     add("--seeds", type=int, default=3, metavar="N", help="fine-tuning seeds (default: %(default)s)")
     add("--config", action="append", default=[], metavar="R.yaml", help="recipe that all runs share")
     add("--only", metavar="RUN", help="train (and, of a student, score) this run alone, and make no tables")
@@ -183,7 +185,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     check_where(options)
     if options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: give at least 1")
-    options.score_on = names_in(options.score_on)
+    options.score_on = None if options.score_on is None else names_in(options.score_on)
     for name in ("students", "objectives"):
         value = getattr(options, name)
         setattr(options, name, None if value is None else names_in(value))

@@ -24,6 +24,15 @@ class StoppedError(Exception):
     """A stage was stopped by a signal after saving."""
 
 
+@dataclass(frozen=True)
+class Finetuning:
+    """How every model is fine-tuned on one task."""
+
+    task: str
+    """As launch/finetune.py's --task has it: sst2, csv:FILE."""
+    flags: tuple[str, ...]
+
+
 @dataclass
 class Job:
     """How runs are started, and what became of them so far."""
@@ -33,8 +42,8 @@ class Job:
     """Flags of launch/pretrain.py for every run."""
     launcher: Callable[[], list[str]]
     environment: dict[str, str]
-    finetuning: Mapping[str, Sequence[str]]
-    """Task -> flags of launch/finetune.py for every model; empty where nothing is scored."""
+    finetuning: Mapping[str, Finetuning]
+    """By the task's name; empty where nothing is scored."""
     finetuning_seeds: int
     failed: dict[str, str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
@@ -91,8 +100,8 @@ class Job:
         self.seconds.clear()
         script = [sys.executable, str(ROOT / "launch" / "finetune.py")]
         by_flags: dict[tuple[str, ...], list[str]] = {}
-        for task in tasks or self.finetuning:
-            by_flags.setdefault(tuple(self.finetuning[task]), []).append(task)
+        for each in map(self.finetuning.__getitem__, tasks or self.finetuning):
+            by_flags.setdefault(each.flags, []).append(each.task)
         stages = [(name, flags) for name in models for flags in by_flags]
         for number, (name, flags) in enumerate(stages, start=1):
             left = self._time_left(len(stages) - number + 1)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from launch import finetune
-from launch.experiments.job import Job
+from launch.experiments.job import Finetuning, Job
 from launch.stages import RANKS, cpu_environment, deepspeed_words
 from train.distributed.device import kind_here, unused_gpus
 from train.errors import UserError
+from train.finetuning.data.own import OwnOptions, is_own, own_name
 
 FINETUNE = "--finetune."
+_SAID_HERE = {"task", "model", "out", "seeds", "data"}
+_OF_OWN_DATA = {field.name.replace("_", "-") for field in fields(OwnOptions)}
 _ONE_TASK = re.compile(r"--(?P<task>[^.=]+)\.(?P<flag>.*)")
 FINETUNING_SEEDS = 5
 
@@ -44,8 +49,11 @@ def split_words(words: Sequence[str], recipes: Sequence[str]) -> tuple[list[str]
     Args:
         recipes: files of --config, which come first.
     Raises:
-        UserError: --run.dir, which each run has of its own.
+        UserError: --run.dir, which each run has of its own; a value apart from its --finetune.KEY.
     """
+    for word, following in itertools.pairwise(words):
+        if word.startswith(FINETUNE) and "=" not in word and not following.startswith("--"):
+            raise UserError(f"{word} {following}: give {word}={following}")
     own = [f"--{word.removeprefix(FINETUNE)}" for word in words if word.startswith(FINETUNE)]
     words = [word for word in words if not word.startswith(FINETUNE)]
     if any(word.startswith("--run.dir") for word in words):
@@ -54,7 +62,7 @@ def split_words(words: Sequence[str], recipes: Sequence[str]) -> tuple[list[str]
 
 
 def job_for(
-    options: argparse.Namespace, words: list[str], finetuning: Mapping[str, list[str]], seeds: int
+    options: argparse.Namespace, words: list[str], finetuning: Mapping[str, Finetuning], seeds: int
 ) -> Job:
     """Where and how the runs start; a GPU that lies idle is said.
 
@@ -76,37 +84,66 @@ def job_for(
 
 
 def checked_finetuning(
-    names: Sequence[str], flags: Sequence[str], own: Sequence[str], stand_in: str
-) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
-    """launch/finetune.py's flags for every model, and its settings, by task.
+    names: Sequence[str], flags: Sequence[str], own: Sequence[str], stand_in: str, all_needed: bool = True
+) -> tuple[dict[str, Finetuning], dict[str, dict[str, Any]]]:
+    """How every model is fine-tuned, and launch/finetune.py's settings, by task.
 
     Args:
-        names: of the tasks, or glue.
+        names: of the tasks, or glue, or csv:FILE and the like.
+        flags: of all tasks, as --KEY=VALUE.
         own: what the user gave, as split_words leaves it.
         stand_in: a model whose check stands for that of the students, which are not there yet: the teacher.
+        all_needed: whether data that lack one of the tasks are refused; else it is left out aloud.
     Raises:
         UserError: what would otherwise only be found wrong after hours of training.
     """
     parser = finetune.parser()
     parser.error = _refuse_flag  # type: ignore[method-assign]
-    always = [*flags, *(word for word in own if not _ONE_TASK.match(word))]
-    end = ["--task", *names, "--model", stand_in, "--out", "scores"]
-    parsed = parser.parse_args([*always, *end])
-    tasks = finetune.tasks_of(names, finetune.own_options(parsed))
-    words = {task.name: list(always) for task in tasks}
-    for match in filter(None, map(_ONE_TASK.match, own)):
+    for_one = [match for match in map(_ONE_TASK.match, own) if match]
+    for_all = [word for word in own if not _ONE_TASK.match(word)]
+    for flag in (*for_all, *(match["flag"] for match in for_one)):
+        if (name := _name_of(flag)) in _SAID_HERE:
+            raise UserError(f"{FINETUNE}{name} has no effect here: this command says it itself; remove it")
+    end = ["--model", stand_in, "--out", "scores"]
+    finetune.own_options(
+        parser.parse_args([*flags, *for_all, "--task", *names, *end])
+    )  # of a task of one's own
+    words = _words_by_task(names)
+    for match in for_one:
         if match["task"] not in words:
             raise UserError(
                 f"{FINETUNE}{match[0].removeprefix('--')} has no effect: {match['task']} is not among the tasks "
                 f"that are scored, {', '.join(words)}"
             )
-        words[match["task"]].append(f"--{match['flag']}")
-    jobs = [finetune.job_of(task, parser.parse_args([*words[task.name], *end])) for task in tasks]
-    kept = finetune.jobs_with_data(jobs, names)
-    return (
-        {job.task.name: words[job.task.name] for job in kept},
-        {job.task.name: job.settings.as_json() for job in kept},
-    )
+    found, jobs = {}, []
+    for name, word in words.items():
+        left_out = {"data"} if is_own(word) else _OF_OWN_DATA
+        shared = [flag for flag in (*flags, *for_all) if _name_of(flag) not in left_out]
+        mine = [*shared, *(f"--{match['flag']}" for match in for_one if match["task"] == name)]
+        parsed = parser.parse_args([*mine, "--task", word, *end])
+        [task] = finetune.tasks_of(parsed.task, finetune.own_options(parsed))
+        found[name] = Finetuning(word, tuple(mine))
+        jobs.append(finetune.job_of(task, parsed))
+    kept = finetune.jobs_with_data(jobs, names if all_needed else [])
+    settings = {job.task.name: job.settings.as_json() for job in kept}
+    return {name: found[name] for name in settings}, settings
+
+
+def _words_by_task(names: Sequence[str]) -> dict[str, str]:
+    """How --task says each task, by the name that its scores go by."""
+    words: dict[str, str] = {}
+    for word in names:
+        tasks = [own_name(word)] if is_own(word) else [task.name for task in finetune.tasks_of([word])]
+        for name in tasks:
+            spelled = word if is_own(word) else name
+            if words.setdefault(name, spelled) != spelled:
+                raise UserError(f"{word}: there is a task named {name} already; rename the file")
+    return words
+
+
+def _name_of(flag: str) -> str:
+    """ "max-length" of --max-length=16."""
+    return flag.removeprefix("--").partition("=")[0]
 
 
 def _refuse_flag(message: str) -> NoReturn:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format.files import write_json, write_text
-from launch.experiments.job import Job
+from launch.experiments.job import Finetuning, Job
 from launch.experiments.run_folders import is_finished, refuse_other_runs, summary_of
 from launch.experiments.study_figure import plot
 from launch.experiments.study_records import FILE, Records, made_of, noted, remove_state
@@ -56,29 +56,34 @@ class StudyJob:
         """
         study, records = self.study, self.records
         records.model(TEACHER, records.of_teacher(study.teacher))
-        names = [run.variant.name for run in study.runs({each.name: 0.0 for each in study.objectives})]
-        names = [HEAD, *names] if study.needs_head else names
+        searches = {run.variant.name: run for run in study.searches()}
+        unrated = {each.name: study.rates[0] for each in study.objectives}
+        known = {run.variant.name: run for run in study.runs(unrated)} | searches
+        names = [HEAD, *known] if study.needs_head else [*known]
         if self.only and self.only not in names:
             raise UserError(f"--only {self.only}: no such run; there are {', '.join(names)}")
+        wanted = study.objectives
+        if self.only in known:
+            wanted = [each for each in wanted if each.name == known[self.only].objective]
         head_rate = None
-        if study.needs_head:
+        if study.needs_head and any(each.needs_head for each in wanted):
             head_rate = self.best_rate(HEAD, study.search(study.head()), "heldout_mlm_loss")
             head = f"{HEAD} of {records.names[study.teacher]}, learning rate {head_rate:g}"
             records.names[str(study.out / HEAD / MODEL)] = head
         self.head = study.head(head_rate)
-        if self.only == HEAD:
-            self.train([self.head])
+        if self.only == HEAD or self.only in searches:
+            self.train([self.head if self.only == HEAD else searches[self.only].variant])
             return self.ended()
-        rates = {}
-        for each in study.objectives:
-            runs = study.search(study.run(study.students[0], each))
-            rates[each.name] = self.best_rate(each.name, runs, each.selects)
-        self.made = study.runs(rates)
+        rates = unrated | {
+            each.name: self.best_rate(
+                each.name, study.search(study.run(study.students[0], each)), each.selects
+            )
+            for each in wanted
+        }
+        self.made = [run for run in study.runs(rates) if self.only in (None, run.variant.name)]
         for run in self.made:
             records.model(run.variant.name, self.settings(run.variant))  # refused before hours, not after
-        if self.only:
-            self.made = [run for run in self.made if run.variant.name == self.only]
-        else:
+        if self.only is None:
             self.score(TEACHER, study.teacher)
         planned = list(self.made)
         for run in planned:
@@ -153,6 +158,13 @@ class StudyJob:
             if (tried := self.records.tried(settings)) is not None:
                 found.append(tried)
                 continue
+            if self.only not in (None, HEAD) and not is_finished(self.job.out / run.name):
+                # Another job of the array may be at it, and a rate chosen without it would not be the study's.
+                first = HEAD if objective == HEAD else run.name
+                raise UserError(
+                    f"--only {self.only} needs {run.name}, which is not finished: --only {first} before it (where it "
+                    "diverges, leave its rate out of --rates)"
+                )
             self.train([run])
             if run.name in self.job.failed:
                 continue
@@ -173,7 +185,9 @@ class StudyJob:
             raise UserError(
                 f"every learning rate of {objective} has failed; see above, and give other --rates"
             )
-        best = min(found, key=lambda tried: tried.heldout).rate
+        # What has been trained at the rate that was chosen stays: a rate that failed then may have a figure now.
+        before = [tried.rate for tried in found if tried.chosen]
+        best = before[0] if before else min(found, key=lambda tried: tried.heldout).rate
         self.rates += [tried.model_copy(update={"chosen": tried.rate == best}) for tried in found]
         self.save()
         return best
@@ -295,13 +309,11 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in row.items() if isinstance(value, float) and math.isfinite(value)}
 
 
-def spelled_flags(by_task: Mapping[str, Sequence[str]]) -> str:
+def spelled_flags(by_task: Mapping[str, Finetuning]) -> str:
     """What all tasks share, then what one has beside it: "--seeds 3 --bf16; imdb: --max-length=256"."""
-    shared = [
-        words[0]
-        for words in takewhile(lambda words: len(set(words)) == 1, zip(*by_task.values(), strict=False))
-    ]
-    own = {task: flags[len(shared) :] for task, flags in by_task.items()}
+    columns = zip(*(each.flags for each in by_task.values()), strict=False)
+    shared = [flags[0] for flags in takewhile(lambda flags: len(set(flags)) == 1, columns)]
+    own = {each.task: each.flags[len(shared) :] for each in by_task.values()}
     return "; ".join(
         [" ".join(shared), *(f"{task}: {' '.join(flags)}" for task, flags in own.items() if flags)]
     )

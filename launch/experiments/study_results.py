@@ -11,7 +11,7 @@ from pydantic import Field
 
 from launch.figure_files import Figures
 from launch.tables import DASH, Column, Table
-from train.finetuning.tasks import TASKS
+from train.finetuning.tasks import title_of
 
 CONTROL, CUT = "control", "cut"
 EQUAL_TIME = "-equal-time"
@@ -120,7 +120,7 @@ class StudyFile(Figures):
 def scores_table(study: StudyFile) -> Table:
     """Every model on every task."""
     first = [Column("model", is_number=False), Column("parameters")]
-    columns = [*first, *(Column(TASKS[task].title) for task in study.tasks), Column("mean"), Column("kept")]
+    columns = [*first, *(Column(title_of(task)) for task in study.tasks), Column("mean"), Column("kept")]
     rows = [
         [
             model.name,
@@ -241,7 +241,7 @@ def _above(model: StudiedModel, control: StudiedModel | None, tasks: Sequence[st
     if not common or control is None:
         return DASH
     missed = [
-        TASKS[task].title
+        title_of(task)
         for task in common
         if model.scores[task].median - control.scores[task].median
         <= max(model.scores[task].spread, control.scores[task].spread)

@@ -188,7 +188,8 @@ class Study:
     def cut(self, student: Student) -> Variant:
         """The student as it was made: the teacher's layers, untrained."""
         relations = next(each for each in OBJECTIVES if each.name == "relations")
-        made = self.run(student, relations, self.rates[0])
+        scored = relations if relations.is_on(self.recipe) else replace(self.objectives[0], random=False)
+        made = self.run(student, scored, self.rates[0])
         return replace(
             made,
             name=f"{student.name}-{CUT}",
@@ -249,13 +250,21 @@ class Study:
                 found.append(StudyRun(run, first.name, each.name))
         return found
 
+    def searches(self) -> list[StudyRun]:
+        """The runs that learning rates are chosen by, but for the head's."""
+        first = self.students[0]
+        return [
+            StudyRun(run, first.name, each.name)
+            for each in self.objectives
+            for run in self.search(self.run(first, each, self.rates[0]))
+        ]
+
     def listed(self) -> list[Variant]:
         """All runs but those of equal time, which the speeds of others decide; at the first learning rate."""
-        rate, first = self.rates[0], self.students[0]
+        rate = self.rates[0]
         head = [*self.search(self.head(rate)), self.head(rate)] if self.needs_head else []
-        searches = [run for each in self.objectives for run in self.search(self.run(first, each, rate))]
         rates = {each.name: rate for each in self.objectives}
-        return [*head, *searches, *(run.variant for run in self.runs(rates))]
+        return [*head, *(run.variant for run in [*self.searches(), *self.runs(rates)])]
 
     def _length(self, rate: float | None, tokens: int | None) -> dict[str, Any]:
         steps = self.scale.steps(self.scale.budget if tokens is None else tokens)

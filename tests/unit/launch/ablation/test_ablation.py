@@ -280,7 +280,7 @@ def test_tasks_are_scored_with_finetune(
     command = called.commands[-1]
     assert Path(command[1]) == ROOT / "launch" / "finetune.py"
     run_dir = tmp_path / "out" / "no-kd"
-    flags = ["--task", "SST-2", "--seeds", "3", "--data", str(tmp_path), "--max-train-examples=50"]
+    flags = ["--seeds=3", f"--data={tmp_path}", "--max-train-examples=50", "--task", "sst2"]
     assert command[2:] == [*flags, "--model", str(run_dir / "model"), "--out", str(run_dir / "scores")]
     assert not any("max-train-examples" in word for word in called.commands[0])
     saved = json.loads((tmp_path / "out" / "ablation.json").read_text())["variants"]

@@ -11,7 +11,7 @@ import pytest
 
 from launch import study
 from launch.experiments import study_records
-from launch.experiments.job import Job
+from launch.experiments.job import Finetuning, Job
 from launch.experiments.options import checked_finetuning, split_words
 from launch.experiments.study import StudyJob, spelled_flags
 from launch.experiments.study_records import Records
@@ -20,7 +20,7 @@ from launch.experiments.study_results import (
 )
 from launch.experiments.study_runs import OBJECTIVES
 from launch.experiments.variant import Variant
-from tests.tiny_tasks import write_sst2
+from tests.tiny_tasks import save_encoder, write_sst2
 from tests.unit.launch.experiments.given import SHARED, model, planned
 from train.errors import UserError
 from train.finetuning.results import write_scores
@@ -98,6 +98,72 @@ def test_a_recorded_rate_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.
     assert [rate.chosen for rate in made.rates] == [False, True]
 
 
+def test_a_choice_stands_when_a_rate_that_failed_has_a_figure_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was trained at the rate chosen before could not go on."""
+    found = planned(rates=(0.001, 0.002))
+    runs = found.search(found.run(found.students[0], OBJECTIVES[0]))
+    records = recorded(tmp_path)
+    settings = {"of": runs[0].name}
+    chosen = TriedRate(
+        objective="triple", rate=0.001, key="heldout_kl", heldout=0.5, chosen=True, settings=settings
+    )
+    records.rates = [chosen]
+    (tmp_path / runs[1].name).mkdir(parents=True)
+    (tmp_path / runs[1].name / "summary.json").write_text('{"heldout": {"heldout_kl": 0.25}}')
+    monkeypatch.setattr(StudyJob, "train", lambda self, runs: None)
+    monkeypatch.setattr(StudyJob, "save", lambda self: None)
+    monkeypatch.setattr(StudyJob, "settings", lambda self, run: {"of": run.name})
+    made = StudyJob(job_of(tmp_path), found, records)
+    assert made.best_rate("triple", runs, "heldout_kl") == 0.001
+    assert [(each.rate, each.chosen) for each in made.rates] == [(0.001, True), (0.002, False)]
+
+
+def test_a_job_of_an_array_trains_its_own_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs at one search run would each count what the other holds as failed."""
+    trained: list[str] = []
+    monkeypatch.setattr(StudyJob, "train", lambda self, runs: trained.extend(run.name for run in runs))
+    monkeypatch.setattr(StudyJob, "train_and_score", lambda self, run: trained.append(run.variant.name))
+    monkeypatch.setattr(StudyJob, "settings", lambda self, run: {"of": run.name})
+    monkeypatch.setattr("launch.experiments.study.is_finished", lambda run: (run / "summary.json").exists())
+    search = "search/half-relations/lr-0.001"
+    for only, needed in (
+        ("half-cut", ""),
+        (search, ""),
+        ("half-relations", search),
+        ("half-triple", "search/teacher-head/lr-0.001"),
+    ):
+        trained.clear()
+        job = StudyJob(job_of(tmp_path), planned(), recorded(tmp_path), only)
+        if needed:
+            first = "teacher-head" if "head" in needed else needed
+            with pytest.raises(
+                UserError,
+                match=rf"--only {only} needs {needed}, which is not finished: --only {first} before it",
+            ):
+                job.run()
+            assert trained == []
+        else:
+            assert job.run() == 0
+            assert trained == [only]
+    for rate, value in ((0.001, 0.5), (0.003, 0.25)):
+        folder = tmp_path / f"search/half-relations/lr-{rate:g}"
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"heldout": {"heldout_relation": value}}))
+    job = StudyJob(job_of(tmp_path), planned(), recorded(tmp_path), "half-relations")
+    assert job.run() == 0
+    assert job.made[0].variant.changes["optimizer.lr"] == 0.003
+    assert trained[-1] == "half-relations"
+
+
+def test_the_cut_of_a_recipe_without_relations() -> None:
+    found = planned(words=["--objective.relation_weight=0"])
+    changes = found.cut(found.students[0]).changes
+    assert changes["training.max_steps"] == 0
+    assert "objective.kd_weight" not in changes  # the recipe's own
+
+
 def test_a_task_may_have_settings_of_its_own(
     teacher_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,23 +171,56 @@ def test_a_task_may_have_settings_of_its_own(
     (tmp_path / "imdb").mkdir()
     rows = [json.dumps({"id": f"{number}", "text": "words", "label": number % 2}) for number in range(60)]
     (tmp_path / "imdb" / "train.jsonl").write_text("\n".join(rows))
-    _, own = split_words(
-        ["--finetune.imdb.max-length=16", "--finetune.epochs=2", "--finetune.imdb.epochs=1"], []
+    mine = tmp_path / "mine.csv"
+    mine.write_text("text,topic\n" + "".join(f"words {number},{number % 2}\n" for number in range(60)))
+    flags = ["--finetune.imdb.max-length=16", "--finetune.epochs=2", "--finetune.imdb.epochs=1"]
+    _, own = split_words([*flags, "--finetune.label=topic", "--finetune.mine.batch-size=4"], [])
+    found, settings = checked_finetuning(
+        ["sst2", "imdb", f"csv:{mine}"], [f"--data={tmp_path}"], own, teacher_folder
     )
-    flags, settings = checked_finetuning(["sst2", "imdb"], ["--data", str(tmp_path)], own, teacher_folder)
-    assert [(settings[task]["epochs"], settings[task]["max_length"]) for task in ("sst2", "imdb")] == [
-        (2.0, 128),
-        (1.0, 16),
-    ]
-    assert spelled_flags(flags) == f"--data {tmp_path} --epochs=2; imdb: --max-length=16 --epochs=1"
+    assert {task: (each["epochs"], each["max_length"]) for task, each in settings.items()} == {
+        "sst2": (2.0, 128),
+        "imdb": (1.0, 16),
+        "mine": (2.0, 128),
+    }
+    data = f"--data={tmp_path}"
     commands: list[list[str]] = []
     monkeypatch.setattr(Job, "_run", lambda self, command: commands.append(command[2:]) or 0)
-    replace(job_of(tmp_path), finetuning={**flags, "rte": flags["sst2"]}).finetune({"a": "folder"})
+    replace(job_of(tmp_path), finetuning={**found, "rte": replace(found["sst2"], task="rte")}).finetune(
+        {"a": "folder"}
+    )
     where = ["--model", "folder", "--out", str(tmp_path / "a" / "scores")]
     assert commands == [
-        [*flags["sst2"], "--task", "sst2", "rte", *where],
-        [*flags["imdb"], "--task", "imdb", *where],
+        [data, "--epochs=2", "--task", "sst2", "rte", *where],
+        [data, "--epochs=2", "--max-length=16", "--epochs=1", "--task", "imdb", *where],
+        ["--epochs=2", "--label=topic", "--batch-size=4", "--task", f"csv:{mine}", *where],
     ]
+    del found["mine"]
+    assert spelled_flags(found) == f"{data} --epochs=2; imdb: --max-length=16 --epochs=1"
+
+
+def test_tasks_of_ones_own_that_are_ambiguous(teacher_folder: str, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.csv").write_text("text,label\na,0\nb,1\n")
+    names = [f"csv:{tmp_path}/{folder}/x.csv" for folder in ("a", "b")]
+    with pytest.raises(UserError, match=r"b/x\.csv: there is a task named x already; rename the file"):
+        checked_finetuning(names, [], [], teacher_folder)
+    with pytest.raises(UserError, match="--label is about one --task of your own"):
+        checked_finetuning(["sst2"], [f"--data={tmp_path}"], ["--label=topic"], teacher_folder)
+
+
+def test_tasks_that_the_data_lack_are_left_out_where_none_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sst2(tmp_path, 8, 4)
+    data, model = [f"--data={tmp_path}"], save_encoder(tmp_path / "model")
+    found, _ = checked_finetuning(study.TASKS, data, [], model, all_needed=False)
+    assert [*found] == ["sst2"]
+    said = capsys.readouterr().out
+    assert all(f"{task} is left out: no " in said for task in study.TASKS if task != "sst2")
+    with pytest.raises(UserError, match="no questions of SQuAD"):
+        checked_finetuning(["sst2", "squad"], data, [], model)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +237,12 @@ def test_a_task_may_have_settings_of_its_own(
         (["--training.max_steps", "7"], "--training.max_steps has no effect here: --budget-tokens and"),
         (["--finetune.epoch=1"], "becomes --KEY=VALUE of launch/finetune.py"),
         (["--finetune.sst2.epoch=1"], "becomes --KEY=VALUE of launch/finetune.py: unrecognized .* --epoch=1"),
+        (["--finetune.epochs", "1"], "--finetune.epochs 1: give --finetune.epochs=1"),
+        (
+            ["--finetune.seeds=1"],
+            "--finetune.seeds has no effect here: this command says it itself; remove it",
+        ),
+        (["--finetune.sst2.task=rte"], "--finetune.task has no effect here"),
         (["--finetune.imdb.epochs=1"], "--finetune.imdb.epochs=1 has no effect: imdb is not among .*, sst2"),
     ],
 )
@@ -218,7 +323,12 @@ def test_figures_keep_the_machine_that_they_were_taken_on(
 
     def call(machine: str, only: str | None) -> StudyJob:
         monkeypatch.setattr(study_records, "hardware", lambda device: machine)
-        job = StudyJob(replace(job_of(tmp_path), finetuning={"sst2": []}), found, recorded(tmp_path), only)
+        job = StudyJob(
+            replace(job_of(tmp_path), finetuning={"sst2": Finetuning("sst2", ())}),
+            found,
+            recorded(tmp_path),
+            only,
+        )
         assert job.run() == 0
         return job
 

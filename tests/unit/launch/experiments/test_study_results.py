@@ -65,6 +65,14 @@ def test_tables(finished: StudyFile) -> None:
     assert rates.rows == [["triple", "0.001", "0.5000 (heldout_kl)", "yes"]]
 
 
+def test_a_task_of_ones_own_goes_by_its_name(finished: StudyFile) -> None:
+    models = [each.model_copy(update={"scores": {"mine": each.scores["sst2"]}}) for each in finished.models]
+    own = finished.model_copy(update={"models": models, "tasks": ["mine"]})
+    scores, verdict = tables_of(own)[:2]
+    assert scores.columns[2].heading == "mine"
+    assert verdict.rows[0][-1] == "0 of 1; not mine"
+
+
 def test_what_is_missing_is_a_dash_and_no_point(finished: StudyFile) -> None:
     bare = finished.models[2].model_copy(update={"scores": {}})
     partly = finished.model_copy(update={"models": [*finished.models[:2], bare]})
