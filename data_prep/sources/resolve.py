@@ -129,7 +129,8 @@ def _resolve_path(name: str, path: str, txt_documents: str) -> Source:
         if files:
             return Source(name, "files", _source_files(files, txt_documents))
         raise MissingFile(f"{path}: no readable file matches")
-    raise MissingFile(f"source {path!r} does not exist")
+    hint = "; a weight is a number, as in SOURCE@0.7" if "@" in path else ""
+    raise MissingFile(f"source {path!r} does not exist{hint}")
 
 
 def _walk(folder: str) -> Iterable[str]:

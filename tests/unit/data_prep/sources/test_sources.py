@@ -222,7 +222,8 @@ def test_html_is_its_main_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("none.txt", MissingFile, r"source '.*none\.txt' does not exist"),
+        ("none.txt", MissingFile, r"source '.*none\.txt' does not exist$"),
+        ("none.txt@70%", MissingFile, r"does not exist; a weight is a number, as in SOURCE@0\.7"),
         ("*.none", MissingFile, "no readable file matches"),
         ("", ValueError, r"no \.txt, \.jsonl, \.parquet, \.md, \.html or wiki_NN file in this folder"),
         ("page.pdf", ValueError, r"page\.pdf: not a kind of file that is read; give \.txt, \.jsonl"),
