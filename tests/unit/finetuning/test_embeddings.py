@@ -87,10 +87,10 @@ def test_similarity_and_retrieval_are_their_formulas(tmp_path: Path, model: str)
 def test_judgements_without_a_header_whose_ids_look_like_one(tmp_path: Path) -> None:
     folder = write_collection(tmp_path / "c", [text for text, _ in sentences(40, 0)])
     before = read_retrieval(folder).relevant
-    for path in (folder / "queries.jsonl", folder / "qrels/test.tsv"):
-        path.write_text(
-            path.read_text().replace("q", "query-").replace("query-uery-id\tcorpus-id\tscore\n", "")
-        )
+    queries, judged = folder / "queries.jsonl", folder / "qrels/test.tsv"
+    queries.write_text(queries.read_text().replace('"q', '"query-'))
+    rows = judged.read_text().replace("q", "query-").splitlines()[1:]
+    judged.write_text("\n".join([*rows[1:], rows[0], ""]))  # the first has a gain
     assert read_retrieval(folder).relevant == {
         query.replace("q", "query-"): found for query, found in before.items()
     }

@@ -131,14 +131,17 @@ def test_a_dev_set_is_split_off_by_a_hash_and_rows_without_a_header_are_named(
 def test_records_of_json_lines_need_not_have_the_same_fields(tmp_path: Path, model: str) -> None:
     """Nor ids: a null is none, and the text serves for the split."""
     rows: list[dict[str, Any]] = [{"text": f"text {n}", "label": n % 2, "id": None} for n in range(200)]
-    rows[0] = {"text": "text 0", "note": "", "label": 0}
     rows[5]["extra"] = 1
     path = tmp_path / "kinds.jsonl"
-    path.write_text("".join(json.dumps(dict(sorted(row.items(), key=str))) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     job, said = own_job(tmp_path / "out", model, f"jsonl:{path}")
     train, dev = read_task(job.task, job.data, said.append)
     assert len(train) + len(dev[SPLIT_OFF]) == 200
     assert 8 <= len(dev[SPLIT_OFF]) <= 35
+    del rows[0]["label"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"kinds\.jsonl, row 1: .*label"):
+        own_job(tmp_path / "out", model, f"jsonl:{path}")
 
 
 def test_other_metrics_than_those_of_a_finished_seed_are_refused(tmp_path: Path, model: str) -> None:
