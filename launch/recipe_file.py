@@ -151,7 +151,8 @@ def _spelled(hint: Any) -> str:
         return " | ".join(map(_spelled, get_args(hint)))
     if hint is NoneType:
         return "null"
-    return hint.__name__ if isinstance(hint, type) else str(hint)
+    # On Python 3.10 list[float] is a type too, named list.
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
 
 
 def _numbers(value: Any) -> Iterator[float]:
