@@ -54,6 +54,10 @@ def main(arguments: Sequence[str]) -> int:
     refuse_impossible(options)
     rest += [f"--data.shards={shards}" for shards in options.shards]
     config = parse_config(rest, "")
+    if config.training.max_steps == 0:
+        raise UserError(
+            "training.max_steps=0: nothing is trained, and there is nothing to plan; give 1 or more"
+        )
     # Only now the seconds that transformers takes to import.
     from launch.planner import tables
     from launch.planner.planning import as_json, fitting_micro_batch, make_plan, scaling_curve

@@ -156,9 +156,9 @@ def assemble(
         compile_layers(student)
     startup.ended("student")
     frozen = freeze_untrained(objective, student, teacher, world.device)
-    cost = _compute_cost(config, data, student, teacher, world.device)
     at_start = {**engine_config, "checkpoint": {"load_universal": True}} if load_universal else engine_config
     engine = start_engine(config, DistillationModule(student, objective), at_start, world.device)
+    cost = _compute_cost(config, data, student, teacher, world.device)
     startup.ended("engine")
     parts = Parts(
         config=config,
@@ -199,6 +199,7 @@ def _checked_teacher(config: Config, device: str, folders: list[TeacherFolder]) 
 def _compute_cost(
     config: Config, data: RunData, student: PreTrainedModel, teacher: Teacher | None, device: str
 ) -> ComputeCost:
+    """With the student in the engine's number format, in which the matrix rate is measured."""
     shape = shape_of(student)
     teachers = [shape_of(model) for model in teacher.models] if teacher is not None else []
     relations = relation_layers(config.objective, shape.layers, [each.layers for each in teachers])

@@ -41,9 +41,10 @@ OBJECT, BOOL, POSITIVE, DTYPE = (
     "fp16, bf16 or fp32",
 )
 LARGEST_BUCKET = 10**12
+_FP32 = ("fp32", "float32", "float", "torch.float32")
 _DTYPES = {
     *("fp16", "float16", "half", "torch.float16", "bf16", "bfloat16", "bfloat", "torch.bfloat16"),
-    *("fp32", "float32", "float", "torch.float32"),
+    *_FP32,
 }
 # What DeepSpeed 0.19.8 reads only in calls that nothing here makes, or only beside what is refused, and what to use.
 IDLE = {
@@ -307,7 +308,7 @@ def engine_settings(engine_config: Mapping[str, Any]) -> EngineSettings:
     return EngineSettings(
         stage=int(zero.get("stage", 0)),
         bytes_per_element=4 if precision == "fp32" else 2,
-        accumulation_bytes=4 if accumulation in ("fp32", "float32") else 2,
+        accumulation_bytes=4 if accumulation in _FP32 else 2,
         reduce_bucket_size=int(zero.get("reduce_bucket_size", 5e8)),
         overlap=bool(zero.get("overlap_comm", False)),
         precision=precision,

@@ -183,7 +183,7 @@ def _train_with_rollbacks(
 
     Args:
         others_until: checkpoints of steps up to this are of another configuration: losses of another objective or
-            another batch make no mean with those to come.
+            another batch make no mean with those to come, and no measure for their spikes.
     """
     run_dir = Path(parts.config.run.dir)
 
@@ -195,6 +195,8 @@ def _train_with_rollbacks(
         parts.trainer.losses = LossSums()
         if next_start.step > others_until:
             parts.trainer.losses.restore(next_start.losses, world.device)
+        else:
+            next_start = replace(next_start, loss_history=())  # or every loss might be a spike
         next_start = _train_or_go_back(parts, inputs, next_start, world, stop, startup)
     return replace(state, step=max(state.step, parts.trainer.total_steps), left_out=left_out())
 

@@ -95,7 +95,7 @@ def gradient_bytes(step: Step) -> dict[str, int]:
     """
     student, engine, world_size = step.student, step.engine, step.world_size
     shard = partition_size(student.parameters, world_size)
-    largest = student.vocabulary * student.width
+    largest = student.vocabulary * student.embedding
     widened = engine.accumulation_bytes != engine.bytes_per_element
     if engine.stage == 1:
         kept = student.parameters
@@ -149,8 +149,8 @@ def loss_gradient_bytes(step: Step) -> int:
     """The fused loss's fp32 gradients of decoder, bias and features, made in the forward pass."""
     if step.decoded_tokens == 0:
         return 0
-    d = step.student.width
-    return 4 * (step.student.vocabulary * (d + 1) + step.decoded_tokens * d)
+    e = step.student.embedding
+    return 4 * (step.student.vocabulary * (e + 1) + step.decoded_tokens * e)
 
 
 def relation_bytes(step: Step) -> int:
@@ -183,7 +183,7 @@ def logits_chunk_bytes(step: Step) -> int:
     if step.engine.bytes_per_element == 4:
         return buffers * one
     # The gradient once more in half precision, and the decoder's gradient of one chunk before it is added.
-    return buffers * one + max(one, one // 2 + vocabulary * step.student.width * 4)
+    return buffers * one + max(one, one // 2 + vocabulary * step.student.embedding * 4)
 
 
 def teacher_bytes(step: Step) -> dict[str, int]:

@@ -40,8 +40,8 @@ from train.models.teacher import Teacher, running_copy
 from train.objective.build import build_objective
 from train.run_folder import changed_config, changed_inputs, found_before, read_summary, refused_changes
 
-CHECKPOINT_BYTES_PER_PARAMETER = 2 + 3 * 4
-"""fp16 weights; fp32 master and two moments, all ranks' partitions together."""
+OPTIMIZER_BYTES_PER_PARAMETER = 3 * 4
+"""fp32 master and two moments, all ranks' partitions together."""
 MIN_DISK_GIB = 1.0
 CPU_TOKENS = 16  # half-precision products have no fast path on a CPU
 
@@ -55,13 +55,19 @@ def check_here(config: Config, world_size: int) -> list[Finding]:
 
 
 def needed_disk_gib(config: Config) -> float:
-    """What the kept checkpoints, one in the making and the exported student come to; at least 1."""
+    """What the kept checkpoints, one in the making and the exported student come to; at least 1. Milestones count where
+    training.max_steps says how many there will be."""
     try:
         parameters = count_parameters(models_of(config)[0])
+        engine = engine_settings(engine_template(config, kind_here()))
     except UserError:  # other checks report it
         return MIN_DISK_GIB
-    copies = config.checkpoint.keep_last + 1
-    return max(MIN_DISK_GIB, parameters * (copies * CHECKPOINT_BYTES_PER_PARAMETER + 4) / 2**30)
+    # The best by held-out loss stays beside the last ones.
+    copies = config.checkpoint.keep_last + config.objective.needs_masks + 1
+    if every := config.checkpoint.milestone_every_steps:
+        copies += (config.training.max_steps or 0) // every
+    checkpoint = OPTIMIZER_BYTES_PER_PARAMETER + engine.bytes_per_element
+    return max(MIN_DISK_GIB, parameters * (copies * checkpoint + 4) / 2**30)
 
 
 def finding_of(check: str, question: Callable[[], str | Finding], remedy: str) -> Finding:

@@ -10,10 +10,15 @@ import pytest
 import torch
 
 import train.build
-from train.build import start_engine
+from launch.cli import parse_config
+from tests.distributed.pretraining import small_settings
+from train.build import assemble, read_inputs, start_engine
 from train.config import Config
 from train.config_sections.training import OptimizerConfig
+from train.distributed.world import World
 from train.errors import UserError
+from train.loop.startup_timing import StartupTimer
+from train.loop.timing import Clock
 from train.optimizer import build_optimizer
 
 
@@ -44,11 +49,26 @@ def test_what_lamb_refuses_is_a_user_error() -> None:
         UserError, match=r"zero_optimization.stage 3 .* set zero_optimization.stage to 1 or 2"
     ):
         start_engine(config, module, {"stage": 3}, "cpu")  # type: ignore[arg-type]
-    clamped = replace(config, optimizer=replace(config.optimizer, clamp=(1.0, 0.5)))
-    with pytest.raises(UserError, match=r"clamp is \(1.0, 0.5\): give \(low, high\)"):
-        start_engine(clamped, module, {}, "cpu")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         start_engine(config, module, {"broken": True}, "cpu")  # type: ignore[arg-type]
+
+
+def test_the_peak_that_utilisation_is_measured_against_is_the_engines(
+    shards_folder: str, teacher_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student is in fp32 until the engine rounds it."""
+    measured: list[torch.dtype] = []
+    monkeypatch.setattr(
+        train.build, "start_engine", lambda config, module, *_: SimpleNamespace(module=module.bfloat16())
+    )
+    monkeypatch.setattr(
+        train.build, "measured_matrix_rate", lambda device, dtype: measured.append(dtype) or 1e9
+    )
+    words = [*small_settings(shards_folder, teacher_folder), "--deepspeed.config=ds_configs/cpu-bf16.json"]
+    config = parse_config(words, "")
+    world = World(rank=0, local_rank=0, world_size=1, local_size=1, device="cpu")
+    assemble(config, read_inputs(config, "cpu"), world, clock=Clock("cpu"), startup=StartupTimer())
+    assert measured == [torch.bfloat16]
 
 
 class Mixed(torch.nn.Module):

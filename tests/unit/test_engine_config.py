@@ -139,3 +139,10 @@ def test_settings_of_the_shipped_json() -> None:
     assert [s.precision for s in settings] == ["fp16", "bf16", "fp32"]
     assert [(s.bytes_per_element, s.accumulation_bytes) for s in settings] == [(2, 4), (2, 4), (4, 4)]
     assert all(s.stage == 2 and s.reduce_bucket_size == 50_000_000 for s in settings)
+
+
+@pytest.mark.parametrize(("names", "size"), [("fp32 float32 float torch.float32", 4), ("bf16 bfloat16", 2)])
+def test_a_number_format_has_several_names(names: str, size: int) -> None:
+    for name in names.split():
+        settings = engine_settings({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": name}})
+        assert (settings.accumulation_bytes, settings.takes_stage_1) == (size, size == 2), name

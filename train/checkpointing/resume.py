@@ -95,10 +95,12 @@ def load_checkpoint(
         engine: made with load_universal where `needs_conversion` says so.
         checkpoint: None starts at step 0.
     Raises:
-        UserError: DeepSpeed cannot read or convert it.
+        UserError: DeepSpeed cannot read or convert it; it is of a run that trained other parameters.
     """
     if checkpoint is None:
         return TrainState()
+    with weights_only(checkpoint):
+        _refuse_other_trained(engine, checkpoint)
     source, written_by = checkpoint, _facts(checkpoint).world_size
     if written_by != world_size:
         say(f"continuing from {checkpoint}, written by {written_by} ranks; converting it for {world_size}")
@@ -134,6 +136,21 @@ def load_checkpoint(
             f"{checkpoint}: its state is none of this project's ({one_line(error, 100)}); remove it to go on "
             "from the one before"
         ) from None
+
+
+def _refuse_other_trained(engine: Any, checkpoint: Path) -> None:
+    """UserError where the same parameters are there, and others of them are trained: DeepSpeed fails on the state that
+    is missing with an error that says nothing of it."""
+    file = engine._get_ckpt_name(str(checkpoint.parent), checkpoint.name)
+    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    before = {name for group in saved["param_shapes"] for name in group}
+    trained = {name: each.requires_grad for name, each in engine.module.named_parameters()}
+    changed = sorted(before ^ {name for name in trained if trained[name]})
+    if changed and trained.keys() == before | set(saved["frozen_param_shapes"] or {}):
+        raise UserError(
+            f"{checkpoint} is of a run whose objective trained other parameters ({len(changed)} differ, from "
+            f"{changed[0]} on); give the objective.* weights of that run, or another run.dir"
+        )
 
 
 def _load_frozen(engine: Any, checkpoint: Path) -> None:

@@ -92,5 +92,7 @@ class ModelConfig:
             refuse(self, "model.new_head", "goes on a model.start_from without an MLM head; give that too")
         if self.teacher_weights is not None:
             count = len(self.teacher) if isinstance(self.teacher, list) else 1
+            if count == 1:
+                refuse(self, "model.teacher_weights", "has no effect with one teacher; remove it")
             if len(self.teacher_weights) != count or not all(0 < w < math.inf for w in self.teacher_weights):
                 refuse(self, "model.teacher_weights", f"give {count} weights above 0, one for each teacher")

@@ -49,6 +49,8 @@ class OptimizerConfig:
         require_not_negative(self, "optimizer", "weight_decay")
         if not all(0 <= b < 1 for b in self.betas):
             refuse(self, "optimizer.betas", "give two numbers in [0, 1)")
+        if self.clamp is not None and not 0 <= self.clamp[0] <= self.clamp[1]:
+            refuse(self, "optimizer.clamp", "give two numbers, 0 <= smallest <= largest")
         if self.name == "adamw":
             for key in LAMB_OPTIONS:
                 if getattr(self, key) != getattr(OptimizerConfig, key):

@@ -86,6 +86,7 @@ class Masker:
             with weights count**-smoothing, as in the original code. With `whole_word` a word has the
             weight of its first piece.
         smoothing: used with `histogram` only.
+        length_key: the setting that L comes from, for messages.
     Raises:
         UserError: n is not between 1 and L - 2, or a table does not have V entries.
     """
@@ -99,15 +100,16 @@ class Masker:
         whole_word: np.ndarray | None = None,
         histogram: np.ndarray | None = None,
         smoothing: float = 0.7,
+        length_key: str = "data.sequence_length",
     ) -> None:
         self.num_masked = round(probability * sequence_length)
         if not 1 <= self.num_masked <= sequence_length - 2:
             raise UserError(
-                f"masking.probability {probability} of data.sequence_length {sequence_length} is "
+                f"masking.probability {probability} of {length_key} {sequence_length} is "
                 f"{self.num_masked} positions: choose a probability that gives 1 to {sequence_length - 2}"
             )
         if sequence_length >= 1 << _POSITION_BITS:
-            raise UserError(f"data.sequence_length is {sequence_length}: at most {(1 << _POSITION_BITS) - 1}")
+            raise UserError(f"{length_key} is {sequence_length}: at most {(1 << _POSITION_BITS) - 1}")
         if not 0 <= seed < 2**64:
             raise UserError(f"data.seed is {seed}: it must be at least 0 and below 2**64")
         self.sequence_length = sequence_length
@@ -174,8 +176,10 @@ class Masker:
             uniform = -torch.log(uniform) * tables["rarity"][tokens]
         keys = uniform.view(torch.int64)
         if "continues" in tables:
-            # Every piece of a word has the key of the word's first piece.
-            first = torch.where(tables["continues"][tokens], 0, position)
+            # Every piece of a word has the key of the word's first piece. Behind a special token a word begins: the
+            # rest of one that the window cuts, or a document's first, which byte-level BPE does not mark.
+            continues = tables["continues"][tokens] & ~special.roll(1, dims=1)
+            first = torch.where(continues, 0, position)
             keys = torch.gather(keys, 1, torch.cummax(first, dim=1).values)
         keys = torch.where(special, _UNMASKABLE, keys)
         return keys >> _POSITION_BITS << _POSITION_BITS | position

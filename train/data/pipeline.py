@@ -158,8 +158,8 @@ def planned_phases(config: Config) -> tuple[list[int], list[float]]:
 
 
 def phase_stops(total: int, shares: list[float]) -> list[int]:
-    """One past the last step of each phase."""
-    return [*(round(total * share) for share in shares[:-1]), total]
+    """One past the last step of each phase; the last step belongs to the last phase, however few there are."""
+    return [*(min(round(total * share), max(total - 1, 0)) for share in shares[:-1]), total]
 
 
 def total_steps(config: Config, steps_per_epoch: list[int], shares: list[float]) -> int:
@@ -192,6 +192,7 @@ def build_schedule(config: Config, total: int) -> dict[str, Any]:
 def build_masker(config: Config, manifest: Manifest, sequence_length: int) -> Masker:
     """The masker of the recipe, with the corpus's token counts and word boundaries where it wants them."""
     rules, histogram, table, tokenizer = config.masking, None, None, manifest.tokenizer
+    is_short = sequence_length == config.schedule.short_sequence_length
     if rules.smoothing > 0:
         histogram = read_histogram(config.data.shards, manifest)
     if rules.whole_word:
@@ -206,4 +207,5 @@ def build_masker(config: Config, manifest: Manifest, sequence_length: int) -> Ma
         whole_word=table,
         histogram=histogram,
         smoothing=rules.smoothing,
+        length_key="schedule.short_sequence_length" if is_short else "data.sequence_length",
     )

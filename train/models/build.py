@@ -24,7 +24,7 @@ from train.models.loading import NO_HEAD_REMEDY, load_encoder, load_masked_lm, w
 from train.models.pooling import sentence_pooling
 from train.models.students import Measured, make_student
 from train.models.teacher import Teacher, running_copy
-from train.models.tokenizer_checks import check_vocabulary, folder_fingerprint
+from train.models.tokenizer_checks import check_vocabulary, folder_fingerprint, special_ids
 
 TEACHER_DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -74,7 +74,7 @@ def open_teachers(config: Config, tokenizer: TokenizerInfo) -> list[TeacherFolde
     """`teacher_folders`, their vocabularies compared with the shards'; no weights are read yet."""
     folders = teacher_folders(config)
     for folder in folders:
-        check_vocabulary(folder.name, folder.config, folder.fingerprint, tokenizer)
+        check_vocabulary(folder.name, folder.config, folder.fingerprint, tokenizer, folder.key)
     _pooling(config, folders)
     return folders
 
@@ -201,15 +201,17 @@ def _trained_on(folder: TeacherFolder, new_head: bool, seed: int) -> PreTrainedM
 
 
 def _from_scratch(settings: dict[str, Any], tokenizer: TokenizerInfo, seed: int) -> PreTrainedModel:
-    own = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
     model_type = settings["model_type"]
     try:
         known = AutoConfig.for_model(model_type).to_dict()
-    except ValueError:
+    except (ValueError, TypeError):
         raise UserError(
             f"model.scratch: unknown model_type {model_type!r}; for example bert or roberta"
         ) from None
     family = family_of_type(model_type)
+    # The defaults are the ids of the tokenizer that this kind of model was published with.
+    own = {field: at for field, at in special_ids(tokenizer).items() if known.get(field) is not None}
+    own |= {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
     for key in settings:
         if key in own:
             raise UserError(

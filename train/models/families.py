@@ -93,6 +93,8 @@ class Family:
     """Name of the number of feed-forward units in the config."""
     position_projections: tuple[str, ...] = ()
     """Paths, within a layer, of further maps to queries and keys, of relative positions; in that order."""
+    gated: bool = False
+    """Whether the map to the feed-forward units makes as many gates beside them."""
     rotary: bool = False
     """Whether positions rotate queries and keys, so that a head's dimensions hang together."""
     attention: str = "sdpa"
@@ -253,6 +255,7 @@ MODERNBERT = Family(
     projection_norm="attn_norm",
     attention_output="attn.Wo",
     feed_forward=("mlp.Wi", "mlp.Wo"),
+    gated=True,
     rotary=True,
     transform=lambda model, hidden: model.head(hidden),
     config_for_depth=lambda config, layers: {"layer_types": [config.layer_types[layer] for layer in layers]},

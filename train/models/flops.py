@@ -2,8 +2,9 @@
 
 A matrix product of (m, k) and (k, n) counts 2 m k n. Per token and layer of width d, with a feed-forward
 width f and a sequence of L tokens: 8 d^2 (query, key, value, output) + 4 d f (two feed-forward products)
-+ 4 L d (scores and their weighted sum). Lookups, norms, softmax and activations are left out, as in the
-model-FLOPs utilisation of Chowdhery et al. 2022 (arXiv:2204.02311, appendix B).
++ 4 L d (scores and their weighted sum), and 2 d f for gates beside the feed-forward units. Lookups, norms,
+softmax and activations are left out, as in the model-FLOPs utilisation of Chowdhery et al. 2022
+(arXiv:2204.02311, appendix B), and DeBERTa's products with relative positions.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class ModelShape:
     vocabulary: int
     embedding: int
     """Width of the embeddings and of the decoder; ELECTRA's and DeBERTa's may be narrower than `width`."""
+    gated: bool = False
+    """Whether the feed-forward units have gates, by a map of the same size (ModernBERT)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         int(feed_forward),
         int(config.vocab_size),
         int(embedding.weight.shape[1]),
+        gated=family.gated,
     )
 
 
@@ -68,7 +72,7 @@ def forward_flops_per_token(
             them; None for the whole encoder.
     """
     d, f, e = shape.width, shape.feed_forward, shape.embedding
-    layer = 8 * d * d + 4 * d * f + 4 * sequence_length * d
+    layer = 8 * d * d + (6 if shape.gated else 4) * d * f + 4 * sequence_length * d
     encoder = shape.layers * layer if ends_at is None else (ends_at - 1) * layer + 6 * d * d
     if e != d:
         encoder += 2 * e * d

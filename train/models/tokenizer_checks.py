@@ -71,7 +71,21 @@ def _say_not_compared(name: str, reason: UserError) -> None:
     logger.warning("%s: its tokenizer cannot be compared: %s", name, one_line(reason))
 
 
-def check_vocabulary(name: str, config: Any, fingerprint: str | None, tokenizer: TokenizerInfo) -> None:
+def special_ids(tokenizer: TokenizerInfo) -> dict[str, int]:
+    """By their names in a Hugging Face config."""
+    return {
+        "pad_token_id": tokenizer.pad_id,
+        "cls_token_id": tokenizer.cls_id,
+        "sep_token_id": tokenizer.sep_id,
+        "mask_token_id": tokenizer.mask_id,
+        "bos_token_id": tokenizer.cls_id,
+        "eos_token_id": tokenizer.sep_id,
+    }
+
+
+def check_vocabulary(
+    name: str, config: Any, fingerprint: str | None, tokenizer: TokenizerInfo, key: str = "teacher"
+) -> None:
     """Refuse a model whose token ids do not mean what those in the shards mean.
 
     Args:
@@ -79,8 +93,9 @@ def check_vocabulary(name: str, config: Any, fingerprint: str | None, tokenizer:
         config: its Hugging Face config.
         fingerprint: of the tokenizer beside it (`folder_fingerprint`), or None.
         tokenizer: the manifest's record.
+        key: that names such a model, for the message.
     """
-    remedy = f"write the shards with --tokenizer {name}, or give a teacher with the shards' tokenizer"
+    remedy = f"write the shards with --tokenizer {name}, or give a {key} with the shards' tokenizer"
     if fingerprint is not None and fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{name} has another tokenizer than the shards (fingerprint {fingerprint[:12]}, shards' "
@@ -93,17 +108,9 @@ def check_vocabulary(name: str, config: Any, fingerprint: str | None, tokenizer:
             f"{name} has a vocabulary of {config.vocab_size} tokens, the shards' tokenizer one of "
             f"{tokenizer.vocab_size}: {remedy}"
         )
-    special = {
-        "pad": tokenizer.pad_id,
-        "cls": tokenizer.cls_id,
-        "sep": tokenizer.sep_id,
-        "mask": tokenizer.mask_id,
-        "bos": tokenizer.cls_id,
-        "eos": tokenizer.sep_id,
-    }
-    for kind, expected in special.items() if fingerprint is None else ():
-        own = getattr(config, f"{kind}_token_id", None)
+    for field, expected in special_ids(tokenizer).items() if fingerprint is None else ():
+        own = getattr(config, field, None)
         if own is not None and own != expected:
             raise UserError(
-                f"{name} has {kind}_token_id {own}, the shards' tokenizer {expected} in its place: {remedy}"
+                f"{name} has {field} {own}, the shards' tokenizer {expected} in its place: {remedy}"
             )

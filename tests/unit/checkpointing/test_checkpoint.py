@@ -30,7 +30,11 @@ def make_checkpoint(folder: Path, step: int) -> Path:
     path = folder / f"step-{step:08d}"
     (path / "student-config").mkdir(parents=True)
     (path / "student-config" / "config.json").write_text('{"model_type": "bert"}')
-    torch.save({"weights": torch.ones(25) * step}, path / "mp_rank_00_model_states.pt")
+    shapes = {
+        "param_shapes": [{"weight": torch.Size([1, 2])}],
+        "frozen_param_shapes": {"bias": torch.Size([1])},
+    }
+    torch.save({"weights": torch.ones(25) * step, **shapes}, path / "mp_rank_00_model_states.pt")
     records = {}
     for rank in range(WORLD_SIZE):
         torch.save(

@@ -97,6 +97,11 @@ class Engine:
         self.outcome = outcome
         weight = torch.nn.Parameter(torch.ones(2))
         self.optimizer = SimpleNamespace(optimizer=torch.optim.AdamW([weight], weight_decay=0.1, fused=True))
+        self.module = torch.nn.Linear(2, 1)
+        self.module.bias.requires_grad_(False)
+
+    def _get_ckpt_name(self, folder: str, tag: str) -> str:
+        return f"{folder}/{tag}/mp_rank_00_model_states.pt"
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
         (group,) = self.optimizer.optimizer.param_groups
@@ -131,6 +136,25 @@ def test_what_cannot_be_loaded_is_one_message(
     path = without_digests(make_checkpoint(tmp_path, 5))
     with pytest.raises(UserError, match=message):
         load_checkpoint(Engine(outcome=outcome), path, 2, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("trained", "named"), [("weight bias", "1 differ, from bias on"), ("bias", "2 differ, from bias on")]
+)
+def test_parameters_that_are_trained_since_or_no_longer_are_named_by_the_objective(
+    trained: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safe_load, "engine_types", list)
+    path, engine = make_checkpoint(tmp_path, 5), Engine(outcome=asdict(TrainState(5)))
+    for name, parameter in engine.module.named_parameters():
+        parameter.requires_grad_(name in trained.split())
+    message = (
+        rf"00005 is of a run whose objective trained other .*\({named}\); give the objective\.\* weights"
+    )
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(engine, path, 2, lambda line: None)
+    engine.module = torch.nn.Linear(2, 1, bias=False)  # another model, of which the engine says more
+    assert load_checkpoint(engine, path, 2, lambda line: None) == TrainState(5)
 
 
 def test_the_state_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,10 @@ ADAMW = "optimizer.name=adamw optimizer.lr=1e-3"
             "model.teacher=null model.start_from=a model.student_layers=3",
             r"model.student_layers=3: has no effect without model.teacher",
         ),
-        ("model.teacher_weights=[1,1]", r"model.teacher_weights=\[1.0, 1.0\]: give 1 weights above 0"),
+        (
+            "model.teacher_weights=[5]",
+            r"model.teacher_weights=\[5.0\]: has no effect with one teacher; remove",
+        ),
         (
             "objective.kd_weight=0 objective.kd_positions=masked",
             r"objective.kd_positions='masked': has no effect",
@@ -145,6 +148,11 @@ ADAMW = "optimizer.name=adamw optimizer.lr=1e-3"
         ("optimizer.betas=[0.9,1.0]", r"optimizer.betas=.*: give two numbers in \[0, 1\)"),
         ("optimizer.name=sgd", r"optimizer.name.*sgd"),
         (f"{ADAMW} optimizer.adapt_all=true", r"optimizer.adapt_all=True: is LAMB's and has no effect with"),
+        (
+            "optimizer.clamp=[2,1]",
+            r"optimizer.clamp=\(2.0, 1.0\): give two numbers, 0 <= smallest <= largest",
+        ),
+        ("optimizer.clamp=[-1,1]", r"optimizer.clamp=\(-1.0, 1.0\): give two numbers"),
         (f"{ADAMW} optimizer.clamp=[0.1,10]", r"optimizer.clamp=\(0.1, 10.0\): is LAMB's .*; remove it"),
         (f"{ADAMW} optimizer.prenormalize=true", r"optimizer.prenormalize=True: is LAMB's .*; remove it"),
         (

@@ -214,6 +214,23 @@ def test_every_word_is_as_likely_whatever_its_length() -> None:
     assert share[6:11].sum() == 0
 
 
+def test_what_follows_a_special_token_is_a_word_like_any_other() -> None:
+    """The rest of a word that the window cuts; a document's first word in byte-level BPE. [CLS], which is in no shard,
+    has the smallest count of all, and no part in it."""
+    rows = 20_000
+    continues, histogram = np.zeros(64, dtype=bool), np.full(64, 100_000)
+    continues[32:] = True
+    histogram[[TOKENIZER.cls_id, TOKENIZER.sep_id]] = 0, 1000
+    ids = torch.full((rows, LENGTH), 10, dtype=torch.int32)
+    ids[:, [0, 30, -1]] = torch.tensor(
+        [TOKENIZER.cls_id, TOKENIZER.sep_id, TOKENIZER.sep_id], dtype=torch.int32
+    )
+    ids[:, [1, 31]] = 40
+    masker = Masker(TOKENIZER, LENGTH, 0, whole_word=continues, histogram=histogram)
+    share = torch.bincount(masker(ids, torch.arange(rows), 0).positions.flatten(), minlength=LENGTH) / rows
+    assert torch.allclose(share[[1, 31, 20]], torch.full((3,), 10 / 61), atol=0.01)
+
+
 def test_continuations_of_the_three_kinds_of_vocabulary() -> None:
     pieces = ["[CLS]", "##", "play", "##ing", "#"]
     assert continuation_table(pieces, [0]).tolist() == [False, False, False, True, False]

@@ -12,7 +12,7 @@ from data_prep.shard_format.manifest import Manifest
 from train.config import Config
 from train.config_sections.data import DataConfig, MaskingConfig
 from train.config_sections.training import ScheduleConfig, TrainingConfig
-from train.data.pipeline import RunData, build_run_data, build_schedule, total_steps
+from train.data.pipeline import RunData, build_run_data, build_schedule, phase_stops, total_steps
 
 GLOBAL, SHORT, LONG = 16, 16, 32
 
@@ -98,6 +98,18 @@ def test_warmup_longer_than_the_run_is_refused(config: Config) -> None:
     )
     with pytest.raises(ValueError, match="warmup_steps=9 is more than the run's 8 steps"):
         build_schedule(long, 8)
+
+
+def test_the_last_step_has_the_full_length() -> None:
+    stops = [phase_stops(total, [0.9, 0.1])[0] for total in range(8)]
+    assert stops == [0, 0, 1, 2, 3, 4, 5, 6]
+    assert phase_stops(100, [0.9, 0.1]) == [90, 100]
+
+
+def test_too_few_masks_in_short_sequences_are_named_by_their_length(config: Config) -> None:
+    few = replace(config, masking=MaskingConfig(smoothing=0.0, probability=0.03))
+    with pytest.raises(ValueError, match=r"probability 0.03 of schedule.short_sequence_length 16 is 0 pos"):
+        build_run_data(few, Manifest.load(config.data.shards))
 
 
 @pytest.mark.parametrize(

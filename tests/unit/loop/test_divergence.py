@@ -87,11 +87,12 @@ def test_sums_of_another_configuration_are_left_out_also_after_a_rollback(
     """A start goes on with step 4, goes back to 6, which it has saved itself, and, 6 being damaged, back to 4."""
     parts: Any = SimpleNamespace(config=Config(), trainer=SimpleNamespace(total_steps=9))
     window = LossWindow({"loss": [1.5]}, 2)
-    to_come = [TrainState(6, window), TrainState(4, window), None]
+    to_come = [TrainState(6, window, loss_history=(1.5,)), TrainState(4, window, loss_history=(1.5,)), None]
     found: list[bool] = []
 
-    def train(*_: object) -> TrainState | None:
+    def train(_parts: object, _inputs: object, state: TrainState, *_: object) -> TrainState | None:
         found.append(parts.trainer.losses.is_empty)
+        assert state.loss_history == (() if found[-1] else (1.5,)), "every loss might be a spike"
         return to_come.pop(0)
 
     monkeypatch.setattr(run, "_train_or_go_back", train)
@@ -100,6 +101,12 @@ def test_sums_of_another_configuration_are_left_out_also_after_a_rollback(
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
     anything: Any = SimpleNamespace(device="cpu")
     last = run._train_with_rollbacks(
-        parts, anything, TrainState(4, window), anything, anything, anything, others_until
+        parts,
+        anything,
+        TrainState(4, window, loss_history=(1.5,)),
+        anything,
+        anything,
+        anything,
+        others_until,
     )
     assert (found, last.step) == (empty, 9)

@@ -24,6 +24,7 @@ from train.config import Config
 from train.loop.metrics import NoEvents, RunEvents, board_tag, read_rows
 from train.loop.observers.logged_figures import ComputeCost, Logging
 from train.loop.profiling import profiling
+from train.loop.timing import Clock
 
 
 def test_rows_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:
@@ -202,3 +203,23 @@ def test_utilisation_is_never_above_1(monkeypatch: pytest.MonkeyPatch) -> None:
     logging = Logging(trainer, NoEvents(), Config(), cost, TrainState())  # type: ignore[arg-type]
     used = [logging._speed(TrainState(step))["mfu"] for step in (10, 20, 30)]
     assert used == [0.5, 1.0, 0.25]
+
+
+def test_what_a_start_that_diverged_has_spent_is_no_part_of_the_next_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a rollback a new start goes on with the same clock."""
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    now = iter([0.0, 100.0, 100.0, 110.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    data = SimpleNamespace(
+        tokens_before=lambda step, left_out=(): 10 * step,
+        phase_of=lambda step: SimpleNamespace(sequence_length=8),
+    )
+    clock, engine = Clock("cpu"), SimpleNamespace(device=torch.device("cpu"))
+    with clock.host_section("evaluation"):  # whose loss was no number
+        pass
+    trainer = SimpleNamespace(data=data, engine=engine, clock=clock)
+    cost = ComputeCost({8: 3.0}, matrix_rate=300.0)
+    logging = Logging(trainer, NoEvents(), Config(), cost, TrainState())  # type: ignore[arg-type]
+    assert logging._speed(TrainState(10))["tokens_per_s"] == 10.0

@@ -22,10 +22,11 @@ from train.config_sections.training import TrainingConfig
 from train.errors import UserError
 from train.loop.trainer import DistillationModule
 from train.models.build import build_student, build_teacher, open_teachers, teacher_config, teacher_folders
-from train.models.families import has_head
+from train.models.families import FAMILIES, has_head
 from train.models.loading import load_masked_lm
 from train.models.students import make_student
 from train.models.teacher import Teacher
+from train.models.tokenizer_checks import check_vocabulary
 from train.objective.build import build_objective
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -166,7 +167,8 @@ def test_a_model_is_trained_on_in_its_own_architecture(
         trained(f"{bare_folder}/none")
     other = replace(manifest.tokenizer, fingerprint="0" * 64)
     model_config = ModelConfig(teacher=None, start_from=bare_folder, layer_map="distilbert")
-    with pytest.raises(UserError, match=f"{bare_folder} has another tokenizer than the shards"):
+    remedy = "give a model.start_from with the shards' tokenizer"
+    with pytest.raises(UserError, match=f"{bare_folder} has another tokenizer than the shards.*{remedy}"):
         open_teachers(Config(model=model_config, objective=PLAIN_MLM), other)
 
 
@@ -187,10 +189,20 @@ def test_a_model_from_scratch_has_the_shards_vocabulary(shards_folder: str) -> N
     assert model.get_input_embeddings().weight.shape == (manifest.tokenizer.vocab_size, 16)
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_model_from_scratch_has_the_shards_special_ids(model_type: str, shards_folder: str) -> None:
+    """It may be the teacher of a later run without a tokenizer beside it."""
+    manifest = Manifest.load(shards_folder)
+    one_layer = {FAMILIES[model_type].num_layers_field: 1}
+    model = build_student(scratch(model_type=model_type, **one_layer), manifest)
+    check_vocabulary("it", model.config, None, manifest.tokenizer)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"model_type": "quux"}, "unknown model_type 'quux'"),
+        ({"model_type": ["bert"]}, r"unknown model_type \['bert'\]"),
         ({"model_type": "bert", "depth": 3}, "bert has no 'depth'"),
         ({"model_type": "bert", "vocab_size": 5}, "vocab_size comes from the shards"),
         ({"model_type": "bert", "hidden_size": 30, "num_attention_heads": 7}, "no bert can be made of"),

@@ -54,13 +54,16 @@ def test_equals_torchs_count(teacher_folder: str) -> None:
         assert counted(lambda: family_of(model).encode(model, ids)) == 3 * 16 * ended
 
 
-def test_narrow_embeddings_equal_torchs_count() -> None:
-    model = MODELS["electra"]().eval()
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if not kind.startswith("deberta")])
+def test_every_family_equals_torchs_count(kind: str) -> None:
+    """DeBERTa's products with positions are left out."""
+    model = MODELS[kind]().eval()
     model.set_attn_implementation("eager")
     ours = forward_flops_per_token(shape_of(model), sequence_length=16, decoded_share=1.0)
     ids = torch.randint(0, 64, (3, 16))
     assert counted(lambda: model(ids)) == 3 * 16 * ours
-    assert ELECTRA.decoder(model)[0].shape == (64, 24)
+    if kind == "electra":
+        assert ELECTRA.decoder(model)[0].shape == (64, 24), "narrower than the encoder"
 
 
 def test_matrix_rate_is_plausible() -> None:

@@ -49,6 +49,7 @@ class Logging:
         self.every_steps = config.run.log_every_steps
         self.term_weights = config.objective.term_weights()
         self.spikes = SpikeDetector(config.run.spike_deviations, state.loss_history)
+        trainer.clock.read()  # drops what a start that diverged has spent
         self._since_step, self._since_s = state.step, time.perf_counter()
 
     def after_step(self, state: TrainState) -> None:

@@ -18,6 +18,7 @@ from launch.planner.memory import (
     gradient_bytes,
     head_bytes,
     logits_chunk_bytes,
+    loss_gradient_bytes,
     model_state_bytes,
     teacher_bytes,
 )
@@ -226,6 +227,22 @@ def test_logits_chunk(kd_weight: float, monkeypatch: pytest.MonkeyPatch) -> None
     buffers = loss._workspace.tensors.values()
     step = step_of(student, [teacher_model], 4, 64, 40, kd_weight=kd_weight)
     assert logits_chunk_bytes(step) == sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+
+
+def test_gradients_have_the_shape_of_narrow_embeddings() -> None:
+    """ELECTRA's decoder is as wide as its embeddings, not as its encoder."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 1}
+    student = AutoModelForMaskedLM.from_config(
+        AutoConfig.for_model("electra", vocab_size=97, embedding_size=16, **sizes)
+    )
+    step = step_of(student, [student], 1, 64, 2, kd_positions="masked")
+    weight, bias = family_of(student).decoder(student)
+    assert weight.shape == (97, 16)
+    assert loss_gradient_bytes(step) == weight.nbytes + bias.nbytes + 2 * 16 * 4
+    assert gradient_bytes(step)["gradient buckets"] == 100 * 4 + weight.nbytes
+    half = replace(step.engine, bytes_per_element=2, precision="bf16")
+    logits = 2 * 97 * 4
+    assert logits_chunk_bytes(replace(step, engine=half)) == 3 * logits + logits // 2 + weight.nbytes
 
 
 def test_state_by_hand() -> None:

@@ -216,6 +216,7 @@ def test_no_legend_lies_over_the_points(tmp_path: Path, monkeypatch: pytest.Monk
         (["--json", "no/such/folder/p.json"], "^--json no/such/folder/p.json: there is no folder no/such"),
         (["--plot", "plan"], "^--plot plan: give a name that ends in .png, .svg, .pdf"),
         (["--training.nonsense=1"], "nonsense"),
+        (["--training.max_steps=0"], "^training.max_steps=0: nothing is trained, .* give 1 or more"),
     ],
 )
 def test_refusals(words: list[str], message: str) -> None:

@@ -23,19 +23,37 @@ from launch.preflight.recipe_checks import (
     needed_disk_gib,
 )
 from tests.distributed.pretraining import small_settings
+from train.checkpointing.checkpoint import Retention, checkpoint_name
+from train.checkpointing.integrity import write_facts
 from train.distributed.rendezvous import free_port
 
 
-def test_disk_is_for_every_checkpoint_that_is_kept(tmp_path: Path) -> None:
-    """fp16 weights, an fp32 master and two moments in each, and one in the making; the student in fp32 once."""
+@pytest.mark.parametrize("keep_last", [1, 5])
+@pytest.mark.parametrize(("precision", "size"), [("fp16", 14), ("cpu", 16)])
+def test_disk_is_for_every_checkpoint_that_is_kept(
+    keep_last: int, precision: str, size: int, tmp_path: Path
+) -> None:
+    """Weights, an fp32 master and two moments in each, and one in the making; the student in fp32 once."""
     BertConfig().save_pretrained(tmp_path)
     with torch.device("meta"):
         student = DistilBertForMaskedLM(DistilBertConfig())
-    parameters = student.num_parameters()
-    for keep_last in (1, 5):
-        config = parse_config([f"--model.teacher={tmp_path}", f"--checkpoint.keep_last={keep_last}"], "")
-        expected = parameters * (14 * (keep_last + 1) + 4) / 2**30
-        assert needed_disk_gib(config) == pytest.approx(expected, rel=1e-6)
+    checkpoints = [tmp_path / checkpoint_name(step) for step in range(4500, 0, -500)]
+    for number, path in enumerate(checkpoints):
+        path.mkdir()
+        write_facts(path, 4500 - 500 * number, 1, {}, heldout_mlm_loss=9.0 - number)  # the oldest is the best
+    kept = len(checkpoints) - len(Retention(keep_last).superfluous(checkpoints))
+    words = [f"--model.teacher={tmp_path}", f"--checkpoint.keep_last={keep_last}"]
+    words += [f"--deepspeed.config=ds_configs/{precision}.json", "--training.max_steps=4500"]
+    milestones = "--checkpoint.milestone_every_steps=1000"
+    unscored = ["--objective.kd_weight=0", "--objective.mlm_weight=0"]  # no loss says which is the best
+    encoder = student.distilbert
+    for more, model, copies in (
+        ([], student, kept + 1),
+        ([milestones], student, kept + 1 + 4),
+        (unscored, encoder, kept),
+    ):
+        expected = model.num_parameters() * (size * copies + 4) / 2**30
+        assert needed_disk_gib(parse_config([*words, *more], "")) == pytest.approx(expected, rel=1e-6)
 
 
 def test_disk_is_for_the_student_that_the_recipe_makes(tmp_path: Path) -> None:
