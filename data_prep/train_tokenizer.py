@@ -44,7 +44,11 @@ from data_prep.sources.resolve import HELP as SOURCES_HELP
 from data_prep.sources.resolve import TXT_DOCUMENTS, Unit, make_units, resolve_sources
 from data_prep.sources.texts import PIECE, BadRecord, pieces_of, utf8
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "spm.model"),
+)
+"""Of any kind of tokenizer: AutoTokenizer would mix what another one has left with ours."""
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 EXAMPLES = """
 examples:
@@ -219,10 +223,12 @@ def run(parsed: argparse.Namespace) -> str:
 
 
 def put_tokenizer(out: Path, tokenizer: Any) -> None:
-    """Write the tokenizer's files, each in one step; other files of the folder stay."""
+    """Write the tokenizer's files, each in one step; those of another one are removed, other files stay."""
     out.mkdir(parents=True, exist_ok=True)
     with new_folder(out / ".tokenizer") as folder:
         save_tokenizer(tokenizer, folder)
+    for name in TOKENIZER_FILES:
+        (out / name).unlink(missing_ok=True)
     for path in (out / ".tokenizer").iterdir():
         path.replace(out / path.name)
     (out / ".tokenizer").rmdir()

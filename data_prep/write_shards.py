@@ -24,7 +24,7 @@ require_packages()
 
 from data_prep.error_messages import exit_code, explain, parse_words
 from data_prep.passes.job import NEAR_DUPLICATES_NAME, SKIPPED_NAME, Job, JobOptions
-from data_prep.passes.mixture import split_weights
+from data_prep.passes.mixture import MAX_TOKENS, split_weights
 from data_prep.passes.near_duplicates import Signatures, find_near_duplicates
 from data_prep.passes.placement import Plan
 from data_prep.passes.shard_pass import ShardPass, finish, make_plan
@@ -98,7 +98,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--drop-near-duplicates",
         action="store_true",
         help="also drop documents of which about 75 %% or more of all runs of five tokens are in another, by MinHash; "
-        "the first process holds 60 bytes more for each document, DIR/.work 112 (wants requirements-sources.txt)",
+        "the first process holds 60 bytes more for each document, DIR/.work 112 (needs the package datasketch)",
     )
     parser.add_argument(
         "--shard-tokens", type=int, default=4_000_000, metavar="N", help="tokens per shard (default 4000000)"
@@ -159,6 +159,8 @@ def options_of(arguments: argparse.Namespace) -> JobOptions:
         value = getattr(arguments, name)
         if value is not None and value < lowest:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+    if arguments.mixture_tokens is not None and arguments.mixture_tokens > MAX_TOKENS:
+        raise UserError(f"--mixture-tokens {arguments.mixture_tokens}: must be at most {MAX_TOKENS:,}")
     if arguments.seed >= 1 << 63:
         raise UserError(f"--seed {arguments.seed}: must be below 2**63")
     if not 0 <= arguments.heldout_fraction < 1:
@@ -293,8 +295,12 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores better than its threads do
     if mpi_size() == 1:
         return run_command(parse_arguments(arguments))
-    with mpi_team() as team:
-        return run_command(parse_arguments(arguments), team) if team else 0
+    try:
+        with mpi_team() as team:
+            return run_command(parse_arguments(arguments), team) if team else 0
+    except UserError as error:  # no mpi4py
+        print(f"write_shards: {error}", file=sys.stderr, flush=True)
+        return 2
 
 
 def run_command(parsed: argparse.Namespace, ranks: Team | None = None) -> int:

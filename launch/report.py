@@ -105,6 +105,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UserError("nothing to report: give run folders, --scores, --inference, --ablation or --study")
     if options.curves and not options.runs:
         raise UserError("--curves adds to the plot of runs: give run folders too")
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {options.out}: is not a folder; give another name")
+    if any((options.out / name).exists() for name in ("config.yaml", "metrics.jsonl")):
+        raise UserError(
+            f"--out {options.out}: is a run's folder, whose summary.json would be lost; give another folder"
+        )
     if options.reference and not options.scores:
         raise UserError(f"--reference {options.reference} names a model of --scores: give --scores too")
     options.runs = [run.resolve() for run in options.runs]

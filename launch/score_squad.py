@@ -11,6 +11,7 @@ without a prediction counts as 0.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.threshold is not None and options.null_scores is None:
         raise UserError("--threshold compares with null scores: give --null-scores FILE too")
-
+    if options.threshold is not None and math.isnan(options.threshold):
+        raise UserError("--threshold nan: no score is above it; give a number")
     questions = squad_data.read_squad(options.questions)
     predictions = squad_data.read_predictions(options.predictions)
     golds = squad_data.golds_of(questions)

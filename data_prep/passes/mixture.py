@@ -19,6 +19,8 @@ from data_prep.passes.placement import MIN_SHARDS, TRAIN_END, KeyRange, ShardPla
 from data_prep.shard_format.errors import UserError
 
 MAX_EPOCHS = 100
+MAX_TOKENS = 1 << 53
+"""Of a mixture: float64 counts no further."""
 _WEIGHT = re.compile(r"(?s)(.+)@(\d+(?:\.\d*)?|\.\d+)\Z")
 
 SourcedDocuments = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -80,9 +82,15 @@ def plan_mixture(
                 f"{name} has no documents of its own for a mixture: those that sources before it have are theirs; "
                 "leave it out"
             )
-    shares = np.array(weights, dtype=np.float64) / sum(weights)
-    total = float(mixture_tokens or (own / shares).max())
-    goals = np.maximum(1, np.rint(shares * total)).astype(np.int64)
+    with np.errstate(all="ignore"):  # of extreme weights a share may be 0 or no number
+        shares = np.array(weights, dtype=np.float64) / sum(weights)
+        wanted = shares * float(mixture_tokens or (own / shares).max())
+    if not wanted.max() <= MAX_TOKENS:
+        raise UserError(
+            f"the weights or --mixture-tokens ask for more than {MAX_TOKENS:,} training tokens; give weights that are "
+            "less far apart, or fewer tokens"
+        )
+    goals = np.maximum(1, np.rint(wanted)).astype(np.int64)
     for name, goal, tokens in zip(names, goals.tolist(), own.tolist(), strict=True):
         if goal > MAX_EPOCHS * tokens:
             raise UserError(

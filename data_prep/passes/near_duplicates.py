@@ -11,7 +11,7 @@ holds about 60 bytes for each document of the corpus: 6 GB for a hundred million
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 from data_prep.passes.bucket_files import Bucket, mix, open_bucket
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import write_array
+from data_prep.shard_format.required_packages import install_command
 
 RUN = 5
 BANDS, ROWS = 14, 8
@@ -47,7 +48,7 @@ class Signatures:
         except ImportError as error:
             raise UserError(
                 f"--drop-near-duplicates needs the package datasketch, which is not installed ({error}): "
-                "pip install -r requirements-sources.txt"
+                f"{install_command('sources')}"
             ) from None
         self._minima: Any = MinHash(num_perm=BANDS * ROWS, seed=1, hashfunc=int)
 
@@ -96,18 +97,29 @@ def near_duplicates(keys: np.ndarray, bands: Iterable[np.ndarray]) -> np.ndarray
 
 def find_near_duplicates(paths: Sequence[Path], out: Path) -> NearDuplicates:
     """Look through all bucket files, and write what was found to `out`; on rank 0."""
-    buckets = [open_bucket(path) for path in paths]
-    keys = np.concatenate([bucket.keys for bucket in buckets])
-    bands = (np.concatenate([bucket.bands[:, band] for bucket in buckets]) for band in range(BANDS))
-    dropped = near_duplicates(keys, bands)
+
+    def values_of(band: int) -> np.ndarray:
+        return _of_all(paths, lambda bucket: bucket.bands[:, band])
+
+    keys = _of_all(paths, lambda bucket: bucket.keys)
+    dropped = near_duplicates(keys, map(values_of, range(BANDS)))
     write_array(out, dropped)
     documents = len(np.unique(keys[dropped]))
     return NearDuplicates(out, documents, int(dropped.sum()) - documents)
 
 
-def dropped_masks(found: NearDuplicates | None, buckets: Sequence[Bucket]) -> list[np.ndarray]:
-    """For each bucket file a bool for each of its documents, True where it is dropped."""
+def _of_all(paths: Sequence[Path], column: Callable[[Bucket], np.ndarray]) -> np.ndarray:
+    """uint64 of all bucket files, of which there may be none, one after the other.
+
+    Copies: an open bucket keeps its file open, and there may be thousands.
+    """
+    none = np.zeros(0, dtype=np.uint64)
+    return np.concatenate([none, *(np.array(column(open_bucket(path))) for path in paths)])
+
+
+def dropped_masks(found: NearDuplicates | None, counts: Sequence[int]) -> list[np.ndarray]:
+    """For each bucket file, of so many documents, a bool for each of them, True where it is dropped."""
     if found is None:
-        return [np.zeros(len(bucket.keys), dtype=bool) for bucket in buckets]
-    ends = np.cumsum([len(bucket.keys) for bucket in buckets])
+        return [np.zeros(count, dtype=bool) for count in counts]
+    ends = np.cumsum(counts)
     return np.split(np.load(found.path, mmap_mode="r"), ends[:-1])

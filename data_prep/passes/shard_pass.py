@@ -100,9 +100,11 @@ def _mixed(job: Job, plan: Plan, bounds: Sequence[int]) -> Plan:
 
 def _documents(job: Job, low: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Keys, digests, lengths and sources of the documents between two keys, without near-duplicates."""
-    buckets = [open_bucket(path) for path in job.bucket_paths()]
+    counts = [head["documents"] for head in bucket_heads(job)]
     columns = []
-    for bucket, dropped in zip(buckets, dropped_masks(job.near, buckets), strict=True):
+    # One at a time: a bucket that is open keeps a file open, and there may be thousands.
+    for path, dropped in zip(job.bucket_paths(), dropped_masks(job.near, counts), strict=True):
+        bucket = open_bucket(path)
         part = bucket.between(low, high)
         kept = ~dropped[part]
         keys = bucket.keys[part][kept]
@@ -179,17 +181,23 @@ class ShardPass:
         self, split: str, low: int, high: int, source: int | None = None
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """Keys and tokens of the documents between two keys, of one source or of all, each once, in order."""
-        buckets = [open_bucket(path) for path in self._job.bucket_paths()]
-        parts = [bucket.between(low, high) for bucket in buckets]
-        digests = np.concatenate([bucket.digests[part] for bucket, part in zip(buckets, parts, strict=True)])
-        keys = np.concatenate([bucket.keys[part] for bucket, part in zip(buckets, parts, strict=True)])
+        paths = self._job.bucket_paths()
+        found, parts, sources, totals = [], [], [], []
+        for path in paths:  # one at a time, and copies: see _documents
+            bucket = open_bucket(path)
+            part = bucket.between(low, high)
+            found.append((np.array(bucket.keys[part]), np.array(bucket.digests[part])))
+            parts.append(part)
+            sources.append(bucket.head["source"])
+            totals.append(len(bucket.keys))
+        keys, digests = (np.concatenate(column) for column in zip(*found, strict=True))
         order = order_and_deduplicate(keys, digests)
         if self._job.near is not None:
-            masks = zip(dropped_masks(self._job.near, buckets), parts, strict=True)
+            masks = zip(dropped_masks(self._job.near, totals), parts, strict=True)
             order = order[~np.concatenate([mask[part] for mask, part in masks])[order]]
         if source is not None:
             counts = [part.stop - part.start for part in parts]
-            owners = np.repeat([bucket.head["source"] for bucket in buckets], counts)
+            owners = np.repeat(sources, counts)
             order = order[owners[order] == source]
         pieces = self._plan.pieces
         if pieces and split == "heldout":
@@ -198,14 +206,17 @@ class ShardPass:
         kept = np.sort(order)
         documents: dict[int, np.ndarray] = {}
         before = 0
-        for bucket, part in zip(buckets, parts, strict=True):
-            ends = bucket.ends[part]
-            starts = ends - _lengths(bucket, part).astype(np.uint64)
-            first, last = np.searchsorted(kept, (before, before + len(ends)))
-            for index in kept[first:last].tolist():
-                start, end = int(starts[index - before]), int(ends[index - before])
-                documents[index] = np.array(bucket.tokens[start:end])
-            before += len(ends)
+        for path, part in zip(paths, parts, strict=True):
+            count = part.stop - part.start
+            first, last = np.searchsorted(kept, (before, before + count))
+            if first < last:
+                bucket = open_bucket(path)
+                ends = bucket.ends[part]
+                starts = ends - _lengths(bucket, part).astype(np.uint64)
+                for index in kept[first:last].tolist():
+                    start, end = int(starts[index - before]), int(ends[index - before])
+                    documents[index] = np.array(bucket.tokens[start:end])
+            before += count
         ordered = [(pieces.get(digests[index].tobytes()), index) for index in order.tolist()]
         if pieces and split == "heldout":
             return keys[order], [documents[index][cut:] for cut, index in ordered]

@@ -99,8 +99,16 @@ def _paths(sources: Sequence[Source]) -> Iterator[str]:
                 inside = (os.path.join(file.path, name) for name in sorted(os.listdir(file.path)))
                 found.update(dict.fromkeys(path for path in inside if os.path.isfile(path)))
             elif source.kind != "hub":
-                found[os.path.normpath(file.path)] = None
+                found[_plain(file.path)] = None
     return iter(found)
+
+
+def _plain(path: str) -> str:
+    """The path without "." and "..", of the same file: a link before ".." leads elsewhere."""
+    plain = os.path.normpath(path)
+    if ".." in path.split(os.sep) and os.path.realpath(plain) != os.path.realpath(path):
+        return os.path.realpath(path)
+    return plain
 
 
 def kept_records(out: Path) -> Records | None:

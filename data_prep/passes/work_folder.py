@@ -42,6 +42,8 @@ from data_prep.sources.records import MAX_DOCUMENT_MB
 from data_prep.sources.resolve import Source, source_key
 
 JOURNAL = "job.json"
+UNITS = 2
+"""How files are dealt into units and chunks, by which bucket files are named. 2: each part of a hub source alone."""
 RESTART_LIMIT_BYTES = 256_000_000
 """Bytes of finished chunks, which take some minutes to make: an unfinished run with so little takes new options."""
 
@@ -84,6 +86,7 @@ def prepare_folder(
                 "tokenizer": tokenizer.fingerprint,
                 "sources": describe_sources(sources),
                 "max_document_mb": options.max_document_mb,
+                "units": UNITS,
             }
         )
     )
@@ -146,7 +149,8 @@ def _goes_on(out: Path, identity: dict[str, Any], sources: Sequence[Source]) -> 
         UserError: other options are asked for, and much work would be lost.
     """
     begun = _read_journal(out)
-    if "files" not in begun:
+    streamed = any(source.get("kind") == "hub" for source in begun["sources"])
+    if "files" not in begun or (streamed and begun.get("units") != UNITS):
         print(f"{out}: the unfinished run here is of an older version: starting over")
         _forget(out)
         return False

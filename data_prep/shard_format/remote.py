@@ -19,6 +19,7 @@ from typing import IO, Any, TypeVar
 
 from data_prep.shard_format.errors import UserError
 from data_prep.shard_format.files import refuse_pipe
+from data_prep.shard_format.required_packages import install_command
 
 Result = TypeVar("Result")
 
@@ -160,7 +161,7 @@ def _filesystem(folder: str, process: int) -> Any:
     except ImportError as error:
         raise UserError(
             f"{scheme}:// URLs are read with the package {_PACKAGES[scheme]}, which is not installed ({error}): "
-            "pip install -r requirements-remote.txt"
+            f"{install_command('remote')}"
         ) from None
 
 

@@ -27,6 +27,12 @@ def require_packages() -> None:
     sys.exit(2)
 
 
+def install_command(extra: str) -> str:
+    """Installs what requirements-EXTRA.txt lists; an installed package has no such file, and an extra instead."""
+    path = ROOT / f"requirements-{extra}.txt"
+    return f"pip install -r {path}" if path.exists() else f"pip install 'halfling[{extra}]'"
+
+
 def required() -> Iterator[str]:
     """Names in requirements.txt; which of several versions of one is wanted does not matter here."""
     if REQUIREMENTS.exists():

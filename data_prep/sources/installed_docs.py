@@ -29,7 +29,9 @@ def installed_doc_files() -> list[SourceFile]:
         for folder, folders, names in os.walk(root):
             folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
             found += [os.path.join(folder, name) for name in names if name.endswith(".py")]
-        files += [SourceFile(path, "installed-docs", os.path.getsize(path)) for path in sorted(found)]
+        # An editor leaves links to nothing; another user's files may be unreadable.
+        readable = [path for path in sorted(found) if os.access(path, os.R_OK)]
+        files += [SourceFile(path, "installed-docs", os.path.getsize(path)) for path in readable]
     return files
 
 

@@ -11,6 +11,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from data_prep.shard_format.errors import UserError
+from data_prep.shard_format.required_packages import install_command
 from data_prep.sources.records import ReadOptions, Record
 from data_prep.sources.text_files import text_of
 from data_prep.sources.texts import BadRecord
@@ -79,7 +80,7 @@ def _extractor() -> Any:
     except ImportError as error:
         raise UserError(
             f"HTML is read with the package trafilatura, which is not installed ({error}): "
-            "pip install -r requirements-sources.txt"
+            f"{install_command('sources')}"
         ) from None
     # It warns of pages without text: we name them.
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)

@@ -37,7 +37,7 @@ _WIKI = re.compile(r"wiki_\d+$")
 HELP = """sources, freely mixed:
   PATH            .txt, .jsonl, .parquet, .csv, .md or .html, plain or .gz/.bz2/.xz/.zst; WikiExtractor's
                   wiki_NN files; a folder of these (searched through, but for .csv); a 'glob*'; a folder
-                  saved by `datasets`. Of .html the main text counts (pip install -r requirements-sources.txt)
+                  saved by `datasets`. Of .html the main text counts (needs the package trafilatura)
   file:PATH, line:PATH, block:PATH
                   .txt with one document per file, per line, or per block between blank lines
   hub:NAME[:CONFIG[:SPLIT]]
@@ -135,7 +135,7 @@ def _resolve_path(name: str, path: str, txt_documents: str) -> Source:
 
 def _walk(folder: str) -> Iterable[str]:
     found, seen = [], {os.path.realpath(folder)}
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         visible = sorted(name for name in folders if not name.startswith("."))
         folders.clear()
         for name in visible:
@@ -145,6 +145,11 @@ def _walk(folder: str) -> Iterable[str]:
                 folders.append(name)
         found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
     return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    """For os.walk, which leaves out a folder that it cannot list."""
+    raise error
 
 
 def _format(path: str, txt_documents: str) -> str | None:
@@ -180,6 +185,8 @@ def _size(path: str) -> int:
 
 def chunk_bytes(sources: Sequence[Source]) -> int:
     """How much text one piece of work holds: small enough to balance, large enough to be few."""
+    if any(source.kind == "hub" for source in sources):
+        return 32 << 20  # the hub does not say how much it is
     total = sum(file.bytes for source in sources for file in source.files)
     return min(max(total // 64, 1 << 20), 32 << 20)
 
@@ -192,7 +199,8 @@ def make_units(sources: Sequence[Source]) -> list[Unit]:
         group: list[SourceFile] = []
         size = 0
         for file in source.files:
-            if group and size + file.bytes > limit:
+            # A part of a stream, whose size is not known, stays alone.
+            if group and (size + file.bytes > limit or file.format == "hub"):
                 units.append(_unit(len(units), index, group, limit))
                 group, size = [], 0
             group.append(file)

@@ -27,7 +27,7 @@ class DamagedFile(UserError):
 def plain_name(path: str) -> str:
     """`path` without the ending of its compression."""
     plain, ending = os.path.splitext(path)
-    return plain if ending in COMPRESSIONS else path
+    return plain if ending.lower() in COMPRESSIONS else path
 
 
 class ByteStream(NamedTuple):
@@ -56,19 +56,21 @@ def open_stream(path: str) -> Iterator[ByteStream]:
         except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
             raise DamagedFile(f"{path} is damaged or cut short: {error}; fetch or pack it again") from None
         except OSError as error:
-            if path.endswith(".bz2") and "data stream" in str(error):  # bz2 has no error class of its own
+            # bz2 has no error class of its own.
+            if path.lower().endswith(".bz2") and "data stream" in str(error):
                 raise DamagedFile(f"{path} is damaged: {error}; fetch or pack it again") from None
             raise
 
 
 def _unpack(path: str, raw: BinaryIO) -> Any:
-    if path.endswith(".gz"):
+    ending = os.path.splitext(path)[1].lower()
+    if ending == ".gz":
         return gzip.GzipFile(fileobj=raw, mode="rb")
-    if path.endswith(".bz2"):
+    if ending == ".bz2":
         return bz2.BZ2File(raw)
-    if path.endswith(".xz"):
+    if ending == ".xz":
         return lzma.LZMAFile(raw)
-    if path.endswith(".zst"):
+    if ending == ".zst":
         return io.BufferedReader(_ZstdFile(raw), buffer_size=1 << 20)
     return raw
 

@@ -155,7 +155,10 @@ def random_batches(contender: Contender, shapes: Sequence[tuple[int, int]]) -> l
 
 def texts_of(path: Path, contender: Contender) -> list[Inputs]:
     """At most `MAX_TEXTS` lines of the file, evenly spread, through the model's own tokenizer, one by one."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"--texts {path}: is not UTF-8; save it as UTF-8 text") from None
     if not lines:
         raise UserError(f"--texts {path}: holds no sentences")
     if not Path(contender.source).is_dir():
@@ -216,4 +219,4 @@ def numbers(flag: str, words: str) -> list[int]:
         found = [0]
     if min(found) < 1:
         raise UserError(f"{flag} {words}: give positive numbers with commas between")
-    return found
+    return list(dict.fromkeys(found))

@@ -42,7 +42,12 @@ def shape(text: str) -> Shape:
     batch, x, length = text.partition("x")
     if not x:
         raise argparse.ArgumentTypeError(f"{text!r}: give BATCHxLENGTH, such as 8x128")
-    return Shape(at_least_1(batch), at_least_1(length))
+    found = Shape(at_least_1(batch), at_least_1(length))
+    if found.length < 3:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give a length of at least 3, since [CLS] and [SEP] take two"
+        )
+    return found
 
 
 def shapes(text: str) -> list[Shape]:

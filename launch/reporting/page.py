@@ -156,7 +156,7 @@ def as_markdown(report: Report) -> str:
     parts = [f"# {TITLE}", f"**{markdown_escaped(scale_sentence(report))}**"]
     for number, table in enumerate(tables_of(report)):
         parts += [f"## {markdown_escaped(table.title)}", table.as_markdown(markdown_escaped)]
-        if number == 0 and report.curves:
+        if number == 0 and any(curve.losses for curve in report.curves):
             parts.append("![MLM loss of each run over its tokens](loss.png)")
     if missing := left_out(report):
         lines = [f"* {markdown_escaped(what)}: `{command}`" for what, command in missing.items()]

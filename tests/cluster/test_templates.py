@@ -64,3 +64,32 @@ def test_without_an_installation_a_job_ends_with_the_remedy(script: str, tmp_pat
     )
     assert ended.returncode == 2
     assert "submit this from the repository's folder, after `make quickstart`" in ended.stderr
+
+
+def test_a_pbs_job_submits_itself_with_arguments_that_hold_commas(tmp_path: Path) -> None:
+    """PBS parts what `qsub -v` is given at commas, and takes the value of a bare name from the environment."""
+    for name, text in {
+        ".venv/bin/activate": "",
+        "bin/mpirun": "#!/bin/sh\nexit 75\n",
+        "bin/qsub": '#!/bin/sh\nprintf "%s\\n" "$@" > submitted\nenv -0 > environment\n',
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    (tmp_path / "nodes").write_text("localhost\n")
+    arguments = "--config R.yaml --run.trackers=[tensorboard,mlflow]"
+    environment = {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "ARGUMENTS": arguments}
+    environment |= {"PBS_O_WORKDIR": str(tmp_path), "PBS_NODEFILE": str(tmp_path / "nodes")}
+    ended = subprocess.run(
+        ["bash", str(ROOT / "launch/pbs/pretrain.pbs")], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 75, ended.stderr
+    option, variables, script = (tmp_path / "submitted").read_text().splitlines()
+    assert (option, script) == ("-v", "launch/pbs/pretrain.pbs")
+    inherited = dict(
+        entry.split("=", 1) for entry in (tmp_path / "environment").read_text().split("\0") if entry
+    )
+    given = [word.partition("=") for word in variables.split(",")]
+    job = {name: value if equals else inherited[name] for name, equals, value in given}
+    assert job == {"ARGUMENTS": arguments, "SAVE_AFTER_S": "86100"}

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from data_prep.shard_format.required_packages import install_command
 from train.errors import UserError, one_line
 from train.models.heads import SEQUENCE, head_of, longest_sequence, random_inputs
 
-INSTALL = "python -m pip install -r requirements-onnx.txt"
 # Outputs may differ by this share of the largest of them: fp32 sums in another order. 1e-6 is usual.
 TOLERANCE = 1e-4
 ERRORS = 3
@@ -43,7 +43,7 @@ def require_onnx() -> None:
     """UserError with the pip command where onnx or ONNX Runtime is not installed."""
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"ONNX needs {' and '.join(missing)}, not installed here: {INSTALL}")
+        raise UserError(f"ONNX needs {' and '.join(missing)}, not installed here: {install_command('onnx')}")
 
 
 def open_session(path: Path) -> Any:

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from data_prep.shard_format.files import read_json, write_json
+from data_prep.shard_format.required_packages import install_command
 from train.errors import UserError, one_line
 from train.run_folder import RESTORE, flatten
 
@@ -177,8 +178,8 @@ def require_trackers(names: Sequence[str]) -> None:
     """UserError where a tracker's library is not installed."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise UserError(
-            f"run.trackers: {' and '.join(missing)} not installed here: pip install {' '.join(missing)} (pinned in "
-            "requirements-trackers.txt), or take it off the list"
+            f"run.trackers: {' and '.join(missing)} not installed here: pip install {' '.join(missing)} (all "
+            f"trackers: {install_command('trackers')}), or take it off the list"
         )
 
 

@@ -392,7 +392,7 @@ def test_a_missing_package_is_said_with_the_command_that_installs_it(
     monkeypatch.setitem(sys.modules, package, None)
     requirements = Path(ROOT, "requirements-remote.txt")
     with pytest.raises(
-        UserError, match=rf"{package}, which is not installed .*pip install -r {requirements.name}"
+        UserError, match=rf"{package}, which is not installed .*pip install -r {requirements}"
     ):
         Manifest.load(f"{scheme}://bucket/corpus")
     assert f"\n{package}==" in requirements.read_text()

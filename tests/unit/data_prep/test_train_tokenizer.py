@@ -91,3 +91,19 @@ def test_bad_arguments(
     assert main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "t"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "t").exists()
+
+
+def test_of_a_replaced_tokenizer_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """AutoTokenizer reads also what transformers 5 no longer writes."""
+    (tmp_path / "a.txt").write_text("the model reads and the student writes\n" * 50)
+    out = tmp_path / "tokenizer"
+    out.mkdir()
+    (out / "added_tokens.json").write_text('{"<more>": 64}')
+    words = [str(tmp_path / "a.txt"), "--vocab-size", "64", "--processes", "1", "--out", str(out)]
+    assert main(words) == 2
+    assert "holds a tokenizer already (added_tokens.json)" in capsys.readouterr().err
+    (out / "special_tokens_map.json").write_text('{"mask_token": "<mask>", "pad_token": "<pad>"}')
+    assert main([*words, "--overwrite"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert (tokenizer.mask_token, tokenizer.mask_token_id, tokenizer.pad_token_id) == ("[MASK]", 4, 0)
+    assert f"{len(tokenizer)} entries" in capsys.readouterr().out

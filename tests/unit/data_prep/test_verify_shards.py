@@ -15,7 +15,7 @@ import pytest
 
 from data_prep import verify_shards
 from data_prep.shard_format.manifest import Manifest
-from tests.unit.data_prep.writing import last_line
+from tests.unit.data_prep.writing import last_line, make
 
 
 @pytest.mark.parametrize(
@@ -90,3 +90,13 @@ def test_verify_shows_passages(shards_folder: str, capsys: pytest.CaptureFixture
     assert re.match(r"\[train-000000\.tar\] (\w+ )+", lines[0])
     assert "all as recorded" in lines[2]
     assert lines[-1] == f"manifest digest {Manifest.load(shards_folder).digest()}"
+
+
+def test_of_few_shards_each_shows_one_passage(
+    tmp_path: Path, good: list, capsys: pytest.CaptureFixture
+) -> None:
+    assert make(*good, "--out", tmp_path / "out", "--shard-tokens", 10**6) == 0
+    names = [path.name for path in sorted((tmp_path / "out").glob("*.tar"))]
+    capsys.readouterr()
+    assert verify_shards.main([str(tmp_path / "out"), "--passages", str(len(names) + 1)]) == 0
+    assert sorted(re.findall(r"(?m)^\[(\S+)\]", capsys.readouterr().out)) == names

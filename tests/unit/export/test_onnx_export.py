@@ -206,9 +206,7 @@ def test_missing_packages_name_the_command(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else right(name, *rest)
     )
-    with pytest.raises(
-        ValueError, match=r"needs onnxruntime, .*python -m pip install -r requirements-onnx.txt"
-    ):
+    with pytest.raises(ValueError, match=r"needs onnxruntime, .*pip install -r \S+/requirements-onnx\.txt$"):
         main([str(exported["classifier"] / "model"), str(tmp_path / "out"), "--onnx"])
 
 

@@ -93,6 +93,19 @@ def test_weights_stand_behind_the_name(tmp_path: Path) -> None:
         split_weights(["a.txt@1", "b.txt@0"])
 
 
+@pytest.mark.parametrize(
+    ("weights", "tokens"),
+    [((1, 1), 10**20), ((float("inf"), 1), None), ((float("inf"), 1), 2000), ((1e308, 1e-300), None)],
+)
+def test_more_tokens_than_can_be_counted_are_refused(
+    weights: tuple[float, float], tokens: int | None
+) -> None:
+    with pytest.raises(
+        UserError, match=r"ask for more than 9,007,199,254,740,992 training tokens; give weights"
+    ):
+        plan_mixture(lambda: [sourced([20, 20])], NAMES[:2], weights, 2048, tokens)
+
+
 @pytest.fixture
 def sources(tmp_path: Path) -> dict[str, Path]:
     """A large and a small one, of different words, with one document that both have."""
@@ -210,6 +223,7 @@ def test_mixtures_that_cannot_be(
         ([f"{large}@1", f"{small}@400"], "which would be read"),
         ([f"{large}@1", f"{large}@1"], "has no documents of its own"),
         ([f"{large}@1", f"{small}@1", "--mixture-tokens", 5], "--mixture-tokens 5: must be at least 1024"),
+        ([f"{large}@1", f"{small}@1", "--mixture-tokens", "9" * 20], "must be at most 9,007,199,254,740,992"),
     ):
         assert make(*words, *options) == 2
         assert said in capsys.readouterr().err

@@ -117,6 +117,26 @@ def test_another_way_to_write_a_source_is_the_same(
     assert "complete already" in capsys.readouterr().out
 
 
+def test_a_link_before_two_dots_leads_to_another_file(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree("texts", "d/texts")
+    Path("d/e").mkdir()
+    Path("link").symlink_to("d/e")
+    for plain in ("texts", "./texts/", "d/../texts"):  # as they were always recorded
+        assert list(source_files.describe_files(resolve_sources([plain]))) == [
+            "texts/1.jsonl",
+            "texts/2.jsonl",
+        ]
+    assert corpus.make(source="link/../texts") == 0
+    assert corpus.make(source="link/../texts") == 0
+    assert "complete already" in capsys.readouterr().out
+    edit(Path("d/texts/2.jsonl"), "model", "MODEL")
+    assert corpus.make(source="link/../texts") == 2
+    assert "/d/texts/2.jsonl has other contents" in capsys.readouterr().err
+
+
 def test_a_remedy_that_a_message_names_goes_on_with_the_finished_work(
     corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -185,6 +205,37 @@ def test_an_unfinished_run_goes_on_after_a_touch_and_not_after_an_edit(
         printed = capsys.readouterr().out
         assert f"the inputs have changed since the run that is unfinished here ({corpus.first} has" in printed
         assert corpus.buckets() != before
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_of_a_hub_source_an_older_run_starts_over(
+    corpus: Corpus,
+    tmp_path: Path,
+    older: bool,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its units were others, and the numbers of its bucket files stand for other rows."""
+    hub = f"hub:{corpus.texts}"
+    with monkeypatch.context() as patch:
+        patch.setattr(write_shards, "make_plan", lambda job: 1 // 0)
+        assert corpus.make(source=hub) == 1
+    before = corpus.buckets()
+    assert len(before) == 2
+    journal = corpus.out / ".work" / "job.json"
+    if older:
+        begun = json.loads(journal.read_text())
+        del begun["units"]
+        journal.write_text(json.dumps(begun))
+    seen: dict[str, int] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(write_shards, "make_plan", lambda job: seen.update(corpus.buckets()) or 1 // 0)
+        assert corpus.make(source=hub) == 1
+    assert ("is of an older version: starting over" in capsys.readouterr().out) == older
+    assert (seen != before) == older
+    assert corpus.make(source=hub) == 0
+    assert corpus.make(source=hub, out=tmp_path / "fresh") == 0
+    assert contents(corpus.out) == contents(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize(

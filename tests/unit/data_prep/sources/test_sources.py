@@ -6,7 +6,9 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from data_prep.sources import pages
 from data_prep.sources.formats import FORMATS, document_of
 from data_prep.sources.installed_docs import docstrings, installed_doc_files
 from data_prep.sources.records import Reading, ReadOptions, SourceFile
-from data_prep.sources.resolve import make_units, resolve_sources
+from data_prep.sources.resolve import chunk_bytes, make_units, resolve_sources
 from data_prep.sources.streams import DamagedFile, open_stream
 from data_prep.sources.texts import BadRecord
 
@@ -101,6 +103,11 @@ def test_hub_streams(tmp_path: Path) -> None:
     for number, text in enumerate(TEXTS):
         (tmp_path / f"train-{number}.jsonl").write_bytes(json_lines([text]))
     assert read(f"hub:{tmp_path}") == TEXTS
+    sources = resolve_sources([f"hub:{tmp_path}"])
+    assert [len(unit.files) for unit in make_units(sources)] == [1, 1, 1], (
+        "each part is work for another process"
+    )
+    assert chunk_bytes(sources) == 32 << 20
     assert read(f"hub:{tmp_path}:default:train") == TEXTS
     with pytest.raises(ValueError, match=r"hub:.*:default:valid: the dataset cannot be streamed: "):
         read(f"hub:{tmp_path}:default:valid")
@@ -125,6 +132,30 @@ def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
     (tmp_path / "a" / "again").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "a")
     assert read(f"{tmp_path}/a") == ["a/1.txt", "elsewhere/2.txt"]
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "locked").mkdir()
+    for name in ("1.txt", "locked/2.txt"):
+        (tmp_path / name).write_text(name)
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if os.path.basename(path) == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="locked"):
+        resolve_sources([str(tmp_path)])
+
+
+@pytest.mark.parametrize("ending", list(PACK))
+def test_endings_in_capitals_are_the_same(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"A.TXT{ending.upper()}").write_bytes(PACK[ending](TEXTS[0].encode()))
+    assert read(str(tmp_path)) == TEXTS[:1]
 
 
 @pytest.mark.parametrize("ending", list(PACK))
@@ -386,3 +417,11 @@ def test_installed_docs_are_sorted_and_hold_the_topics() -> None:
     texts = [r.payload for file in webdataset for r in read_format(file, ReadOptions(), Reading())]
     assert len(texts) > 20
     assert all(len(text) >= 200 for text in texts)
+
+
+def test_installed_docs_pass_over_links_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Emacs leaves them beside a file that is being edited."""
+    (tmp_path / "good.py").touch()
+    (tmp_path / ".#good.py").symlink_to("user@host.123")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert [file.path for file in installed_doc_files()] == [str(tmp_path / "good.py")]

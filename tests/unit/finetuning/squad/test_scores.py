@@ -179,6 +179,8 @@ def test_null_scores_on_the_command_line(
     answer = {"id": "q1", "question": "?", "answers": [{"text": "Paris", "answer_start": 0}]}
     none = {"id": "q2", "question": "?", "is_impossible": True, "answers": [], "plausible_answers": []}
     two = squad_file(tmp_path / "two.json.gz", "v2.0", {"context": "Paris", "qas": [answer, none]})
+    with pytest.raises(UserError, match="--threshold nan: no score is above it; give a number"):
+        main([str(two), predictions, "--null-scores", str(nulls), "--threshold", "nan"])
     assert main([str(two), predictions, "--null-scores", str(nulls), "--threshold", "0"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert (scores["f1"], scores["NoAns_f1"], scores["best_f1"], scores["best_f1_threshold"]) == (

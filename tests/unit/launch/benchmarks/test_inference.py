@@ -20,7 +20,9 @@ from launch.benchmarks.inference_models import (
     as_classifier,
     load_contenders,
     make_workloads,
+    numbers,
 )
+from train.errors import UserError
 from train.models.loading import load_with_saved_head
 
 
@@ -184,3 +186,13 @@ def test_texts_replace_the_lengths(teacher_folder: str, tmp_path: Path) -> None:
     path.write_text("\n\n")
     with pytest.raises(ValueError, match="holds no sentences"):
         make_workloads(contenders, [2], [8], path)
+    path.write_text("the student reads", encoding="utf-8-sig")
+    (marked, *_) = make_workloads(contenders, [2], [8], path)
+    assert marked.batches["teacher"][0]["input_ids"].shape[1] == 5
+    path.write_bytes("Stra\xdfe".encode("latin-1"))
+    with pytest.raises(UserError, match=r"pairs\.txt: is not UTF-8; save it as UTF-8 text"):
+        make_workloads(contenders, [2], [8], path)
+
+
+def test_a_number_that_is_given_twice_counts_once() -> None:
+    assert numbers("--batch-sizes", "2,1,2") == [2, 1]

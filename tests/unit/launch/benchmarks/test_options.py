@@ -35,6 +35,10 @@ NO_FOLDER = "--json: '/none/figures.json': there is no folder /none; make it fir
             "--formulations: 'fast': give some of plain original, plain, fused all",
         ),
         ("objective --shapes 8x0", "--shapes: '0': give a whole number, at least 1"),
+        (
+            "objective --shapes 8x2",
+            "--shapes: '8x2': give a length of at least 3, since [CLS] and [SEP] take two",
+        ),
         ("objective --json /none/figures.json", NO_FOLDER),
         ("data --corpus /none.jsonl --tokenizer t", "--corpus: '/none.jsonl': no such file"),
         ("data --corpus {tmp}/c --tokenizer t --json /none/figures.json", NO_FOLDER),

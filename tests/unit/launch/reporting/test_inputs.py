@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_prep.shard_format.manifest import Manifest
-from launch.report import main
+from launch.report import main, parse
 from launch.reporting.comparison import compare, refuse_other_tokenizer
 from launch.reporting.inputs import read_ablation, read_inference, read_model_scores
 from launch.reporting.runs import read_run_facts
@@ -110,6 +110,18 @@ def test_bad_usage_is_named(words: list[str], message: str, tmp_path: Path, run_
     with pytest.raises(UserError, match=message):
         main([*given, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_s_folder_or_a_file_is_no_place_for_the_report(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    summary = (run_folder / "summary.json").read_bytes()
+    for out, message in (
+        (run_folder, "is a run's folder, whose summary.json"),
+        (tmp_path / "file", "is not a folder; give another name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse([str(run_folder), "--out", str(out)])
+    assert (run_folder / "summary.json").read_bytes() == summary
 
 
 def test_an_unfinished_run_is_named(run_folder: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_a_run_without_mlm_losses_has_no_plot(
     assert main([str(run_folder), "--out", str(tmp_path / "out")]) == 0
     assert not (tmp_path / "out/loss.png").exists()
     assert "loss curves" not in (tmp_path / "out/report.txt").read_text()
+    assert "loss.png" not in (tmp_path / "out/report.md").read_text()
 
 
 def test_curves_leave_out_what_is_no_number(run_folder: Path) -> None:
