@@ -11,7 +11,7 @@ def plot(study: StudyFile, out: Path) -> None:
     """Left the mean score of every model, with the teacher's as a line; right the curve over tokens; PNG."""
     from matplotlib.figure import Figure  # slow to import, and --help needs none of it
 
-    models = [each for each in study.models[1:] if each.mean(study.tasks) is not None]
+    models = [each for each in study.models[1:] if study.mean(each) is not None]
     lines = {
         f"{student}, {objective}": points
         for student in study.students
@@ -20,9 +20,9 @@ def plot(study: StudyFile, out: Path) -> None:
     }
     figure = Figure(figsize=(13 if lines else 8, 2.2 + 0.35 * len(models)))
     panels = figure.subplots(1, 1 + bool(lines), squeeze=False)[0]
-    reference = study.reference.mean(study.tasks)
+    reference = study.mean(study.reference)
     for row, model in enumerate(models):
-        mean = model.mean(study.tasks)
+        mean = study.mean(model)
         assert mean is not None
         panels[0].plot(mean, row, "o", color="tab:gray" if model.objective == CUT else "tab:blue")
         panels[0].annotate(
@@ -30,7 +30,7 @@ def plot(study: StudyFile, out: Path) -> None:
         )
     panels[0].set_yticks(range(len(models)), [model.name for model in models])
     panels[0].set_ylim(len(models) - 0.5, -0.8)
-    panels[0].set_xlabel(f"mean of {len(study.tasks)} tasks (points)")
+    panels[0].set_xlabel(f"mean of {len(study.common)} tasks (points)")
     if reference is not None:
         panels[0].axvline(reference, color="tab:orange", linestyle="--", label=f"teacher: {reference:.1f}")
         panels[0].legend(loc="lower right", fontsize=9)

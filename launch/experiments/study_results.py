@@ -59,12 +59,6 @@ class StudiedModel(Figures):
     heldout: dict[str, float] = Field(default_factory=dict)
     scores: dict[str, Scores] = Field(default_factory=dict)
 
-    def mean(self, tasks: Sequence[str]) -> float | None:
-        """Of the medians; None where a task is missing."""
-        if not tasks or not set(tasks) <= set(self.scores):
-            return None
-        return statistics.fmean(self.scores[task].median for task in tasks)
-
 
 class TriedRate(Figures):
     """One short run of the search for a learning rate."""
@@ -111,9 +105,21 @@ class StudyFile(Figures):
     def students(self) -> list[str]:
         return list(dict.fromkeys(each.student for each in self.models if each.student))
 
+    @cached_property
+    def common(self) -> list[str]:
+        """The tasks that every model has which has any: those of the means."""
+        scored = [each.scores for each in self.models if each.scores]
+        return [task for task in self.tasks if all(task in scores for scores in scored)]
+
+    def mean(self, model: StudiedModel) -> float | None:
+        """Of the medians of the common tasks; None where the model, or the study, has none."""
+        if not self.common or not model.scores:
+            return None
+        return statistics.fmean(model.scores[task].median for task in self.common)
+
     def retention(self, model: StudiedModel) -> float | None:
         """The model's mean score as a share of the teacher's."""
-        own, theirs = model.mean(self.tasks), self.reference.mean(self.tasks)
+        own, theirs = self.mean(model), self.mean(self.reference)
         return None if own is None or not theirs else own / theirs
 
 
@@ -126,11 +132,12 @@ def scores_table(study: StudyFile) -> Table:
             model.name,
             f"{model.parameters / 1e6:.1f}M",
             *(_score(model.scores.get(task)) for task in study.tasks),
-            _points(model.mean(study.tasks)),
+            _points(study.mean(model)),
             _share(study.retention(model)),
         ]
         for model in study.models
     ]
+    common = " and ".join(map(title_of, study.common)) or "none"
     kinds: dict[tuple[str, str], str] = {}
     for each in study.models:  # other budgets have the same title
         kinds.setdefault((each.student, each.objective), f"{each.name}: {each.title}")
@@ -138,7 +145,7 @@ def scores_table(study: StudyFile) -> Table:
     notes = [
         f"Dev sets, points of 100; median of {seeds} fine-tuning seeds, lowest and highest in brackets. "
         f"Fine-tuned with {study.finetuning or 'the published settings'}.",
-        "Kept: the mean as a share of the teacher's.",
+        f"Mean: of {'all tasks' if study.common == study.tasks else common}. Kept: its share of the teacher's.",
         *kinds.values(),
     ]
     return Table("What each objective is worth", columns, rows, notes)
@@ -164,7 +171,7 @@ def verdict_table(study: StudyFile) -> Table:
                         model.name,
                         f"{model.tokens:,}",
                         DASH if model.tokens_per_s is None else f"{model.tokens_per_s:,.0f}",
-                        _points(model.mean(study.tasks)),
+                        _points(study.mean(model)),
                         _share(_closed(study, base, model)),
                         _above(model, rival, study.tasks),
                     ]
@@ -183,7 +190,7 @@ def curve_table(study: StudyFile) -> Table | None:
                     [
                         f"{student}, {objective}",
                         f"{each.tokens:,}",
-                        _points(each.mean(study.tasks)),
+                        _points(study.mean(each)),
                         _share(kept),
                     ]
                     for each, kept in points
@@ -228,7 +235,7 @@ def tables_of(study: StudyFile) -> list[Table]:
 
 def _closed(study: StudyFile, cut: StudiedModel | None, model: StudiedModel) -> float | None:
     """How much of the distance between the cut and the teacher a student has made up."""
-    means = [None if each is None else each.mean(study.tasks) for each in (cut, model, study.reference)]
+    means = [None if each is None else study.mean(each) for each in (cut, model, study.reference)]
     low, own, high = means
     if low is None or own is None or high is None or high <= low:
         return None

@@ -9,6 +9,8 @@ import pytest
 from launch import report
 from launch.experiments.study_figure import plot
 from launch.experiments.study_results import (
+    Scores,
+    StudiedModel,
     StudyFile,
     TriedRate,
     curve_points,
@@ -63,6 +65,20 @@ def test_tables(finished: StudyFile) -> None:
     assert by_name["half-relations"][4:] == ["90.0%", "2 of 2"]
     assert [row[1] for row in curve.rows] == ["0", f"{BUDGET // 2:,}", f"{BUDGET:,}"]
     assert rates.rows == [["triple", "0.001", "0.5000 (heldout_kl)", "yes"]]
+
+
+def test_means_are_of_the_tasks_that_all_have(finished: StudyFile) -> None:
+    def scored(each: StudiedModel, rte: float | None) -> StudiedModel:
+        scores = {"sst2": each.scores["sst2"], **({} if rte is None else {"rte": Scores(seeds=[rte])})}
+        return each.model_copy(update={"scores": scores})
+
+    points = (90.0, None, 50.0, None, 10.0, 20.0)
+    models = [scored(each, rte) for each, rte in zip(finished.models, points, strict=True)]
+    scores = tables_of(finished.model_copy(update={"models": models}))[0]
+    assert scores.rows[1][3:] == [DASH, "70.0", "87.5%"]
+    assert scores.rows[2][3:] == ["50.0", "77.5", "96.9%"]
+    assert scores.notes[1] == "Mean: of SST-2. Kept: its share of the teacher's."
+    assert tables_of(finished)[0].notes[1].startswith("Mean: of all tasks. ")
 
 
 def test_a_task_of_ones_own_goes_by_its_name(finished: StudyFile) -> None:
