@@ -32,7 +32,9 @@ def test_glue_is_what_the_folder_holds(tmp_path: Path, capsys: pytest.CaptureFix
     assert jobs(tmp_path, "SST-2", "sst-2", "sst2") == ["sst2"]
     (tmp_path / "SST-2").rename(tmp_path / "away")
     (tmp_path / "RTE").rename(tmp_path / "gone")
-    with pytest.raises(UserError, match=r"holds none of the tasks cola, sst2, .*, wnli; give --data the folder"):
+    with pytest.raises(
+        UserError, match=r"holds none of the tasks cola, sst2, .*, wnli; give --data the folder"
+    ):
         jobs(tmp_path, "GLUE")
 
 
