@@ -137,7 +137,7 @@ def scores_table(study: StudyFile) -> Table:
         ]
         for model in study.models
     ]
-    common = " and ".join(map(title_of, study.common)) or "none"
+    common = ", ".join(map(title_of, study.common)) or "none"
     kinds: dict[tuple[str, str], str] = {}
     for each in study.models:  # other budgets have the same title
         kinds.setdefault((each.student, each.objective), f"{each.name}: {each.title}")
