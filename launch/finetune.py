@@ -327,7 +327,8 @@ def run_jobs(jobs: Sequence[Job], seeds: Sequence[int]) -> int:
         print(table_of(results))
     done = [str(job.folder / "scores.json") for job in jobs if job.task.name not in failed]
     print(f"scores: {', '.join(done)}" if done else "no scores")
-    print(*failed.values(), sep="\n", end="\n" if failed else "", file=sys.stderr)
+    for message in failed.values():
+        print(message, file=sys.stderr)
     return 1 if failed else 0
 
 

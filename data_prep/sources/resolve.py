@@ -33,6 +33,7 @@ _ENDINGS = {
 }
 _BY_NAME_ALONE = ("csv",)
 """Not looked for in folders: beside texts lie tables about them."""
+MAX_CHUNK_BYTES = 32 << 20
 _WIKI = re.compile(r"wiki_\d+$")
 HELP = """sources, freely mixed:
   PATH            .txt, .jsonl, .parquet, .csv, .md or .html, plain or .gz/.bz2/.xz/.zst; WikiExtractor's
@@ -185,10 +186,9 @@ def _size(path: str) -> int:
 
 def chunk_bytes(sources: Sequence[Source]) -> int:
     """How much text one piece of work holds: small enough to balance, large enough to be few."""
-    if any(source.kind == "hub" for source in sources):
-        return 32 << 20  # the hub does not say how much it is
     total = sum(file.bytes for source in sources for file in source.files)
-    return min(max(total // 64, 1 << 20), 32 << 20)
+    is_known = all(source.kind != "hub" for source in sources)  # the hub does not say how much it is
+    return min(max(total // 64, 1 << 20), MAX_CHUNK_BYTES) if is_known else MAX_CHUNK_BYTES
 
 
 def make_units(sources: Sequence[Source]) -> list[Unit]:

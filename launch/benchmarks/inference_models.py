@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from launch.export import read_texts
 from launch.reporting.inputs import named_folders
 from train.errors import UserError
 from train.export.onnx_check import open_session, run_session
@@ -155,12 +156,7 @@ def random_batches(contender: Contender, shapes: Sequence[tuple[int, int]]) -> l
 
 def texts_of(path: Path, contender: Contender) -> list[Inputs]:
     """At most `MAX_TEXTS` lines of the file, evenly spread, through the model's own tokenizer, one by one."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"--texts {path}: is not UTF-8; save it as UTF-8 text") from None
-    if not lines:
-        raise UserError(f"--texts {path}: holds no sentences")
+    lines = read_texts(path)
     if not Path(contender.source).is_dir():
         raise UserError("--texts: needs models with tokenizers; give --model NAME=DIR")
     tokenizer = read_tokenizer(contender.source)

@@ -21,7 +21,9 @@ from train.finetuning.data.own import OwnOptions, is_own, own_name
 
 FINETUNE = "--finetune."
 _SAID_HERE = {"task", "model", "out", "seeds", "data"}
+"""Flags of launch/finetune.py that these commands give themselves."""
 _OF_OWN_DATA = {field.name.replace("_", "-") for field in fields(OwnOptions)}
+"""Those about a task of one's own, and about no other."""
 _ONE_TASK = re.compile(r"--(?P<task>[^.=]+)\.(?P<flag>.*)")
 FINETUNING_SEEDS = 5
 

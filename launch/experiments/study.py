@@ -74,12 +74,10 @@ class StudyJob:
         if self.only == HEAD or self.only in searches:
             self.train([self.head if self.only == HEAD else searches[self.only].variant])
             return self.ended()
-        rates = unrated | {
-            each.name: self.best_rate(
-                each.name, study.search(study.run(study.students[0], each)), each.selects
-            )
-            for each in wanted
-        }
+        rates = dict(unrated)
+        for each in wanted:
+            tries = [run.variant for run in searches.values() if run.objective == each.name]
+            rates[each.name] = self.best_rate(each.name, tries, each.selects)
         self.made = [run for run in study.runs(rates) if self.only in (None, run.variant.name)]
         for run in self.made:
             records.model(run.variant.name, self.settings(run.variant))  # refused before hours, not after

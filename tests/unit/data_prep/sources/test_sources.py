@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import json
-import lzma
-import os
 import sys
-import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from data_prep.shard_format.errors import MissingFile
 from data_prep.sources import pages
 from data_prep.sources.formats import FORMATS, document_of
-from data_prep.sources.installed_docs import docstrings, installed_doc_files
-from data_prep.sources.records import Reading, ReadOptions, SourceFile
+from data_prep.sources.records import Reading, ReadOptions
 from data_prep.sources.resolve import chunk_bytes, make_units, resolve_sources
 from data_prep.sources.streams import DamagedFile, open_stream
 from data_prep.sources.texts import BadRecord
-
-TEXTS = ["First document.\nTwo lines.", "Second — with a dash.", "Third 漢字."]
-PACK: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-    ".zst": zstandard.compress,
-}
-
-
-def read(
-    *names: str, txt_documents: str = "file", fields: tuple[str, ...] = ("text",), max_document_mb: int = 64
-) -> list[str]:
-    options = ReadOptions(fields, max_document_mb)
-    texts = []
-    for unit in make_units(resolve_sources(names, txt_documents)):
-        for file in unit.files:
-            reading = Reading()
-            for record in FORMATS[file.format].read(file, options, reading):
-                texts.append(document_of(record, file.format, options))
-    return texts
-
-
-def json_lines(texts: list[str], field: str = "text") -> bytes:
-    return "".join(json.dumps({"id": n, field: text}) + "\n" for n, text in enumerate(texts)).encode()
+from tests.unit.data_prep.sources.given import PACK, TEXTS, json_lines, read
 
 
 @pytest.mark.parametrize("ending", list(PACK))
@@ -113,43 +81,6 @@ def test_hub_streams(tmp_path: Path) -> None:
         read(f"hub:{tmp_path}:default:valid")
     with pytest.raises(ValueError, match="write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"):
         read("hub:a::b")
-
-
-def test_folders_and_globs_are_sorted(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "a/9.txt", "a/1.txt", "c/notes.pdf", ".hidden/0.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    assert read(str(tmp_path)) == ["a/1.txt", "a/9.txt", "b/2.txt"]
-    assert read(f"{tmp_path}/*/[12].txt") == ["a/1.txt", "b/2.txt"]
-    assert read(f"{tmp_path}/b", f"{tmp_path}/a/9.txt") == ["b/2.txt", "a/9.txt"]
-
-
-def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
-    for name in ("a/1.txt", "elsewhere/2.txt"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text(name)
-    (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "a" / "again").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "a")
-    assert read(f"{tmp_path}/a") == ["a/1.txt", "elsewhere/2.txt"]
-
-
-def test_a_folder_that_cannot_be_listed_is_no_empty_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "locked").mkdir()
-    for name in ("1.txt", "locked/2.txt"):
-        (tmp_path / name).write_text(name)
-    scandir = os.scandir
-
-    def refuse(path: str) -> object:
-        if os.path.basename(path) == "locked":
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(PermissionError, match="locked"):
-        resolve_sources([str(tmp_path)])
 
 
 @pytest.mark.parametrize("ending", list(PACK))
@@ -250,29 +181,6 @@ def test_html_is_its_main_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pages._extractor.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("name", "error", "message"),
-    [
-        ("none.txt", MissingFile, r"source '.*none\.txt' does not exist$"),
-        ("none.txt@70%", MissingFile, r"does not exist; a weight is a number, as in SOURCE@0\.7"),
-        ("*.none", MissingFile, "no readable file matches"),
-        ("", ValueError, r"no \.txt, \.jsonl, \.parquet, \.md, \.html or wiki_NN file in this folder"),
-        ("page.pdf", ValueError, r"page\.pdf: not a kind of file that is read; give \.txt, \.jsonl"),
-        (
-            "no.parquet",
-            DamagedFile,
-            r"no\.parquet is damaged or no parquet file: Parquet magic bytes not found",
-        ),
-    ],
-)
-def test_sources_that_are_none(tmp_path: Path, name: str, error: type, message: str) -> None:
-    for made in ("page.pdf", "no.parquet"):
-        if name == made:
-            (tmp_path / made).write_text("nonsense")
-    with pytest.raises(error, match=message):
-        read(str(tmp_path / name))
-
-
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("damage", ["cut", "nonsense"])
 def test_damaged_files_are_named(tmp_path: Path, ending: str, damage: str) -> None:
@@ -365,63 +273,4 @@ def test_a_document_beyond_the_limit_is_a_bad_record(tmp_path: Path, mode: str) 
         assert found[1:] == ([] if mode == "file" else ["end"])
 
 
-def test_units_hold_every_file_once_and_large_files_are_shared() -> None:
-    from data_prep.sources.resolve import Source
-
-    files = tuple(
-        SourceFile(f"{n}.jsonl", "jsonl", size) for n, size in enumerate([9, 1 << 30, 50, 1 << 20, 7])
-    )
-    units = make_units([Source("x", "files", files)])
-    assert [file for unit in units for file in unit.files] == list(files)
-    assert [len(unit.files) for unit in units] == [1, 1, 3]
-    assert [unit.shared for unit in units] == [False, True, False]
-
-
 # ------------------------------------------------------------------------------------------ installed-docs
-
-
-def test_docstrings_are_read_in_order_without_importing() -> None:
-    long = "word " * 60
-    source = f'''
-"""Module {long}"""
-raise SystemExit("imported!")
-class A:
-    """Class {long}"""
-    if True:
-        async def f(self):
-            """Method {long}"""
-    x = """Not a docstring {long}"""
-def g():
-    "short"
-    def inner():
-        \'\'\'Inner {long}\'\'\'
-'''
-    found = docstrings(source.encode())
-    assert [text.split()[0] for text in found] == ["Module", "Class", "Method", "Inner"]
-
-
-def test_unparsable_files_have_no_docstrings() -> None:
-    assert docstrings(b'"""' + b"x" * 300 + b'"""\nprint "python 2"') == []
-    assert docstrings(b"\x00" * 50 + b'"""' + b"x" * 300 + b'"""') == []
-    assert docstrings(b'def f():\n  """\\ud800 ' + b"x" * 300 + b'"""') == []
-
-
-def test_installed_docs_are_sorted_and_hold_the_topics() -> None:
-    files = installed_doc_files()
-    assert files == installed_doc_files()
-    topics = [file for file in files if file.path.endswith("pydoc_data/topics.py")]
-    assert len(topics) == 1
-    read_format = FORMATS["installed-docs"].read
-    assert len(list(read_format(topics[0], ReadOptions(), Reading()))) > 50
-    webdataset = [file for file in files if "/webdataset/" in file.path]
-    texts = [r.payload for file in webdataset for r in read_format(file, ReadOptions(), Reading())]
-    assert len(texts) > 20
-    assert all(len(text) >= 200 for text in texts)
-
-
-def test_installed_docs_pass_over_links_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Emacs leaves them beside a file that is being edited."""
-    (tmp_path / "good.py").touch()
-    (tmp_path / ".#good.py").symlink_to("user@host.123")
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    assert [file.path for file in installed_doc_files()] == [str(tmp_path / "good.py")]

@@ -190,7 +190,7 @@ def test_texts_replace_the_lengths(teacher_folder: str, tmp_path: Path) -> None:
     (marked, *_) = make_workloads(contenders, [2], [8], path)
     assert marked.batches["teacher"][0]["input_ids"].shape[1] == 5
     path.write_bytes("Stra\xdfe".encode("latin-1"))
-    with pytest.raises(UserError, match=r"pairs\.txt: is not UTF-8; save it as UTF-8 text"):
+    with pytest.raises(UserError, match=r"pairs\.txt is not UTF-8: give a text file"):
         make_workloads(contenders, [2], [8], path)
 
 
