@@ -35,6 +35,7 @@ from data_prep.shard_format.manifest import Manifest
 from data_prep.shard_format.terminal import progress_bar
 from data_prep.sources.installed_docs import installed_doc_files, read_docstrings
 from data_prep.sources.records import Reading, ReadOptions, SourceFile
+from data_prep.sources.resolve import absolute_source
 from launch.cli import command_parser, run_main
 from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words, run_stage
 from train.errors import BAD_USAGE, RunError, UserError
@@ -116,7 +117,7 @@ def stages(out: Path, scale: float, source: str, number_format: str) -> list[Sta
         out = out.absolute()
     python, tokenizer, shards = sys.executable, out / "tokenizer", out / "shards"
     first: list[Stage] = []
-    corpus: str | Path = source if source.startswith("hub:") else Path.cwd() / source
+    corpus: str | Path = absolute_source(source)
     if source == "installed-docs":
         corpus = out / "corpus.jsonl"
         title = "English documentation inside the installed packages"

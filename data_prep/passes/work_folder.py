@@ -39,7 +39,7 @@ from data_prep.shard_format.files import read_json, try_lock, write_text
 from data_prep.shard_format.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest
 from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from data_prep.sources.records import MAX_DOCUMENT_MB
-from data_prep.sources.resolve import Source, source_key
+from data_prep.sources.resolve import Source, absolute_source
 
 JOURNAL = "job.json"
 UNITS = 2
@@ -226,7 +226,7 @@ def _named_by_user(identity: dict[str, Any]) -> list[Any]:
 
 
 def _names(identity: dict[str, Any]) -> list[str]:
-    return [source_key(source["source"]) for source in identity["sources"]]
+    return [absolute_source(source["source"]) for source in identity["sources"]]
 
 
 def _forget(out: Path) -> None:

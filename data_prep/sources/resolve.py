@@ -94,12 +94,13 @@ def _split_name(name: str) -> tuple[str, str]:
     return (prefix, path) if prefix in TXT_DOCUMENTS and path else ("", name)
 
 
-def source_key(name: str) -> str:
-    """What is equal for two ways to name the same source: `texts`, `texts/` and `./texts`."""
+def absolute_source(name: str) -> str:
+    """The same source from any folder; equal for `texts`, `texts/` and `./texts`."""
     if name == "installed-docs" or name.startswith("hub:"):
         return name
     prefix, path = _split_name(name)
-    return f"{prefix}:{os.path.abspath(path)}"
+    absolute = os.path.abspath(path)
+    return f"{prefix}:{absolute}" if prefix else absolute
 
 
 def _resolve_path(name: str, path: str, txt_documents: str) -> Source:

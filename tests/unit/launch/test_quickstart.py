@@ -54,6 +54,17 @@ def test_runs_get_the_engine_and_the_teachers_format(tmp_path: Path, monkeypatch
     assert found == [[], [], [], [engine], [engine, teacher], [engine, teacher]]
 
 
+def test_stages_read_a_source_of_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(quickstart, "_run", lambda *words: calls.append(words))
+    monkeypatch.chdir(tmp_path)
+    (stage,) = (
+        each for each in quickstart.stages(tmp_path, 1.0, "line:a.txt", "fp32") if each.name == "tokenizer"
+    )
+    stage.work()
+    assert calls[0][2] == f"line:{tmp_path}/a.txt"
+
+
 def test_quickstart_refuses_a_folder_of_another_run(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.shard_format.errors import MissingFile
 from data_prep.sources.records import SourceFile
-from data_prep.sources.resolve import make_units, resolve_sources
+from data_prep.sources.resolve import absolute_source, make_units, resolve_sources
 from data_prep.sources.streams import DamagedFile
 from tests.unit.data_prep.sources.given import read
 
@@ -72,6 +72,19 @@ def test_sources_that_are_none(tmp_path: Path, name: str, error: type, message: 
             (tmp_path / made).write_text("nonsense")
     with pytest.raises(error, match=message):
         read(str(tmp_path / name))
+
+
+def test_a_source_by_its_name_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("line:a.txt", "line:./a.txt", f"line:{tmp_path}/a.txt"):
+        assert absolute_source(name) == f"line:{tmp_path}/a.txt"
+    assert absolute_source("texts/") == absolute_source("./texts") == f"{tmp_path}/texts"
+    named = [absolute_source(name) for name in ("line:a.txt", "a.txt")]
+    monkeypatch.chdir("/")
+    assert [source.files[0].format for source in resolve_sources(named)] == ["line", "file"]
+    for name in ("installed-docs", "hub:some/set:en:train"):
+        assert absolute_source(name) == name
 
 
 def test_units_hold_every_file_once_and_large_files_are_shared() -> None:
