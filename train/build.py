@@ -152,10 +152,14 @@ def assemble(
     check_sequence_length(student, config.data.sequence_length)
     if world.device == "cpu":
         with_fast_dropout(with_cpu_attention(student))
-    if config.model.student_compile:
-        compile_layers(student)
     startup.ended("student")
     frozen = freeze_untrained(objective, student, teacher, world.device)
+    # After that pass of 8 tokens, for which code would be made that never runs again.
+    for model in (
+        *([student] if config.model.student_compile else ()),
+        *(teacher.models if teacher is not None and config.model.teacher_compile else ()),
+    ):
+        compile_layers(model)
     at_start = {**engine_config, "checkpoint": {"load_universal": True}} if load_universal else engine_config
     engine = start_engine(config, DistillationModule(student, objective), at_start, world.device)
     cost = _compute_cost(config, data, student, teacher, world.device)
@@ -296,7 +300,7 @@ def heldout_scoring(config: Config, device: str) -> tuple[Manifest, HeldoutEvalu
             f"{config.data.shards} has no held-out windows of {config.data.sequence_length} tokens"
         )
     dtype = "auto" if device == "cpu" else config.model.teacher_dtype
-    model = replace(config.model, teacher_dtype=dtype, teacher_compile=False)
+    model = replace(config.model, teacher_dtype=dtype)
     return manifest, evaluation, build_teacher(replace(config, model=model), device)
 
 

@@ -53,13 +53,6 @@ class Config:
                 f"masking={asdict(self.masking)!r}: has no effect where no term predicts tokens (objective.kd_weight, "
                 "mlm_weight and mse_weight are 0); remove it"
             )
-        if self.model.teacher_compile and self.objective.needs_layers:
-            refuse(
-                self.model,
-                "model.teacher_compile",
-                "a compiled teacher cannot return the hidden states of its layers; turn it off, or the cosine on "
-                "mapped layers (objective.layer_cosine_weight)",
-            )
         short = self.schedule.short_sequence_length
         if short is not None and short >= self.data.sequence_length:
             remedy = f"give less than data.sequence_length={self.data.sequence_length}, or null"

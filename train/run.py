@@ -94,12 +94,12 @@ def run(config: Config) -> int:
         size = found.training.micro_batch_size
         config = replace(config, training=replace(config.training, micro_batch_size=size))
         config = fit_micro_batch(config, world.world_size)
-    clock = Clock(world.device)
+    settled, clock = config, Clock(world.device)
     # What may end a run from outside: a rank that is lost or stuck, memory that runs out, a signal, the launcher's end.
     lost, stuck = config.run.lost_rank_timeout_s, config.run.hang_timeout_s
     with (
         Heartbeat(world, clock.where, lost_rank_timeout_s=lost, hang_timeout_s=stuck),
-        explained_memory_errors(config, world, clock.where),
+        explained_memory_errors(lambda: settled, world, clock.where),
         StopRequest() as stop,
         LauncherWatch(stop),
         ExitStack() as opened,
@@ -117,6 +117,7 @@ def run(config: Config) -> int:
         parts = assemble(
             config, inputs, world, clock=clock, startup=startup, resumed=resumed, load_universal=universal
         )
+        settled = parts.config
         for remark in _remarks(parts, inputs, asked):
             say(remark)
         state = load_checkpoint(parts.trainer.engine, checkpoint, world.world_size, say)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from train.models.flops import random_operand
+
 CACHED_BYTES = 2**20
 """Of the results of batched small products, which need not leave a second-level cache."""
 
@@ -69,7 +71,7 @@ def _measured(product: Product, device: str, dtype: torch.dtype) -> float:
     batch = min(product.batch, small)
     rows, inner, columns = product.rows, product.inner, product.columns
     left, right, out = (
-        torch.ones(batch, *size, device=device, dtype=dtype)
+        random_operand((batch, *size), dtype, device)
         for size in ((rows, inner), (columns, inner), (rows, columns))
     )
     right = right.mT

@@ -277,6 +277,12 @@ def connect(address: str, port: int) -> tuple[str | None, bool]:
     return None, False
 
 
+def _end_of_output(output: str) -> str:
+    """The rank's figures come last: with NCCL_DEBUG=INFO, NCCL goes on printing after them."""
+    figures = [line for line in output.splitlines() if line.startswith('{"right"')]
+    return "\n".join([output.strip()[-1000:], *figures[-1:]])
+
+
 def run_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Exit code and the end of the output of launch/preflight/allreduce.py on every rank of this host."""
     common = {
@@ -303,7 +309,7 @@ def run_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
         except subprocess.TimeoutExpired:
             rank.kill()
             output = rank.communicate()[0] + f"\nno end within {options.timeout_s:.0f} s"
-        results.append({"code": rank.returncode, "output": output.strip()[-1000:]})
+        results.append({"code": rank.returncode, "output": _end_of_output(output)})
     return results
 
 

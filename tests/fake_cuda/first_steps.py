@@ -20,6 +20,7 @@ from train.loop.startup_timing import StartupTimer
 from train.loop.timing import Clock
 
 LAUNCHES = import_lamb_kernels()
+MICRO_BATCH_SEARCH = "train/loop/micro_batch.py:find_micro_batch_size"
 BESIDE_UPDATES = {
     "train/loop/observers/logged_figures.py:after_step",
     "train/loop/observers/evaluation.py:_evaluate",
@@ -45,6 +46,7 @@ def run(settings: Sequence[str], waits: HostWaits) -> dict[str, Any]:
         settings: of launch/pretrain.py.
     Returns:
         updates: for each step, [function, what it waits for, how often].
+        search: of a micro batch that fits: what it asks of the GPU's memory besides its trials.
         launches: names of the Triton kernels that the updates launched.
         devices: of all weights. dtypes: of the student's, of the teacher's and of the master weights.
         accumulation: micro batches in a step. groups: of the optimizer's parameters. skipped_steps: by the engine.
@@ -57,7 +59,8 @@ def run(settings: Sequence[str], waits: HostWaits) -> dict[str, Any]:
         engine, steps = trainer.engine, Steps(waits)
         evaluating = Evaluating(parts.score(), trainer, events, config.evaluation.every_steps)
         evaluating.before_first_step(state)
-        waits.taken()
+        of_search = (wait.kind for wait in waits.taken() if wait.stack[0] == MICRO_BATCH_SEARCH)
+        search = [kind for kind in of_search if "cache" in kind or "memory" in kind]
         LAUNCHES.clear()
         logging = Logging(trainer, events, config, parts.cost, state)
         overflows = Overflows(engine, config.run.stop_after_non_finite)
@@ -71,6 +74,7 @@ def run(settings: Sequence[str], waits: HostWaits) -> dict[str, Any]:
     }
     return {
         "updates": [[(*what, count) for what, count in step.items()] for step in steps.of_updates],
+        "search": search,
         "launches": list(LAUNCHES),
         "devices": sorted({str(each.device) for group in weights.values() for each in group}),
         "dtypes": {name: sorted({str(each.dtype) for each in group}) for name, group in weights.items()},

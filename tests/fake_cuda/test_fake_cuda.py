@@ -140,6 +140,9 @@ def test_the_first_steps_of_a_run(results: dict[str, Any], name: str) -> None:
         "master": ["torch.float32"],
     }
     assert found["skipped_steps"] == 0
+    # What the trials held is no longer in the way of NCCL's, and their peak is not the run's.
+    is_auto = "--training.micro_batch_size=auto" in RUNS[name]
+    assert found["search"] == (["empty_cache", "reset_peak_memory_stats"] if is_auto else [])
     kernels = ["_first_kernel", "_sum_kernel", "_second_kernel"]
     assert found["launches"] == (kernels * STEPS if lamb else [])
     of_deepspeed = waits_of_deepspeed(found["accumulation"], found["groups"])

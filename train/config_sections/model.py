@@ -28,11 +28,10 @@ class ModelConfig:
     """Number format of the teacher's weights and activations; auto: fp16 on a GPU, fp32 on a CPU."""
 
     teacher_compile: bool = False
-    """Pass the teacher's encoder through torch.compile."""
+    """Compile the teacher's layers by torch.compile, each on its own; on a CPU that takes a C++ compiler."""
 
     student_compile: bool = False
-    """Compile the student's layers by torch.compile, each on its own; on a CPU that takes a C++ compiler. Dropout then
-    draws other masks, of the same seeds."""
+    """The same for the student; dropout then draws other masks, of the same seeds."""
 
     student_layers: int | None = None
     """Layers of the student; null: half the teacher's."""

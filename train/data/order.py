@@ -68,6 +68,16 @@ def fitting_world_sizes(global_batch_size: int, lanes: int, micro_batch_size: in
     return [w for w in range(1, k + 1) if k % w == 0 and (global_batch_size // w) % micro == 0]
 
 
+def fitting_micro_batches(global_batch_size: int, lanes: int, world_size: int) -> list[int]:
+    """Micro batches, ascending, with which `world_size` ranks serve the global batch."""
+    share = global_batch_size // world_size
+    return [
+        size
+        for size in range(1, share + 1)
+        if share % size == 0 and world_size in fitting_world_sizes(global_batch_size, lanes, size)
+    ]
+
+
 def largest_micro_batch(global_batch_size: int, lanes: int, world_size: int, at_most: int) -> int | None:
     """The largest micro batch up to `at_most` with which `world_size` ranks share the global batch; None where that
     many ranks cannot."""

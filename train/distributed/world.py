@@ -62,8 +62,8 @@ def join_world(log_level: str = "error") -> World:
     if world.local_rank == 0 and (remark := unused_gpus(os.environ, device)):
         print(f"warning: {platform.node()}: {remark}", file=sys.stderr, flush=True)
     address, port = _set_torch_variables(world, ranks)
+    torch.set_num_threads(_num_threads(world))  # on GPUs too: models are loaded and rounded on the host
     if world.device == "cpu":
-        torch.set_num_threads(_num_threads(world))
         keep_freed_memory()
     else:
         torch.cuda.set_device(world.device)
@@ -169,9 +169,10 @@ def import_deepspeed(log_level: str | None = None) -> Any:
 
     set_deepspeed_log_level()  # and sets its logger's level then
     _import_muon()
-    # On a CPU this op would be compiled for about a minute at the first start, and every rank would leave 66 MiB in
-    # /dev/shm for good; gloo does without it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        # This op would be compiled for about a minute at the first start, and every rank would leave 66 MiB in
+        # /dev/shm for good; gloo does without it. On GPUs the table would try 23 builders, and print about each.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from train.config import Config
+from train.data.order import fitting_micro_batches
 from train.distributed.world import World
 from train.errors import OutOfMemoryError, one_line
-from train.loop.micro_batch import candidates
 
 SIGNS = (
     "CUDA out of memory",
@@ -23,10 +23,13 @@ SIGNS = (
 
 
 @contextmanager
-def explained_memory_errors(config: Config, world: World, where: Callable[[], str]) -> Iterator[None]:
+def explained_memory_errors(
+    config: Callable[[], Config], world: World, where: Callable[[], str]
+) -> Iterator[None]:
     """Around a run.
 
     Args:
+        config: with the micro batch that was found for "auto", once it is.
         where: what the main thread is doing.
     Raises:
         OutOfMemoryError: in place of torch's errors of that kind.
@@ -36,7 +39,7 @@ def explained_memory_errors(config: Config, world: World, where: Callable[[], st
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(_message(config, world, where(), error)) from error
+        raise OutOfMemoryError(_message(config(), world, where(), error)) from error
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -48,7 +51,9 @@ def _message(config: Config, world: World, where: str, error: RuntimeError) -> s
     size = config.training.micro_batch_size
     smaller = [
         number
-        for number in candidates(config.training.global_batch_size, config.data.lanes, world.world_size)
+        for number in fitting_micro_batches(
+            config.training.global_batch_size, config.data.lanes, world.world_size
+        )
         if not isinstance(size, int) or number < size
     ]
     remedy = "shorten data.sequence_length, or take a device with more memory"

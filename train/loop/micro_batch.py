@@ -5,6 +5,7 @@ Not yet run on a GPU; the search and the arithmetic are tested on a CPU, with a 
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,11 +17,13 @@ import torch.distributed as dist
 from data_prep.shard_format.manifest import Manifest
 from train.config import Config
 from train.data.masking import MaskedBatch
-from train.data.order import fitting_world_sizes
+from train.data.order import fitting_micro_batches, fitting_world_sizes
 from train.distributed.world import World
 from train.engine_config import EngineSettings, engine_settings, partition_size
 from train.errors import UserError
+from train.loop.memory_errors import is_out_of_memory
 from train.loop.trainer import DistillationModule
+from train.models.attention_vectors import forget_outputs
 from train.models.build import TEACHER_DTYPES, TeacherFolder, build_student, build_teacher, count_parameters
 from train.objective.build import build_objective
 
@@ -28,25 +31,19 @@ from train.objective.build import build_objective
 USABLE_SHARE = 0.92
 
 
-def candidates(global_batch_size: int, lanes: int, world_size: int) -> list[int]:
-    """Micro batches, ascending, with which `world_size` ranks serve the global batch."""
-    share = global_batch_size // world_size
-    return [
-        size
-        for size in range(1, share + 1)
-        if share % size == 0 and world_size in fitting_world_sizes(global_batch_size, lanes, size)
-    ]
-
-
 def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     """The largest size that fits, by bisection; None where not even the smallest does.
+
+    The smallest is tried first: kernels and library handles, which take memory of their own, are loaded while there
+    is room for them.
 
     Args:
         sizes: ascending.
         fits: true up to some size and false from there on.
     """
-    fitting = bisect(sizes, False, key=lambda size: not fits(size))
-    return sizes[fitting - 1] if fitting else None
+    if not fits(sizes[0]):
+        return None
+    return sizes[bisect(sizes, False, lo=1, key=lambda size: not fits(size)) - 1]
 
 
 def engine_bytes(parameters: int, world_size: int, engine: EngineSettings) -> int:
@@ -76,13 +73,16 @@ def find_micro_batch_size(
         raise UserError(
             "training.micro_batch_size='auto' measures a GPU's memory, and there is none here: give a number"
         )
-    sizes = candidates(config.training.global_batch_size, config.data.lanes, world.world_size)
+    sizes = fitting_micro_batches(config.training.global_batch_size, config.data.lanes, world.world_size)
     if not sizes:
         raise UserError(
             f"training.global_batch_size={config.training.global_batch_size} cannot be shared by {world.world_size} "
             f"ranks: these fit: {fitting_world_sizes(config.training.global_batch_size, config.data.lanes)}"
         )
     best = largest_fitting(sizes, _trial(config, manifest, world, engine_config, teachers))
+    gc.collect()
+    torch.cuda.empty_cache()  # NCCL and cuBLAS, which come next, allocate beside torch's cache
+    torch.cuda.reset_peak_memory_stats(world.device)  # or the run would log the trials' peak as its own
     found = torch.tensor(best or 0, device=world.device)
     dist.all_reduce(found, op=dist.ReduceOp.MIN)
     if not int(found):
@@ -124,8 +124,12 @@ def _trial(
         )
         try:
             module(masked, teacher(input_ids) if teacher else None)["loss"].backward()
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return False
+        finally:
+            forget_outputs(student, *(teacher.models if teacher else ()))
         return torch.cuda.max_memory_allocated(world.device) <= usable
 
     return fits

@@ -31,6 +31,14 @@ class RecordedLinear(nn.Linear):
         return output
 
 
+def forget_outputs(*models: nn.Module) -> None:
+    """Let go of what a forward pass that failed has left: its outputs hold all that it had computed."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, RecordedLinear):
+                module.outputs = ()
+
+
 class SkippableLayer:
     """A layer of a model that returns its input while `skipped`; of its maps only `projections` are computed then."""
 

@@ -101,7 +101,6 @@ def build_teacher(config: Config, device: str, folders: Sequence[TeacherFolder] 
         relation_layers=_relation_layers(config, folders),
         relations_alone=config.objective.relation_weight > 0 and not config.objective.needs_teacher_output,
         pooling=_pooling(config, folders),
-        compile=config.model.teacher_compile,
     )
     teacher.check_sequence_length(config.data.sequence_length)
     return teacher

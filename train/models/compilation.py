@@ -1,4 +1,4 @@
-"""A student's layers through torch.compile: they share compiled functions, made once and not for each of them."""
+"""A model's layers through torch.compile: they share compiled functions, made once and not for each of them."""
 
 from __future__ import annotations
 

@@ -129,12 +129,17 @@ def training_flops_per_token(
     return FlopsPerToken(of_student, of_teachers)
 
 
+def random_operand(shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Normal numbers: a GPU at its power limit multiplies constant ones faster than any that a model has."""
+    return torch.randn(*shape, dtype=dtype, device=device)
+
+
 def measured_matrix_rate(device: str, dtype: torch.dtype, size: int | None = None) -> float:
     """FLOP/s that this rank reaches in a square matrix product: the fastest of 5, after one to warm up. What else the
     machine does can only slow a product down."""
     on_gpu = device.startswith("cuda")
     size = size or (8192 if on_gpu else 768)
-    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    left, right = (random_operand((size, size), dtype, device) for _ in range(2))
     seconds = []
     for _ in range(6):
         start = time.perf_counter()

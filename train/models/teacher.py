@@ -66,7 +66,6 @@ class Teacher:
         relation_layers: of each model, counted from 1: keep its queries, keys and values; None for no layer's.
         relations_alone: nothing else is read of it, and nothing that comes after them is computed.
         pooling: one of POOLINGS: of the first model's sentence vectors, for the objective; None where it reads none.
-        compile: run the encoders through torch.compile.
     """
 
     def __init__(
@@ -80,11 +79,8 @@ class Teacher:
         relation_layers: Sequence[int] | None = None,
         relations_alone: bool = False,
         pooling: str | None = None,
-        compile: bool = False,
     ) -> None:
         assert models, "train/config_sections/model.py refuses an empty list"
-        # transformers collects the layers' outputs with hooks, which torch.compile does not run.
-        assert not (compile and output_hidden_states), "train/config.py refuses this"
         self.names = tuple(names or (f"teacher {index}" for index in range(len(models))))
         self.models = tuple(model.eval().requires_grad_(False) for model in models)
         self.families = tuple(family_of(model) for model in models)
@@ -96,8 +92,6 @@ class Teacher:
         assert relation_layers is not None or not relations_alone
         self._vectors = self._recorded(relation_layers)
         self._relations_alone = relations_alone
-        encoders = (family.encode for family in self.families)
-        self._encoders = tuple(torch.compile(encode) if compile else encode for encode in encoders)
 
     def _recorded(self, layers: Sequence[int] | None) -> list[AttentionVectors | None]:
         if layers is None:
@@ -185,12 +179,12 @@ class Teacher:
                 of no use otherwise.
         """
         members = []
-        for family, model, share, encode, recorded in zip(
-            self.families, self.models, self.shares, self._encoders, self._vectors, strict=True
+        for family, model, share, recorded in zip(
+            self.families, self.models, self.shares, self._vectors, strict=True
         ):
             alone = recorded is not None and self._relations_alone and not whole
             with recorded.alone() if recorded is not None and alone else nullcontext():
-                output = encode(model, input_ids, attention_mask, self.output_hidden_states)
+                output = family.encode(model, input_ids, attention_mask, self.output_hidden_states)
             vectors = None if recorded is None else recorded.take()
             members.append(
                 TeacherMember(family, model, share, output.last_hidden, output.hidden_states, vectors)

@@ -200,11 +200,11 @@ class _Pass:
         weights = self.weights
         bound = HALF_SCALE * (weights.kd * weights.temperature + weights.mlm)
         if dtype != torch.float16 or (weights.mse == 0 and bound <= HALF_LIMIT):
-            return gradient.to(dtype), None
+            return _as_operand(gradient, dtype), None
         smallest, largest = gradient.aminmax()
         room = HALF_LIMIT / torch.maximum(largest, -smallest)
         power = room.log2().floor().clamp_max(0.0).exp2()  # of two, so that nothing is rounded
-        return gradient.mul_(power).to(dtype), 1 / power
+        return _as_operand(gradient.mul_(power), dtype), 1 / power
 
     def _dropped_rows(self) -> torch.Tensor:
         """(N, 1) bool, True for rows that count in no mean (padding)."""
@@ -224,6 +224,17 @@ class _Pass:
             unit = torch.cat([of_rows, of_targets, floor]).max() / HALF_SCALE
             of_rows, of_targets = of_rows / unit, of_targets / unit
         return replace(self.tokens, row_weights=of_rows, target_weights=of_targets), unit
+
+
+def _as_operand(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient (rows, V) in `dtype`; the rows of a copy lie multiples of 16 bytes apart, as cuBLAS's fast kernels
+    for half precision ask for."""
+    if gradient.dtype == dtype:
+        return gradient
+    rows, vocabulary = gradient.shape
+    unit = 16 // dtype.itemsize
+    padded = gradient.new_empty(rows, -(-vocabulary // unit) * unit, dtype=dtype)
+    return padded[:, :vocabulary].copy_(gradient)
 
 
 def _slice(model: DecoderInputs, rows: slice, dropped: torch.Tensor) -> DecoderInputs:

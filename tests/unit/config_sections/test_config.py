@@ -135,10 +135,6 @@ ADAMW = "optimizer.name=adamw optimizer.lr=1e-3"
             "objective.layer_cosine_weight=1 objective.layer_pairs=[[1,2,3]]",
             r"objective.layer_pairs.*\[1, 2, 3\]",
         ),
-        (
-            "objective.layer_cosine_weight=1 objective.layer_pairs=[[1,2]] model.teacher_compile=true",
-            r"model.teacher_compile=True: .*turn it off",
-        ),
         ("model.teacher=[]", r"model.teacher=\[\]: name at least one teacher"),
         (
             'model.teacher=["a","b"] model.teacher_weights=[1.0,0.0]',

@@ -288,6 +288,21 @@ def test_deepspeed_says_what_it_was_let_say(log_level: str, heard: list[str]) ->
     assert heard == LEVELS[LEVELS.index(log_level) :]
 
 
+def test_no_op_of_deepspeeds_is_tried_where_a_gpu_is() -> None:
+    """The table of what compiles tries a builder each, and prints about those that lack a CUDA toolkit."""
+    script = (
+        "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1; "
+        "from train.distributed.world import import_deepspeed; import_deepspeed(); "
+        "import deepspeed; print(deepspeed.get_accelerator().device_name(), "
+        "'__compatible_ops__' in vars(deepspeed.ops))"
+    )
+    environment = {**os.environ, "DS_ACCELERATOR": "cuda"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.stdout, done.returncode) == ("cuda False\n", 0), done.stderr
+
+
 def test_what_is_set_inside_torch_and_deepspeed_takes_effect(tmp_path: Path) -> None:
     """None of it has a public way: DeepSpeed's own level is overruled when it is imported, gloo has patience after the
     ranks have met, an op is not compiled, and torch's compiler is not loaded by what an engine asks of its optimizer.

@@ -20,7 +20,7 @@ CONFIG = Config(training=TrainingConfig(global_batch_size=4096, micro_batch_size
 def message_of(error: RuntimeError, config: Config = CONFIG) -> str:
     with (
         pytest.raises(OutOfMemoryError) as raised,
-        explained_memory_errors(config, WORLD, lambda: "section 7, student"),
+        explained_memory_errors(lambda: config, WORLD, lambda: "section 7, student"),
     ):
         raise error
     assert raised.value.__cause__ is error
@@ -41,6 +41,16 @@ def test_the_micro_batch_and_what_to_set_are_named() -> None:
     assert said.endswith("(CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has ...)")
 
 
+def test_smaller_than_what_auto_has_found() -> None:
+    auto = replace(CONFIG, training=replace(CONFIG.training, micro_batch_size="auto"))
+    settled = iter([replace(auto, training=replace(auto.training, micro_batch_size=64))])
+    with (
+        pytest.raises(OutOfMemoryError, match=r"micro_batch_size=64 .* lower \(32, 16, 8, 4 fit"),
+        explained_memory_errors(lambda: next(settled), WORLD, lambda: "student"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_nothing_smaller_fits() -> None:
     config = replace(CONFIG, training=replace(CONFIG.training, micro_batch_size=1))
     assert "shorten data.sequence_length, or take a device with more memory" in message_of(
@@ -56,6 +66,6 @@ def test_the_host_s_own_memory() -> None:
 
 def test_other_errors_stay_as_they_are() -> None:
     error = RuntimeError("The size of tensor a (3) must match")
-    with pytest.raises(RuntimeError) as raised, explained_memory_errors(CONFIG, WORLD, lambda: ""):
+    with pytest.raises(RuntimeError) as raised, explained_memory_errors(lambda: CONFIG, WORLD, lambda: ""):
         raise error
     assert raised.value is error

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from data_prep.shard_format.manifest import Manifest
 from train.config import Config
 from train.config_sections.data import DataConfig
+from train.config_sections.model import ModelConfig
+from train.config_sections.objective import ObjectiveConfig
 from train.config_sections.training import TrainingConfig
-from train.data.order import check_fit
+from train.data.order import check_fit, fitting_micro_batches
 from train.data.pipeline import fit_micro_batch
 from train.distributed.world import World
 from train.engine_config import ROOT, engine_settings, read_engine_config
 from train.errors import UserError
-from train.loop.micro_batch import candidates, engine_bytes, find_micro_batch_size, largest_fitting
+from train.loop.micro_batch import _trial, engine_bytes, find_micro_batch_size, largest_fitting
+from train.objective import distillation
+from train.objective.chunk_terms import DecoderInputs
 from train.run_folder import changed_config, found_before, write_configs
 
 CPU = World(rank=0, local_rank=0, world_size=1, local_size=1, device="cpu")
 
 
-def test_candidates_are_what_the_order_accepts() -> None:
+def test_micro_batches_are_what_the_order_accepts() -> None:
     for world_size in (1, 2, 8, 64):
-        sizes = candidates(4096, 64, world_size)
+        sizes = fitting_micro_batches(4096, 64, world_size)
         assert sizes == sorted(sizes)
         assert sizes[-1] == 4096 // world_size
         for size in sizes:
             assert check_fit(4096, 64, world_size, size) * size * world_size == 4096
-    assert candidates(4096, 64, 3) == []
-    assert candidates(12, 64, 4) == [1, 3]
+    assert fitting_micro_batches(4096, 64, 3) == []
+    assert fitting_micro_batches(12, 64, 4) == [1, 3]
 
 
 def test_the_largest_that_fits_is_found_with_few_trials() -> None:
-    sizes = candidates(4096, 64, 1)
+    sizes = fitting_micro_batches(4096, 64, 1)
     for limit in (0, 1, 3, 64, 100, 4095, 4096):
         tried: list[int] = []
 
@@ -43,7 +51,50 @@ def test_the_largest_that_fits_is_found_with_few_trials() -> None:
 
         expected = max((size for size in sizes if size <= limit), default=None)
         assert largest_fitting(sizes, fits) == expected
-        assert len(tried) <= 4
+        assert len(tried) <= 5
+        assert tried[0] == 1  # kernels and library handles are loaded while there is room
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_trial_that_finds_no_memory_leaves_nothing_to_the_next(
+    error: RuntimeError, shards_folder: str, teacher_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails in the loss over the vocabulary; the vectors of the relations, recorded before, hold the whole pass."""
+    for name in ("empty_cache", "reset_peak_memory_stats", "memory_reserved", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**36, 2**36))
+    loss, left = distillation.vocabulary_loss, []
+
+    def limited(student: DecoderInputs, *others: Any, **named: Any) -> Any:
+        if student.features.shape[0] > 2 * 16:
+            left.append(weakref.ref(student.features))
+            raise error
+        return loss(student, *others, **named)
+
+    monkeypatch.setattr(distillation, "vocabulary_loss", limited)
+    config = Config(
+        model=ModelConfig(teacher=teacher_folder, layer_map="every_other"),
+        data=DataConfig(shards=shards_folder, sequence_length=16),
+        objective=ObjectiveConfig(relation_weight=1.0),
+    )
+    engine = read_engine_config(ROOT / "ds_configs" / "cpu.json")
+    fits = _trial(config, Manifest.load(shards_folder), CPU, engine, ())
+    assert [fits(size) for size in (2, 4, 2)] == [True, False, True]
+    assert fits(4) is False
+    error.__traceback__ = None
+    gc.collect()
+    assert [reference() for reference in left] == [None, None]
+    error.args = ("The size of tensor a (3) must match",)
+    if not isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(RuntimeError, match="The size of tensor"):
+            fits(4)
 
 
 def test_engine_bytes_of_distilbert() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partialmethod
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from tests.unit.models.test_families import MODELS, SIZES
 from train.config_sections.objective import ObjectiveConfig
+from train.models.compilation import compile_layers
 from train.models.families import family_of
 from train.models.loading import load_masked_lm
 from train.models.students import make_student
@@ -57,16 +59,20 @@ def test_the_teachers_number_format_by_choice(teacher_folder, batch):
 
 
 def test_a_compiled_teacher_gives_the_same(teacher_folder, batch, monkeypatch):
-    """Hidden states and a layer's queries, keys and values; at the second call too."""
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="aot_eager"))
+    """Hidden states, of its layers too, and a layer's queries, keys and values; at the second call too."""
+    compile_ = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
     plain, compiled = (
-        Teacher([load_masked_lm(teacher_folder)], relation_layers=[4], compile=each) for each in (False, True)
+        Teacher([load_masked_lm(teacher_folder)], relation_layers=[4], output_hidden_states=True)
+        for _ in range(2)
     )
+    compile_layers(compiled.models[0])
     (expected,) = plain(batch).members
     for _ in range(2):
         (found,) = compiled(batch).members
         assert torch.allclose(found.last_hidden, expected.last_hidden, atol=1e-5)
+        for own, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
         for own, other in zip(found.vectors, expected.vectors, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
 

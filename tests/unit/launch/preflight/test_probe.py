@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from launch.preflight import probe
+from launch.preflight.checks import check_all_reduce
 from tests.paths import ROOT
 from tests.unit.launch.preflight.answers import HEALTHY
 from train.distributed.rendezvous import free_port
@@ -59,6 +60,15 @@ def test_cluster_env_counts_as_a_ranks_environment(tmp_path: Path) -> None:
     (tmp_path / "cluster.env").write_text("# for all hosts\nexport HF_HOME=/there\nHF_TOKEN=file\n")
     found = probe.variables(["HF_HOME", "HF_TOKEN", "HF_NONE"], tmp_path, {"HF_TOKEN": "shell"})
     assert found == {"HF_HOME": "/there", "HF_TOKEN": "shell", "HF_NONE": None}
+
+
+def test_figures_of_a_rank_come_last_whatever_nccl_prints_after_them() -> None:
+    figures = '{"right": true, "gb_per_s": 2.0, "megabytes": 268.4}'
+    nccl = "host:7:7 [0] NCCL INFO comm 0x55d5 rank 0 nranks 8 cudaDev 0 - Destroy COMPLETE"
+    for after in ([], [nccl], [nccl] * 30):
+        output = probe._end_of_output("\n".join(["NCCL version 2.27", figures, *after]) + "\n")
+        assert "2.00 GB/s" in check_all_reduce([{"code": 0, "output": output}], "all-reduce", False).result
+    assert probe._end_of_output("x" * 2000 + "\nConnection refused\n").endswith("x\nConnection refused")
 
 
 def test_what_torch_sees_here(monkeypatch: pytest.MonkeyPatch) -> None:
