@@ -288,6 +288,8 @@ class EngineSettings:
     """Of an accumulated gradient."""
     reduce_bucket_size: int
     """Elements reduced at a time."""
+    reduces_copies: bool
+    """Whether slices of a bucket are copied into one tensor before they are sent, and back (reduce_scatter)."""
     overlap: bool
     """Whether gradients are reduced while the backward pass goes on."""
     precision: str
@@ -310,6 +312,7 @@ def engine_settings(engine_config: Mapping[str, Any]) -> EngineSettings:
         bytes_per_element=4 if precision == "fp32" else 2,
         accumulation_bytes=4 if accumulation in _FP32 else 2,
         reduce_bucket_size=int(zero.get("reduce_bucket_size", 5e8)),
+        reduces_copies=bool(zero.get("reduce_scatter", True)),
         overlap=bool(zero.get("overlap_comm", False)),
         precision=precision,
     )

@@ -6,8 +6,9 @@ NOT YET RUN ON A GPU. It starts, one after the other, on the first GPU and witho
 training steps of BERT-base to DistilBERT (random weights, random shards) with every objective at 128 and 512 tokens, by
 launch/pretrain.py, with the largest micro batch that fits; one of them again with both models compiled; LAMB beside a
 copy. About 15 minutes. DIR/gpu.json holds all figures, the machine and the versions: please open an issue of this
-project with it attached. DIR/gpu.txt has the same as tables; the logs lie beside them. An installed package has no
-tests/gpu, and says so. Exit codes: 0 done; 1 something failed, the others' figures are there; 2 bad usage, or no GPU.
+project with it attached. DIR/gpu.txt has the same as tables; the logs lie beside them. The tests need `make
+.venv/installed-dev`; an installed package has none, and says so. Exit codes: 0 done; 1 something failed, the others'
+figures are there; 2 bad usage, or no GPU.
 
 "mfu" is against the fastest large matrix product in the same process; "planned" is launch/plan.py's, without CUDA's
 context; "waits" are the host's synchronisations in a step, of three that are traced, by the profiler: with one micro

@@ -109,8 +109,8 @@ def gradient_bytes(step: Step) -> dict[str, int]:
     # Added to in place where the formats differ; else the new gradients lie beside the accumulated ones.
     accumulated = kept * engine.accumulation_bytes * (1 if widened else min(2, step.accumulation))
     buckets = (2 if engine.overlap else 1) * engine.reduce_bucket_size
-    # Slices of a bucket that go to several ranks are copied into one tensor before they are sent.
-    sent = min(engine.reduce_bucket_size, student.parameters) if world_size > 1 else 0
+    copied = engine.reduces_copies and world_size > 1
+    sent = min(engine.reduce_bucket_size, student.parameters) if copied else 0
     in_flight = largest  # the embedding's own gradient, until it is in the bucket
     name = "fp32" if engine.accumulation_bytes == 4 else engine.precision
     return {

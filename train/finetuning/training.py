@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from data_prep.shard_format.files import write_json
 from data_prep.shard_format.terminal import progress_bar
-from train.distributed.host_memory import keep_freed_memory
 from train.distributed.signals import StopRequest
 from train.errors import NonFiniteError
 from train.finetuning.batches import EpochBatches, Features
@@ -69,7 +68,6 @@ def fit(model: PreTrainedModel, data: TrainingSet, job: Job, seed: int, work: Pa
     """
     settings = job.settings
     if not torch.cuda.is_available():
-        keep_freed_memory()
         with_fast_dropout(with_cpu_attention(model))
     num_examples = len(data.examples)
     lengths = np.array([len(example["input_ids"]) for example in data.examples])

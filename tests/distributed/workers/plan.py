@@ -77,7 +77,12 @@ def engine_config(precision: str, stage: int, accumulation: int, size: Size) -> 
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_bucket_size": size.bucket},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": size.bucket,
+            "reduce_scatter": False,  # as in ds_configs/
+        },
     }
     if precision != "fp32":
         config[precision] = {"enabled": True}

@@ -66,7 +66,9 @@ def step_of(student: Any, teachers: Any, micro: int, length: int, masked: int, *
         teachers=tuple(map(describe, teachers)),
         objective=ObjectiveConfig(**objective),
         num_masked=masked,
-        engine=EngineSettings(2, 4, 4, reduce_bucket_size=100, overlap=False, precision="fp32"),
+        engine=EngineSettings(
+            2, 4, 4, reduce_bucket_size=100, reduces_copies=True, overlap=False, precision="fp32"
+        ),
         world_size=1,
         micro_batch_size=micro,
         sequence_length=length,
@@ -247,7 +249,9 @@ def test_gradients_have_the_shape_of_narrow_embeddings() -> None:
 
 def test_state_by_hand() -> None:
     """BERT-base on 4 ranks: padded to a multiple of 8."""
-    engine = EngineSettings(2, 2, 4, reduce_bucket_size=100, overlap=True, precision="fp16")
+    engine = EngineSettings(
+        2, 2, 4, reduce_bucket_size=100, reduces_copies=True, overlap=True, precision="fp16"
+    )
     fp32 = step_of(named_model("google-bert/bert-base-uncased"), [], 1, 512, 77)
     step = replace(fp32, engine=engine, world_size=4, accumulation=4)
     shard = -(-109_514_298 // 8) * 2
@@ -260,6 +264,8 @@ def test_state_by_hand() -> None:
         "gradients, fp32 accumulation": shard * 4,
         "gradient buckets": 2 * 100 * 2 + 100 * 2 + 30_522 * 768 * 2,
     }
+    as_shipped = replace(step, engine=replace(engine, reduces_copies=False))
+    assert gradient_bytes(as_shipped)["gradient buckets"] == 2 * 100 * 2 + 30_522 * 768 * 2
 
     # Of one format, the new gradients lie beside the accumulated ones; whole tensors at both borders are kept.
     kept = 4 * (shard + 2 * 768 * 3072)

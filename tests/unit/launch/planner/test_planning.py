@@ -19,7 +19,7 @@ from train.engine_config import EngineSettings
 from train.errors import UserError
 from train.models.flops import FlopsPerToken
 
-ENGINE = EngineSettings(2, 2, 4, 50_000_000, overlap=True, precision="fp16")
+ENGINE = EngineSettings(2, 2, 4, 50_000_000, reduces_copies=True, overlap=True, precision="fp16")
 
 
 @pytest.fixture(scope="module")
