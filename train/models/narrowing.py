@@ -75,6 +75,12 @@ def set_sizes(
         raise UserError(f"model.student_heads={heads} does not divide the student's width {width}")
     if inherits:
         _check_inherits(family, (width, old_width), (heads, old_heads), (size, head_size), (units, old_units))
+        # transformers builds the map from embeddings to hidden states only where their widths differ.
+        if old_width != width == getattr(config, "embedding_size", None):
+            raise UserError(
+                f"model.student_width={width} is the width of the embeddings themselves, whose map to the hidden "
+                "states would be lost: give another width, or model.layer_map=random"
+            )
     # ELECTRA's embeddings may have a width of their own.
     if getattr(config, "embedding_size", None) == old_width:
         config.embedding_size = width
@@ -150,13 +156,18 @@ def narrow_weights(
     attention's scores keep their size.
 
     Raises:
-        UserError: a parameter that follows the width in a way that is not known here.
+        UserError: a parameter that follows the width in a way that is not known here, or is in one model alone.
     """
     sizes, narrow_sizes = _sizes(family, wide.config), _sizes(family, narrow.config)
     head_size, narrow_head_size = (
         each.config.hidden_size // each.config.num_attention_heads for each in (wide, narrow)
     )
     state, cut = wide.state_dict(), {}
+    if lost := state.keys() ^ narrow.state_dict().keys():
+        raise UserError(
+            f"a narrower {family.model_type} cannot inherit {', '.join(sorted(lost))}: only one of the two models has "
+            "them; give another model.student_width, or model.layer_map=random"
+        )
     for name, like in narrow.state_dict().items():
         value = state[name].detach().float()
         for axis, (size, length) in enumerate(zip(value.shape, like.shape, strict=True)):

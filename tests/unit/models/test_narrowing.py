@@ -8,7 +8,13 @@ from operator import attrgetter
 import numpy as np
 import pytest
 import torch
-from transformers import BertForMaskedLM, ElectraConfig, ElectraForMaskedLM
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    BertForMaskedLM,
+    DebertaV2Config,
+    ElectraConfig,
+    ElectraForMaskedLM,
+)
 
 from tests.unit.models.test_families import MODELS, SIZES, rough
 from train.errors import UserError
@@ -173,3 +179,21 @@ def test_embeddings_as_wide_as_the_encoder_get_narrower_with_it():
     student = make_student(teacher, 2, width=16)
     assert student.get_input_embeddings().weight.shape == (64, 16)
     student(TEXT)
+
+
+@pytest.mark.parametrize("kind", [ElectraConfig, DebertaV2Config])
+def test_a_width_at_which_the_embeddings_would_lose_their_map_is_refused(kind):
+    """transformers has no such map where embeddings and hidden states are of one width."""
+    model = MODEL_FOR_MASKED_LM_MAPPING[kind]
+    wide, narrow = (model(kind(**{**SIZES, "hidden_size": width}, embedding_size=16)) for width in (32, 16))
+    with pytest.raises(
+        UserError, match=r"model.student_width=16 is the width of the embeddings .*give another"
+    ):
+        make_student(wide, 2, width=16)
+    make_student(wide, 2, width=16, layer_map="random")(TEXT)
+    make_student(wide, 2)(TEXT)
+    family = family_of(wide)
+    with pytest.raises(
+        UserError, match=r"cannot inherit .*embed.*proj.*: only one of the two models has them"
+    ):
+        narrow_weights(family, wide, narrow, choose(family, wide.config, narrow.config, None))
