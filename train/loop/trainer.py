@@ -138,7 +138,10 @@ class Trainer:
         engine = self.engine
         micro_batches = engine.train_batch_size() // engine.train_micro_batch_size_per_gpu()
         place = self.rank * engine.gradient_accumulation_steps() + micro_step
-        torch.manual_seed(((self.dropout_seed << 40) + step * micro_batches + place) % 2**63)
+        count = step * micro_batches + place
+        # A CPU's generator takes the low 32 bits alone, so the seed is in them too, by a factor (2^32 / golden ratio)
+        # that puts small seeds far apart.
+        torch.manual_seed((self.dropout_seed * (2**40 + 0x9E3779B1) + count) % 2**63)
 
     def _steps(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, its micro batches) from step `first` on."""

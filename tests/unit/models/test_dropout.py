@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from tests.unit.models.test_families import MODELS
+from train.loop.trainer import Trainer
 from train.models import dropout
 from train.models.cpu_attention import with_cpu_attention
 
@@ -114,3 +118,23 @@ def test_torchs_own_where_ours_would_not_do(
     x = torch.randn(50)
     for ours, theirs in zip(outcome(dropout.dropout, x, 0), outcome(functional.dropout, x, 0), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_runs_masks_follow_from_its_seed_on_a_cpu_too() -> None:
+    """A CPU's generator takes the low 32 bits of its seed alone."""
+    engine = SimpleNamespace(
+        train_batch_size=lambda: 64,
+        train_micro_batch_size_per_gpu=lambda: 16,
+        gradient_accumulation_steps=lambda: 2,
+    )
+    anything: Any = None
+
+    def mask(seed: int, micro_step: int = 1) -> torch.Tensor:
+        trainer = Trainer(engine, anything, anything, {"total_steps": 9}, seed, rank=1, clock=anything)
+        trainer._seed_dropout(5, micro_step)
+        return functional.dropout(torch.ones(1000), 0.1)
+
+    masks = [mask(seed) for seed in (0, 1, 2, 3, 2**23, 2**31 - 1)] + [mask(0, 0), mask(1, 0)]
+    assert not any(torch.equal(one, other) for one, other in combinations(masks, 2))
+    torch.manual_seed(5 * 4 + 2 + 1)  # by the micro batch's number alone, as ever
+    assert torch.equal(functional.dropout(torch.ones(1000), 0.1), mask(0))
