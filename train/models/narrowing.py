@@ -81,9 +81,12 @@ def set_sizes(
                 f"model.student_width={width} is the width of the embeddings themselves, whose map to the hidden "
                 "states would be lost: give another width, or model.layer_map=random"
             )
-    # ELECTRA's embeddings may have a width of their own.
-    if getattr(config, "embedding_size", None) == old_width:
-        config.embedding_size = width
+    # ELECTRA's embeddings may have a width of their own; DeBERTa's classifiers read their pooler's from the config.
+    for name in ("embedding_size", "pooler_hidden_size"):
+        if getattr(config, name, None) == old_width:
+            setattr(config, name, width)
+    if getattr(config, "attention_head_size", None) is not None:  # of some DeBERTas
+        config.attention_head_size = size
     config.hidden_size, config.num_attention_heads = width, heads
     setattr(config, family.feed_forward_field, units)
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForSequenceClassification,
     BertForMaskedLM,
     DebertaV2Config,
+    DebertaV2ForMaskedLM,
     ElectraConfig,
     ElectraForMaskedLM,
 )
@@ -136,6 +138,24 @@ def test_narrower_students(teacher):
     expected = make_student(teacher, 4).eval()(TEXT).logits
     found = make_student(teacher, 4, feed_forward=24, measured=measured).eval()(TEXT).logits
     assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_narrower_students_can_be_fine_tuned(name, tmp_path):
+    heads = 4 if name == "mpnet" else None  # which keeps them
+    make_student(rough(MODELS[name]()), 2, width=16, heads=heads).save_pretrained(tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert classifier(TEXT).logits.shape == (20, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer_map", ["every_other", "random"])
+def test_a_size_of_heads_that_the_config_names_follows_the_students(layer_map):
+    teacher = DebertaV2ForMaskedLM(DebertaV2Config(**SIZES, attention_head_size=8))
+    student = make_student(teacher, 2, layer_map, width=16, heads=4)
+    assert student.config.attention_head_size == 4
+    student(TEXT)
 
 
 def test_a_bare_encoder_is_cut_as_the_masked_language_model(teacher):
