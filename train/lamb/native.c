@@ -6,6 +6,7 @@
  * span by span, and the second pass finds much of what the first one left in the cores' caches. Built by gcc
  * the threads are those of torch's own OpenMP, which wait for work in busy loops that others would compete with. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 
@@ -163,12 +164,13 @@ static void second_pass(const Span *s, float ratio, const float *updates) {
     }
 }
 
-/* As trust_ratios of update.py for an adapted tensor: 1 where either norm is 0; a NaN stays one. */
+/* As trust_ratios of update.py for an adapted tensor: 1 where either norm is 0, at most FLT_MAX; a NaN stays one. */
 static float trust_ratio(const Step *step, Sums sums) {
     if (!(sums.p > 0 && sums.u > 0))
         return 1.0f;
     const double ratio = sqrt(sums.p / sums.u);
-    return (float)(ratio < step->low ? step->low : ratio > step->high ? step->high : ratio);
+    const double limited = ratio < step->low ? step->low : ratio > step->high ? step->high : ratio;
+    return (float)(limited > FLT_MAX ? FLT_MAX : limited);
 }
 
 /* The sums over all threads, in the order of their numbers. */

@@ -78,12 +78,16 @@ def trust_ratios(sums: torch.Tensor, adapt: torch.Tensor, clamp: tuple[float, fl
         adapt: (T,) bool.
         clamp: (low, high) limits of the ratio, as in DeepSpeed's FusedLamb; the 1s are not clamped.
     Returns:
-        (T,) fp32. Division and root are fp64: another order of summation (another world size) shows only
-        where an error of 1e-16 straddles the boundary between two fp32 numbers, once in about 1e8 cases.
+        (T,) fp32, at most its largest number. Division and root are fp64: another order of summation (another world
+        size) shows only where an error of 1e-16 straddles the boundary between two fp32 numbers, once in about 1e8
+        cases.
     """
     ratios = (sums[:, 0] / sums[:, 1]).sqrt()
     if clamp is not None:
         ratios = ratios.clamp(*clamp)
+    ratios = ratios.clamp(
+        max=torch.finfo(torch.float32).max
+    )  # an infinite one would make NaNs of updates of 0
     usable = adapt & (sums[:, 0] > 0) & (sums[:, 1] > 0)
     return torch.where(usable, ratios, 1.0).to(torch.float32)
 

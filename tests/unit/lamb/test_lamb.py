@@ -213,6 +213,19 @@ def test_zero_parameters_and_zero_gradients_have_ratio_one() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
+def test_a_trust_ratio_beyond_fp32_leaves_updates_of_zero_at_zero(fused: bool | None) -> None:
+    """One denormal gradient and no weight decay: ||p|| / ||u|| is 16 / 2e-38."""
+    weight = torch.nn.Parameter(torch.ones(16, 16))
+    optimizer = Lamb([("weight", weight)], lr=0.01, weight_decay=0.0, fused=fused)
+    weight.grad = torch.zeros(16, 16)
+    weight.grad[0, 0] = 2e-44
+    optimizer.step()
+    assert optimizer.trust_ratios.item() == torch.finfo(torch.float32).max
+    assert 0 < weight[0, 0] < 1
+    assert (weight.flatten()[1:] == 1).all()
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["eager", "default"])
 def test_parameters_without_gradients_are_left_alone(fused: bool | None) -> None:
     """The ratios of the others stay at their own places."""
     parameters = [torch.nn.Parameter(torch.full((2, 2), size)) for size in (1.0, 2.0, 3.0)]
