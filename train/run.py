@@ -193,7 +193,7 @@ def _train_with_rollbacks(
 
     next_start: TrainState | None = replace(state, left_out=left_out())
     while next_start is not None:
-        parts.trainer.losses = LossSums()
+        parts.trainer.losses = LossSums(parts.trainer.micro_batches_per_step)
         if next_start.step > others_until:
             parts.trainer.losses.restore(next_start.losses, world.device)
         else:

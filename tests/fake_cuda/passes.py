@@ -66,7 +66,7 @@ def forward_and_backward(
     module = DistillationModule(learner, loss).to(WORLD.device, DTYPES[student])
     masker, (input_ids, window_ids) = make_masker(masking), batch()
     masker._on(input_ids.device)  # its tables are copied in the first step
-    losses = LossSums()
+    losses = LossSums(ACCUMULATION)
     waits.taken()
     masked = masker(input_ids, window_ids, 0)
     taught = frozen(masked.input_ids)

@@ -14,8 +14,11 @@ class LossWindow:
     sums: Mapping[str, list[float]] = field(default_factory=dict)
     """Name of a loss term -> its sum over micro batches, one per rank (fp32 values)."""
 
-    micro_batches: int = 0
-    """Micro batches in each of these sums."""
+    micro_batches: float = 0.0
+    """Micro batches in each of these sums; a fraction where another number of ranks shared them out."""
+
+    micro_batches_per_step: int = 0
+    """Over all ranks; 0 in older checkpoints, which do not say."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,14 @@ from train.checkpointing.state import LossWindow
 
 
 class LossSums:
-    """Adds up loss terms on the device; nothing is waited for until they are asked for."""
+    """Adds up loss terms on the device; nothing is waited for until they are asked for.
 
-    def __init__(self) -> None:
+    Args:
+        micro_batches_per_step: over all ranks.
+    """
+
+    def __init__(self, micro_batches_per_step: int) -> None:
+        self._per_step = micro_batches_per_step
         self._sums: dict[str, torch.Tensor] = {}
         self._count = 0.0
         self._by_step: dict[int, list[torch.Tensor]] = {}
@@ -64,16 +69,18 @@ class LossSums:
         ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(ranks, own)
         by_term = torch.stack(ranks, dim=1).tolist()
-        return LossWindow(dict(zip(self._sums, by_term, strict=True)), int(self._count))
+        return LossWindow(dict(zip(self._sums, by_term, strict=True)), self._count, self._per_step)
 
     def restore(self, window: LossWindow, device: str) -> None:
         """Go on from a checkpoint's sums.
 
         The same number of ranks each takes its own, bit for bit; for another number the total, and the
-        micro batches in it, are shared out equally.
+        micro batches in it, are shared out equally. Where a step has another number of micro batches now, both are
+        scaled, so that every step of the row weighs the same.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
+        scale = self._per_step / (window.micro_batches_per_step or self._per_step)
         for name, sums in window.sums.items():
             own = sums[rank] if len(sums) == world_size else sum(sums) / world_size
-            self._sums[name] = torch.tensor(own, dtype=torch.float32, device=device)
-            self._count = window.micro_batches * len(sums) / world_size
+            self._sums[name] = torch.tensor(own * scale, dtype=torch.float32, device=device)
+            self._count = window.micro_batches * len(sums) / world_size * scale

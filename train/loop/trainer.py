@@ -77,7 +77,11 @@ class Trainer:
         self.engine, self.teacher, self.data = engine, teacher, data
         self.schedule, self.dropout_seed, self.rank, self.clock = schedule, dropout_seed, rank, clock
         self.total_steps: int = schedule["total_steps"]
-        self.losses = LossSums()
+        self.micro_batches_per_step: int = (
+            engine.train_batch_size() // engine.train_micro_batch_size_per_gpu()
+        )
+        """Over all ranks."""
+        self.losses = LossSums(self.micro_batches_per_step)
         self.done = 0
         """Steps done, of the whole run."""
 
@@ -135,10 +139,8 @@ class Trainer:
 
     def _seed_dropout(self, step: int, micro_step: int) -> None:
         """By the micro batch's place in the global batch."""
-        engine = self.engine
-        micro_batches = engine.train_batch_size() // engine.train_micro_batch_size_per_gpu()
-        place = self.rank * engine.gradient_accumulation_steps() + micro_step
-        count = step * micro_batches + place
+        place = self.rank * self.engine.gradient_accumulation_steps() + micro_step
+        count = step * self.micro_batches_per_step + place
         # A CPU's generator takes the low 32 bits alone, so the seed is in them too, by a factor (2^32 / golden ratio)
         # that puts small seeds far apart.
         torch.manual_seed((self.dropout_seed * (2**40 + 0x9E3779B1) + count) % 2**63)

@@ -85,7 +85,9 @@ def test_sums_of_another_configuration_are_left_out_also_after_a_rollback(
     others_until: int, empty: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A start goes on with step 4, goes back to 6, which it has saved itself, and, 6 being damaged, back to 4."""
-    parts: Any = SimpleNamespace(config=Config(), trainer=SimpleNamespace(total_steps=9))
+    parts: Any = SimpleNamespace(
+        config=Config(), trainer=SimpleNamespace(total_steps=9, micro_batches_per_step=1)
+    )
     window = LossWindow({"loss": [1.5]}, 2)
     to_come = [TrainState(6, window, loss_history=(1.5,)), TrainState(4, window, loss_history=(1.5,)), None]
     found: list[bool] = []

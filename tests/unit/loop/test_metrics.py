@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +21,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.paths import ROOT
-from train.checkpointing.state import TrainState
+from train.checkpointing.state import LossWindow, TrainState
 from train.config import Config
+from train.loop.loss_accumulator import LossSums
 from train.loop.metrics import NoEvents, RunEvents, board_tag, read_rows
 from train.loop.observers.logged_figures import ComputeCost, Logging
 from train.loop.profiling import profiling
@@ -38,6 +41,46 @@ def test_rows_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     events.row(6, {"loss": 60.0})
     events.close()
     assert [(row["step"], row["loss"]) for row in read_rows(tmp_path)] == [(2, 2.0), (4, 4.0), (6, 60.0)]
+
+
+@pytest.mark.parametrize("stops", [[5], [5, 5], [5, 7]], ids=str)
+def test_a_row_is_the_same_after_a_resume_with_smaller_micro_batches(
+    stops: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 ranks, then 4 whose micro batches are half as large, stopped again or not; equal losses on all of them."""
+
+    def steps(ranks: int, first: int, stop: int, window: LossWindow) -> LossSums:
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda: ranks)
+        losses = LossSums(micro_batches_per_step=ranks)
+        losses.restore(window, "cpu")
+        for step in range(first, stop):
+            losses.add(step, {"loss": torch.tensor(6.0 if step < 5 else 5.0)})
+        return losses
+
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr(
+        "torch.distributed.all_gather", lambda found, own: [each.copy_(own) for each in found]
+    )
+    state, ranks = TrainState(), 2
+    for stop in stops:
+        state = TrainState(stop, steps(ranks, state.step, stop, state.losses).window())
+        state, ranks = TrainState.from_dict(json.loads(json.dumps(asdict(state)))), 4
+    assert steps(4, state.step, 10, state.losses).take()[2][0] == 5.5
+
+
+def test_sums_of_an_older_checkpoint_are_shared_out_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one rank, on two now; it does not say how many micro batches a step had."""
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        "torch.distributed.all_gather", lambda found, own: [each.copy_(own) for each in found]
+    )
+    saved = {"step": 3, "losses": {"sums": {"loss": [18.0]}, "micro_batches": 3}}
+    losses = LossSums(micro_batches_per_step=2)
+    losses.restore(TrainState.from_dict(saved).losses, "cpu")
+    losses.add(3, {"loss": torch.tensor(1.0)})
+    assert losses.window() == LossWindow({"loss": [10.0, 10.0]}, 2.5, 2)
+    assert losses.take()[2].tolist() == [4.0, 1.0]
 
 
 def test_a_line_that_is_no_row_is_left_out(tmp_path: Path) -> None:
