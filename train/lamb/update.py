@@ -85,9 +85,8 @@ def trust_ratios(sums: torch.Tensor, adapt: torch.Tensor, clamp: tuple[float, fl
     ratios = (sums[:, 0] / sums[:, 1]).sqrt()
     if clamp is not None:
         ratios = ratios.clamp(*clamp)
-    ratios = ratios.clamp(
-        max=torch.finfo(torch.float32).max
-    )  # an infinite one would make NaNs of updates of 0
+    # An infinite one would make NaNs of updates of 0.
+    ratios = ratios.clamp(max=torch.finfo(torch.float32).max)
     usable = adapt & (sums[:, 0] > 0) & (sums[:, 1] > 0)
     return torch.where(usable, ratios, 1.0).to(torch.float32)
 
