@@ -111,6 +111,10 @@ class Checkpointer:
                         heldout_mlm_loss,
                         optimizer,
                     )
+                    # A damaged one of this step, or step 0's of an earlier start.
+                    _remove(folder / name, partial)
+                    (partial / name).rename(folder / name)
+                    flush(folder)
                 except OSError as error:
                     fault = f"rank 0: {error}"
         if (fault := any_fault(fault)) is not None:
@@ -118,10 +122,9 @@ class Checkpointer:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointNotWrittenError(f"checkpoint {folder / name} could not be written: {fault}")
         if first:
-            shutil.rmtree(folder / name, ignore_errors=True)
-            (partial / name).rename(folder / name)
-            flush(folder)
-            complete = [path for path in step_folders(folder) if listed(path)[0] is not None]
+            # The start passed those of later steps over as damaged, maybe for a byte that `listed` does not read.
+            until_now = [path for path in step_folders(folder) if path.name <= name]
+            complete = [path for path in until_now if listed(path)[0] is not None]
             for old in self.retention.superfluous(complete):
                 _remove(old, partial)
         dist.barrier()
@@ -131,9 +134,10 @@ class Checkpointer:
 def _remove(checkpoint: Path, partial: Path) -> None:
     """Under its name no checkpoint is ever half there, and what a kill leaves of it goes with the next write. One that
     cannot be removed (a file held open on NFS) is no reason to stop: it is tried again."""
+    removed = partial / f"{checkpoint.name}.removed"
     with contextlib.suppress(OSError):
-        checkpoint.rename(partial / checkpoint.name)
-    shutil.rmtree(partial / checkpoint.name, ignore_errors=True)
+        checkpoint.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:

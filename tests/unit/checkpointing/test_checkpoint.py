@@ -7,12 +7,13 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from train.checkpointing.checkpoint import Retention, _remove, newest_checkpoint
+from train.checkpointing.checkpoint import Checkpointer, Retention, _remove, newest_checkpoint
 from train.checkpointing.integrity import (
     COMPLETE,
     checkpoint_fault,
@@ -21,7 +22,8 @@ from train.checkpointing.integrity import (
     record_own_files,
     write_facts,
 )
-from train.errors import UserError
+from train.checkpointing.state import TrainState
+from train.errors import CheckpointNotWrittenError, UserError
 
 WORLD_SIZE = 2
 
@@ -197,12 +199,69 @@ def test_a_removed_checkpoint_is_never_half_there(tmp_path: Path, monkeypatch: p
         patched.setattr("shutil.rmtree", lambda *args, **options: None)  # killed before it
         _remove(old, partial)
     assert not old.exists()
-    assert [path.name for path in partial.iterdir()] == [old.name]  # goes with the next write
+    assert [path.stem for path in partial.iterdir()] == [old.name]  # goes with the next write
     held = make_checkpoint(tmp_path, 6)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", _busy)
         _remove(held, partial)
     assert newest_checkpoint(tmp_path, pytest.fail) == held
+
+
+def checkpointer(folder: Path, keep_last: int = 1) -> Checkpointer:
+    """Of an engine that writes one small file."""
+
+    def write(folder: str, tag: str, **options: Any) -> None:
+        torch.save({"weights": torch.ones(25)}, Path(folder, tag, "mp_rank_00_model_states.pt"))
+
+    engine = SimpleNamespace(save_checkpoint=write, optimizer=SimpleNamespace(optimizer=None))
+    description = folder.parent / "student-config"
+    description.mkdir(exist_ok=True)
+    return Checkpointer(engine, folder, Retention(keep_last), description)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_damaged_steps_ahead_do_not_push_out_what_was_just_written(tmp_path: Path, keep_last: int) -> None:
+    """The start passed them over by their digests and went on from the one before; their sizes are right."""
+    folder = tmp_path / "checkpoints"
+    before, *ahead = (make_checkpoint(folder, step) for step in (20, 30, 40))
+    for each in ahead:
+        change(each / "mp_rank_00_model_states.pt", lambda content: content[:-1] + b"x")
+    checkpointer(folder, keep_last).save(TrainState(25), heldout_mlm_loss=4.6)
+    assert newest_checkpoint(folder, lambda line: None) == folder / "step-00000025"
+    assert all(path.exists() for path in (before, *ahead))  # `before` has the best held-out loss
+    checkpointer(folder, keep_last).save(TrainState(50))
+    assert not ahead[0].exists()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_cannot_be_given_its_name_is_a_checkpoint_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full quota, or a damaged step of that name that a reader holds on NFS."""
+    folder = tmp_path / "checkpoints"
+    make_checkpoint(folder, 5)
+    monkeypatch.setattr(Path, "rename", _busy)
+    with pytest.raises(CheckpointNotWrittenError, match="busy"):
+        checkpointer(folder).save(TrainState(10))
+    assert newest_checkpoint(folder, pytest.fail) == folder / "step-00000005"
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_step_written_again_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 0, at every start of a run that may go back to it."""
+    folder, seen = tmp_path / "checkpoints", []
+    step_0 = make_checkpoint(folder, 0)
+    remove = shutil.rmtree
+
+    def watched(path: Path, **options: Any) -> None:
+        seen.append(Path(path))
+        remove(path, **options)
+
+    monkeypatch.setattr("shutil.rmtree", watched)
+    checkpointer(folder).save(TrainState(0))
+    assert step_0 not in seen
+    assert newest_checkpoint(folder, pytest.fail) == step_0
 
 
 def _busy(*paths: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +19,7 @@ from train.checkpointing.resume import choose_checkpoint, load_checkpoint, refus
 from train.checkpointing.state import TrainState
 from train.errors import RankError, UserError
 
-
-@pytest.fixture(autouse=True)
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(tmp_path: Path) -> None:
