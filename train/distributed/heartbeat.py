@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from train.distributed.collective_errors import cause_of, is_from_a_collective
-from train.distributed.store import HOST_KEY
+from train.distributed.store import HOST_KEY, of_this_attempt
 from train.distributed.world import World
 from train.errors import LostRankError, RendezvousError, ReportedElsewhereError
 
@@ -85,7 +85,9 @@ class Heartbeat:
             # torch would try again for a while, and print C++ traces.
             socket.create_connection((address, port), timeout.total_seconds()).close()
             # A connection of its own: the main thread's may be held by a wait.
-            store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+            store = of_this_attempt(
+                dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+            )
             self._store = dist.PrefixStore("halfling-heartbeat", store)
             self._write(0)
             for rank in self._ranks if self._world.is_first else ():  # where it has written nothing yet

@@ -42,7 +42,7 @@ def join_store(rank: int, world_size: int, address: str, port: int, wait_s: floa
     wait = timedelta(seconds=wait_s)
     _resolve(address)
     try:
-        store = dist.TCPStore(address, port, world_size, rank == 0, timeout=wait, wait_for_workers=False)
+        joined = dist.TCPStore(address, port, world_size, rank == 0, timeout=wait, wait_for_workers=False)
     except dist.DistError as error:
         if rank == 0 and _port_is_taken(error):
             raise RankError(_port_in_use(address, port)) from None
@@ -50,9 +50,12 @@ def join_store(rank: int, world_size: int, address: str, port: int, wait_s: floa
             f"rank {rank} on {platform.node()} could not reach rank 0 at {address}, port {port}, within "
             f"{wait_s:.0f} s: did it start, does a firewall stand between (docs/CLUSTER.md)? Run again"
         ) from None
+    store = of_this_attempt(joined)
     keys = [HOST_KEY.format(number) for number in range(world_size)]
     try:
-        if store.add(f"halfling-joined/{rank}", 1) > 1:
+        # A larger job's ranks on other hosts have numbers that are free here.
+        is_ours = store.compare_set("halfling-world-size", "", str(world_size)) == str(world_size).encode()
+        if not is_ours or store.add(f"halfling-joined/{rank}", 1) > 1:
             raise RankError(_port_in_use(address, port))
         store.set(keys[rank], platform.node())
         store.wait(keys, wait)
@@ -60,8 +63,16 @@ def join_store(rank: int, world_size: int, address: str, port: int, wait_s: floa
         raise _missing(store, keys, rank, wait_s) from None
     interface = os.environ.get("GLOO_SOCKET_IFNAME")  # set by world.py where there are several hosts
     if interface:
-        _try_connections(store, rank, world_size, interface.split(",")[0], wait)
+        try:
+            _try_connections(store, rank, world_size, interface.split(",")[0], wait)
+        except dist.DistError as error:
+            raise _lost_another(rank, error) from error
     return store
+
+
+def of_this_attempt(store: dist.Store) -> dist.Store:
+    """`store` without what an earlier start left in it: torchrun keeps one for all its restarts."""
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def compare_versions(
@@ -142,10 +153,14 @@ def _exchanged(
         store.wait(keys, timedelta(seconds=wait_s))
         values, hosts = ([value.decode() for value in store.multi_get(asked)] for asked in (keys, names))
     except dist.DistError as error:
-        raise RendezvousError(
-            f"rank {rank} on {platform.node()} lost another rank while the job started ({cause_of(error)}); run again"
-        ) from error
+        raise _lost_another(rank, error) from error
     return values, hosts
+
+
+def _lost_another(rank: int, error: Exception) -> RendezvousError:
+    return RendezvousError(
+        f"rank {rank} on {platform.node()} lost another rank while the job started ({cause_of(error)}); run again"
+    )
 
 
 def _resolve(address: str) -> None:

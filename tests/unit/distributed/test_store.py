@@ -7,12 +7,13 @@ import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from train.distributed.rendezvous import free_port
-from train.distributed.store import _try_connections, join_store
+from train.distributed.store import _try_connections, join_store, of_this_attempt
 from train.errors import RendezvousError, ReportedElsewhereError
 
 
@@ -94,6 +95,41 @@ def test_a_rank_of_another_job_is_refused() -> None:
         ):
             join_store(1, 2, "127.0.0.1", port, 20)
         assert stores[0].get("halfling-here/1").decode() == platform.node()
+
+
+def test_ranks_of_a_larger_job_are_refused() -> None:
+    """On other hosts, by numbers that nobody has in the first job's store."""
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        first = [pool.submit(join_store, rank, 2, "127.0.0.1", port, 20) for rank in range(2)]
+        stores = [came.result() for came in first]
+        with pytest.raises(ValueError, match=rf"port {port} of 127\.0\.0\.1, .* is in use, perhaps by"):
+            join_store(2, 4, "127.0.0.1", port, 2)
+        assert stores[0].get("halfling-here/1").decode() == platform.node()
+
+
+def test_torchrun_keeps_one_store_for_all_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = dist.HashStore()
+    monkeypatch.setattr(dist, "TCPStore", lambda *args, **options: kept)
+    for attempt in "01":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        assert not of_this_attempt(kept).check(["halfling-here/0"])
+        assert join_store(0, 1, "127.0.0.1", 1, 2).check(["halfling-here/0"])
+
+
+def test_a_rank_that_dies_before_the_connections_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+    def only_rank_0(store: dist.Store, rank: int, *others: Any) -> None:
+        if rank == 0:
+            _try_connections(store, rank, *others)
+
+    monkeypatch.setattr("train.distributed.store._try_connections", only_rank_0)
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        found = [pool.submit(join_store, rank, 2, "127.0.0.1", port, 2) for rank in range(2)]
+        with pytest.raises(RendezvousError, match=r"rank 0 on \S+ lost another rank while the job started"):
+            found[0].result()
 
 
 def test_a_host_that_nobody_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
