@@ -108,8 +108,8 @@ class Parts:
     def score(self) -> Callable[[], dict[str, Any]] | None:
         """A function that scores the student as it is, and its teacher; None without held-out windows."""
         heldout, student, teacher = self.heldout, self.student, self.teacher
-        objective = self.trainer.engine.module.objective
-        return None if heldout is None else lambda: heldout(student, teacher, objective)
+        objective, batch_done = self.trainer.engine.module.objective, self.trainer.clock.part_done
+        return None if heldout is None else lambda: heldout(student, teacher, objective, batch_done)
 
 
 def assemble(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -56,12 +57,14 @@ class HeldoutEvaluation:
         student: PreTrainedModel,
         teacher: Teacher | None = None,
         objective: DistillationLoss | None = None,
+        batch_done: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """Means over all held-out masked positions of all ranks; every rank calls this.
 
         Args:
             objective: of student and teacher; where it has a relation or embedding term, or predicts no tokens, its
                 terms that read no logits are scored as well.
+            batch_done: called after each batch.
         Returns:
             Of a student with an MLM head heldout_mlm_loss (nats), heldout_accuracy, and the masking under `LABEL`;
             with a teacher that has one too also heldout_kl (nats, T = 1), heldout_top1_agreement,
@@ -71,15 +74,17 @@ class HeldoutEvaluation:
         """
         was_training = student.training
         student.eval()
-        scores = self._scores_of_tokens(student, teacher) if has_head(student) else {}
+        scores = self._scores_of_tokens(student, teacher, batch_done) if has_head(student) else {}
         if teacher is not None and objective is not None:
             settings = objective.settings
             if settings.relation_weight + settings.embedding_weight > 0 or not settings.needs_masks:
-                scores |= self._scores_of_text(student, teacher, objective)
+                scores |= self._scores_of_text(student, teacher, objective, batch_done)
         student.train(was_training)
         return scores
 
-    def _scores_of_tokens(self, student: PreTrainedModel, teacher: Teacher | None) -> dict[str, Any]:
+    def _scores_of_tokens(
+        self, student: PreTrainedModel, teacher: Teacher | None, batch_done: Callable[[], None]
+    ) -> dict[str, Any]:
         if teacher is not None and not teacher.has_head:
             teacher = None
         names = [field.name for field in fields(HeldoutSums)]
@@ -91,13 +96,18 @@ class HeldoutEvaluation:
             )
             values = [getattr(sums, name) for name in names]
             total += torch.stack([torch.zeros_like(total[0]) if v is None else v for v in values])
+            batch_done()
         if self._world_size > 1:
             dist.all_reduce(total)
         sums_by_name = dict(zip(names, total.tolist(), strict=True))
         return {**_means(sums_by_name, teacher is not None), LABEL: self._label}
 
     def _scores_of_text(
-        self, student: PreTrainedModel, teacher: Teacher, objective: DistillationLoss
+        self,
+        student: PreTrainedModel,
+        teacher: Teacher,
+        objective: DistillationLoss,
+        batch_done: Callable[[], None],
     ) -> dict[str, Any]:
         weights = objective.settings.term_weights()
         names = [
@@ -108,6 +118,7 @@ class HeldoutEvaluation:
             text = input_ids.to(self._device).long()
             terms = objective.score_text(student, teacher(text), text)
             sums += torch.stack([*(terms[name].double() for name in names), sums.new_tensor(text.numel())])
+            batch_done()
         if self._world_size > 1:
             dist.all_reduce(sums)
         *totals, num_tokens = sums.tolist()

@@ -27,6 +27,7 @@ class Clock:
         """Sections entered so far."""
         self.current = "start-up"
         """Name of the section entered last."""
+        self._parts = 0
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -73,10 +74,14 @@ class Clock:
         seconds, self._seconds, self._events = self._seconds, defaultdict(float), []
         return dict(seconds)
 
+    def part_done(self) -> None:
+        """Note that a part of the section is done: one that lasts longer than run.hang_timeout_s is no hang."""
+        self._parts += 1
+
     def where(self) -> str:
-        """Changes with every section: shows a watcher that the main thread moves on, and where it is."""
-        return f"{self.current} (section {self.entered})"
+        """Changes with every section and part: shows a watcher that the main thread moves on, and where it is."""
+        return f"{self.current} (section {self.entered}{f'.{self._parts}' if self._parts else ''})"
 
     def _enter(self, name: str) -> None:
         self.entered += 1
-        self.current = name
+        self.current, self._parts = name, 0

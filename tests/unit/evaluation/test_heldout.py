@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from data_prep.shard_format.manifest import Manifest
 from tests.unit.export.test_sentence_files import write_sentence_files
-from train.build import build_heldout, heldout_scoring
+from train.build import Parts, build_heldout, heldout_scoring
 from train.config import Config
 from train.config_sections.data import DataConfig, MaskingConfig
 from train.config_sections.model import ModelConfig
@@ -22,6 +23,7 @@ from train.config_sections.running import EvaluationConfig
 from train.config_sections.training import TrainingConfig
 from train.distributed.world import World
 from train.evaluation.masking import LABEL, label_of_row, training_label
+from train.loop.timing import Clock
 from train.models.teacher import Teacher
 from train.objective.build import build_objective
 from train.run_folder import as_tree
@@ -50,6 +52,22 @@ def test_scores_are_those_of_one_masking_whatever_the_run_trains_with(
     scores = [heldout_scoring(each, "cpu")[1](student) for each in (config, other)]
     assert scores[0] == scores[1]
     assert scores[0][LABEL] == "15 % of 32 tokens, uniform"
+
+
+def test_a_watcher_sees_each_batch(config: Config, student: PreTrainedModel) -> None:
+    """An evaluation on CPUs may last longer than run.hang_timeout_s."""
+    config = replace(config, training=replace(config.training, micro_batch_size=2))
+    _, heldout, teacher = heldout_scoring(config, "cpu")
+    clock, places = Clock("cpu"), []
+    trainer: Any = SimpleNamespace(
+        clock=clock, engine=SimpleNamespace(module=SimpleNamespace(objective=None))
+    )
+    score = Parts.score(SimpleNamespace(heldout=heldout, student=student, teacher=teacher, trainer=trainer))
+    student.get_input_embeddings().register_forward_pre_hook(lambda *forwarded: places.append(clock.where()))
+    with clock.host_section("evaluation"):
+        score()
+    assert len(places) == len(set(places)) == 3
+    assert clock.entered == 1
 
 
 @pytest.mark.parametrize("with_head", [True, False])
