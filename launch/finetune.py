@@ -33,7 +33,7 @@ require_packages()
 
 from launch.cli import command_parser, run_main
 from launch.tables import text_table
-from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest
+from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest, restart_on_sigusr1
 from train.errors import NonFiniteError, UserError
 from train.finetuning.data.own import LABEL_TYPES, OwnOptions, is_own, own_task
 from train.finetuning.results import macro_average
@@ -362,4 +362,5 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+    restart_on_sigusr1()
     run_main(main)

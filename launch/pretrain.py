@@ -27,6 +27,7 @@ from data_prep.shard_format.required_packages import require_packages
 require_packages()
 
 from launch.cli import parse_config, run_main
+from train.distributed.signals import restart_on_sigusr1
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,4 +45,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    restart_on_sigusr1()
     run_main(main, one_job=True)

@@ -73,5 +73,11 @@ class StopRequest:
             os._exit(128 + number)
 
 
+def restart_on_sigusr1() -> None:
+    """Have SIGUSR1 end this process with 75 until a StopRequest is open: there is nothing to save yet, and a job script
+    starts again what ends with 75. Not SIGTERM: a launcher sends that to the others where one rank cannot start."""
+    signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(STOPPED_AFTER_SAVING))
+
+
 def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
     """Nothing: without a handler the signal would end the process."""

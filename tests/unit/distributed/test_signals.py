@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pytest
 
 from tests.paths import ROOT
 from train.distributed.signals import SAME_REQUEST_S, StopRequest
@@ -44,3 +47,23 @@ def test_a_second_signal_ends_a_process_that_hangs_outside_of_python() -> None:
             assert process.wait(timeout=5) == 128 + signal.SIGTERM
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(
+    "command", [["launch/pretrain.py"], ["launch/finetune.py", "--model=m", "--task=rte"]]
+)
+def test_sigusr1_during_the_imports_ends_with_75(command: list[str], tmp_path: Path) -> None:
+    """Else a job that Slurm asks to requeue then would end for good."""
+    command[0] = str(ROOT / command[0])
+    if "finetune" in command[0]:
+        command += [f"--out={tmp_path / 'out'}"]
+    with subprocess.Popen([sys.executable, *command], cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            caught = int(status.read_text().partition("SigCgt:")[2].split()[0], 16)
+            if caught >> (signal.SIGUSR1 - 1) & 1:
+                process.send_signal(signal.SIGUSR1)
+                break
+            time.sleep(0.02)
+        assert process.wait(timeout=30) == 75
