@@ -4,7 +4,6 @@ becomes of a stage when its caller is killed or interrupted."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from types import FrameType
 import psutil
 
 from train.distributed.rendezvous import free_port
-from train.distributed.signals import STOPPED_AFTER_SAVING
+from train.distributed.signals import STOPPED_AFTER_SAVING, end_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
@@ -151,11 +150,3 @@ def ranks_below(launcher: int) -> list[psutil.Process]:
 def _begin_ranks() -> None:
     os.setpgid(0, 0)
     end_with_parent()
-
-
-def end_with_parent() -> None:
-    """Have Linux send this child SIGTERM when its parent dies, also by kill -9, so that no stage goes on unseen
-    beside the next call's."""
-    pr_set_pdeathsig = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

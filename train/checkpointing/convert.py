@@ -2,21 +2,29 @@
 
     python -m train.checkpointing.convert CHECKPOINT OUT
 
-A process of its own, since it prints a lot. No code of the checkpoint's is run (safe_load.py).
+A process of its own, since it prints a lot; it ends with the rank that started it. No code of the checkpoint's is run
+(safe_load.py).
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
-from train.checkpointing.safe_load import weights_only
-from train.distributed.world import import_deepspeed
+from train.distributed.signals import end_with_parent
 from train.errors import BAD_USAGE, UserError
 
 
 def main(checkpoint: str, out: str) -> None:
     """Convert; 2 as exit code, and the reason as the last line of stderr, where the checkpoint is refused."""
+    end_with_parent(signal.SIGKILL)
+    os.register_at_fork(after_in_child=lambda: end_with_parent(signal.SIGKILL))  # DeepSpeed's workers
+    # Only now torch, whose import takes seconds.
+    from train.checkpointing.safe_load import weights_only
+    from train.distributed.world import import_deepspeed
+
     import_deepspeed()
     from deepspeed.checkpoint import ds_to_universal
 

@@ -24,6 +24,7 @@ from train.checkpointing.integrity import Facts, content_fault, listed, read_fac
 from train.checkpointing.safe_load import weights_only
 from train.checkpointing.state import TrainState
 from train.distributed.consistency import as_on_first_rank
+from train.distributed.signals import deaf_children
 from train.errors import BAD_USAGE, RankError, UserError, one_line
 from train.optimizer import after_loading, own_settings
 
@@ -42,6 +43,8 @@ def choose_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
         UserError: there are checkpoints, and none is whole; a rank does not see the files that rank 0 does.
     """
     first, faults = dist.get_rank() == 0, []
+    if first:
+        shutil.rmtree(folder / UNIVERSAL, ignore_errors=True)  # of a start that was killed
     for candidate in as_on_first_rank(step_folders(folder) if first else []):
         facts, fault = as_on_first_rank(listed(candidate) if first else (None, None))
         if facts is not None:
@@ -188,10 +191,11 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _run_conversion(checkpoint: Path, target: Path, written_by: int) -> str | None:
     """What went wrong, or None."""
-    shutil.rmtree(target.parent, ignore_errors=True)
     command = [sys.executable, "-m", "train.checkpointing.convert", str(checkpoint), str(target)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    environment = {**os.environ, "PYTHONPATH": path}
+    with deaf_children():  # this rank stops after the first step
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if not done.returncode:
         return None
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -1,12 +1,15 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask for a stop after the step in progress."""
+"""SIGTERM, SIGINT and SIGUSR1 ask for a stop after the step in progress; what they do to a process's children."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 STOPPED_AFTER_SAVING = 75
@@ -81,3 +84,21 @@ def restart_on_sigusr1() -> None:
 
 def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
     """Nothing: without a handler the signal would end the process."""
+
+
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes started inside do not hear these signals: Ctrl-C and Slurm send them to a rank's children too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have Linux send this process a signal when its parent dies, also by kill -9, so that it does not go on unseen
+    beside the next call's."""
+    pr_set_pdeathsig = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)

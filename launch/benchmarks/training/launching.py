@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format.files import write_json
-from launch.stages import deepspeed_words, end_with_parent
+from launch.stages import deepspeed_words
+from train.distributed.signals import end_with_parent
 from train.errors import RunError
 
 SCRIPT = Path(__file__).with_name("ranks.py")

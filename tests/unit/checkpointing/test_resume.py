@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import signal
+import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -42,6 +44,31 @@ def test_where_none_is_whole_the_run_does_not_start_anew(tmp_path: Path) -> None
         UserError, match=r"00000010 is passed over.*00000005 is .* restore one, or remove them all"
     ):
         choose_checkpoint(tmp_path, lambda line: None)
+
+
+def test_what_a_killed_conversion_left_is_removed(tmp_path: Path) -> None:
+    """A copy of a whole checkpoint, also where this start needs none."""
+    path = make_checkpoint(tmp_path, 5)
+    (tmp_path / resume.UNIVERSAL / path.name).mkdir(parents=True)
+    assert choose_checkpoint(tmp_path, pytest.fail) == path
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_signal_to_all_processes_of_a_job_leaves_the_conversion_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C goes to the process group, Slurm's signals to the whole step; the checkpoint would seem damaged."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!{sys.executable}\nimport os, signal, sys\n"
+        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n    os.kill(os.getpid(), number)\n"
+        "sys.exit('lived on')\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert "(lived on)" in (resume._run_conversion(tmp_path / "step", tmp_path / ".universal/step", 2) or "")
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def on_rank_1(monkeypatch: pytest.MonkeyPatch) -> None:
