@@ -56,7 +56,8 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
+        # Not what others put there: Slurm writes a job's output into the first node's copy of the folder alone.
+        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + (" with uncommitted changes" if changed else "")

@@ -18,6 +18,7 @@ import pytest
 
 from data_prep.shard_format.files import read_json, write_text
 from tests.paths import ROOT
+from train import run_folder
 from train.config import Config
 from train.config_sections.running import CheckpointConfig, RunConfig
 from train.config_sections.training import OptimizerConfig
@@ -31,6 +32,7 @@ from train.run_folder import (
     found_before,
     hold,
     link_student,
+    provenance,
     read_summary,
     refuse_changes,
     write_configs,
@@ -100,6 +102,25 @@ def test_resolved_config_parses_back(tmp_path: Path) -> None:
     config = dataclasses.replace(Config(), optimizer=OptimizerConfig(clamp=(0.5, 2.0)))
     write_configs(tmp_path, config, {}, {})
     assert parse_config(["--config", str(tmp_path / "config.yaml")], "") == config
+
+
+def test_a_job_scripts_output_is_no_change_of_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm writes it on the first node, whose ranks would then differ from the others'."""
+
+    def git(*words: str) -> None:
+        settings = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *settings, *words], check=True)
+
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
+    (tmp_path / "run.py").write_text("1\n")
+    for words in (["init", "-q"], ["add", "run.py"], ["commit", "-q", "-m", "first"]):
+        git(*words)
+    (tmp_path / "slurm-halfling-7.out").touch()
+    assert len(provenance()["commit"]) == 40
+    (tmp_path / "run.py").write_text("2\n")
+    assert provenance()["commit"].endswith(" with uncommitted changes")
 
 
 DAMAGED_JSON = [
