@@ -24,7 +24,7 @@ from train.checkpointing.integrity import Facts, content_fault, listed, read_fac
 from train.checkpointing.safe_load import weights_only
 from train.checkpointing.state import TrainState
 from train.distributed.consistency import as_on_first_rank
-from train.distributed.signals import deaf_children
+from train.distributed.signals import stop_signals_blocked_in_children
 from train.errors import BAD_USAGE, RankError, UserError, one_line
 from train.optimizer import after_loading, own_settings
 
@@ -194,7 +194,7 @@ def _run_conversion(checkpoint: Path, target: Path, written_by: int) -> str | No
     command = [sys.executable, "-m", "train.checkpointing.convert", str(checkpoint), str(target)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
-    with deaf_children():  # this rank stops after the first step
+    with stop_signals_blocked_in_children():  # this rank stops after the first step
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if not done.returncode:
         return None

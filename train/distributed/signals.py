@@ -87,8 +87,8 @@ def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def deaf_children() -> Iterator[None]:
-    """Processes started inside do not hear these signals: Ctrl-C and Slurm send them to a rank's children too."""
+def stop_signals_blocked_in_children() -> Iterator[None]:
+    """Processes started inside ignore these signals, which Ctrl-C and Slurm send to a rank's children too."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
     try:
         yield
