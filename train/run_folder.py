@@ -82,15 +82,14 @@ def hold(
     is_new = not path.exists()
     with _locked(folder, wait_s, wait_if_not_stopping_s) as lock:
 
-        def write(text: str) -> None:
-            if not lock.closed:  # asked after the end
-                lock.truncate(0)
-                lock.write(text)
-                lock.flush()
+        def stopping() -> None:
+            # On a full disk others are refused instead of waiting; after the end nobody asks.
+            with contextlib.suppress(OSError, ValueError):
+                os.write(lock.fileno(), STOPPING.encode())
 
-        write(name)
         try:
-            yield lambda: write(name + STOPPING)
+            _write_holder(lock, name)
+            yield stopping
         except BaseException:  # a refused job leaves nothing behind
             if is_new:
                 path.unlink(missing_ok=True)
@@ -98,6 +97,15 @@ def hold(
                 for each in missing:
                     each.rmdir()
             raise
+
+
+def _write_holder(lock: IO[str], name: str) -> None:
+    """Without a buffer, which closing the lock would try to write again."""
+    try:
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), name.encode())
+    except OSError as error:  # which names no file
+        raise OSError(error.errno, error.strerror, lock.name) from None
 
 
 def _locked(folder: Path, wait_s: float, wait_if_not_stopping_s: float) -> IO[str]:

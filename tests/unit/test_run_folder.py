@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -197,6 +198,21 @@ def test_a_job_that_stops_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFi
     stopping()  # too late to matter
     with hold(tmp_path, wait_s=0.1, wait_if_not_stopping_s=0.1):
         pass
+
+
+def test_a_full_disk_does_not_keep_a_job_from_stopping(tmp_path: Path) -> None:
+    """The thread that listens for signals marks the lock; what it raised would end it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with StopRequest() as stop, hold(tmp_path / "run") as stopping:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            stop.when_asked(stopping)
+            stop.ask()
+            with pytest.raises(OSError, match=r"File too large.*new/\.lock"):
+                hold(tmp_path / "new").__enter__()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "new").exists()
 
 
 def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path: Path) -> None:
