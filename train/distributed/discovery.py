@@ -23,6 +23,9 @@ ADVICE = (
 )
 # Above the range from which Linux gives ports to outgoing connections (32768-60999) lie too few: take below it.
 FIRST_JOB_PORT, NUM_JOB_PORTS = 20_000, 10_000
+INTERACTIVE_STEP = "4294967290"
+"""SLURM_STEP_ID of the shell that salloc opens on a node (LaunchParameters=use_interactive_step): slurm.h's
+SLURM_INTERACTIVE_STEP. It has one task, whatever the job has."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,9 @@ def _source(environment: Mapping[str, str], marked: str | None) -> _Source | Non
         return _OPEN_MPI
     if "PMI_RANK" in environment and "MPI_LOCALRANKID" in environment:
         return _HYDRA
-    # Slurm sets SLURM_PROCID in the batch script too, which is no rank of anything.
-    if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
+    # Slurm sets SLURM_PROCID in the batch script too, and in salloc's shell, which are no ranks of anything.
+    is_step = "SLURM_STEP_NUM_TASKS" in environment and environment.get("SLURM_STEP_ID") != INTERACTIVE_STEP
+    if "SLURM_PROCID" in environment and is_step:
         return _SRUN
     return _TORCH if any(name in environment for name in _TORCH.names) else None
 

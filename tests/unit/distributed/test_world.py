@@ -46,6 +46,9 @@ BATCH_SCRIPT |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 SRUN = BATCH_SCRIPT | {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_NODEID": "1"}
 SRUN |= {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
 SRUN |= {"SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+# salloc with LaunchParameters=use_interactive_step.
+INTERACTIVE_SHELL = BATCH_SCRIPT | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NODELIST": "gpu07"}
+INTERACTIVE_SHELL |= {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
 
 
 def test_no_launcher_is_one_rank() -> None:
@@ -147,6 +150,7 @@ def test_the_inner_launcher_counts(environment: dict[str, str]) -> None:
         (SRUN | {"LOCAL_RANK": "3"}, "LOCAL_RANK=3 but SLURM_LOCALID=1"),
         (OPEN_MPI | {"WORLD_SIZE": "2"}, "WORLD_SIZE=2 but OMPI_COMM_WORLD_SIZE=8"),
         (BATCH_SCRIPT | {"SLURM_NTASKS": "8"}, "was not started by srun and would train alone"),
+        (INTERACTIVE_SHELL | {"SLURM_NTASKS": "8"}, "was not started by srun and would train alone"),
         (BATCH_SCRIPT | {"SLURM_NTASKS": ""}, "SLURM_NTASKS='' is no whole number"),
         (SRUN | {"SLURM_NODEID": "n1"}, "SLURM_NODEID='n1' is no whole number"),
     ],
