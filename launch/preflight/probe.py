@@ -98,7 +98,11 @@ def facts(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[s
 
 
 def address() -> str:
-    """An address of this host that others can reach."""
+    """Where `deepspeed --hostfile` has the ranks look for rank 0, if this is the first host: what `hostname -I` names
+    first (deepspeed/launcher/runner.py), on some hosts of another network than the default route's."""
+    with contextlib.suppress(OSError):
+        if named := subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split():
+            return named[0]
     from train.distributed.rendezvous import own_address  # psutil may be missing
 
     return own_address()
@@ -245,7 +249,10 @@ def accept_all(port: int, hosts: int) -> bool:
     if hosts == 0:
         return True
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    with contextlib.ExitStack() as opened, socket.create_server(("", port)) as server:
+    both = socket.has_dualstack_ipv6()  # as the ranks' store listens
+    family = socket.AF_INET6 if both else socket.AF_INET
+    listening = socket.create_server(("", port), family=family, dualstack_ipv6=both)
+    with contextlib.ExitStack() as opened, listening as server:
         connections = []
         try:
             for _ in range(hosts):

@@ -92,6 +92,10 @@ def test_a_port_in_use_and_one_that_no_host_reaches(monkeypatch: pytest.MonkeyPa
         others = [pool.submit(probe.connect, "127.0.0.1", port) for _ in range(2)]
         assert first.result()
         assert [other.result() for other in others] == [(None, True)] * 2
+        if socket.has_dualstack_ipv6():
+            first = pool.submit(probe.accept_all, port, 1)
+            assert probe.connect("::1", port) == (None, True)
+            assert first.result()
         # The third does not come.
         first = pool.submit(probe.accept_all, port, 2)
         assert probe.connect("127.0.0.1", port) == (None, False)

@@ -15,7 +15,7 @@ from launch.preflight import probe
 from launch.preflight.checks import check_all_reduce
 from tests.paths import ROOT
 from tests.unit.launch.preflight.answers import HEALTHY
-from train.distributed.rendezvous import free_port
+from train.distributed.rendezvous import free_port, own_address
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,16 @@ def test_a_host_without_packages_still_answers(tmp_path: Path) -> None:
     assert answered["versions"]["torch"] == "missing"
     assert "No module named" in answered["variables"]["error"]
     assert answered["port"] == {}
+
+
+def test_the_address_is_the_one_that_deepspeed_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of `hostname -I`, whatever the default route's is."""
+    (tmp_path / "hostname").write_text("#!/bin/sh\necho '10.1.0.7 10.2.0.7 '\n")
+    (tmp_path / "hostname").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}")
+    assert probe.address() == "10.1.0.7"
+    monkeypatch.setenv("PATH", "")
+    assert probe.address() == own_address()
 
 
 def test_cluster_env_counts_as_a_ranks_environment(tmp_path: Path) -> None:
