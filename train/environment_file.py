@@ -10,6 +10,7 @@ doctor reads it there too.
     HF_HOME=/scratch/hf
     export HTTPS_PROXY="http://proxy:3128"
 
+`$` and `~`, which a shell would expand, are refused where single quotes do not say that they stand for themselves.
 Variables that are already set keep their values.
 """
 
@@ -27,7 +28,10 @@ from train.errors import UserError
 
 FILE = "cluster.env"
 BY_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CUDA_VISIBLE_DEVICES")
-TOO_LATE = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH", "PYTHONHOME")
+TOO_LATE = (
+    *("LD_LIBRARY_PATH", "LD_PRELOAD", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"),
+    *("PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED"),
+)
 
 
 def load_environment_file(environment: MutableMapping[str, str] = os.environ, folder: Path = Path()) -> None:
@@ -55,12 +59,18 @@ def parse_environment(text: str, where: str = FILE) -> dict[str, str]:
             name, value = found.key, found.value
             if name is None and not found.error:  # a comment or an empty line
                 continue
-            unquoted = line.partition("=")[2].lstrip()[:1] not in ("'", '"')
+            quote = line.partition("=")[2].lstrip()[:1]
+            unquoted = quote not in ("'", '"')
             unclear = unquoted and value is not None and any(letter in value for letter in " \t'\"\\")
             if name is None or value is None or unclear or not name.isidentifier():
                 raise UserError(
                     f"{where}, line {number}: {line.strip()!r} is not NAME=value; quote a value with blanks, quotes or "
                     "backslashes, and give each variable a line"
+                )
+            if ("$" in value and quote != "'") or (unquoted and value.startswith("~")):
+                raise UserError(
+                    f"{where}, line {number}: {line.strip()!r}: nothing is expanded here; write the value out, or put "
+                    "it in single quotes where $ and ~ stand for themselves"
                 )
             if name in BY_LAUNCHER:
                 raise UserError(f"{where}, line {number}: {name} is the launcher's to set; remove it")

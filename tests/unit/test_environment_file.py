@@ -11,8 +11,8 @@ from train.errors import UserError
 
 
 def test_comments_quotes_and_export_are_fine() -> None:
-    text = "# don't\n\n  A=1\nexport B='x y=z'  # why\nC=\nD=a#b$A\nE = 2\n"
-    assert parse_environment(text) == {"A": "1", "B": "x y=z", "C": "", "D": "a#b$A", "E": "2"}
+    text = "# don't\n\n  A=1\nexport B='x y=z'  # why\nC=\nD='~a#b$A'\nE = 2\nF=\"~\"\n"
+    assert parse_environment(text) == {"A": "1", "B": "x y=z", "C": "", "D": "~a#b$A", "E": "2", "F": "~"}
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,13 @@ def test_comments_quotes_and_export_are_fine() -> None:
         ("export A", "line 2: 'export A' is not NAME=value"),
         ("2A=1", "line 2: '2A=1' is not NAME=value"),
         ("RANK=0", "RANK is the launcher's to set"),
+        (
+            "export HF_HOME=$HOME/hf",
+            "HF_HOME=$HOME/hf': nothing is expanded here; write the value out, or put",
+        ),
+        ('A="${B}"', "nothing is expanded here"),
+        ("A=~/x", "nothing is expanded here"),
+        ("MALLOC_ARENA_MAX=2", "MALLOC_ARENA_MAX has no effect here"),
         ("LD_LIBRARY_PATH=/x", "LD_LIBRARY_PATH has no effect here"),
     ],
 )
