@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from launch.cli import parse_config
+from tests.cluster.test_mpi_data_prep import ENV, mpirun
+from tests.cluster.test_mpi_data_prep import pytestmark as needs_mpirun
 from tests.paths import ROOT
 
 MANIFEST = "launch/kubernetes/pretrain-mpijob.yaml"
@@ -54,6 +57,19 @@ def test_kubernetes_manifest_agrees_with_itself() -> None:
     script = command.index("launch/pretrain.py")
     assert (ROOT / command[script]).is_file()
     assert parse_config(command[script + 1 :], "").data.shards == "/data/shards"
+
+
+@needs_mpirun
+def test_the_signal_that_saves_reaches_mpirun() -> None:
+    """Open MPI 5's mpirun becomes a process of another name, by which pkill finds it."""
+    name = (ROOT / MANIFEST).read_text().partition("pkill -USR1 ")[2].split()[0]
+    with subprocess.Popen(mpirun(1, ["sleep", "20"]), env=ENV) as process:
+        comm, deadline = Path(f"/proc/{process.pid}/comm"), time.monotonic() + 15
+        while comm.read_text().strip() != name and time.monotonic() < deadline:
+            time.sleep(0.05)
+        found = comm.read_text().strip()
+        process.terminate()
+    assert found == name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
