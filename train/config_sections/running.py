@@ -97,6 +97,10 @@ class RunConfig:
         require_positive(self, "run", *names)
         require_at_most(self, "run", MAX_TIMEOUT_S, "lost_rank_timeout_s", "hang_timeout_s")
         require_not_negative(self, "run", "spike_deviations", "profile_steps", "rollback_on_divergence")
+        try:
+            self.dir.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+            refuse(self, "run.dir", "give a path in UTF-8, since tokenizers write to no other")
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ ADAMW = "optimizer.name=adamw optimizer.lr=1e-3"
         ("objective.kd_weight=0 objective.temperature=7", r"objective.temperature=7.0: has no effect"),
         ("data.cache_dir=cache", r"data.cache_dir='cache': has no effect with the local data.shards"),
         ("data.sequence_length=abc", r"data.sequence_length.*abc"),
+        ("run.dir=runs/caf\udce9", r"run.dir='runs/caf\\udce9': give a path in UTF-8"),
         ("optimizer.lr=-1", r"optimizer.lr=-1.0: give a number above 0"),
         ("model.layer_map=foo", r"model.layer_map.*every_other.*foo"),
         ("model.teacher=null", r"model.scratch=None: with model.teacher=null say what to train"),
