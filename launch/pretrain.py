@@ -27,11 +27,13 @@ from data_prep.shard_format.required_packages import require_packages
 require_packages()
 
 from launch.cli import parse_config, run_main
+from train.distributed.launcher_watch import launcher_chain
 from train.distributed.signals import restart_on_sigusr1
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, wire, run."""
+    launcher = launcher_chain()  # which may be killed during the imports
     config = parse_config(arguments, __doc__ or "")
     # Only now the seconds that torch and DeepSpeed take to import: --help and a mistyped flag answer at once. A tenth
     # of them would go into looking for garbage, of which imports make none; and a second at the end, among the million
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 
     gc.freeze()
     gc.enable()
-    return run(config)
+    return run(config, launcher)
 
 
 if __name__ == "__main__":

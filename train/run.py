@@ -80,8 +80,12 @@ from train.run_folder import (
 )
 
 
-def run(config: Config) -> int:
-    """Train to the end, or until a signal; the exit code: 0 done, 75 stopped after saving."""
+def run(config: Config, launcher: tuple[int, int] | None = None) -> int:
+    """Train to the end, or until a signal; the exit code: 0 done, 75 stopped after saving.
+
+    Args:
+        launcher: `launcher_chain` of this process's start; None for a launcher that is not watched.
+    """
     startup = StartupTimer()
     startup.ended("imports")
     run_dir, asked = Path(config.run.dir), config.training.micro_batch_size
@@ -101,7 +105,7 @@ def run(config: Config) -> int:
         Heartbeat(world, clock.where, lost_rank_timeout_s=lost, hang_timeout_s=stuck),
         explained_memory_errors(lambda: settled, world, clock.where),
         StopRequest() as stop,
-        LauncherWatch(stop),
+        LauncherWatch(stop, launcher),
         ExitStack() as opened,
     ):
         inputs = read_inputs(config, world.device)

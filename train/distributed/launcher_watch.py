@@ -18,11 +18,14 @@ LOOK_S = 1.0
 
 class LauncherWatch:
     """While open, asks for a stop when DeepSpeed's launcher has ended. Other parents are not watched: a shell
-    may well end before a job that it put into the background."""
+    may well end before a job that it put into the background.
 
-    def __init__(self, stop: StopRequest) -> None:
-        self._stop = stop
-        self._chain = _launcher_chain()
+    Args:
+        chain: what `launcher_chain` said when this process began.
+    """
+
+    def __init__(self, stop: StopRequest, chain: tuple[int, int] | None) -> None:
+        self._stop, self._chain = stop, chain
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._look, name="launcher-watch", daemon=True)
 
@@ -38,12 +41,12 @@ class LauncherWatch:
 
     def _look(self) -> None:
         while not self._closing.wait(LOOK_S):
-            if _launcher_chain() != self._chain:
+            if launcher_chain() != self._chain:
                 self._stop.ask()
                 return
 
 
-def _launcher_chain() -> tuple[int, int] | None:
+def launcher_chain() -> tuple[int, int] | None:
     """Process ids of the ranks' parent and of its parent, if that is DeepSpeed's launcher."""
     parent = os.getppid()
     try:

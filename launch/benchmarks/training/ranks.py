@@ -33,7 +33,7 @@ from launch.cli import parse_config
 from train.build import Parts, assemble, read_inputs
 from train.checkpointing.state import TrainState
 from train.data.pipeline import fit_micro_batch
-from train.distributed.launcher_watch import LauncherWatch
+from train.distributed.launcher_watch import LauncherWatch, launcher_chain
 from train.distributed.signals import StopRequest
 from train.distributed.world import World, join_world
 from train.loop.metrics import Events, NoEvents, RunEvents
@@ -220,7 +220,7 @@ def main(spec_file: str) -> int:
     if spec.get("processor_time"):
         os.environ["OMP_NUM_THREADS"] = "1"  # join_world reads it
         time.perf_counter = time.process_time
-    with LauncherWatch(_EndsAtOnce()):
+    with LauncherWatch(_EndsAtOnce(), launcher_chain()):
         world, folder = join_world(), Path(spec["folder"])
         if spec["kind"] == "step":
             figures = measured_steps(spec, world, folder)
