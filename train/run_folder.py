@@ -56,10 +56,11 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # Not what others put there: Slurm writes a job's output into the first node's copy of the folder alone.
-        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+        commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=all")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    # Of untracked files only code counts: Slurm writes a job's output into the first node's copy of the folder alone.
+    changed = any(not line.startswith("??") or line.endswith(".py") for line in status.splitlines())
     return commit + (" with uncommitted changes" if changed else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -58,8 +59,11 @@ def test_the_peak_that_utilisation_is_measured_against_is_the_engines(
 ) -> None:
     """The student is in fp32 until the engine rounds it."""
     measured: list[torch.dtype] = []
+    sizes = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), lambda: 1)
     monkeypatch.setattr(
-        train.build, "start_engine", lambda config, module, *_: SimpleNamespace(module=module.bfloat16())
+        train.build,
+        "start_engine",
+        lambda config, module, *_: SimpleNamespace(module=module.bfloat16(), **sizes),
     )
     monkeypatch.setattr(
         train.build, "measured_matrix_rate", lambda device, dtype: measured.append(dtype) or 1e9
@@ -69,6 +73,35 @@ def test_the_peak_that_utilisation_is_measured_against_is_the_engines(
     world = World(rank=0, local_rank=0, world_size=1, local_size=1, device="cpu")
     assemble(config, read_inputs(config, "cpu"), world, clock=Clock("cpu"), startup=StartupTimer())
     assert measured == [torch.bfloat16]
+
+
+def test_layers_are_compiled_after_the_pass_that_finds_what_is_trained(
+    shards_folder: str, teacher_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 tokens, for which code would be made that never runs again."""
+
+    def num_compiled(model: torch.nn.Module) -> int:
+        return sum(module._compiled_call_impl is not None for module in model.modules())
+
+    freeze, before = train.build.freeze_untrained, []
+
+    def noted(objective: Any, student: Any, teacher: Any, device: str) -> list[str]:
+        before.append(num_compiled(student) + num_compiled(teacher.models[0]))
+        return freeze(objective, student, teacher, device)
+
+    monkeypatch.setattr(train.build, "freeze_untrained", noted)
+    monkeypatch.setenv("CXX", sys.executable)  # nothing is compiled before it runs
+    words = small_settings(shards_folder, teacher_folder)
+    config = parse_config([*words, "--model.teacher_compile=true", "--model.student_compile=true"], "")
+    world = World(rank=0, local_rank=0, world_size=1, local_size=1, device="cpu")
+    sizes = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), lambda: 1)
+    monkeypatch.setattr(
+        train.build, "start_engine", lambda config, module, *_: SimpleNamespace(module=module, **sizes)
+    )
+    parts = assemble(config, read_inputs(config, "cpu"), world, clock=Clock("cpu"), startup=StartupTimer())
+    assert parts.teacher is not None
+    assert before == [0]
+    assert (num_compiled(parts.student), num_compiled(parts.teacher.models[0])) == (2, 4)
 
 
 class Mixed(torch.nn.Module):

@@ -120,8 +120,11 @@ def test_a_job_scripts_output_is_no_change_of_the_code(
         git(*words)
     (tmp_path / "slurm-halfling-7.out").touch()
     assert len(provenance()["commit"]) == 40
-    (tmp_path / "run.py").write_text("2\n")
-    assert provenance()["commit"].endswith(" with uncommitted changes")
+    (tmp_path / "more").mkdir()
+    for changed in ("more/new.py", "run.py"):
+        (tmp_path / changed).write_text("2\n")
+        assert provenance()["commit"].endswith(" with uncommitted changes")
+        (tmp_path / "more" / "new.py").unlink(missing_ok=True)
 
 
 DAMAGED_JSON = [

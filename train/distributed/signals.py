@@ -78,8 +78,21 @@ class StopRequest:
 
 def restart_on_sigusr1() -> None:
     """Have SIGUSR1 end this process with 75 until a StopRequest is open: there is nothing to save yet, and a job script
-    starts again what ends with 75. Not SIGTERM: a launcher sends that to the others where one rank cannot start."""
-    signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(STOPPED_AFTER_SAVING))
+    starts again what ends with 75. Not SIGTERM: a launcher sends that to the others where one rank cannot start.
+
+    A thread listens here too: the main thread may wait for other ranks, in torch's C++.
+    """
+    listened, woken = os.pipe()
+    os.set_blocking(woken, False)
+    signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+    signal.signal(signal.SIGUSR1, _leave_to_the_thread)
+
+    def listen() -> None:
+        while number := os.read(listened, 1):
+            if number[0] == signal.SIGUSR1:
+                os._exit(STOPPED_AFTER_SAVING)
+
+    threading.Thread(target=listen, name="early-signals", daemon=True).start()
 
 
 def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
@@ -88,7 +101,7 @@ def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def stop_signals_blocked_in_children() -> Iterator[None]:
-    """Processes started inside ignore these signals, which Ctrl-C and Slurm send to a rank's children too."""
+    """Processes started inside have these signals blocked, which Ctrl-C and Slurm send to a rank's children too."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
     try:
         yield

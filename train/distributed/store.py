@@ -26,6 +26,7 @@ WAIT_S = 600.0
 RESOLVE_S = 5.0
 """A name server may be slow to answer when a cluster has just started."""
 HOST_KEY = "halfling-here/{}"
+WORLD_SIZE_KEY = "halfling-world-size"
 """By rank; its value is the name of the host."""
 SHOWN = 10
 CONNECT_S = 20.0
@@ -54,7 +55,9 @@ def join_store(rank: int, world_size: int, address: str, port: int, wait_s: floa
     keys = [HOST_KEY.format(number) for number in range(world_size)]
     try:
         # A larger job's ranks on other hosts have numbers that are free here.
-        is_ours = store.compare_set("halfling-world-size", "", str(world_size)) == str(world_size).encode()
+        if rank == 0:
+            store.set(WORLD_SIZE_KEY, str(world_size))
+        is_ours = store.get(WORLD_SIZE_KEY) == str(world_size).encode()  # waits for rank 0
         if not is_ours or store.add(f"halfling-joined/{rank}", 1) > 1:
             raise RankError(_port_in_use(address, port))
         store.set(keys[rank], platform.node())

@@ -49,6 +49,23 @@ def test_a_second_signal_ends_a_process_that_hangs_outside_of_python() -> None:
             process.kill()
 
 
+def test_sigusr1_while_a_rank_waits_for_another_ends_with_75() -> None:
+    """In torch's C++, where no handler of Python's runs."""
+    script = (
+        "from train.distributed.rendezvous import free_port; from train.distributed.signals import restart_on_sigusr1; "
+        "from train.distributed.store import join_store; restart_on_sigusr1(); print('open', flush=True); "
+        "join_store(0, 2, '127.0.0.1', free_port(), wait_s=100)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        time.sleep(1)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=50) == 75
+
+
 @pytest.mark.parametrize(
     "command", [["launch/pretrain.py"], ["launch/finetune.py", "--model=m", "--task=rte"]]
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,9 @@ from train.data.pipeline import fit_micro_batch
 from train.distributed.world import World
 from train.engine_config import ROOT, engine_settings, read_engine_config
 from train.errors import UserError
+from train.loop import micro_batch
 from train.loop.micro_batch import _trial, engine_bytes, find_micro_batch_size, largest_fitting
+from train.models.attention_vectors import RecordedLinear
 from train.objective import distillation
 from train.objective.chunk_terms import DecoderInputs
 from train.run_folder import changed_config, found_before, write_configs
@@ -70,15 +70,19 @@ def test_a_trial_that_finds_no_memory_leaves_nothing_to_the_next(
     for name in ("empty_cache", "reset_peak_memory_stats", "memory_reserved", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**36, 2**36))
-    loss, left = distillation.vocabulary_loss, []
+    loss, build, students = distillation.vocabulary_loss, micro_batch.build_student, []
 
     def limited(student: DecoderInputs, *others: Any, **named: Any) -> Any:
         if student.features.shape[0] > 2 * 16:
-            left.append(weakref.ref(student.features))
             raise error
         return loss(student, *others, **named)
 
+    def noted(*arguments: Any) -> Any:
+        students.append(build(*arguments))
+        return students[0]
+
     monkeypatch.setattr(distillation, "vocabulary_loss", limited)
+    monkeypatch.setattr(micro_batch, "build_student", noted)
     config = Config(
         model=ModelConfig(teacher=teacher_folder, layer_map="every_other"),
         data=DataConfig(shards=shards_folder, sequence_length=16),
@@ -88,9 +92,8 @@ def test_a_trial_that_finds_no_memory_leaves_nothing_to_the_next(
     fits = _trial(config, Manifest.load(shards_folder), CPU, engine, ())
     assert [fits(size) for size in (2, 4, 2)] == [True, False, True]
     assert fits(4) is False
-    error.__traceback__ = None
-    gc.collect()
-    assert [reference() for reference in left] == [None, None]
+    recorded = [module for module in students[0].modules() if isinstance(module, RecordedLinear)]
+    assert [module.outputs for module in recorded] == [(), (), ()]
     error.args = ("The size of tensor a (3) must match",)
     if not isinstance(error, torch.OutOfMemoryError):
         with pytest.raises(RuntimeError, match="The size of tensor"):

@@ -60,13 +60,20 @@ def test_the_teachers_number_format_by_choice(teacher_folder, batch):
 
 def test_a_compiled_teacher_gives_the_same(teacher_folder, batch, monkeypatch):
     """Hidden states, of its layers too, and a layer's queries, keys and values; at the second call too."""
-    compile_ = partialmethod(torch.nn.Module.compile, backend="aot_eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
     plain, compiled = (
         Teacher([load_masked_lm(teacher_folder)], relation_layers=[4], output_hidden_states=True)
         for _ in range(2)
     )
     compile_layers(compiled.models[0])
+    assert not graphs
     (expected,) = plain(batch).members
     for _ in range(2):
         (found,) = compiled(batch).members
@@ -75,6 +82,7 @@ def test_a_compiled_teacher_gives_the_same(teacher_folder, batch, monkeypatch):
             torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
         for own, other in zip(found.vectors, expected.vectors, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+    assert graphs
 
 
 def test_an_ensemble_of_two_teachers_trains_a_student(teacher_folder, batch, tmp_path):
