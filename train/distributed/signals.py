@@ -48,9 +48,7 @@ class StopRequest:
             act()
 
     def __enter__(self) -> StopRequest:
-        self._listened, self._woken = os.pipe()
-        os.set_blocking(self._woken, False)
-        self._woken_before = signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
+        self._listened, self._woken, self._woken_before = _wakeup_pipe()
         self._before = {number: signal.signal(number, _leave_to_the_thread) for number in self.SIGNALS}
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
@@ -65,9 +63,9 @@ class StopRequest:
         os.close(self._listened)
 
     def _listen(self) -> None:
-        while number := os.read(self._listened, 1):
-            if number[0] in self.SIGNALS:
-                self._receive(number[0])
+        for number in _received(self._listened):
+            if number in self.SIGNALS:
+                self._receive(number)
 
     def _receive(self, number: int) -> None:
         if self._first is None:
@@ -82,17 +80,27 @@ def restart_on_sigusr1() -> None:
 
     A thread listens here too: the main thread may wait for other ranks, in torch's C++.
     """
-    listened, woken = os.pipe()
-    os.set_blocking(woken, False)
-    signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+    listened, _, _ = _wakeup_pipe()
     signal.signal(signal.SIGUSR1, _leave_to_the_thread)
 
     def listen() -> None:
-        while number := os.read(listened, 1):
-            if number[0] == signal.SIGUSR1:
-                os._exit(STOPPED_AFTER_SAVING)
+        if signal.SIGUSR1 in _received(listened):
+            os._exit(STOPPED_AFTER_SAVING)
 
     threading.Thread(target=listen, name="early-signals", daemon=True).start()
+
+
+def _wakeup_pipe() -> tuple[int, int, int]:
+    """Where the numbers of caught signals are read, where they are written from now on, and where until now."""
+    listened, woken = os.pipe()
+    os.set_blocking(woken, False)
+    return listened, woken, signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+
+
+def _received(listened: int) -> Iterator[int]:
+    """The numbers of signals as they come, until the other end of the pipe is closed."""
+    while number := os.read(listened, 1):
+        yield number[0]
 
 
 def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
