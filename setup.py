@@ -19,7 +19,7 @@ setup(
         "halfling.launch": ["recipes/*.yaml", "slurm/*", "pbs/*", "kubernetes/*", "hosts.example"],
         "halfling.launch.reporting": ["*.html"],
         "halfling.train.lamb": ["*.c", "*.md"],
-        "halfling.train.models": ["*.c"],
+        "halfling.train.models.cpu": ["*.c"],
         "halfling.train.objective": ["*.c"],
     },
 )

@@ -28,8 +28,8 @@ require_packages()
 
 import argcomplete
 
-from launch.cli import run_main
-from launch.stages import AGAIN, LAUNCHER, QUIET, run_until_stopped
+from launch.common.cli import run_main
+from launch.common.stages import AGAIN, LAUNCHER, QUIET, run_until_stopped
 from train.distributed.signals import STOPPED_AFTER_SAVING
 from train.errors import UserError
 

@@ -35,7 +35,8 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch.cli import command_parser, parse_config, run_main
+from launch.common.cli import command_parser, parse_config, run_main
+from launch.common.stages import AGAIN
 from launch.experiments.job import Finetuning, StoppedError
 from launch.experiments.options import (
     FINETUNE,
@@ -48,7 +49,6 @@ from launch.experiments.options import (
     split_words,
 )
 from launch.experiments.run_folders import refuse_other_runs
-from launch.stages import AGAIN
 from train.data.corpus import without_heldout_windows
 from train.distributed.signals import STOPPED_AFTER_SAVING
 from train.errors import UserError

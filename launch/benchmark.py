@@ -20,7 +20,7 @@ from data_prep.shard_format.required_packages import require_packages
 require_packages()
 
 from launch.benchmarks import data
-from launch.cli import command_parser, run_main
+from launch.common.cli import command_parser, run_main
 
 BENCHMARKS = {
     "data": "corpus to shards: documents/s and tokens/s beside the bare tokenizer and datasets.map",

@@ -25,10 +25,10 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch.cli import command_parser, parse_config, run_main
+from launch.common.cli import command_parser, parse_config, run_main
+from launch.common.tables import text_table
 from launch.preflight.checks import Finding
 from launch.preflight.hosts import DEFAULT_SSH, Host, read_hostfile, read_ssh
-from launch.tables import text_table
 from train.distributed.device import kind_here
 from train.errors import UserError
 

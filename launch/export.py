@@ -31,7 +31,7 @@ from data_prep.shard_format.required_packages import require_packages
 require_packages()
 
 from data_prep.shard_format.files import new_folder
-from launch.cli import command_parser, run_main
+from launch.common.cli import command_parser, run_main
 from train.errors import UserError
 from train.run_folder import read_summary
 

@@ -31,8 +31,8 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch.cli import command_parser, run_main
-from launch.tables import text_table
+from launch.common.cli import command_parser, run_main
+from launch.common.tables import text_table
 from train.distributed.signals import STOPPED_AFTER_SAVING, StopRequest, restart_on_sigusr1
 from train.errors import NonFiniteError, UserError
 from train.finetuning.data.own import LABEL_TYPES, OwnOptions, is_own, own_task

@@ -27,7 +27,7 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch.cli import command_parser, parse_config, run_main
+from launch.common.cli import command_parser, parse_config, run_main
 from train.config import Config
 from train.data.order import check_fit
 from train.errors import UserError

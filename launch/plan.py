@@ -25,7 +25,7 @@ require_packages()
 
 from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import MANIFEST_NAME
-from launch.cli import command_parser, parse_config, run_main
+from launch.common.cli import command_parser, parse_config, run_main
 from launch.planner.hardware import LINK_EFFICIENCY, find_gpu
 from train.config import Config
 from train.config_sections.data import DataConfig

@@ -26,7 +26,7 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch.cli import parse_config, run_main
+from launch.common.cli import parse_config, run_main
 from train.distributed.launcher_watch import launcher_chain
 from train.distributed.signals import restart_on_sigusr1
 

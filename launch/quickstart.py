@@ -36,8 +36,8 @@ from data_prep.shard_format.terminal import progress_bar
 from data_prep.sources.installed_docs import installed_doc_files, read_docstrings
 from data_prep.sources.records import Reading, ReadOptions, SourceFile
 from data_prep.sources.resolve import absolute_source
-from launch.cli import command_parser, run_main
-from launch.stages import AGAIN, RANKS, cpu_environment, deepspeed_words, run_stage
+from launch.common.cli import command_parser, run_main
+from launch.common.stages import AGAIN, RANKS, cpu_environment, deepspeed_words, run_stage
 from train.errors import BAD_USAGE, RunError, UserError
 from train.run_folder import final_model, hold
 
@@ -105,7 +105,7 @@ def _settled_format(wanted: str, out: Path) -> str:
     if (path := out / OPTIONS).exists():
         return str(json.loads(path.read_text()).get("format", "fp32"))
     # After the command line: torch takes seconds, which --help shall not.
-    from train.models.precision import WORTH_IT, product_rates
+    from train.models.cpu.precision import WORTH_IT, product_rates
 
     fp32, bf16 = product_rates()
     return "bf16" if bf16 > WORTH_IT * fp32 else "fp32"

@@ -33,7 +33,7 @@ from data_prep.shard_format.required_packages import require_packages
 require_packages()
 
 from data_prep.shard_format.files import write_json, write_text
-from launch.cli import command_parser, parse_config, run_main
+from launch.common.cli import command_parser, parse_config, run_main
 from launch.reporting.inputs import (
     named_folders,
     read_ablation,

@@ -21,8 +21,8 @@ from data_prep.shard_format.required_packages import require_packages
 require_packages()
 
 from data_prep.shard_format.files import write_json
-from launch.cli import command_parser, run_main
-from launch.tables import text_table
+from launch.common.cli import command_parser, run_main
+from launch.common.tables import text_table
 from train.config_sections.objective import POOLINGS
 from train.errors import UserError
 from train.finetuning.data.examples import Examples, examples_of

@@ -22,7 +22,7 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch.cli import command_parser, run_main
+from launch.common.cli import command_parser, run_main
 from train.errors import UserError
 from train.finetuning.squad import questions as squad_data
 from train.finetuning.squad import scores as squad_scores

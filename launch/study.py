@@ -41,7 +41,8 @@ from data_prep.shard_format.required_packages import require_packages
 
 require_packages()
 
-from launch.cli import command_parser, parse_config, run_main
+from launch.common.cli import command_parser, parse_config, run_main
+from launch.common.stages import AGAIN
 from launch.experiments.job import StoppedError
 from launch.experiments.options import (
     add_where,
@@ -52,7 +53,6 @@ from launch.experiments.options import (
     split_words,
 )
 from launch.experiments.study_runs import OBJECTIVES, Scale, Study, chosen, students_of
-from launch.stages import AGAIN
 from train.data.corpus import without_heldout_windows
 from train.distributed.signals import STOPPED_AFTER_SAVING
 from train.errors import UserError

@@ -28,7 +28,7 @@ os.environ.update(
 os.environ.update(TQDM_DISABLE="1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.tables import Column, Table
+from launch.common.tables import Column, Table
 from tests.fuzzing.classes import CLASSES
 from tests.fuzzing.rounds import BLOCK, Prepared, counts_table, fuzz, prepare, replay
 from tests.fuzzing.target import BAD, GOOD, Outcome, Target

@@ -44,8 +44,8 @@ from train.models.build import (
     tokenizer_source,
 )
 from train.models.compilation import compile_layers, require_compiler
-from train.models.cpu_attention import with_cpu_attention
-from train.models.dropout import with_fast_dropout
+from train.models.cpu.attention import with_cpu_attention
+from train.models.cpu.dropout import with_fast_dropout
 from train.models.flops import measured_matrix_rate, shape_of, training_flops_per_token
 from train.models.teacher import Teacher
 from train.objective.build import build_objective, relation_layers

@@ -1,4 +1,4 @@
-"""What ends a command, by who can mend it. launch/cli.py turns it into one line and an exit code."""
+"""What ends a command, by who can mend it. launch/common/cli.py turns it into one line and an exit code."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ from train.loop.timing import Clock
 from train.loop.trackers import require_trackers
 from train.loop.trainer import Observer
 from train.models.build import count_parameters, origin_of, teacher_names
-from train.models.precision import precision_remark
+from train.models.cpu.precision import precision_remark
 from train.run_folder import (
     MODEL,
     STUDENT,

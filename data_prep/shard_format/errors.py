@@ -8,8 +8,8 @@ from collections.abc import Sequence
 class UserError(ValueError):
     """A bad value, file or folder of the user's; the text names it, says what is wrong and what to do.
 
-    Raised where user input is judged. launch/cli.py prints its text alone and exits with 2; every other ValueError is
-    a defect, and keeps its traceback.
+    Raised where user input is judged. launch/common/cli.py prints its text alone and exits with 2; every other
+    ValueError is a defect, and keeps its traceback.
     """
 
 

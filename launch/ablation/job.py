@@ -10,10 +10,10 @@ from launch.ablation.figure import plot
 from launch.ablation.runs import results_of, scale_of, teacher_scores
 from launch.ablation.table import Ablation, as_json, as_markdown, as_text
 from launch.ablation.variants import FULL
+from launch.common.tables import text_table
 from launch.experiments.job import Job, reason_of
 from launch.experiments.run_folders import is_finished
 from launch.experiments.variant import Variant
-from launch.tables import text_table
 from train.config import Config
 from train.errors import BAD_USAGE
 from train.evaluation.masking import evaluation_label

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from launch.ablation.variants import ADAMW, FULL, PUBLISHED, REPEAT
-from launch.tables import Column, Table
+from launch.common.tables import Column, Table
 from train.evaluation.masking import LABEL
 from train.finetuning.results import macro_average
 

@@ -30,12 +30,12 @@ import torch
 
 from data_prep.shard_format.files import write_json
 from launch.benchmarks.run_inputs import OBJECTIVES, make_inputs
-from launch.cli import parse_config
-from launch.machine import hardware
+from launch.common.cli import parse_config
+from launch.common.machine import hardware
+from launch.common.tables import DASH, text_table
 from launch.plan import engine_of
 from launch.planner.memory import GIB, memory_parts
 from launch.planner.workload import read_recipe
-from launch.tables import DASH, text_table
 from train.errors import UserError
 from train.loop.metrics import read_rows
 from train.run_folder import provenance, recorded_config

@@ -40,9 +40,9 @@ from launch.benchmarks.inference_models import (
     numbers,
     prepare,
 )
-from launch.machine import hardware
+from launch.common.machine import hardware
+from launch.common.tables import text_table
 from launch.reporting import published
-from launch.tables import text_table
 from train.distributed.world import quiet_libraries
 from train.errors import UserError, one_line
 from train.export.onnx_check import require_onnx

@@ -20,7 +20,7 @@ import torch
 from data_prep.shard_format.files import write_json
 from launch.benchmarks import options
 from launch.benchmarks.lamb_alternatives import ForeachLamb, LoopLamb
-from launch.machine import hardware
+from launch.common.machine import hardware
 from train.lamb import Lamb
 
 LAMB_BYTES = 40

@@ -30,7 +30,7 @@ from data_prep.shard_format.files import write_json
 from data_prep.shard_format.manifest import Manifest, ShardInfo, shard_url
 from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from launch.benchmarks import options
-from launch.machine import hardware
+from launch.common.machine import hardware
 from train.config_sections.data import DataConfig
 from train.data.loader import BatchLoader
 from train.data.order import fitting_world_sizes

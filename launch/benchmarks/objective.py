@@ -8,7 +8,7 @@
   fused relation   ours
 
 They alternate within one run; medians are printed. Sizes are BERT-base's and DistilBERT's with random
-weights; the student of ours has its dropout by C loops (train/models/dropout.py), and all keep freed memory
+weights; the student of ours has its dropout by C loops (train/models/cpu/dropout.py), and all keep freed memory
 (train/distributed/host_memory.py), as in a run. Peak memory is that of a fresh process each, which does not keep it.
 The floor is the time that the matrix products of a step take, each at the best rate that is measured between the steps
 for its shape.
@@ -45,7 +45,7 @@ from launch.benchmarks.objective_steps import (
     stepper,
 )
 from launch.benchmarks.options import Shape
-from launch.machine import hardware
+from launch.common.machine import hardware
 from train.config_sections.objective import ObjectiveConfig
 from train.distributed.host_memory import keep_freed_memory
 from train.models.families import DecoderInputs

@@ -16,8 +16,8 @@ from launch.benchmarks.products import products_of
 from train.config_sections.objective import ObjectiveConfig
 from train.data.masking import MaskedBatch
 from train.models.attention_vectors import AttentionVectors
-from train.models.cpu_attention import with_cpu_attention
-from train.models.dropout import with_fast_dropout
+from train.models.cpu.attention import with_cpu_attention
+from train.models.cpu.dropout import with_fast_dropout
 from train.models.families import family_of
 from train.models.flops import ModelShape, RelationLayers
 from train.models.students import make_student

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from launch.cli import parse_config
+from launch.common.cli import parse_config
+from launch.common.stages import ROOT, run_stage
 from launch.experiments.run_folders import is_finished
 from launch.experiments.variant import Variant
-from launch.stages import ROOT, run_stage
 from train.config import Config
 from train.distributed.signals import STOPPED_AFTER_SAVING
 from train.errors import UserError

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launch import finetune
+from launch.common.stages import RANKS, cpu_environment, deepspeed_words
 from launch.experiments.job import Finetuning, Job
-from launch.stages import RANKS, cpu_environment, deepspeed_words
 from train.distributed.device import kind_here, unused_gpus
 from train.errors import UserError
 from train.finetuning.data.own import OwnOptions, is_own, own_name

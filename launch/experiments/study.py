@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format.files import write_json, write_text
+from launch.common.tables import text_table
 from launch.experiments.job import Finetuning, Job
 from launch.experiments.run_folders import is_finished, refuse_other_runs, summary_of
 from launch.experiments.study_figure import plot
@@ -19,7 +20,6 @@ from launch.experiments.study_records import FILE, Records, made_of, noted, remo
 from launch.experiments.study_results import EQUAL_TIME, Scores, StudiedModel, StudyFile, TriedRate, tables_of
 from launch.experiments.study_runs import HEAD, Study, StudyRun
 from launch.experiments.variant import Variant
-from launch.tables import text_table
 from train.errors import UserError
 from train.finetuning.results import read_scores
 from train.models.build import TeacherFolder, count_parameters

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format.files import read_json, write_json
+from launch.common.figure_files import read_figures
+from launch.common.machine import hardware
 from launch.experiments.run_folders import FREE_TO_DIFFER
 from launch.experiments.study_results import Scores, StudiedModel, StudyFile, TriedRate
-from launch.figure_files import read_figures
-from launch.machine import hardware
 from train.config import Config
 from train.data.corpus import read_corpus_digests
 from train.distributed.device import kind_here

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import Field
 
-from launch.figure_files import Figures
-from launch.tables import DASH, Column, Table
+from launch.common.figure_files import Figures
+from launch.common.tables import DASH, Column, Table
 from train.finetuning.tasks import title_of
 
 CONTROL, CUT = "control", "cut"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.common.tables import text_table
 from launch.planner.cost import REFERENCE_RUN
 from launch.planner.memory import GIB
 from launch.planner.planning import Plan, comparison, needs_lanes
-from launch.tables import text_table
 
 
 def memory_table(plan: Plan, memory_gib: float) -> str:

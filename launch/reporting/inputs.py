@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import Field
 
+from launch.common.figure_files import Figures, read_figures
 from launch.experiments.study_results import StudyFile
-from launch.figure_files import Figures, read_figures
 from train.errors import UserError
 from train.finetuning.results import FILE
 from train.finetuning.tasks import TASKS, task_named

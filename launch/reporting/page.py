@@ -9,6 +9,7 @@ from pathlib import Path
 import jinja2
 
 from launch.ablation.table import SMALL_CORPUS, SMALL_STUDENT
+from launch.common.tables import Table, markdown_escaped
 from launch.experiments.study_results import StudyFile
 from launch.experiments.study_results import tables_of as study_tables
 from launch.reporting import published
@@ -18,7 +19,6 @@ from launch.reporting.loss_curves import COLORS, Curve, svg_charts
 from launch.reporting.runs import RunFacts
 from launch.reporting.scores import downstream_table, glue_table, own_table, retention_table
 from launch.reporting.tables import ablation_table, cost_table, heldout_table, size_table, speed_table
-from launch.tables import Table, markdown_escaped
 
 TITLE = "Distillation report"
 TEMPLATE = Path(__file__).with_name("page.html")

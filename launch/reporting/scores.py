@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from launch.common.tables import DASH, Table
 from launch.reporting import published
 from launch.reporting.inputs import ModelScores, TaskScores
 from launch.reporting.tables import columns_of, published_column
-from launch.tables import DASH, Table
 from train.errors import UserError
 from train.finetuning.tasks import GLUE, SPLIT_OFF, title_of
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from launch.ablation.table import ALIKE
 from launch.ablation.variants import PUBLISHED
+from launch.common.tables import DASH, Column, Table, text_table
 from launch.reporting import published
 from launch.reporting.comparison import ComparedModel
 from launch.reporting.inputs import AblatedVariant, AblationFile, InferenceFile, Speed, SpeedRatio
 from launch.reporting.runs import RunFacts
-from launch.tables import DASH, Column, Table, text_table
 
 OURS = "ours"
 ABLATED_SCORES = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from tests.cluster.test_mpi_data_prep import ENV, mpirun
 from tests.cluster.test_mpi_data_prep import pytestmark as needs_mpirun
 from tests.paths import ROOT

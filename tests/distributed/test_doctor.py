@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from launch.preflight.recipe_checks import check_run
 from tests.distributed.pretraining import finish, small_settings
 from tests.distributed.ranks.forked import Forked, run_script

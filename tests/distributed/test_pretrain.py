@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from tests.distributed.pretraining import (
     STEPS,
     finish,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from data_prep.shard_format.files import read_json
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from tests.distributed.pretraining import (
     finish,
     losses,

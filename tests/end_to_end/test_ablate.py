@@ -15,7 +15,7 @@ import pytest
 from launch import ablate
 from launch.ablation.runs import scorer
 from launch.ablation.table import METRICS
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from tests.distributed.pretraining import finish, small_settings, wait_for
 from tests.paths import ROOT
 from train.loop.metrics import read_rows

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from tests.fake_cuda.gpu import WORLD
 from tests.fake_cuda.host_waits import FakeGpu, HostWaits
 from tests.fake_cuda.triton_stand_in import import_lamb_kernels

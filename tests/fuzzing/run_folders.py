@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from launch.reporting.inputs import read_ablation, read_inference
 from launch.reporting.loss_curves import read_curve
 from launch.reporting.page import Report, as_html, as_markdown

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from launch.preflight.hosts import Host, read_hostfile
 from tests.fuzzing.target import Target
 from tests.paths import ROOT

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.error_messages import exit_code as data_prep_exit_code
-from launch.cli import is_plain
+from launch.common.cli import is_plain
 from tests.fuzzing.mutators import KINDS, copy_folder, damage
 from train.errors import RunError, UserError
 

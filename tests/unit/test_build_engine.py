@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train.build
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from tests.distributed.pretraining import small_settings
 from train.build import assemble, read_inputs, start_engine
 from train.config import Config

@@ -98,7 +98,7 @@ def test_other_peoples_files_in_the_run_folder_stay(tmp_path: Path) -> None:
 
 
 def test_resolved_config_parses_back(tmp_path: Path) -> None:
-    from launch.cli import parse_config
+    from launch.common.cli import parse_config
 
     config = dataclasses.replace(Config(), optimizer=OptimizerConfig(clamp=(0.5, 2.0)))
     write_configs(tmp_path, config, {}, {})

@@ -26,8 +26,8 @@ from train.distributed.signals import StopRequest
 from train.errors import NonFiniteError
 from train.finetuning.batches import EpochBatches, Features
 from train.finetuning.settings import Job
-from train.models.cpu_attention import with_cpu_attention
-from train.models.dropout import with_fast_dropout
+from train.models.cpu.attention import with_cpu_attention
+from train.models.cpu.dropout import with_fast_dropout
 
 COMPLETE = "complete.json"
 SECONDS = "seconds.json"

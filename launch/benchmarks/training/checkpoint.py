@@ -22,8 +22,8 @@ from data_prep.shard_format.files import write_json
 from launch.benchmarks.options import Shape
 from launch.benchmarks.training import settings, step
 from launch.benchmarks.training.launching import measured
-from launch.machine import hardware
-from launch.tables import text_table
+from launch.common.machine import hardware
+from launch.common.tables import text_table
 from train.build import Parts
 from train.checkpointing.checkpoint import Checkpointer, Retention, checkpoint_name
 from train.checkpointing.integrity import record_own_files

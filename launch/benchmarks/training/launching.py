@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format.files import write_json
-from launch.stages import deepspeed_words
+from launch.common.stages import deepspeed_words
 from train.distributed.signals import end_with_parent
 from train.errors import RunError
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from launch.benchmarks.objective_steps import original_loss
 from train.build import Parts
 from train.data.masking import MaskedBatch
-from train.models.dropout import FastDropout
+from train.models.cpu.dropout import FastDropout
 from train.objective.distillation import LossTerms
 
 

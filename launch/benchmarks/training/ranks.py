@@ -29,7 +29,7 @@ from launch.benchmarks.products import products_of
 from launch.benchmarks.training.checkpoint import measured_checkpoint
 from launch.benchmarks.training.clock import NestedClock, collectives_counted, divide
 from launch.benchmarks.training.plain import make_plain
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from train.build import Parts, assemble, read_inputs
 from train.checkpointing.state import TrainState
 from train.data.pipeline import fit_micro_batch

@@ -10,7 +10,7 @@ from transformers import BertConfig
 
 from launch.benchmarks.options import Shape
 from launch.benchmarks.run_inputs import OBJECTIVES, make_inputs
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 
 MLM = "mlm"
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart-teacher.yaml"

@@ -27,8 +27,8 @@ from launch.benchmarks import options
 from launch.benchmarks.run_inputs import OBJECTIVES
 from launch.benchmarks.training import settings
 from launch.benchmarks.training.launching import measured
-from launch.machine import hardware
-from launch.tables import text_table
+from launch.common.machine import hardware
+from launch.common.tables import text_table
 from train.distributed.world import quiet_libraries
 from train.errors import UserError
 from train.run_folder import provenance

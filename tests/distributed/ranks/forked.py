@@ -21,7 +21,7 @@ from typing import Any
 from tests.paths import ROOT
 
 # All that a rank needs until its last step.
-IMPORTED = ["launch.cli", "train.run", "torch.utils.tensorboard"]
+IMPORTED = ["launch.common.cli", "train.run", "torch.utils.tensorboard"]
 IMPORTED += [f"transformers.models.{name}.modeling_{name}" for name in ("bert", "distilbert", "roberta")]
 IMPORTED.append("tests.distributed.ranks.imported")  # the last
 # Read while they are imported.

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.cli import run_main
+from launch.common.cli import run_main
 from train.distributed import world as world_module
 from train.distributed.heartbeat import Heartbeat
 from train.distributed.store import join_store

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from tests.paths import ROOT
 from train.config import Config
 

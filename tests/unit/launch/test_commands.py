@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launch import __main__ as command
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from tests.paths import ROOT
 from tests.unit.launch.test_required_packages import SCRIPTS
 from train.engine_config import read_engine_config

@@ -15,7 +15,7 @@ from launch import quickstart
 from tests.conftest import WORDS
 from tests.distributed.data_prep_runs import contents
 from train.errors import UserError
-from train.models import precision
+from train.models.cpu import precision
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(1.9e11, "fp32"), (2.1e11, "bf16")])

@@ -17,7 +17,7 @@ from launch.ablation import runs as ablation_runs
 from launch.ablation.figure import plot
 from launch.ablation.table import Ablation, Result, Scale, as_json, as_markdown, as_text
 from launch.ablation.variants import FULL, PUBLISHED, variants_of
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from launch.experiments import job as experiment_job
 from launch.experiments.run_folders import FREE_TO_DIFFER
 from tests.paths import ROOT

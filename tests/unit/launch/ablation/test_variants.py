@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from launch.ablation.variants import FULL, chosen_variants, variants_of
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from launch.experiments.variant import Variant
 from tests.unit.launch.ablation.test_ablation import HIDDEN, QUICKSTART
 from train.config_sections.objective import OBJECTIVE_WEIGHTS

@@ -15,7 +15,7 @@ from transformers import BertConfig
 from launch import benchmark
 from launch.benchmarks import gpu
 from launch.benchmarks.run_inputs import make_inputs
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from train.build import load_manifest
 from train.models.build import open_teachers
 

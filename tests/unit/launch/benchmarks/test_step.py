@@ -15,7 +15,7 @@ from launch.benchmarks.products import products_of
 from launch.benchmarks.training import settings
 from launch.benchmarks.training.clock import NestedClock
 from launch.benchmarks.training.ranks import unavoidable_bytes
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from train.models.flops import ModelShape, RelationLayers, training_flops_per_token
 
 STUDENT, TEACHER = ModelShape(2, 64, 256, 500, 64), ModelShape(4, 64, 256, 500, 64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from launch.experiments.study_results import Scores, StudiedModel
 from launch.experiments.study_runs import OBJECTIVES, Scale, Study, students_of
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import report
+from launch.common.tables import DASH
 from launch.experiments.study_figure import plot
 from launch.experiments.study_results import (
     Scores,
@@ -17,7 +18,6 @@ from launch.experiments.study_results import (
     tables_of,
 )
 from launch.reporting.inputs import read_study
-from launch.tables import DASH
 from tests.paths import ROOT
 from tests.unit.launch.experiments.given import BUDGET, model
 from train.errors import UserError

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from launch.experiments.study_runs import HEAD, OBJECTIVES, Scale, chosen, students_of
 from tests.unit.launch.experiments.given import BUDGET, SHARED, STEP, planned
 from train.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from launch.planner.memory import (
     Step,
     activation_bytes,

@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, DistilBertConfig, Dis
 
 from data_prep.shard_format.manifest import Manifest
 from launch import doctor
-from launch.cli import parse_config
+from launch.common.cli import parse_config
 from launch.preflight.recipe_checks import (
     CPU_TOKENS,
     check_recipe,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import stages
+from launch.common import stages
 from tests.paths import ROOT
 
 LAUNCHER = {

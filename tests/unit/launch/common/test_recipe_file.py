@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import parse_config
-from launch.recipe_file import read_recipe_file
+from launch.common.cli import parse_config
+from launch.common.recipe_file import read_recipe_file
 from train.errors import UserError
 
 REFUSED = {

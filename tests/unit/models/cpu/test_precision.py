@@ -11,8 +11,8 @@ from torch import nn
 from train.config import Config
 from train.config_sections.model import ModelConfig
 from train.errors import UserError
-from train.models import precision
 from train.models.build import build_teacher
+from train.models.cpu import precision
 
 
 @pytest.mark.parametrize(

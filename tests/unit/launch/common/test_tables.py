@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from launch.tables import Column, Table, text_table
+from launch.common.tables import Column, Table, text_table
 
 HEADINGS = ("run", *(f"figure {letter}\n(nats)" for letter in "abcdefghij"))
 ROWS = [(name, *(f"{name}-{number:04}" for number in range(10))) for name in ("teacher", "student")]

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from tests.unit.models.test_families import MODELS
-from train.models import cpu_attention
+from train.models.cpu import attention as cpu_attention
 
 
 class Layer(torch.nn.Module):

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from train.models.dropout import dropout as fast_dropout
+from train.models.cpu.dropout import dropout as fast_dropout
 
 NAME = "sdpa_by_maps"
 """In transformers."""

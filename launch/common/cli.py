@@ -24,7 +24,7 @@ from typing import Any
 import jsonargparse
 
 from data_prep.shard_format.errors import refuse_empty_words
-from launch.recipe_file import explained, found_recipe, read_recipe_file
+from launch.common.recipe_file import explained, found_recipe, read_recipe_file
 from train.config import Config
 from train.distributed.discovery import discover_ranks, probable_rank
 from train.environment_file import load_environment_file

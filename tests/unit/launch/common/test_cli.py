@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 
 from data_prep import train_tokenizer, verify_shards, write_shards
-from launch.cli import parse_config, run_main
+from launch.common.cli import parse_config, run_main
 from tests.paths import ROOT
 from train.errors import LostRankError, RankError, ReportedElsewhereError, UserError
 
@@ -55,7 +55,7 @@ def test_a_defect_keeps_its_traceback(error: Exception) -> None:
 
 
 def test_a_defect_of_a_library_is_a_traceback_and_exit_code_1() -> None:
-    script = "from launch.cli import run_main; import json; run_main(lambda _: json.loads('{'))"
+    script = "from launch.common.cli import run_main; import json; run_main(lambda _: json.loads('{'))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback (most recent call last)")
@@ -90,7 +90,7 @@ def test_before_the_ranks_join_the_first_of_each_host_prints(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     waited: list[float] = []
-    monkeypatch.setattr("launch.cli.time.sleep", waited.append)
+    monkeypatch.setattr("launch.common.cli.time.sleep", waited.append)
     for rank in range(4):
         own = {rank_name: str(rank), OF_RANK[rank_name]: str(rank % 2)}
         monkeypatch.setattr("os.environ", {**os.environ, **launcher, **own})
@@ -109,7 +109,7 @@ def test_before_the_ranks_join_the_first_of_each_host_prints(
 def test_what_another_rank_reports_is_silent_here(
     cause: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launch.cli.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("launch.common.cli.time.sleep", lambda seconds: None)
     error = ReportedElsewhereError()
     error.__cause__ = cause
     assert raising(error) == code
@@ -132,7 +132,8 @@ def test_help_that_nobody_reads_and_a_closed_output() -> None:
 
 def test_a_reader_that_is_there() -> None:
     """Of a pipe that is full or empty, and of a file."""
-    script = "from launch.cli import _reader_has_left, run_main; run_main(lambda _: print(_reader_has_left()) or 0)"
+    imports = "from launch.common.cli import _reader_has_left, run_main"
+    script = f"{imports}; run_main(lambda _: print(_reader_has_left()) or 0)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "False\n")
 
@@ -145,7 +146,7 @@ def test_a_reader_that_is_there() -> None:
     ],
 )
 def test_nobody_reads_the_output_any_more(main: str, code: int) -> None:
-    script = f"import time; from launch.cli import run_main; time.sleep(0.5); run_main({main})"
+    script = f"import time; from launch.common.cli import run_main; time.sleep(0.5); run_main({main})"
     with subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=ROOT,

@@ -17,7 +17,7 @@ import psutil
 from train.distributed.rendezvous import free_port
 from train.distributed.signals import STOPPED_AFTER_SAVING, end_with_parent
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
 """DeepSpeed's launcher: the command `deepspeed` lies beside Python only where both were installed together."""
 # Anything lower says at a stop what the ranks have said: "exits with return code = 75".

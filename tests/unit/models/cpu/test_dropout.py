@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from tests.unit.models.test_families import MODELS
 from train.loop.trainer import Trainer
-from train.models import dropout
-from train.models.cpu_attention import with_cpu_attention
+from train.models.cpu import dropout
+from train.models.cpu.attention import with_cpu_attention
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
@@ -74,7 +74,7 @@ def pass_of(model: PreTrainedModel, mask: torch.Tensor | None) -> list[torch.Ten
     ("name", "dtype"),
     [
         *((name, torch.float32) for name in MODELS),
-        ("deberta-v2", torch.bfloat16),  # in bf16 the others have their attention from cpu_attention.py
+        ("deberta-v2", torch.bfloat16),  # in bf16 the others have theirs from attention.py
     ],
 )
 def test_a_model_computes_what_it_did(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ KEYS: dict[str, list[str]] = {
 }
 """Section -> its keys."""
 BESIDE_SECTIONS = ("config", "profile")
-RECIPES = Path(__file__).resolve().parent / "recipes"
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 def found_recipe(word: str) -> str:
