@@ -20,6 +20,6 @@ setup(
         "halfling.launch.reporting": ["*.html"],
         "halfling.train.lamb": ["*.c", "*.md"],
         "halfling.train.models.cpu": ["*.c"],
-        "halfling.train.objective": ["*.c"],
+        "halfling.train.objective": ["*.c", "*.h"],
     },
 )

@@ -94,7 +94,7 @@ class DistillationLoss(nn.Module):
         relations: where the student's queries, keys and values are, and into how many relation heads they are cut;
             None where that term is off.
         pooling: one of POOLINGS, for the embedding term; None where that is off.
-        chunk_tokens: rows of logits that exist at once; None for what fills 32 MiB (GPU: 256 MiB) a buffer.
+        chunk_tokens: rows of logits that exist at once; None for what fills 64 MiB (GPU: 256 MiB) a buffer.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from train.models.families import DecoderInputs
 from train.objective.chunk_terms import Chunk, VocabularyWeights, Workspace, chunk_terms, product
 from train.objective.tied_embedding import TiedGradient
 from train.objective.token_selection import SelectedTokens
+from train.objective.vocabulary_native import build, native_chunk_terms
 
-CPU_BUFFER_BYTES = 32 * 2**20
+CPU_BUFFER_BYTES = 64 * 2**20
 GPU_BUFFER_BYTES = 256 * 2**20
 HALF_SCALE = 64.0
 """Lifts the small entries of a half-precision logit gradient out of fp16's subnormals; products are summed in fp32."""
@@ -59,7 +61,7 @@ def vocabulary_loss(
         teachers: of the same tokens; tempered probabilities are averaged by share.
         tokens: targets and the weights in the means; every token has a target where there is no teacher.
         weights: of the terms. With `mlm` 0 the targets are not read.
-        chunk_tokens: rows of logits that exist at once; None for what fills 32 MiB (GPU: 256 MiB) per buffer.
+        chunk_tokens: rows of logits that exist at once; None for what fills 64 MiB (GPU: 256 MiB) per buffer.
         workspace: buffers to use again; None makes them afresh.
         tied: takes the gradient of the weight, for the embedding's backward pass to return; None returns it.
     """
@@ -161,6 +163,9 @@ class _Pass:
         grad_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if needs_gradient[2] else None
         if grad_weight is not None and features.shape[0] == 0:
             grad_weight.zero_()
+        on_cpu = features.device.type == "cpu" and len(teachers) < 2
+        library = build(dtype) if on_cpu and features.shape[0] else None
+        terms = chunk_terms if library is None else partial(native_chunk_terms, library)
         for start in range(0, features.shape[0], self.chunk_rows):
             rows = slice(start, start + self.chunk_rows)
             chunk = Chunk(
@@ -171,7 +176,7 @@ class _Pass:
                 workspace=self.workspace,
                 dtype=dtype,
             )
-            gradient = chunk_terms(chunk, values)
+            gradient = terms(chunk, values)
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
             operand, factor = self._operand(gradient, weight.dtype)

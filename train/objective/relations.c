@@ -5,24 +5,11 @@
  * and what that adds to the vectors' gradient, of which each is a row and a column. Vectors lie transposed, so that
  * neighbours are the same component of successive vectors. Threads take whole maps: results do not depend on how many. */
 
-#include <math.h>
-#include <stdint.h>
+#include "vectors.h"
 
-#ifdef IN_DOUBLE /* by which the tests compare with the formula */
-#define REAL double
-#define WHOLE int64_t
-#else
-#define REAL float
-#define WHOLE int32_t
-#endif
 #define ROWS 8
-#define LANES ((int64_t)(64 / sizeof(REAL)))
 #define WIDE (2 * LANES) /* columns are padded to a multiple of it, with vectors of zeros */
 #define FAR ((REAL)-1e30) /* the padding's relations: less than any, and finite */
-
-typedef REAL Vector __attribute__((vector_size(64)));
-typedef WHOLE Mask __attribute__((vector_size(64)));
-typedef REAL Loose __attribute__((vector_size(64), aligned(8), may_alias)); /* the same anywhere in memory */
 
 typedef struct {
     const REAL *student, *teacher; /* first position's vector */
@@ -45,44 +32,6 @@ int omp_get_thread_num(void); /* omp.h is not everywhere */
 #else
 static int omp_get_thread_num(void) { return 0; }
 #endif
-
-static inline Vector load(const REAL *at) { return *(const Loose *)at; }
-static inline void store(REAL *at, Vector value) { *(Loose *)at = value; }
-
-static inline REAL total(Vector v) {
-    REAL sum = 0;
-    for (int64_t i = 0; i < LANES; ++i)
-        sum += v[i];
-    return sum;
-}
-
-/* exp(x) of x <= 0; no less than the smallest normal numbers. A NaN that an operation made, whose last bits are zeros,
- * stays one. */
-static inline Vector exponential(Vector x) {
-#ifdef IN_DOUBLE
-    Vector y;
-    for (int64_t i = 0; i < LANES; ++i)
-        y[i] = exp(x[i] < -700 ? -700 : x[i]);
-    return y;
-#else
-    /* By powers of two and the polynomial of Cephes' expf: within 2 units in the last place. */
-    const Vector low = (Vector){} - 87.0f;
-    const Mask below = x < low;
-    x = (Vector)(((Mask)x & ~below) | ((Mask)low & below));
-    const float rounder = 12582912.0f; /* 1.5 x 2^23: adding it leaves the whole number in the last bits */
-    const Vector shifted = x * 1.44269504088896341f + rounder;
-    const Vector whole = shifted - rounder;
-    const Vector r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
-    Vector y = (Vector){} + 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * (r * r) + r + 1.0f;
-    return (Vector)((Mask)y + ((Mask)shifted << 23));
-#endif
-}
 
 static REAL largest(const REAL *row, int64_t padded) {
     Vector best = load(row);

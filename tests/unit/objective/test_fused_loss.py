@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.objective.given import random_batch, random_decoder, selected
 from train.models.families import DecoderInputs
-from train.objective.chunk_terms import VocabularyWeights
+from train.objective import fused_loss, vocabulary_native
+from train.objective.chunk_terms import Chunk, VocabularyWeights, Workspace
 from train.objective.fused_loss import chunk_rows, vocabulary_loss
 from train.objective.hidden_loss import hidden_cosine
 from train.objective.reference import reference_terms
@@ -24,7 +26,8 @@ def problems(draw):
     """A random objective on random numbers: what the fused pass and the formula are both given."""
     batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 9))
     masked = draw(st.integers(1, length))
-    vocabulary, width = draw(st.integers(2, 40)), draw(st.integers(1, 8))
+    vocabulary = draw(st.one_of(st.integers(2, 40), st.sampled_from([511, 512, 1023, 1025])))
+    width = draw(st.integers(1, 8))
     num_teachers = draw(st.integers(0, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     weight = st.sampled_from([0.0, 0.3, 1.0, 5.0])
@@ -143,9 +146,20 @@ def assert_equal(problem, dtype, tolerance, grad_scale=1.0):
         assert abs(terms.top1_agreement.item() - expected.top1_agreement.item()) < 1e-12
 
 
-@settings(max_examples=300, deadline=None)
-@given(problems())
-def test_fp64_values_and_gradients_equal_the_formula(problem):
+@pytest.fixture(params=["C loops", "torch operations"])
+def form(request):
+    """Of one teacher or none on a CPU; several teachers, and GPUs, always have torch operations."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch operations":
+            patch.setattr(fused_loss, "build", lambda dtype: None)
+        elif shutil.which("cc") is None:
+            pytest.skip("no C compiler")
+        yield request.param
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=problems())
+def test_fp64_values_and_gradients_equal_the_formula(form, problem):
     assert_equal(problem, torch.float64, 1e-10)
 
 
@@ -153,14 +167,14 @@ def test_fp64_values_and_gradients_equal_the_formula(problem):
     ("dtype", "tolerance", "grad_scale"),
     [(torch.float32, 3e-5, 1.0), (torch.float16, 2e-3, 64.0), (torch.bfloat16, 1.6e-2, 1.0)],
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems())
-def test_lower_precisions_stay_within_tolerance(problem, dtype, tolerance, grad_scale):
+def test_lower_precisions_stay_within_tolerance(form, problem, dtype, tolerance, grad_scale):
     """Against fp64 on the rounded inputs: what is left is the rounding of the results."""
     assert_equal(problem, dtype, tolerance, grad_scale)
 
 
-def test_hand_worked_values():
+def test_hand_worked_values(form):
     """Two tokens, two words, T = 2: the teacher says 3:1, the student 1:1, and the answer is word 0."""
     log3 = math.log(3.0)
     student = DecoderInputs(
@@ -227,7 +241,7 @@ def test_gradients_are_handed_over_once_and_only_where_wanted():
         assert not vocabulary_loss(student, *arguments).loss.requires_grad
 
 
-def test_padding_may_hold_anything():
+def test_padding_may_hold_anything(form):
     """NaN in rows that count in no mean reaches neither values nor gradients."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (random_decoder((6, 9, 4), generator, True) for _ in range(2))
@@ -253,10 +267,55 @@ def test_padding_may_hold_anything():
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_stays_so(form, value):
+    """Of a token that counts: nothing of a spoilt step may pass for numbers."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (random_decoder((6, 90, 4), generator, True) for _ in range(2))
+    student.features[2, 1] = value
+    leaves = [tensor.requires_grad_() for tensor in (student.features, student.weight, student.bias)]
+    terms = vocabulary_loss(
+        DecoderInputs(*leaves),
+        [teacher],
+        selected(torch.ones(6), [3], [1.0]),
+        VocabularyWeights(2.0, 1.0, 1.0),
+    )
+    terms.loss.backward()
+    assert terms.loss.isnan()
+    assert all(leaf.grad.isnan().any() for leaf in leaves)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_threads_change_no_bit():
+    """Of the loops; features of one 1 each, so that products are exact."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        DecoderInputs(torch.eye(50), torch.randn(3000, 50, generator=generator), None) for _ in range(2)
+    )
+    tokens = selected(torch.full((50,), 1 / 50), torch.arange(9), torch.full((9,), 1 / 9))
+    weights = VocabularyWeights(2.0, kd=5.0, mlm=2.0, mse=0.1)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        values = torch.zeros(4)
+        chunk = Chunk(student, (teacher,), tokens, weights, Workspace(), torch.float32)
+        library = vocabulary_native.build(torch.float32)
+        found.append([vocabulary_native.native_chunk_terms(library, chunk, values), values])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch):
+    monkeypatch.setenv("CC", "/nonexistent/cc")
+    monkeypatch.setattr(fused_loss, "build", vocabulary_native.build.__wrapped__)
+    monkeypatch.setattr(fused_loss, "native_chunk_terms", None)
+    test_hand_worked_values(None)
+
+
 def test_chunks_have_equal_sizes():
     weight = torch.empty(30522, 1)
-    assert chunk_rows(1024, weight) == 256
-    assert chunk_rows(300, weight) == 150
+    assert chunk_rows(1024, weight) == 512
+    assert chunk_rows(600, weight) == 300
     assert chunk_rows(152, weight) == 152
     assert chunk_rows(0, weight) == 1
     assert chunk_rows(10, weight, 4) == 4
