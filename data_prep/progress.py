@@ -30,6 +30,7 @@ class Progress:
         self._published = 0.0
         self._started = time.monotonic()
         self._bar: Any = None
+        self._earlier = 0
 
     def show_bar(self, total: int, unit: str) -> None:
         self._bar = progress_bar(total=total or None, desc=self._name, unit=unit, unit_scale=True)
@@ -37,8 +38,8 @@ class Progress:
     def already_done(self, amount: int) -> None:
         """What an earlier run has left: it moves the bar, but is not counted in its rates."""
         if self._bar is not None and amount:
-            self._bar.initial += amount
-            self._bar.n += amount
+            self._earlier += amount
+            self._bar.initial = self._bar.n = self._earlier
             self._bar.refresh()
 
     def add(self, done: int = 0, documents: int = 0, tokens: int = 0) -> None:
@@ -70,7 +71,7 @@ class Progress:
             f"{counts['documents'] / elapsed:,.0f} documents/s, {counts['tokens'] / elapsed:,.0f} tokens/s"
         )
         self._bar.set_postfix_str(rates, refresh=False)
-        self._bar.update(max(0, self._bar.initial + counts["done"] - self._bar.n))
+        self._bar.update(max(0, self._earlier + counts["done"] - self._bar.n))
 
     def close(self, complete: bool) -> None:
         """End the bar, full where the work is `complete`: what holds no documents is passed over unseen."""

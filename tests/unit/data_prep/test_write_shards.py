@@ -8,11 +8,13 @@ import os
 import random
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from data_prep import verify_shards, write_shards
@@ -164,6 +166,12 @@ def test_more_buckets_than_a_process_may_open_files(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_without_progress_bars(tmp_path: Path, good: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with TQDM_DISABLE=1, which tqdm reads where it is imported."""
+    monkeypatch.setattr("data_prep.progress.progress_bar", partial(tqdm, disable=True))
+    assert make(*good, "--out", tmp_path / "out") == 0
 
 
 def test_ranks_without_mpi4py_say_how_to_get_it(
