@@ -24,7 +24,8 @@ _VERBATIM = ("fence", "code_block")
 def parse_markdown(record: Record, options: ReadOptions) -> str:
     """The words of CommonMark with tables, block by block with a blank line between; code stays.
 
-    Front matter, HTML and the addresses of links are left out; of images their descriptions stay.
+    Front matter, HTML and the addresses of links are left out; of images their descriptions stay. A file of nothing
+    else is an empty document, too short like any other.
     """
     text = _without_front_matter(text_of(record.payload, options))
     blocks: list[str] = []
@@ -40,7 +41,7 @@ def parse_markdown(record: Record, options: ReadOptions) -> str:
             (blocks if row is None else row).append(inline)
         elif token.type in _VERBATIM:
             blocks.append(token.content.rstrip("\n"))
-    return _text_found("\n\n".join(block for block in blocks if block.strip()))
+    return "\n\n".join(block for block in blocks if block.strip())
 
 
 def _without_front_matter(text: str) -> str:
@@ -69,8 +70,10 @@ def parse_html(record: Record, options: ReadOptions) -> str:
     """
     if len(record.payload) > options.max_text_record:
         raise options.too_long()
-    text = _extractor()(bytes(record.payload), include_comments=False, include_tables=True)
-    return _text_found(text or "")
+    text = _extractor()(bytes(record.payload), include_comments=False, include_tables=True) or ""
+    if not text.strip():
+        raise BadRecord("no text is in it")
+    return str(text)
 
 
 @functools.cache
@@ -85,9 +88,3 @@ def _extractor() -> Any:
     # It warns of pages without text: we name them.
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
     return trafilatura.extract
-
-
-def _text_found(text: str) -> str:
-    if not text.strip():
-        raise BadRecord("no text is in it")
-    return text
