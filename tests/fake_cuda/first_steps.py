@@ -9,7 +9,7 @@ from typing import Any
 from launch.common.cli import parse_config
 from tests.fake_cuda.gpu import WORLD
 from tests.fake_cuda.host_waits import FakeGpu, HostWaits
-from tests.fake_cuda.triton_stand_in import import_lamb_kernels
+from tests.fake_cuda.triton_stand_in import import_kernels
 from train import build
 from train.checkpointing.state import TrainState
 from train.loop.metrics import NoEvents
@@ -19,7 +19,7 @@ from train.loop.observers.overflows import Overflows
 from train.loop.startup_timing import StartupTimer
 from train.loop.timing import Clock
 
-LAUNCHES = import_lamb_kernels()
+LAUNCHES = import_kernels()
 MICRO_BATCH_SEARCH = "train/loop/micro_batch.py:find_micro_batch_size"
 BESIDE_UPDATES = {
     "train/loop/observers/logged_figures.py:after_step",

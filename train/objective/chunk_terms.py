@@ -70,6 +70,8 @@ class Chunk:
     workspace: Workspace
     dtype: torch.dtype
     """Of logits and sums."""
+    gradient_dtype: torch.dtype
+    """Of the gradient where it is made for the products; torch operations and C loops return `dtype`."""
 
     def buffer(self, name: str) -> torch.Tensor:
         rows = self.student.features.shape[0]

@@ -8,9 +8,10 @@ multiplies them by the incoming gradient (the loss scale and DeepSpeed's 1/accum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from train.objective.vocabulary_native import build, native_chunk_terms
 
 CPU_BUFFER_BYTES = 64 * 2**20
 GPU_BUFFER_BYTES = 256 * 2**20
+TRITON_DEVIATION = 1e-4
+"""Of the kernel from torch operations, in fp32, whose roundings add up to some 1e-6."""
+ChunkTerms = Callable[[Chunk, torch.Tensor], torch.Tensor]
 HALF_SCALE = 64.0
 """Lifts the small entries of a half-precision logit gradient out of fp16's subnormals; products are summed in fp32."""
 HALF_LIMIT = 32_768.0
@@ -97,6 +101,28 @@ def chunk_rows(num_rows: int, weight: torch.Tensor, chunk_tokens: int | None = N
     return max(1, -(-num_rows // num_chunks))
 
 
+@functools.cache
+def fastest_terms(device: torch.device, dtype: torch.dtype) -> ChunkTerms:
+    """What computes a chunk of one teacher or none, in logits of `dtype`: tried when it is first asked for."""
+    if device.type == "cpu" and (library := build(dtype)) is not None:
+        return functools.partial(native_chunk_terms, library)
+    if device.type == "cuda" and dtype == torch.float32:
+        try:
+            from train.objective.vocabulary_triton import deviation, triton_chunk_terms
+
+            if (found := deviation(device)) < TRITON_DEVIATION:
+                return triton_chunk_terms
+            reason = f"its results differ from theirs by {found:.1e}"
+        except Exception as error:  # of Triton, a compiler, the linker, the driver, a full or read-only disk
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        warnings.warn(
+            "the losses over the vocabulary run in plain torch operations on this GPU, more slowly: Triton cannot run "
+            f"its kernel ({reason}); it needs a C compiler and Python's headers (apt install gcc python3-dev)",
+            stacklevel=2,
+        )
+    return chunk_terms
+
+
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -163,9 +189,8 @@ class _Pass:
         grad_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if needs_gradient[2] else None
         if grad_weight is not None and features.shape[0] == 0:
             grad_weight.zero_()
-        on_cpu = features.device.type == "cpu" and len(teachers) < 2
-        library = build(dtype) if on_cpu and features.shape[0] else None
-        terms = chunk_terms if library is None else partial(native_chunk_terms, library)
+        terms = fastest_terms(features.device, dtype) if len(teachers) < 2 and len(features) else chunk_terms
+        gradient_dtype = dtype if self._is_scaled(weight.dtype) else weight.dtype
         for start in range(0, features.shape[0], self.chunk_rows):
             rows = slice(start, start + self.chunk_rows)
             chunk = Chunk(
@@ -175,10 +200,11 @@ class _Pass:
                 weights=self.weights,
                 workspace=self.workspace,
                 dtype=dtype,
+                gradient_dtype=gradient_dtype,
             )
             gradient = terms(chunk, values)
             if grad_bias is not None:
-                grad_bias += gradient.sum(0)
+                grad_bias += gradient.sum(0, dtype=dtype)
             operand, factor = self._operand(gradient, weight.dtype)
             if grad_features is not None:
                 product(operand, weight, grad_features[rows], factor=factor, from_bf16=student.from_bf16)
@@ -202,14 +228,18 @@ class _Pass:
 
         No loss scale helps against an overflow here: it arrives in the backward pass. Overwrites `gradient`.
         """
-        weights = self.weights
-        bound = HALF_SCALE * (weights.kd * weights.temperature + weights.mlm)
-        if dtype != torch.float16 or (weights.mse == 0 and bound <= HALF_LIMIT):
+        if not self._is_scaled(dtype):
             return _as_operand(gradient, dtype), None
         smallest, largest = gradient.aminmax()
         room = HALF_LIMIT / torch.maximum(largest, -smallest)
         power = room.log2().floor().clamp_max(0.0).exp2()  # of two, so that nothing is rounded
         return _as_operand(gradient.mul_(power), dtype), 1 / power
+
+    def _is_scaled(self, dtype: torch.dtype) -> bool:
+        """Whether gradients could pass the largest number of `dtype`, that of the products."""
+        weights = self.weights
+        bound = HALF_SCALE * (weights.kd * weights.temperature + weights.mlm)
+        return dtype == torch.float16 and (weights.mse > 0 or bound > HALF_LIMIT)
 
     def _dropped_rows(self) -> torch.Tensor:
         """(N, 1) bool, True for rows that count in no mean (padding)."""

@@ -152,8 +152,8 @@ static void one_row(const Problem *p, int64_t index) {
     Factors by = {0};
     if (p->teacher) {
         const double squared = p->temperature * p->temperature * weight, kd = p->kd * p->temperature * weight;
-        values[0] = squared * (sums.parts / sums.teacher + log(sums.student / sums.teacher));
-        values[2] = squared * sums.squares;
+        values[0] = p->kd ? squared * (sums.parts / sums.teacher + log(sums.student / sums.teacher)) : 0;
+        values[2] = p->mse ? squared * sums.squares : 0; /* which may be infinite where it is not asked for */
         by.student = (REAL)(kd / sums.student);
         by.teacher = (REAL)(kd / sums.teacher);
         by.difference = (REAL)(2 * p->mse * p->temperature * weight);

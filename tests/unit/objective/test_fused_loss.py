@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from tests.unit.objective.given import random_batch, random_decoder, selected
 from train.models.families import DecoderInputs
 from train.objective import fused_loss, vocabulary_native
-from train.objective.chunk_terms import Chunk, VocabularyWeights, Workspace
+from train.objective.chunk_terms import Chunk, VocabularyWeights, Workspace, chunk_terms
 from train.objective.fused_loss import chunk_rows, vocabulary_loss
 from train.objective.hidden_loss import hidden_cosine
 from train.objective.reference import reference_terms
@@ -151,7 +152,7 @@ def form(request):
     """Of one teacher or none on a CPU; several teachers, and GPUs, always have torch operations."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch operations":
-            patch.setattr(fused_loss, "build", lambda dtype: None)
+            patch.setattr(fused_loss, "fastest_terms", lambda device, dtype: chunk_terms)
         elif shutil.which("cc") is None:
             pytest.skip("no C compiler")
         yield request.param
@@ -298,7 +299,7 @@ def test_threads_change_no_bit():
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         values = torch.zeros(4)
-        chunk = Chunk(student, (teacher,), tokens, weights, Workspace(), torch.float32)
+        chunk = Chunk(student, (teacher,), tokens, weights, Workspace(), torch.float32, torch.float32)
         library = vocabulary_native.build(torch.float32)
         found.append([vocabulary_native.native_chunk_terms(library, chunk, values), values])
     for other in found[1:]:
@@ -309,7 +310,37 @@ def test_without_a_compiler_torch_does_it(monkeypatch):
     monkeypatch.setenv("CC", "/nonexistent/cc")
     monkeypatch.setattr(fused_loss, "build", vocabulary_native.build.__wrapped__)
     monkeypatch.setattr(fused_loss, "native_chunk_terms", None)
+    monkeypatch.setattr(fused_loss, "fastest_terms", fused_loss.fastest_terms.__wrapped__)
     test_hand_worked_values(None)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (None, "import of train.objective.vocabulary_triton halted"),
+        (
+            SimpleNamespace(deviation=lambda device: 0.5, triton_chunk_terms=None),
+            "its results differ .* by 5.0e-01",
+        ),
+        (
+            SimpleNamespace(deviation=lambda device: math.nan, triton_chunk_terms=None),
+            "its results differ .* by nan",
+        ),
+    ],
+)
+def test_a_gpu_whose_kernel_fails_or_differs_keeps_torch(module, reason, monkeypatch):
+    monkeypatch.setitem(sys.modules, "train.objective.vocabulary_triton", module)
+    choose = fused_loss.fastest_terms.__wrapped__
+    with pytest.warns(UserWarning, match=reason):
+        assert choose(torch.device("cuda"), torch.float32) is chunk_terms
+
+
+def test_a_gpu_whose_kernel_agrees_takes_it(monkeypatch):
+    module = SimpleNamespace(deviation=lambda device: 1e-6, triton_chunk_terms=object())
+    monkeypatch.setitem(sys.modules, "train.objective.vocabulary_triton", module)
+    choose = fused_loss.fastest_terms.__wrapped__
+    assert choose(torch.device("cuda"), torch.float32) is module.triton_chunk_terms
+    assert choose(torch.device("cuda"), torch.float64) is chunk_terms
 
 
 def test_chunks_have_equal_sizes():
