@@ -80,10 +80,11 @@ static inline __attribute__((always_inline)) Sums sums_of(const Row *row, int64_
                 target += exponential(temperature * own);
             if (taught) {
                 const Vector of_teacher = load_part(row->teacher + j, end - j, row->fill);
-                const Vector theirs = of_teacher - row->teacher_largest, exponentials = exponential(theirs);
+                const Vector exponentials = exponential(of_teacher - row->teacher_largest);
                 teacher += exponentials;
-                parts += exponentials * (theirs - own);
-                squares += (of_teacher - logits) * (of_teacher - logits);
+                const Vector apart = of_teacher - logits; /* exact where they are near each other */
+                parts += exponentials * apart;
+                squares += apart * apart;
             }
         }
         sums.student += total(student);
@@ -152,7 +153,8 @@ static void one_row(const Problem *p, int64_t index) {
     Factors by = {0};
     if (p->teacher) {
         const double squared = p->temperature * p->temperature * weight, kd = p->kd * p->temperature * weight;
-        values[0] = p->kd ? squared * (sums.parts / sums.teacher + log(sums.student / sums.teacher)) : 0;
+        const double largest = (double)row.student_largest - row.teacher_largest;
+        values[0] = p->kd ? squared * (sums.parts / sums.teacher + largest + log(sums.student / sums.teacher)) : 0;
         values[2] = p->mse ? squared * sums.squares : 0; /* which may be infinite where it is not asked for */
         by.student = (REAL)(kd / sums.student);
         by.teacher = (REAL)(kd / sums.teacher);
