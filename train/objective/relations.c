@@ -9,7 +9,6 @@
 
 #define ROWS 8
 #define WIDE (2 * LANES) /* columns are padded to a multiple of it, with vectors of zeros */
-#define FAR ((REAL)-1e30) /* the padding's relations: less than any, and finite */
 
 typedef struct {
     const REAL *student, *teacher; /* first position's vector */

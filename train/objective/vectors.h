@@ -12,6 +12,7 @@
 #define WHOLE int32_t
 #endif
 #define LANES ((int64_t)(64 / sizeof(REAL)))
+#define FAR ((REAL)-1e30) /* behind the last relation or logit: less than any, and finite */
 
 typedef REAL Vector __attribute__((vector_size(64)));
 typedef WHOLE Mask __attribute__((vector_size(64)));
@@ -27,20 +28,20 @@ static inline REAL total(Vector v) {
     return sum;
 }
 
-/* exp(x) of x <= 0; no less than the smallest normal numbers. A NaN that an operation made, whose last bits are zeros,
- * stays one. */
+/* exp(x) of x <= 0; 0 below -88 (IN_DOUBLE: where it underflows). A NaN stays one. */
 static inline Vector exponential(Vector x) {
 #ifdef IN_DOUBLE
     Vector y;
     for (int64_t i = 0; i < LANES; ++i)
-        y[i] = exp(x[i] < -700 ? -700 : x[i]);
+        y[i] = exp(x[i]);
     return y;
 #else
     /* By powers of two and the polynomial of Cephes' expf: within 2 units in the last place. */
-    const Vector low = (Vector){} - 87.0f;
+    const Vector low = (Vector){} - 88.0f;
     const Mask below = x < low;
     x = (Vector)(((Mask)x & ~below) | ((Mask)low & below));
-    const float rounder = 12582912.0f; /* 1.5 x 2^23: adding it leaves the whole number in the last bits */
+    /* 1.5 x 2^23 + 127: adding it leaves the power of two's exponent field, 0 at -88, in the last bits. */
+    const float rounder = 12583039.0f;
     const Vector shifted = x * 1.44269504088896341f + rounder;
     const Vector whole = shifted - rounder;
     const Vector r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
@@ -51,6 +52,6 @@ static inline Vector exponential(Vector x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * (r * r) + r + 1.0f;
-    return (Vector)((Mask)y + ((Mask)shifted << 23));
+    return y * (Vector)((Mask)shifted << 23);
 #endif
 }

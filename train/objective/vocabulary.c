@@ -22,7 +22,7 @@ typedef struct {
 
 typedef struct {
     REAL *student, *teacher;
-    REAL student_largest, teacher_largest, fill; /* fill: behind the last logit, less than all by far */
+    REAL student_largest, teacher_largest;
 } Row;
 
 typedef struct {
@@ -73,13 +73,13 @@ static inline __attribute__((always_inline)) Sums sums_of(const Row *row, int64_
         const int64_t end = start + BLOCK < vocabulary ? start + BLOCK : vocabulary;
         Vector student = {0}, teacher = {0}, target = {0}, parts = {0}, squares = {0};
         for (int64_t j = start; j < end; j += LANES) {
-            const Vector logits = load_part(row->student + j, end - j, row->fill);
+            const Vector logits = load_part(row->student + j, end - j, FAR);
             const Vector own = logits - row->student_largest;
             student += exponential(own);
             if (targeted)
                 target += exponential(temperature * own);
             if (taught) {
-                const Vector of_teacher = load_part(row->teacher + j, end - j, row->fill);
+                const Vector of_teacher = load_part(row->teacher + j, end - j, FAR);
                 const Vector exponentials = exponential(of_teacher - row->teacher_largest);
                 teacher += exponentials;
                 const Vector apart = of_teacher - logits; /* exact where they are near each other */
@@ -104,15 +104,16 @@ static inline __attribute__((always_inline)) void write_gradient(const Row *row,
                                                                  Factors by, int taught, int targeted) {
     for (int64_t j = 0; j < vocabulary; j += LANES) {
         const int64_t left = vocabulary - j;
-        const Vector logits = load_part(row->student + j, left, row->fill);
+        const Vector logits = load_part(row->student + j, left, FAR);
         const Vector own = logits - row->student_largest;
         Vector gradient = {0};
         if (targeted)
             gradient = by.target * exponential(temperature * own);
         if (taught) {
-            const Vector of_teacher = load_part(row->teacher + j, left, row->fill);
+            const Vector of_teacher = load_part(row->teacher + j, left, FAR);
             gradient += by.student * exponential(own) - by.teacher * exponential(of_teacher - row->teacher_largest);
-            gradient += by.difference * (logits - of_teacher);
+            if (by.difference) /* or 0 times what may be infinite */
+                gradient += by.difference * (logits - of_teacher);
         }
         store_part(row->student + j, left, gradient);
     }
@@ -137,12 +138,9 @@ static void one_row(const Problem *p, int64_t index) {
         return;
     }
     row.student_largest = tempered(row.student, p->student_bias, vocabulary, scale);
-    row.fill = row.student_largest - 1000;
     if (p->teacher) {
         row.teacher = p->teacher + index * vocabulary;
         row.teacher_largest = tempered(row.teacher, p->teacher_bias, vocabulary, scale);
-        if (row.teacher_largest < row.student_largest)
-            row.fill = row.teacher_largest - 1000;
         values[3] = weight > 0 && same_choice(&row, vocabulary);
     }
     Sums sums;
@@ -155,7 +153,7 @@ static void one_row(const Problem *p, int64_t index) {
         const double squared = p->temperature * p->temperature * weight, kd = p->kd * p->temperature * weight;
         const double largest = (double)row.student_largest - row.teacher_largest;
         values[0] = p->kd ? squared * (sums.parts / sums.teacher + largest + log(sums.student / sums.teacher)) : 0;
-        values[2] = p->mse ? squared * sums.squares : 0; /* which may be infinite where it is not asked for */
+        values[2] = p->mse ? squared * sums.squares : 0;
         by.student = (REAL)(kd / sums.student);
         by.teacher = (REAL)(kd / sums.teacher);
         by.difference = (REAL)(2 * p->mse * p->temperature * weight);

@@ -70,7 +70,7 @@ def _rows_kernel(
     of_target = tl.load(target_weights + row, mask=row < num_targets, other=0.0)
     target = tl.load(targets + row, mask=row < num_targets, other=0)
 
-    # Each lane has a largest logit of its own so far, by which its sums are scaled; the lanes meet after the loop.
+    # Each lane has a largest logit of its own so far, by which its sums are scaled; lanes are combined after the loop.
     own_largest = tl.full((BLOCK,), -1e35, tl.float32)
     their_largest = own_largest
     own_sums = tl.zeros((BLOCK,), tl.float32)

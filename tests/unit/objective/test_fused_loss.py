@@ -69,7 +69,7 @@ def fused(problem, dtype=torch.float64, grad_scale=1.0):
         num_masked_tokens=problem.counts[1],
     )
     leaves = [
-        None if tensor is None else tensor.to(dtype).requires_grad_()
+        None if tensor is None else tensor.to(dtype, copy=True).requires_grad_()
         for tensor in (problem.student.features, problem.student.weight, problem.student.bias)
     ]
     teachers = [
@@ -91,7 +91,7 @@ def plain(problem, dtype=torch.float64):
     """The same by the formula on full logits."""
     shape = (*problem.masked.input_ids.shape, -1)
     leaves = [
-        None if tensor is None else tensor.to(dtype).double().requires_grad_()
+        None if tensor is None else tensor.to(dtype, copy=True).double().requires_grad_()
         for tensor in (problem.student.features, problem.student.weight, problem.student.bias)
     ]
     logits = leaves[0] @ leaves[1].T + (0 if leaves[2] is None else leaves[2])
@@ -284,6 +284,100 @@ def test_what_is_no_number_stays_so(form, value):
     terms.loss.backward()
     assert terms.loss.isnan()
     assert all(leaf.grad.isnan().any() for leaf in leaves)
+
+
+@pytest.mark.parametrize("temperature", [2.0, 0.001])
+@pytest.mark.parametrize("offsets", [(3000.0, 0.0), (0.0, 3000.0)])
+def test_a_constant_added_to_all_logits_changes_nothing(form, offsets, temperature):
+    """Of either model, with a last vector of logits that is not full."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randint(-8, 8, (2, 3, 21), generator=generator).double() / 4
+    tokens = selected(torch.ones(3, dtype=torch.float64), [3, 20], torch.ones(2, dtype=torch.float64))
+    one_hot = torch.eye(3, dtype=torch.float64)
+    found = []
+    for own, theirs in (offsets, (0.0, 0.0)):
+        bias = torch.full((21,), own, dtype=torch.float64, requires_grad=True)
+        terms = vocabulary_loss(
+            DecoderInputs(one_hot, student.T, bias),
+            [DecoderInputs(one_hot, teacher.T, torch.full((21,), theirs, dtype=torch.float64))],
+            tokens,
+            VocabularyWeights(temperature, kd=1.0, mlm=1.0),
+        )
+        terms.loss.backward()
+        found.append(torch.cat([terms.loss.detach()[None], bias.grad]))
+    assert (found[0] - found[1]).abs().max() < 1e-9
+
+
+def test_the_first_of_equal_logits_is_preferred(form):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randint(3, (50, 37), generator=generator).float() for _ in range(2))
+    best = (teacher == teacher.amax(1, keepdim=True)).int().argmax(1, keepdim=True)
+    agree = student.gather(1, best).squeeze(1) == student.amax(1)
+    terms = vocabulary_loss(
+        DecoderInputs(torch.eye(50), student.T, None),
+        [DecoderInputs(torch.eye(50), teacher.T, None)],
+        selected(torch.ones(50)),
+        VocabularyWeights(2.0, kd=1.0, mlm=0.0),
+    )
+    assert 0 < agree.sum() < 50
+    assert terms.top1_agreement.item() == pytest.approx(agree.float().mean().item())
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, -1], ids=hex)
+@pytest.mark.parametrize("where", [5, 89])
+@pytest.mark.parametrize("taught", [True, False])
+def test_one_logit_that_is_no_number_spoils_its_row(form, where, bits, taught):
+    """Whatever its last bits are."""
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (random_decoder((2, 90, 4), generator, True) for _ in range(2))
+    features, weight, bias = student.features.float(), student.weight.float(), student.bias.float()
+    bias[where : where + 1] = nan
+    teachers = [DecoderInputs(*(t.float() for t in (teacher.features, teacher.weight, teacher.bias)))]
+    terms = vocabulary_loss(
+        DecoderInputs(features.requires_grad_(), weight, bias),
+        teachers if taught else [],
+        selected(torch.ones(2), [3, 4], [1.0, 1.0]),
+        VocabularyWeights(2.0, kd=float(taught), mlm=1.0),
+    )
+    terms.loss.backward()
+    assert terms.loss.isnan()
+    assert features.grad.isnan().all()
+
+
+@pytest.mark.parametrize("lowest", [-1e4, -1e30, torch.finfo(torch.float32).min])
+def test_tokens_that_the_teacher_excludes(form, lowest):
+    """By a bias: each costs the student what it gives them, and nothing else."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 40, generator=generator) for _ in range(2))
+    excluded = torch.arange(40) % 5 == 0
+    target = torch.where(excluded, -torch.inf, teacher / 2).softmax(-1)
+    kd = 4 * (target * (target.log() - (student / 2).log_softmax(-1))).nan_to_num().sum()
+    bias = torch.zeros(40, requires_grad=True)
+    terms = vocabulary_loss(
+        DecoderInputs(torch.eye(2), student.T, bias),
+        [DecoderInputs(torch.eye(2), teacher.T, torch.where(excluded, lowest, 0.0))],
+        selected(torch.ones(2)),
+        VocabularyWeights(2.0, kd=1.0, mlm=0.0),
+    )
+    terms.loss.backward()
+    assert terms.loss.item() == pytest.approx(kd.item(), rel=1e-6)
+    assert torch.allclose(bias.grad, 2 * ((student / 2).softmax(-1) - target).sum(0), atol=1e-6)
+
+
+def test_exponentials(form):
+    """Each entry of the gradient of MLM is one: nearly fp32's own precision, from 1 to its smallest normal numbers."""
+    logits = torch.linspace(-100.0, 0.0, 20_000)[None]
+    bias = torch.zeros(20_000, requires_grad=True)
+    tokens = selected([1.0], [19_999], [1.0])
+    vocabulary_loss(
+        DecoderInputs(torch.ones(1, 1), logits.T, bias), [], tokens, VocabularyWeights(1.0, kd=0.0, mlm=1.0)
+    ).loss.backward()
+    expected = logits[0].double().softmax(-1)
+    normal = slice(int((logits[0] < -80).sum()), -1)
+    deviations = (bias.grad.double() - expected).abs() / expected
+    assert deviations[normal].max() < 2**-21
+    assert (bias.grad[logits[0] < -89] < 1e-38).all()
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
