@@ -39,7 +39,8 @@ class Progress:
         """What an earlier run has left: it moves the bar, but is not counted in its rates."""
         if self._bar is not None and amount:
             self._earlier += amount
-            self._bar.initial = self._bar.n = self._earlier
+            self._bar.initial = self._earlier
+            self._bar.n += amount
             self._bar.refresh()
 
     def add(self, done: int = 0, documents: int = 0, tokens: int = 0) -> None:

@@ -60,7 +60,9 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     # Of untracked files only code counts: Slurm writes a job's output into the first node's copy of the folder alone.
-    changed = any(not line.startswith("??") or line.endswith(".py") for line in status.splitlines())
+    changed = any(
+        not line.startswith("??") or line.endswith((".py", ".c", ".h")) for line in status.splitlines()
+    )
     return commit + (" with uncommitted changes" if changed else "")
 
 

@@ -179,7 +179,7 @@ def logits_chunk_bytes(step: Step) -> int:
     chunk = -(-step.decoded_tokens // -(-step.decoded_tokens // fitting))
     soft = step.objective.soft_targets != "none"
     # One for each model where C loops do the rest (train/objective/vocabulary_native.py).
-    in_loops = not step.on_gpu and len(step.teachers) < 2
+    in_loops = not step.on_gpu and (not soft or len(step.teachers) < 2)
     buffers = 1 + soft if in_loops else 2 + soft + (soft and step.objective.mse_weight > 0)
     one = chunk * vocabulary * 4
     if step.engine.bytes_per_element == 4:

@@ -31,7 +31,7 @@ STARTED_AT = time.time()
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 CODE = ("data_prep", "train", "launch", "ds_configs")
-CODE_SUFFIXES = (".py", ".c", ".json", ".yaml", ".html")
+CODE_SUFFIXES = (".py", ".c", ".h", ".json", ".yaml", ".html")
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 CONNECT_TIMEOUT_S = 20.0
 """For all hosts to reach the first: they start within some seconds of each other."""

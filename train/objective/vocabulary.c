@@ -68,6 +68,7 @@ static inline void store_part(REAL *at, int64_t count, Vector value) {
 
 static inline __attribute__((always_inline)) Sums sums_of(const Row *row, int64_t vocabulary, REAL temperature,
                                                           int taught, int targeted) {
+    const REAL shift = taught ? row->teacher_largest - row->student_largest : 0;
     Sums sums = {0};
     for (int64_t start = 0; start < vocabulary; start += BLOCK) {
         const int64_t end = start + BLOCK < vocabulary ? start + BLOCK : vocabulary;
@@ -83,7 +84,7 @@ static inline __attribute__((always_inline)) Sums sums_of(const Row *row, int64_
                 const Vector exponentials = exponential(of_teacher - row->teacher_largest);
                 teacher += exponentials;
                 const Vector apart = of_teacher - logits; /* exact where they are near each other */
-                parts += exponentials * apart;
+                parts += exponentials * (apart - shift);
                 squares += apart * apart;
             }
         }
@@ -151,8 +152,10 @@ static void one_row(const Problem *p, int64_t index) {
     Factors by = {0};
     if (p->teacher) {
         const double squared = p->temperature * p->temperature * weight, kd = p->kd * p->temperature * weight;
-        const double largest = (double)row.student_largest - row.teacher_largest;
-        values[0] = p->kd ? squared * (sums.parts / sums.teacher + largest + log(sums.student / sums.teacher)) : 0;
+        /* What the rounding of `shift` in sums_of has left. */
+        const double rest = (REAL)(row.teacher_largest - row.student_largest)
+            - ((double)row.teacher_largest - row.student_largest);
+        values[0] = p->kd ? squared * (sums.parts / sums.teacher + rest + log(sums.student / sums.teacher)) : 0;
         values[2] = p->mse ? squared * sums.squares : 0;
         by.student = (REAL)(kd / sums.student);
         by.teacher = (REAL)(kd / sums.teacher);

@@ -60,6 +60,8 @@ def native_chunk_terms(library: ctypes.CDLL, chunk: Chunk, values: torch.Tensor)
         each.contiguous() for each in (tokens.row_weights, tokens.target_weights, tokens.targets)
     )
     rows, vocabulary = student.shape
+    counted = targets[of_targets != 0]
+    assert ((counted >= 0) & (counted < vocabulary)).all(), "a target outside of the vocabulary"
     by_row = np.zeros((rows, 4))
     pointers = (student, teacher, student_bias, teacher_bias, of_rows, of_targets, targets)
     problem = Problem(

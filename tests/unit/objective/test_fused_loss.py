@@ -155,6 +155,8 @@ def form(request):
             patch.setattr(fused_loss, "fastest_terms", lambda device, dtype: chunk_terms)
         elif shutil.which("cc") is None:
             pytest.skip("no C compiler")
+        else:
+            assert vocabulary_native.build(torch.float32) is not None
         yield request.param
 
 
@@ -376,7 +378,7 @@ def test_exponentials(form):
     expected = logits[0].double().softmax(-1)
     normal = slice(int((logits[0] < -80).sum()), -1)
     deviations = (bias.grad.double() - expected).abs() / expected
-    assert deviations[normal].max() < 2**-21
+    assert deviations[normal].max() < 3e-7
     assert (bias.grad[logits[0] < -89] < 1e-38).all()
 
 

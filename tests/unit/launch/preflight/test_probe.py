@@ -23,6 +23,7 @@ from train.distributed.rendezvous import free_port, own_address
     [
         "data_prep/write_shards.py",
         "train/lamb/native.c",
+        "train/objective/vectors.h",
         "train/finetuning/__init__.py",
         "launch/reporting/page.html",
         "launch/pretrain.py",
