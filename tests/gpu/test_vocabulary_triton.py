@@ -93,6 +93,17 @@ def test_gradients_in_the_format_of_the_products(dtype: torch.dtype) -> None:
     assert (gradient - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
 
 
+def test_agreement_where_models_are_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher = random_decoder((40, 3000, 8), generator, True)
+    noise = torch.randn(40, 8, generator=generator, dtype=torch.float64)
+    student = replace(teacher, features=teacher.features + 0.1 * noise)
+    weights = VocabularyWeights(2.0, kd=1.0, mlm=0.0)
+    (_, values), (_, wanted) = both([student, teacher], selected(torch.ones(40)), weights, torch.float32)
+    assert 5 < values[3] < 35
+    assert values[3] == wanted[3]
+
+
 def test_what_is_no_number_stays_so() -> None:
     generator = torch.Generator().manual_seed(0)
     decoders = [random_decoder((ROWS, 301, 8), generator, True) for _ in range(2)]

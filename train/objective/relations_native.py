@@ -20,6 +20,7 @@ OPTIONS = {
     torch.float32: ("-ffp-contract=fast",),
     torch.float64: ("-ffp-contract=fast", "-DIN_DOUBLE"),
 }
+"""Of vectors.h."""
 ROWS, WIDE_BYTES = 8, 128
 """Of the C file: rows that exist at once, and what the columns' bytes are rounded up to."""
 

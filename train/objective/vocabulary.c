@@ -38,15 +38,15 @@ static REAL tempered(REAL *row, const REAL *bias, int64_t vocabulary, REAL scale
         if (bias)
             next += load(bias + j);
         store(row + j, next);
-        const Mask less = next <= best; /* so that a NaN becomes the largest */
-        best = (Vector)(((Mask)best & less) | ((Mask)next & ~less));
+        const Mask larger = next > best;
+        best = (Vector)(((Mask)next & larger) | ((Mask)best & ~larger));
     }
     REAL largest = best[0];
     for (int64_t i = 1; i < LANES; ++i)
-        largest = best[i] <= largest ? largest : best[i];
+        largest = best[i] > largest ? best[i] : largest;
     for (; j < vocabulary; ++j) {
         row[j] = scale * row[j] + (bias ? bias[j] : 0);
-        largest = row[j] <= largest ? largest : row[j];
+        largest = row[j] > largest ? row[j] : largest;
     }
     return largest;
 }

@@ -16,12 +16,9 @@ import torch
 from train.lamb import compile_library, forked
 from train.models.families import DecoderInputs
 from train.objective.chunk_terms import Chunk, product
+from train.objective.relations_native import OPTIONS
 
 SOURCE = Path(__file__).with_name("vocabulary.c")
-OPTIONS = {
-    torch.float32: ("-ffp-contract=fast",),
-    torch.float64: ("-ffp-contract=fast", "-DIN_DOUBLE"),
-}
 POINTERS = (
     ("student", "teacher", "student_bias", "teacher_bias"),
     ("row_weights", "target_weights", "targets", "values"),

@@ -18,25 +18,74 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional
 
 from train.models.families import DecoderInputs
 from train.objective.chunk_terms import Chunk, VocabularyWeights, Workspace, chunk_terms
 from train.objective.token_selection import SelectedTokens
 
-BLOCK = 2048
-LAUNCH = {"num_warps": 16, "enable_fp_fusion": True}
+BLOCK = 1024
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
-def _block(logits, bias, at, inside, scale, BIAS: tl.constexpr):
+def _tempered(logits, bias, at, vocabulary, scale):
     """Logits divided by the temperature; behind the last one, a number below all."""
-    tempered = tl.load(logits + at, mask=inside, other=-1e30) * scale
-    if BIAS:
-        tempered += tl.load(bias + at, mask=inside, other=0.0)
-    return tempered
+    tempered = tl.load(logits + at, mask=at < vocabulary, other=-1e30) * scale
+    return tempered + tl.load(bias + at, mask=at < vocabulary, other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_targets"])  # it differs from chunk to chunk
+@triton.jit
+def _with(sums, largest_before, largest, logits, temperature):
+    """Sums of exponentials over their lane's largest logit, with one more logit in each lane."""
+    before = sums * tl.exp(temperature * (largest_before - largest))
+    return before + tl.exp(temperature * (logits - largest))
+
+
+@triton.jit
+def _sums(
+    student,
+    teacher,
+    student_bias,
+    teacher_bias,
+    vocabulary,
+    temperature,
+    TAUGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of one row: the student's largest logit, its exponentials' sums at the temperature and at 1; the teacher's
+    largest logit and sum; the sum of its exponentials times the logits' differences; that of the differences' squares;
+    1 where both prefer one token. Each lane has a largest logit of its own in the loop, and all are combined after it.
+    """
+    own_largest = tl.full((BLOCK,), -1e35, tl.float32)
+    their_largest = own_largest
+    own_sums = tl.zeros((BLOCK,), tl.float32)
+    target_sums, their_sums, parts, squares, chosen = own_sums, own_sums, own_sums, own_sums, own_sums
+    for start in range(0, vocabulary, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        own = _tempered(student, student_bias, at, vocabulary, 1.0 / temperature)
+        largest = tl.maximum(own_largest, own)
+        own_sums = _with(own_sums, own_largest, largest, own, 1.0)
+        target_sums = _with(target_sums, own_largest, largest, own, temperature)
+        own_largest = largest
+        if TAUGHT:
+            theirs = _tempered(teacher, teacher_bias, at, vocabulary, 1.0 / temperature)
+            chosen = tl.where(theirs > their_largest, own, chosen)
+            largest = tl.maximum(their_largest, theirs)
+            their_sums = _with(their_sums, their_largest, largest, theirs, 1.0)
+            parts = parts * tl.exp(their_largest - largest) + tl.exp(theirs - largest) * (theirs - own)
+            squares += (theirs - own) * (theirs - own)
+            their_largest = largest
+    own_top, their_top = tl.max(own_largest, 0), tl.max(their_largest, 0)
+    own_sum = tl.sum(own_sums * tl.exp(own_largest - own_top), 0)
+    target_sum = tl.sum(target_sums * tl.exp(temperature * (own_largest - own_top)), 0)
+    factors = tl.exp(their_largest - their_top)
+    their_sum, parts_sum = tl.sum(their_sums * factors, 0), tl.sum(parts * factors, 0)
+    agree = tl.max(((their_largest == their_top) & (chosen == own_top)).to(tl.float32), 0)
+    return own_top, own_sum, target_sum, their_top, their_sum, parts_sum, tl.sum(squares, 0), agree
+
+
+@triton.jit
 def _rows_kernel(
     student,
     teacher,
@@ -49,121 +98,78 @@ def _rows_kernel(
     gradient,
     vocabulary,
     stride,
-    num_targets,
     temperature,
     kd,
     mlm,
     mse,
     TAUGHT: tl.constexpr,
-    KD: tl.constexpr,
-    MSE: tl.constexpr,
-    STUDENT_BIAS: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One row of logits: weighted kd, mlm, mse and agreement into `by_row`, and the gradient."""
     row = tl.program_id(0).to(tl.int64)
     student += row * vocabulary
     teacher += row * vocabulary
     gradient += row * stride
-    scale = 1.0 / temperature
+    by_row += 4 * row
     weight = tl.load(row_weights + row)
-    of_target = tl.load(target_weights + row, mask=row < num_targets, other=0.0)
-    target = tl.load(targets + row, mask=row < num_targets, other=0)
-
-    # Each lane has a largest logit of its own so far, by which its sums are scaled; lanes are combined after the loop.
-    own_largest = tl.full((BLOCK,), -1e35, tl.float32)
-    their_largest = own_largest
-    own_sums = tl.zeros((BLOCK,), tl.float32)
-    target_sums, their_sums, parts, squares, chosen = own_sums, own_sums, own_sums, own_sums, own_sums
-    for start in range(0, vocabulary, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        own = _block(student, student_bias, at, at < vocabulary, scale, STUDENT_BIAS)
-        largest = tl.maximum(own_largest, own)
-        own_sums = own_sums * tl.exp(own_largest - largest) + tl.exp(own - largest)
-        target_sums = target_sums * tl.exp(temperature * (own_largest - largest))
-        target_sums += tl.exp(temperature * (own - largest))
-        own_largest = largest
-        if TAUGHT:
-            theirs = _block(teacher, teacher_bias, at, at < vocabulary, scale, TEACHER_BIAS)
-            chosen = tl.where(theirs > their_largest, own, chosen)
-            largest = tl.maximum(their_largest, theirs)
-            factor, exponentials = tl.exp(their_largest - largest), tl.exp(theirs - largest)
-            their_sums = their_sums * factor + exponentials
-            parts = parts * factor + exponentials * (theirs - own)
-            if MSE:
-                squares += (theirs - own) * (theirs - own)
-            their_largest = largest
-    own_top = tl.max(own_largest, 0)
-    own_sum = tl.sum(own_sums * tl.exp(own_largest - own_top), 0)
-    target_sum = tl.sum(target_sums * tl.exp(temperature * (own_largest - own_top)), 0)
-    by_target = mlm * of_target / target_sum
+    of_target = tl.load(target_weights + row)
+    target = tl.load(targets + row)
+    own_top, own_sum, target_sum, their_top, their_sum, parts, squares, agree = _sums(
+        student, teacher, student_bias, teacher_bias, vocabulary, temperature, TAUGHT, BLOCK
+    )
     if TAUGHT:
-        their_top = tl.max(their_largest, 0)
-        factors = tl.exp(their_largest - their_top)
-        their_sum = tl.sum(their_sums * factors, 0)
-        divergence = (
-            tl.sum(parts * factors, 0) / their_sum + own_top - their_top + tl.log(own_sum / their_sum)
-        )
-        agree = tl.max(((their_largest == their_top) & (chosen == own_top)).to(tl.float32), 0)
-        tl.store(by_row + 4 * row, temperature * temperature * weight * divergence if KD else 0.0)
-        tl.store(by_row + 4 * row + 2, temperature * temperature * weight * tl.sum(squares, 0))
-        tl.store(by_row + 4 * row + 3, tl.where(weight > 0, agree, 0.0))
-        by_own, by_their = kd * temperature * weight / own_sum, kd * temperature * weight / their_sum
-    else:
-        tl.store(by_row + 4 * row, 0.0)
-        tl.store(by_row + 4 * row + 2, 0.0)
-        tl.store(by_row + 4 * row + 3, 0.0)
-
+        squared = temperature * temperature * weight
+        divergence = parts / their_sum + own_top - their_top + tl.log(own_sum / their_sum)
+        # Not what may be infinite where it is not asked for.
+        tl.store(by_row, tl.where(kd > 0, squared * divergence, 0.0))
+        tl.store(by_row + 2, tl.where(mse > 0, squared * squares, 0.0))
+        tl.store(by_row + 3, tl.where(weight > 0, agree, 0.0))
     cross_entropy = 0.0
     for start in range(0, vocabulary, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        own = _block(student, student_bias, at, at < vocabulary, scale, STUDENT_BIAS)
-        is_target = (at == target) & (row < num_targets)
-        logarithms = tl.log(target_sum) - temperature * (own - own_top)
+        own = _tempered(student, student_bias, at, vocabulary, 1.0 / temperature) - own_top
+        is_target = at == target
+        logarithms = tl.log(target_sum) - temperature * own
         cross_entropy += tl.sum(tl.where(is_target, of_target * logarithms, 0.0), 0)
-        slope = by_target * tl.exp(temperature * (own - own_top)) - tl.where(is_target, mlm * of_target, 0.0)
+        slope = mlm * of_target * (tl.exp(temperature * own) / target_sum - is_target.to(tl.float32))
         if TAUGHT:
-            theirs = _block(teacher, teacher_bias, at, at < vocabulary, scale, TEACHER_BIAS)
-            slope += by_own * tl.exp(own - own_top) - by_their * tl.exp(theirs - their_top)
-            if MSE:
-                slope += 2.0 * mse * temperature * weight * (own - theirs)
+            theirs = _tempered(teacher, teacher_bias, at, vocabulary, 1.0 / temperature) - their_top
+            apart = kd * (tl.exp(own) / own_sum - tl.exp(theirs) / their_sum)
+            apart += tl.where(mse > 0, 2.0 * mse * (own + own_top - theirs - their_top), 0.0)
+            slope += temperature * weight * apart
         tl.store(gradient + at, slope.to(gradient.dtype.element_ty), mask=at < vocabulary)
-    tl.store(by_row + 4 * row + 1, cross_entropy)
+    tl.store(by_row + 1, cross_entropy)
 
 
 def triton_chunk_terms(chunk: Chunk, values: torch.Tensor) -> torch.Tensor:
     """As chunk_terms, of one teacher or none, fp32 logits and sums; the gradient is of `chunk.gradient_dtype`."""
     tokens, weights = chunk.tokens, chunk.weights
     student, student_bias = _logits(chunk.student, chunk)
-    teacher, teacher_bias = _logits(chunk.teachers[0], chunk) if chunk.teachers else (student, None)
+    teacher, teacher_bias = _logits(chunk.teachers[0], chunk) if chunk.teachers else (student, student_bias)
     rows, vocabulary = student.shape
+    without_target = (0, rows - tokens.targets.shape[0])
     # Rows lie multiples of 16 bytes apart, as cuBLAS's fast kernels for half precision ask for.
     unit = 16 // chunk.gradient_dtype.itemsize
     gradient = student.new_empty(rows, -(-vocabulary // unit) * unit, dtype=chunk.gradient_dtype)
-    by_row = student.new_empty(rows, 4)
+    by_row = student.new_zeros(rows, 4)
     with _launching_on(student.device):
         _rows_kernel[(rows,)](
             student,
             teacher,
-            student if student_bias is None else student_bias,
-            student if teacher_bias is None else teacher_bias,
+            student_bias,
+            teacher_bias,
             tokens.row_weights,
-            tokens.target_weights,
-            tokens.targets,
+            functional.pad(tokens.target_weights, without_target),
+            functional.pad(tokens.targets, without_target),
             by_row,
             gradient,
             vocabulary,
             gradient.shape[1],
-            tokens.targets.shape[0],
             weights.temperature,
             weights.kd,
             weights.mlm,
             weights.mse,
             len(chunk.teachers) > 0,
-            weights.kd > 0,
-            weights.mse > 0,
-            student_bias is not None,
-            teacher_bias is not None,
             BLOCK,
             **LAUNCH,
         )
@@ -171,12 +177,13 @@ def triton_chunk_terms(chunk: Chunk, values: torch.Tensor) -> torch.Tensor:
     return gradient[:, :vocabulary]
 
 
-def _logits(inputs: DecoderInputs, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(rows, V) fp32 before the bias; the bias divided by the temperature."""
+def _logits(inputs: DecoderInputs, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, V) fp32 before the bias; the bias (V,) divided by the temperature."""
     features, weight = inputs.features, inputs.weight.t()
     in_fp32 = features.dtype == torch.float32
     logits = torch.mm(features, weight) if in_fp32 else torch.mm(features, weight, out_dtype=torch.float32)
-    return logits, None if inputs.bias is None else inputs.bias.float() / chunk.weights.temperature
+    bias = logits.new_zeros(logits.shape[1]) if inputs.bias is None else inputs.bias.float()
+    return logits, bias / chunk.weights.temperature
 
 
 def _launching_on(device: torch.device) -> AbstractContextManager[Any]:

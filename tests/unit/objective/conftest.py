@@ -1,12 +1,16 @@
-"""Two tiny models and a batch."""
+"""Two tiny models and a batch; the forms of the losses over the vocabulary."""
 
 from __future__ import annotations
+
+import shutil
 
 import pytest
 import torch
 
 from tests.unit.objective.given import random_batch
 from train.models.students import make_student
+from train.objective import fused_loss, vocabulary_native
+from train.objective.chunk_terms import chunk_terms
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +39,16 @@ def models():
 @pytest.fixture
 def batch():
     return random_batch(3, 12, 4, 50, torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(params=["C loops", "torch operations"])
+def form(request):
+    """Of one teacher or none on a CPU; several teachers always have torch operations."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch operations":
+            patch.setattr(fused_loss, "fastest_terms", lambda device, dtype: chunk_terms)
+        elif shutil.which("cc") is None:
+            pytest.skip("no C compiler")
+        else:
+            assert vocabulary_native.build(torch.float32) is not None
+        yield request.param
