@@ -97,7 +97,7 @@ def test_agreement_where_models_are_alike() -> None:
     generator = torch.Generator().manual_seed(0)
     teacher = random_decoder((40, 3000, 8), generator, True)
     noise = torch.randn(40, 8, generator=generator, dtype=torch.float64)
-    student = replace(teacher, features=teacher.features + 0.1 * noise)
+    student = replace(teacher, features=teacher.features + 0.5 * noise)
     weights = VocabularyWeights(2.0, kd=1.0, mlm=0.0)
     (_, values), (_, wanted) = both([student, teacher], selected(torch.ones(40)), weights, torch.float32)
     assert 5 < values[3] < 35
