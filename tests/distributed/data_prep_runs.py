@@ -77,13 +77,15 @@ def kill_one_worker(
     is_worker: Callable[[list[str]], bool],
     env: dict[str, str] | None = None,
 ) -> tuple[int, str, list[psutil.Process]]:
-    """Start the command, kill -9 one of its workers once there is a bucket file; exit code, errors, all workers."""
+    """Start the command, kill -9 one of its workers once one has begun a bucket; exit code, errors, all workers."""
     with subprocess.Popen(
         arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         workers: list[psutil.Process] = []
-        while not (workers and count(out, ".work/buckets/*.bucket")):  # the first may make one alone
-            assert process.poll() is None
+        while not (workers and count(out, ".work/*/*.bucket")):  # the first may make one alone
+            assert process.poll() is None, (
+                f"it ended before a worker could be killed:\n{process.communicate()[1]}"
+            )
             with contextlib.suppress(psutil.NoSuchProcess):
                 children = psutil.Process(process.pid).children(recursive=True)
                 workers = [child for child in children if is_worker(child.cmdline())]
