@@ -21,10 +21,10 @@ SCRIPT = str(ROOT / "data_prep" / "write_shards.py")
 
 
 def write_corpus(folder: Path, words: list[str]) -> Path:
-    """Three MB of JSON lines in one file and some in small ones: chunks to share, and units to deal out."""
+    """Ten MB of JSON lines in one file and some in small ones: chunks to share, and units to deal out."""
     folder.mkdir()
     rng = random.Random(7)
-    texts = [" ".join(rng.choices(words, k=rng.randint(10, 500))) for _ in range(2200)]
+    texts = [" ".join(rng.choices(words, k=rng.randint(10, 500))) for _ in range(6600)]
     texts += texts[:50]
     (folder / "large.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for number in range(5):
@@ -77,7 +77,10 @@ def kill_one_worker(
     is_worker: Callable[[list[str]], bool],
     env: dict[str, str] | None = None,
 ) -> tuple[int, str, list[psutil.Process]]:
-    """Start the command, kill -9 one of its workers once one has begun a bucket; exit code, errors, all workers."""
+    """Start the command, kill -9 its busiest worker once there is a bucket; exit code, errors, all workers.
+
+    Another one may still be starting, and end without being missed, when the work is done.
+    """
     with subprocess.Popen(
         arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -89,7 +92,7 @@ def kill_one_worker(
             with contextlib.suppress(psutil.NoSuchProcess):
                 children = psutil.Process(process.pid).children(recursive=True)
                 workers = [child for child in children if is_worker(child.cmdline())]
-        os.kill(workers[-1].pid, signal.SIGKILL)
+        os.kill(max(workers, key=lambda worker: worker.cpu_times().user).pid, signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
     return process.returncode, errors, workers
 
