@@ -66,7 +66,7 @@ def test_a_killed_rank_stops_all_and_the_next_run_goes_on(
 ) -> None:
     out = tmp_path / "out"
     arguments = mpirun(2, command(corpus, tokenizer_folder, out))
-    code, _, ranks = kill_one_worker(arguments, out, lambda words: SCRIPT in words, env=ENV)
+    code, _, ranks = kill_one_worker(arguments, corpus, out, lambda words: SCRIPT in words, env=ENV)
     assert code != 0
     assert len(ranks) == 2
     psutil.wait_procs(ranks, timeout=30)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -73,11 +72,12 @@ def one_process(corpus: Path, tokenizer: str, out: Path) -> dict[str, bytes]:
 
 def kill_one_worker(
     arguments: list[str],
+    corpus: Path,
     out: Path,
     is_worker: Callable[[list[str]], bool],
     env: dict[str, str] | None = None,
 ) -> tuple[int, str, list[psutil.Process]]:
-    """Start the command, kill -9 its busiest worker once there is a bucket; exit code, errors, all workers.
+    """Start the command, kill -9 a worker that reads `corpus` once there is a bucket; exit code, errors, all workers.
 
     Another one may still be starting, and end without being missed, when the work is done.
     """
@@ -85,14 +85,20 @@ def kill_one_worker(
         arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         workers: list[psutil.Process] = []
-        while not (workers and count(out, ".work/*/*.bucket")):  # the first may make one alone
+        reading: list[psutil.Process] = []
+        while not (reading and count(out, ".work/buckets/*.bucket")):
             assert process.poll() is None, (
                 f"it ended before a worker could be killed:\n{process.communicate()[1]}"
             )
             with contextlib.suppress(psutil.NoSuchProcess):
                 children = psutil.Process(process.pid).children(recursive=True)
                 workers = [child for child in children if is_worker(child.cmdline())]
-        os.kill(max(workers, key=lambda worker: worker.cpu_times().user).pid, signal.SIGKILL)
+                reading = [
+                    each
+                    for each in workers
+                    if any(corpus in Path(file.path).parents for file in each.open_files())
+                ]
+        reading[0].kill()
         _, errors = process.communicate(timeout=60)
     return process.returncode, errors, workers
 

@@ -69,7 +69,9 @@ def test_a_lost_worker_is_one_message_and_nothing_is_lost(
 ) -> None:
     out = tmp_path / "out"
     arguments = command(corpus, tokenizer_folder, out, "--processes", "2")
-    code, errors, _ = kill_one_worker(arguments, out, lambda words: "resource_tracker" not in " ".join(words))
+    code, errors, _ = kill_one_worker(
+        arguments, corpus, out, lambda words: "resource_tracker" not in " ".join(words)
+    )
     assert code == 1, errors
     assert "a worker process ended unexpectedly (exit code -9); run the same command again" in errors
     assert "Traceback" not in errors
