@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.shard_format import canonical
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.manifest import Manifest, ShardInfo, _as_written
+from data_prep.shard_format.manifest import Manifest, ShardInfo
 from data_prep.shard_format.tokenizer_info import TokenizerInfo
 
 TOKENIZER = TokenizerInfo("f" * 64, 64, 0, 1, 2, 3, 4, (0, 1, 2, 3, 4))
@@ -51,33 +50,6 @@ def test_the_canonical_text_is_what_json_makes_of_the_fields() -> None:
             guarded = dataclasses.replace(manifest, token_histogram_sha256="a" * 64)
             assert guarded.to_json() == json.dumps(content, indent=1, sort_keys=True) + "\n"
     assert MANIFEST.digest() == "c8dbfd6e8b636aa79e0c23686f462d5916f4982f23842e6c48d46f72dc266ff5"
-
-
-@pytest.mark.parametrize("piece", [1, 150, 700, 1 << 20])
-def test_the_fast_reader_of_many_shards_equals_the_plain_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
-) -> None:
-    """Wherever its pieces end; what `save` did not write is left to the plain one, which names what is wrong."""
-    monkeypatch.setattr(canonical, "_PIECE", piece)
-    shards = tuple(dataclasses.replace(SHARD, name=f"train-{i:06d}.tar", bytes=i * 10**6) for i in range(40))
-    written = dataclasses.replace(MANIFEST, splits={"train": shards[:30], "heldout": shards[30:]})
-    text = written.to_json()
-    read = _as_written(bytearray(text.encode()))
-    assert read == written == Manifest.from_dict(json.loads(text))
-    assert read.digest() == written.digest()
-    for old, new in [
-        ('"tokens": 500', '"tokens": 2'),
-        ('"tokens": ', '"tokens": -'),
-        ("   }", "    }"),
-        ('"bytes": 0', '"bytes": 00'),
-        ("\n  ]", ",\n  ]"),
-        ('"train"', '"trait"'),
-    ]:
-        assert old in text
-        assert _as_written(bytearray(text.replace(old, new, 1).encode())) is None, new
-    (tmp_path / "manifest.json").write_text(text.replace("000007", "000006", 1))
-    with pytest.raises(UserError, match=r"train-000006\.tar is listed twice"):
-        Manifest.load(tmp_path)
 
 
 def test_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
@@ -201,61 +173,18 @@ def test_what_is_nested_deeply_has_a_digest_or_is_refused(tmp_path: Path, field:
     assert is_refused(DEEPEST)
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ('"tokens": 500', '"tokens": 00500'),
-        ('"tokens": 500', '"tokens": 500.0'),
-        ('"tokens": 500', '"tokens": 9007199254740992'),
-        ('"tokens": 500', '"tokens": 2'),
-        ('"documents": 3', '"documents": 4'),
-        ("train-000000", "train-\\u0030"),
-        ("train-000000", "../train"),
-        ("0" * 64, "A" * 64),
-        ('"heldout": []', '"heldout": [\n0\n  ]'),
-        ('"sources": []', '"sources": {"bytes": 1}'),
-        ("train", "trains"),
-        ("\n   {", "\n  {"),
-        ('"duplicates": 1', '"duplicates": 1, "duplicates": 2'),
-        ('"skipped"', '"shipped"'),
-        ("histogram.npy", "hist\u00f6gram.npy"),
-    ],
-)
-def test_a_text_is_read_by_its_form_as_it_is_by_its_json(tmp_path: Path, before: str, after: str) -> None:
-    text = MANIFEST.to_json().replace(before, after)
-    assert text != MANIFEST.to_json()
-    (tmp_path / "manifest.json").write_text(text)
-    results: list[Manifest | None] = []
-    for read in (lambda: Manifest.load(tmp_path), lambda: Manifest.from_dict(json.loads(text))):
-        try:
-            results.append(read())
-        except ValueError:
-            results.append(None)
-    assert results[0] == results[1]
-
-
 def test_train_comes_first(tmp_path: Path) -> None:
     MANIFEST.save(tmp_path)
     assert list(Manifest.load(tmp_path).splits) == list(MANIFEST.splits) == ["train", "heldout"]
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-@pytest.mark.parametrize("indent", [1, None])
-def test_a_shard_that_is_listed_twice_is_refused(tmp_path: Path, split: str, indent: int | None) -> None:
+def test_a_shard_that_is_listed_twice_is_refused(tmp_path: Path, split: str) -> None:
     """It would be trained on twice as often, or held out and trained on."""
     content = json.loads(MANIFEST.to_json())
     content["splits"][split] += content["splits"]["train"]
-    text = json.dumps(content, indent=indent, sort_keys=True)
-    (tmp_path / "manifest.json").write_text(text + "\n" * (indent or 0))
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(
         UserError, match=r"manifest of shards \(.*the shard train-000000.tar is listed twice\); make"
     ):
         Manifest.load(tmp_path)
-
-
-def test_what_looks_like_a_shard_elsewhere_is_none(tmp_path: Path) -> None:
-    shard = dataclasses.asdict(SHARD)
-    manifest = dataclasses.replace(MANIFEST, options={"x": [shard, shard]})
-    manifest.save(tmp_path)
-    assert '"x": [\n   {\n    "bytes"' in manifest.to_json(), "as in the splits"
-    assert Manifest.load(tmp_path) == manifest
