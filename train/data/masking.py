@@ -88,7 +88,7 @@ class Masker:
         smoothing: used with `histogram` only.
         length_key: the setting that L comes from, for messages.
     Raises:
-        UserError: n is not between 1 and L - 2, or a table does not have V entries.
+        UserError: n is not between 1 and L - 2, or L above 65,535.
     """
 
     def __init__(
@@ -110,8 +110,6 @@ class Masker:
             )
         if sequence_length >= 1 << _POSITION_BITS:
             raise UserError(f"{length_key} is {sequence_length}: at most {(1 << _POSITION_BITS) - 1}")
-        if not 0 <= seed < 2**64:
-            raise UserError(f"data.seed is {seed}: it must be at least 0 and below 2**64")
         self.sequence_length = sequence_length
         self.mask_id = tokenizer.mask_id
         self._seed = seed
@@ -124,12 +122,9 @@ class Masker:
             "position": torch.arange(sequence_length),
         }
         if whole_word is not None:
-            tables["continues"] = torch.from_numpy(_table("whole_word", whole_word, size).astype(bool))
+            tables["continues"] = torch.from_numpy(whole_word)
         if histogram is not None:
-            counts = np.maximum(_table("histogram", histogram, size).astype(np.float64), 1.0)
-            if not np.isfinite(counts).all():
-                raise UserError("the histogram table holds a count that is not a number: rebuild it")
-            tables["rarity"] = torch.from_numpy(counts**smoothing)
+            tables["rarity"] = torch.from_numpy(np.maximum(histogram, 1.0) ** smoothing)
         self._tables = {torch.device("cpu"): tables}
 
     def __call__(self, input_ids: torch.Tensor, window_ids: torch.Tensor, epoch: int) -> MaskedBatch:
@@ -197,14 +192,6 @@ class Masker:
             tables = self._tables[torch.device("cpu")]
             self._tables[device] = {name: table.to(device) for name, table in tables.items()}
         return self._tables[device]
-
-
-def _table(name: str, values: np.ndarray, size: int) -> np.ndarray:
-    if np.shape(values) != (size,):
-        raise UserError(
-            f"the {name} table has shape {np.shape(values)}, the vocabulary {size} entries: rebuild it"
-        )
-    return np.asarray(values)
 
 
 def _signed(value: int) -> int:

@@ -6,7 +6,6 @@ Every error is a UserError that names the shard, what is wrong and what to do.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -15,7 +14,6 @@ from data_prep.shard_format.remote import file_size, folder_sizes, is_remote
 from train.data.prefetch import ReadAhead
 from train.data.shard_cache import ShardCache
 from train.data.shards import check_size, read_histogram, read_shard, shard_tokens, unreadable
-from train.errors import UserError
 
 Item = TypeVar("Item")
 
@@ -51,13 +49,7 @@ def check_shards(
     Raises:
         UserError: names the first bad shard in the manifest's order, what is wrong and what to do.
     """
-    if verify not in ("size", "full"):
-        raise UserError(f"data.verify is {verify!r}: use size or full")
     chosen = [shard for split in splits or tuple(manifest.splits) for shard in manifest.splits[split]]
-    twice = [name for name, count in Counter(shard.name for shard in chosen).items() if count > 1]
-    if twice:
-        raise UserError(f"the manifest lists shard {twice[0]} twice: write the shards again")
-
     check_shard_sizes(shards, chosen)
     if verify == "full":
 

@@ -251,14 +251,6 @@ def test_what_cannot_be_masked_is_refused() -> None:
             ValueError, match=r"masking\.probability .* choose a probability that gives 1 to 14"
         ):
             Masker(TOKENIZER, 16, 0, probability=probability)
-    with pytest.raises(ValueError, match=r"histogram table has shape \(9,\), the vocabulary 64 entries"):
-        Masker(TOKENIZER, 16, 0, histogram=np.zeros(9))
-    with pytest.raises(ValueError, match="holds a count that is not a number"):
-        Masker(TOKENIZER, 16, 0, histogram=np.full(64, np.nan))
-    with pytest.raises(ValueError, match="whole_word table has shape"):
-        Masker(TOKENIZER, 16, 0, whole_word=np.zeros((64, 1), dtype=bool))
-    with pytest.raises(ValueError, match=r"data\.seed is -1"):
-        Masker(TOKENIZER, 16, -1)
     with pytest.raises(ValueError, match=r"at most 65535"):
         Masker(TOKENIZER, 1 << 16, 0)
 
