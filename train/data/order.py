@@ -12,6 +12,7 @@ epoch and shard: any step of any epoch is found without walking through the ones
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -157,7 +158,8 @@ class DataOrder:
                 f"the shards hold {self.num_windows} windows, fewer than one batch of {global_batch_size}: "
                 "add text, or lower training.global_batch_size or data.sequence_length"
             )
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        # Two epochs are in use at most: the current one and the one that is read ahead. Threads may ask for either.
+        self._shard_order = functools.lru_cache(maxsize=2)(self._draw_shard_order)
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, step within the epoch) of a global step, both from 0; UserError below 0, and from 2**63 on."""
@@ -227,13 +229,7 @@ class DataOrder:
         """Id of a shard's window 0; ids run through the shards in the manifest's order."""
         return int(self._first_id[shard])
 
-    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's shards in order, and where each one's windows end in the epoch's window order."""
-        # Iterators of one loader may be here at once: the table is exchanged whole, never changed.
-        known = self._epochs
-        if epoch not in known:
-            shards = permutation(len(self._windows), self.seed, _SHARDS, epoch)
-            # Two epochs are in use at most: the current one and the one that is read ahead.
-            known = dict([*list(known.items())[-1:], (epoch, (shards, np.cumsum(self._windows[shards])))])
-            self._epochs = known
-        return known[epoch]
+        shards = permutation(len(self._windows), self.seed, _SHARDS, epoch)
+        return shards, np.cumsum(self._windows[shards])

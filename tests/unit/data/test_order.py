@@ -211,29 +211,3 @@ def test_what_cannot_be_ordered_is_refused() -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         num_lanes(0, LANES)
     assert windows_per_shard([100, 13, 0], 12) == (10, 1, 0)
-
-
-class Interrupted(DataOrder):
-    """Before every look at the table of epochs, as if a thread came between, two other epochs are asked for."""
-
-    busy, others = True, itertools.count(100)
-
-    @property  # type: ignore[override]
-    def _epochs(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        if not self.busy:
-            self.busy = True
-            for epoch in itertools.islice(self.others, 2):
-                self.runs(epoch * self.steps_per_epoch, 0)
-            self.busy = False
-        return self._table
-
-    @_epochs.setter
-    def _epochs(self, table: dict[int, tuple[np.ndarray, np.ndarray]]) -> None:
-        self._table = table
-
-
-def test_threads_may_share_an_order() -> None:
-    order = Interrupted([3, 5, 2, 9], 4, seed=0, lanes=LANES)
-    order.busy = False
-    for step in (0, 5, 1, 10, 404):
-        assert order.runs(step, 1) == DataOrder([3, 5, 2, 9], 4, seed=0, lanes=LANES).runs(step, 1)
