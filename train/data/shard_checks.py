@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from data_prep.shard_format.manifest import Manifest, ShardInfo, shard_url
-from data_prep.shard_format.remote import file_size, folder_sizes, is_remote
+from data_prep.shard_format.remote import file_size, folder_sizes
 from train.data.prefetch import ReadAhead
 from train.data.shard_cache import ShardCache
 from train.data.shards import check_size, read_histogram, read_shard, shard_tokens, unreadable
@@ -19,8 +19,6 @@ Item = TypeVar("Item")
 
 _READER_THREADS = 8
 _SIZE_THREADS = 32
-# Local shards per job: a million of them are checked in seconds.
-_CHUNK = 256
 
 
 def check_shards(
@@ -72,23 +70,20 @@ def check_shard_sizes(shards: str, infos: Sequence[ShardInfo]) -> None:
     """
     if not infos:
         return
-    remote = is_remote(shards)
-    listed = folder_sizes(shards.rstrip("/")) if remote else None
+    listed = folder_sizes(shards.rstrip("/"))
 
-    def check(chunk: Sequence[ShardInfo]) -> None:
-        for shard in chunk:
-            url = shard_url(shards, shard.name)
-            try:
-                if listed is not None and shard.name not in listed:
-                    raise FileNotFoundError
-                size = file_size(url) if listed is None else listed[shard.name]
-            except OSError as error:
-                raise unreadable(f"shard {shard.name}", url, error) from None
-            if size is not None:
-                check_size(shard, size, url)
+    def check(shard: ShardInfo) -> None:
+        url = shard_url(shards, shard.name)
+        try:
+            if listed is not None and shard.name not in listed:
+                raise FileNotFoundError
+            size = file_size(url) if listed is None else listed[shard.name]
+        except OSError as error:
+            raise unreadable(f"shard {shard.name}", url, error) from None
+        if size is not None:
+            check_size(shard, size, url)
 
-    step = 1 if remote and listed is None else _CHUNK
-    _for_each(check, [infos[i : i + step] for i in range(0, len(infos), step)], _SIZE_THREADS)
+    _for_each(check, infos, _SIZE_THREADS)
 
 
 def _for_each(function: Callable[[Item], None], items: Sequence[Item], num_threads: int) -> None:

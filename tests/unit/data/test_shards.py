@@ -16,9 +16,8 @@ from data_prep.shard_format.manifest import Manifest
 from tests.loopback_stores import served
 from tests.tiny_shards import with_histogram, write_tiny_shards
 from tests.unit.data.test_hostile_shards import Bomb, headed, npy
-from train.data.prefetch import ReadAhead
 from train.data.shard_cache import ShardCache
-from train.data.shard_checks import check_shard_sizes, check_shards
+from train.data.shard_checks import check_shards
 from train.data.shards import histogram_digest, read_histogram, read_shard
 
 
@@ -83,21 +82,6 @@ def test_missing_truncated_and_altered_shards_are_named(copy: tuple[Path, Manife
     check_shards(str(folder), manifest, "full", splits=("train",))
     with pytest.raises(ValueError, match=r"shard heldout-000000\.tar at .* is missing"):
         check_shards(str(folder), manifest)
-
-
-def test_many_local_shards_take_few_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job for each would cost more than its question: a million shards are checked in seconds, not a minute."""
-    jobs: list[object] = []
-    request = ReadAhead.request
-    monkeypatch.setattr(ReadAhead, "request", lambda *given: jobs.append(given) or request(*given))
-    shard = write_tiny_shards(tmp_path, shards=1, heldout=0).splits["train"][0]
-    infos = [replace(shard, name=f"{i}.tar", bytes=0) for i in range(2_000)]
-    for info in infos:
-        (tmp_path / info.name).touch()
-    check_shard_sizes(str(tmp_path), infos)
-    assert 0 < len(jobs) <= 10
-    with pytest.raises(ValueError, match=r"shard 1999\.tar at .* is truncated, 0 of 1 bytes"):
-        check_shard_sizes(str(tmp_path), [*infos[:-1], replace(infos[-1], bytes=1)])
 
 
 def altered(path: Path) -> None:
