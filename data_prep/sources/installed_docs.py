@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from data_prep.sources.records import Reading, ReadOptions, Record, SourceFile
 MIN_CHARACTERS = 200
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 _OWNERS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Some generated code spells text with these, which no encoding takes."""
 
 
 def installed_doc_files() -> list[SourceFile]:
@@ -67,16 +70,7 @@ def docstrings(source: bytes) -> list[str]:
         nodes += [
             child for child in reversed(inner) if isinstance(child, (*_OWNERS, ast.If, ast.Try, ast.With))
         ]
-    # Some generated code spells text with surrogates that no encoding takes.
-    return [text for text in texts if text.isascii() or _encodes(text)]
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return [text for text in texts if not _SURROGATE.search(text)]
 
 
 def _may_have_long_docstring(source: bytes) -> bool:

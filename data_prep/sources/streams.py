@@ -15,7 +15,6 @@ from typing import IO, Any, BinaryIO, NamedTuple
 import zstandard
 
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.files import refuse_pipe
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
@@ -44,9 +43,7 @@ def open_stream(path: str) -> Iterator[ByteStream]:
 
     Raises:
         DamagedFile: the packed data is damaged or ends too early, here or while the caller reads.
-        UserError: a named pipe.
     """
-    refuse_pipe(path)
     with open(path, "rb") as raw:
         # gzip and zstd take it for no text.
         if plain_name(path) != path and not os.fstat(raw.fileno()).st_size:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_prep.shard_format.errors import UserError
-from data_prep.shard_format.files import refuse_pipe
 from data_prep.shard_format.hub import require_hub
 from data_prep.sources.records import Reading, ReadOptions, Record, SourceFile, no_such_field
 from data_prep.sources.streams import DamagedFile, open_stream, plain_name
@@ -31,7 +30,6 @@ def parquet_parts(path: str) -> list[SourceFile]:
 
     if plain_name(path) != path:
         return [SourceFile(path, "parquet", os.path.getsize(path))]
-    refuse_pipe(path)
     with _arrow_errors(path):
         groups = pq.ParquetFile(path).metadata
         sizes = [groups.row_group(index).total_byte_size for index in range(groups.num_row_groups)]

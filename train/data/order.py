@@ -70,22 +70,17 @@ def fitting_world_sizes(global_batch_size: int, lanes: int, micro_batch_size: in
 
 
 def fitting_micro_batches(global_batch_size: int, lanes: int, world_size: int) -> list[int]:
-    """Micro batches, ascending, with which `world_size` ranks serve the global batch."""
+    """Micro batches, ascending, with which `world_size` ranks serve the global batch; none if they cannot."""
+    if world_size not in fitting_world_sizes(global_batch_size, lanes):
+        return []
     share = global_batch_size // world_size
-    return [
-        size
-        for size in range(1, share + 1)
-        if share % size == 0 and world_size in fitting_world_sizes(global_batch_size, lanes, size)
-    ]
+    return [size for size in range(1, share + 1) if share % size == 0]
 
 
 def largest_micro_batch(global_batch_size: int, lanes: int, world_size: int, at_most: int) -> int | None:
-    """The largest micro batch up to `at_most` with which `world_size` ranks share the global batch; None where that
-    many ranks cannot."""
-    if world_size not in fitting_world_sizes(global_batch_size, lanes):
-        return None
-    share = global_batch_size // world_size
-    return next(size for size in range(min(at_most, share), 0, -1) if share % size == 0)
+    """The largest of `fitting_micro_batches` up to `at_most`; None where there is none."""
+    fitting = fitting_micro_batches(global_batch_size, lanes, world_size)
+    return max((size for size in fitting if size <= at_most), default=None)
 
 
 def check_fit(global_batch_size: int, lanes: int, world_size: int, micro_batch_size: int) -> int:
