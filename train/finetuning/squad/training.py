@@ -7,6 +7,7 @@ without the answer is taught to point at [CLS], which in SQuAD 2.0 is also what 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,30 +55,23 @@ def check(job: Job) -> None:
     _Reader(job)
 
 
-class WindowExamples(Sequence[Features]):
-    """Windows one by one, as `Padding` takes them."""
-
-    def __init__(
-        self, windows: Windows, token_types: bool, labelled: bool = False, soft: Floats | None = None
-    ) -> None:
-        self._windows, self._token_types, self._labelled, self._soft = windows, token_types, labelled, soft
-
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def __getitem__(self, index: Any) -> Any:
-        windows = self._windows
-        part = slice(windows.bounds[index], windows.bounds[index + 1])
-        example: dict[str, Any] = {"input_ids": windows.input_ids[part]}
-        if self._token_types:
-            types = np.full(len(example["input_ids"]), windows.context_type)
+def window_examples(
+    windows: Windows, token_types: bool, labelled: bool = False, soft: Floats | None = None
+) -> list[Features]:
+    """Windows one by one, as `Padding` takes them: views of the arrays."""
+    examples: list[Features] = []
+    for index, (begin, end) in enumerate(pairwise(windows.bounds)):
+        example: dict[str, Any] = {"input_ids": windows.input_ids[begin:end]}
+        if token_types:
+            types = np.full(end - begin, windows.context_type, dtype=np.int8)
             types[: windows.context_at[index]] = 0
             example["token_type_ids"] = types
-        if self._labelled:
+        if labelled:
             example["labels"] = windows.answer[index]
-        if self._soft is not None:
-            example["soft_spans"] = self._soft[:, part]
-        return example
+        if soft is not None:
+            example["soft_spans"] = soft[:, begin:end]
+        examples.append(example)
+    return examples
 
 
 class SpanPadding(Padding):
@@ -118,7 +112,7 @@ class SpanRunner(TaskRunner):
             logits = [self._teacher_logits(name) for name in job.teachers]
             soft = soft_spans(logits, self._windows, job.settings.temperature)
             loss = distillation_loss(job.settings.hard_weight, job.settings.temperature)
-        examples = WindowExamples(self._windows, token_types, labelled=True, soft=soft)
+        examples = window_examples(self._windows, token_types, labelled=True, soft=soft)
         self.data = TrainingSet(examples, self._padding, loss)
 
     def dev_outputs(self, model: PreTrainedModel) -> dict[str, np.ndarray]:
@@ -153,7 +147,7 @@ class SpanRunner(TaskRunner):
 
     def _logits(self, model: PreTrainedModel, windows: Windows, name: str) -> Floats:
         """(2, tokens of all windows) of start and end."""
-        examples = WindowExamples(windows, takes_token_types(model))
+        examples = window_examples(windows, takes_token_types(model))
         start, end = predict(model, examples, self._padding, self.job, name)
         kept = np.arange(start.shape[1])[None, :] < windows.lengths[:, None]
         return np.stack([start[kept], end[kept]])

@@ -178,7 +178,7 @@ def test_a_batch_is_what_the_stock_tokenizer_gives() -> None:
     ]
     windows = make_windows(questions, tokenizer, 32, 8)
     soft = np.arange(2 * len(windows.input_ids), dtype=np.float32).reshape(2, -1)
-    examples = span.WindowExamples(windows, token_types=True, labelled=True, soft=soft)
+    examples = span.window_examples(windows, token_types=True, labelled=True, soft=soft)
     batch = span.SpanPadding(tokenizer.pad_token_id)([*examples])
     stock = tokenizer(
         ["fast?", "which?"],
