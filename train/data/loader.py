@@ -204,13 +204,11 @@ def heldout_windows(
     cache = ShardCache(cache_dir) if cache_dir is not None else None
     first = 0
     for info, number in zip(infos, windows, strict=True):
-        inside = (ids >= first) & (ids < first + number)
-        if inside.any():
+        start, stop = np.searchsorted(ids, (first, first + number))
+        if start < stop:
             content = shard_tokens(read_shard(shards, info, cache=cache), info, manifest.tokenizer)
-            chosen = cut_windows(content, sequence_length - FRAME_TOKENS)[ids[inside] - first]
-            framed = np.empty((len(chosen), sequence_length), dtype=np.int32)
-            frame_windows(chosen, framed, manifest.tokenizer.cls_id, manifest.tokenizer.sep_id)
-            tokens[inside] = framed
+            chosen = cut_windows(content, sequence_length - FRAME_TOKENS)[ids[start:stop] - first]
+            frame_windows(chosen, tokens[start:stop], manifest.tokenizer.cls_id, manifest.tokenizer.sep_id)
         first += number
     return torch.from_numpy(tokens), torch.from_numpy(ids)
 

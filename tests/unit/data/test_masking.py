@@ -162,14 +162,6 @@ def test_smoothing_draws_by_frequency_without_replacement() -> None:
     assert not torch.allclose(share[0], share[0].roll(1), atol=0.1)
 
 
-def test_smoothing_of_equal_counts_is_uniform() -> None:
-    rows = 20_000
-    ids = windows(rows, 16, special_share=0)
-    masker = Masker(TOKENIZER, 16, 0, probability=0.25, histogram=np.full(64, 9))
-    counts = torch.bincount(masker(ids, torch.arange(rows), 0).positions.flatten(), minlength=16)
-    assert torch.allclose(counts[1:-1] / rows, torch.full((14,), 4 / 14), atol=4 * (0.2 / rows) ** 0.5)
-
-
 def test_whole_words_are_masked_whole() -> None:
     rows = 2000
     continues = np.zeros(64, dtype=bool)
@@ -236,13 +228,11 @@ def test_continuations_of_the_three_kinds_of_vocabulary() -> None:
     assert continuation_table(pieces, [0]).tolist() == [False, False, False, True, False]
     assert continuation_table(["<s>", "Ġplay", "ing"], [0]).tolist() == [False, False, True]
     assert continuation_table(["<s>", "▁play", "ing"], [0]).tolist() == [False, False, True]
-    with pytest.raises(ValueError, match=r"masking\.whole_word is on, but .* turn it off"):
-        continuation_table(["a", "b"], [0])
-
-
-def test_ids_without_a_piece_continue_nothing() -> None:
+    # Ids without a piece continue nothing.
     assert continuation_table(["[CLS]", None, "##a", "b"], [0]).tolist() == [False, False, True, False]
     assert continuation_table(["<s>", None, "a", "Ġb"], [0]).tolist() == [False, False, True, False]
+    with pytest.raises(ValueError, match=r"masking\.whole_word is on, but .* turn it off"):
+        continuation_table(["a", "b"], [0])
 
 
 def test_what_cannot_be_masked_is_refused() -> None:
