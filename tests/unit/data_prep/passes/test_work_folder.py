@@ -34,6 +34,14 @@ class Corpus:
     def make(self, *more: Any, source: Any = None, out: Path | None = None) -> int:
         return make(source or self.texts, *self._options, "--out", out or self.out, *more)
 
+    def tokenize(self, *more: Any, source: Any = None) -> dict[str, int]:
+        """A run that ends when every chunk is there, before any shard; the chunks that it leaves."""
+        seen: dict[str, int] = {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(write_shards, "make_plan", lambda job: seen.update(self.buckets()) or 1 // 0)
+            assert self.make(*more, source=source) == 1
+        return seen
+
     def buckets(self) -> dict[str, int]:
         return {
             path.name: path.stat().st_mtime_ns for path in (self.out / ".work" / "buckets").glob("*.bucket")
@@ -152,11 +160,7 @@ def test_a_remedy_that_a_message_names_goes_on_with_the_finished_work(
     assert "or leave such records out with --on-bad-record skip" in capsys.readouterr().err
     assert corpus.buckets() == finished
     remedies = ["--text-field", "text,body", "--on-bad-record", "skip"]
-    seen: dict[str, int] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write_shards, "make_plan", lambda job: seen.update(corpus.buckets()) or 1 // 0)
-        assert corpus.make(*remedies) == 1
-    assert finished.items() < seen.items(), "not made again"
+    assert finished.items() < corpus.tokenize(*remedies).items(), "not made again"
     assert corpus.make(*remedies) == 0
     assert corpus.make(*remedies, out=tmp_path / "fresh") == 0
     assert contents(corpus.out) == contents(tmp_path / "fresh")
@@ -187,50 +191,35 @@ def test_other_options_start_over_unless_much_work_is_lost(
 
 @pytest.mark.parametrize("change", ["touch", "edit"])
 def test_an_unfinished_run_goes_on_after_a_touch_and_not_after_an_edit(
-    corpus: Corpus, change: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, change: str, capsys: pytest.CaptureFixture
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(write_shards, "make_plan", lambda job: 1 // 0)
-        assert corpus.make() == 1
-        before = corpus.buckets()
-        assert len(before) == 2
-        os.utime(corpus.first, (1, 1))
-        if change == "edit":
-            edit(corpus.first, "model", "large")
-        capsys.readouterr()
-        assert corpus.make() == 1
-    if change == "touch":
-        assert corpus.buckets() == before
-    else:
+    before = corpus.tokenize()
+    assert len(before) == 2
+    os.utime(corpus.first, (1, 1))
+    if change == "edit":
+        edit(corpus.first, "model", "large")
+    capsys.readouterr()
+    after = corpus.tokenize()
+    assert (after == before) == (change == "touch")
+    if change == "edit":
         printed = capsys.readouterr().out
         assert f"the inputs have changed since the run that is unfinished here ({corpus.first} has" in printed
-        assert corpus.buckets() != before
 
 
 @pytest.mark.parametrize("older", [False, True])
 def test_of_a_hub_source_an_older_run_starts_over(
-    corpus: Corpus,
-    tmp_path: Path,
-    older: bool,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    corpus: Corpus, tmp_path: Path, older: bool, capsys: pytest.CaptureFixture
 ) -> None:
     """Its units were others, and the numbers of its bucket files stand for other rows."""
     hub = f"hub:{corpus.texts}"
-    with monkeypatch.context() as patch:
-        patch.setattr(write_shards, "make_plan", lambda job: 1 // 0)
-        assert corpus.make(source=hub) == 1
-    before = corpus.buckets()
+    before = corpus.tokenize(source=hub)
     assert len(before) == 2
     journal = corpus.out / ".work" / "job.json"
     if older:
         begun = json.loads(journal.read_text())
         del begun["units"]
         journal.write_text(json.dumps(begun))
-    seen: dict[str, int] = {}
-    with monkeypatch.context() as patch:
-        patch.setattr(write_shards, "make_plan", lambda job: seen.update(corpus.buckets()) or 1 // 0)
-        assert corpus.make(source=hub) == 1
+    seen = corpus.tokenize(source=hub)
     assert ("is of an older version: starting over" in capsys.readouterr().out) == older
     assert (seen != before) == older
     assert corpus.make(source=hub) == 0
