@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.passes.near_duplicates import NearDuplicates
 from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from data_prep.sources.records import MAX_DOCUMENT_MB, ReadOptions
-from data_prep.sources.resolve import Source
+from data_prep.sources.resolve import Source, Unit
 
 WORK_FOLDER = ".work"
 HISTOGRAM_NAME = "token_histogram.npy"
@@ -81,6 +81,13 @@ class Job:
     @property
     def buckets(self) -> Path:
         return self.work / "buckets"
+
+    def bucket(self, unit: Unit, chunk: int) -> Path:
+        return self.buckets / f"{unit.number:06d}-{chunk:06d}.bucket"
+
+    def end(self, unit: Unit) -> Path:
+        """Holds the unit's number of chunks; whoever has read the unit to its end writes it."""
+        return self.buckets / f"{unit.number:06d}.end"
 
     def bucket_paths(self) -> list[Path]:
         """The finished bucket files, in the order of the inputs."""

@@ -52,23 +52,16 @@ class TokenizePass:
                 if worker.claim(f"unit-{unit.number:06d}"):
                     self._read(unit, worker, encoder)
             for unit in waiting:
-                if unit.shared and not self._end(unit).exists():
+                if unit.shared and not self._job.end(unit).exists():
                     self._read(unit, worker, encoder)
         finally:
             gc.enable()
 
-    def _end(self, unit: Unit) -> Path:
-        """Holds the unit's number of chunks; whoever has read the unit to its end writes it."""
-        return self._job.buckets / f"{unit.number:06d}.end"
-
-    def _bucket(self, unit: Unit, chunk: int) -> Path:
-        return self._job.buckets / f"{unit.number:06d}-{chunk:06d}.bucket"
-
     def _is_done(self, unit: Unit) -> bool:
-        if not self._end(unit).exists():
+        if not self._job.end(unit).exists():
             return False
-        num_chunks = int(self._end(unit).read_text())
-        return all(self._bucket(unit, chunk).exists() for chunk in range(num_chunks))
+        num_chunks = int(self._job.end(unit).read_text())
+        return all(self._job.bucket(unit, chunk).exists() for chunk in range(num_chunks))
 
     def _read(self, unit: Unit, worker: Worker, encoder: Encoder) -> None:
         """Read a unit to its end; do those of its chunks that nobody has done or claimed."""
@@ -77,7 +70,7 @@ class TokenizePass:
         chunk = begun = 0
         while (first := reader.next_record()) is not None:
             worker.check()
-            target = self._bucket(unit, chunk)
+            target = self._job.bucket(unit, chunk)
             records = reader.chunk(first, limit)
             first = None  # let go of it: the next one may be as long
             if target.exists() or not worker.claim(target.name):
@@ -87,8 +80,8 @@ class TokenizePass:
             begun = reader.position()
             chunk += 1
         # All that read it to its end write the same; two at a time would be in each other's way.
-        if not self._end(unit).exists() and worker.claim(self._end(unit).name):
-            write_text(self._end(unit), str(chunk))
+        if not self._job.end(unit).exists() and worker.claim(self._job.end(unit).name):
+            write_text(self._job.end(unit), str(chunk))
 
 
 class _Chunk:
@@ -201,11 +194,8 @@ def made_buckets(job: Job) -> tuple[Path, ...]:
     """
     made: list[Path] = []
     for unit in make_units(job.sources):
-        end = job.buckets / f"{unit.number:06d}.end"
-        wait_for([end])
-        made += [
-            job.buckets / f"{unit.number:06d}-{chunk:06d}.bucket" for chunk in range(int(end.read_text()))
-        ]
+        wait_for([job.end(unit)])
+        made += [job.bucket(unit, chunk) for chunk in range(int(job.end(unit).read_text()))]
     wait_for(made)
     return tuple(made)
 
