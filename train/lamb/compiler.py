@@ -13,8 +13,11 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 # -ffp-contract=off keeps each element's rounding the same in vector bodies and scalar tails.
 FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno")
@@ -25,11 +28,12 @@ TUNING = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ()
 
 
 def compile_library(
-    source: Path, functions: Sequence[str], options: Sequence[str] = ()
+    source: Path, functions: Mapping[str, Sequence[Any]], options: Sequence[str] = ()
 ) -> ctypes.CDLL | None:
     """The compiled file with all these functions in it, or None where no C compiler is found or it fails.
 
     Args:
+        functions: name -> ctypes of its arguments; none returns anything.
         options: of the compiler, after FLAGS.
     """
     try:
@@ -49,7 +53,7 @@ def _compiler() -> list[str]:
 
 
 def _compile(
-    compiler: list[str], source: Path, functions: Sequence[str], options: Sequence[str]
+    compiler: list[str], source: Path, functions: Mapping[str, Sequence[Any]], options: Sequence[str]
 ) -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, f"{source.stem}.so")
@@ -59,8 +63,9 @@ def _compile(
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 loaded = ctypes.CDLL(str(library))
-                for name in functions:
-                    getattr(loaded, name).restype = None
+                for name, arguments in functions.items():
+                    function = getattr(loaded, name)
+                    function.restype, function.argtypes = None, arguments
             except (OSError, AttributeError, subprocess.SubprocessError):
                 continue  # AttributeError: what was built is not ours
             return loaded
@@ -75,10 +80,10 @@ def _note_fork() -> None:
     _forked = True
 
 
-def forked() -> bool:
-    """Whether this process has come of a fork: OpenMP's threads do not survive it, and a child that counted on them
-    would wait for ever."""
-    return _forked
+def num_threads() -> int:
+    """Of the loops: as many as torch has, but one in a process that has come of a fork: OpenMP's threads do not survive
+    it, and a child that counted on them would wait for ever."""
+    return 1 if _forked else torch.get_num_threads()
 
 
 if hasattr(os, "register_at_fork"):

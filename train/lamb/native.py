@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .compiler import compile_library, forked
+from .compiler import compile_library, num_threads
 from .parameters import TensorRule
 from .update import Buffers, Kernel
 from .zero_layout import Fragment
@@ -53,11 +53,8 @@ STEP = np.dtype(
 @functools.cache
 def build() -> ctypes.CDLL | None:
     """The compiled loops, or None where no C compiler is found or it fails."""
-    library = compile_library(SOURCE, FUNCTIONS)
-    if library is not None:
-        for name in FUNCTIONS:
-            getattr(library, name).argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
-    return library
+    arguments = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    return compile_library(SOURCE, dict.fromkeys(FUNCTIONS, arguments))
 
 
 class NativeKernel(Kernel):
@@ -119,7 +116,7 @@ class NativeKernel(Kernel):
         limits: tuple[float, float] = NO_LIMITS,
     ) -> np.ndarray:
         """Call one of the C functions; (spans,) fp32 trust ratios, in to lamb_second and out of lamb_both."""
-        threads = 1 if forked() else torch.get_num_threads()
+        threads = num_threads()
         if self._updates.shape != (threads, room):
             self._updates = np.empty((threads, room), dtype=np.float32)
         ratios = np.empty(len(spans), dtype=np.float32) if ratios is None else ratios

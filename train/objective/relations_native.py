@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from train.lamb import compile_library, forked
+from train.lamb import compile_library, num_threads
 
 SOURCE = Path(__file__).with_name("relations.c")
 OPTIONS = {
@@ -45,10 +45,7 @@ PROBLEM = np.dtype(
 @functools.cache
 def build(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled loops for vectors of this dtype, fp32 or fp64; None where no C compiler is found or it fails."""
-    library = compile_library(SOURCE, ("relations",), OPTIONS[dtype])
-    if library is not None:
-        library.relations.argtypes = (ctypes.c_void_p,)
-    return library
+    return compile_library(SOURCE, {"relations": (ctypes.c_void_p,)}, OPTIONS[dtype])
 
 
 def native_pass(
@@ -83,7 +80,7 @@ def native_pass(
     columns = WIDE_BYTES // dtype.itemsize
     padded = -(-length // columns) * columns
     room = padded * (2 * sizes[0] + sizes[1] + 2 * ROWS)
-    threads = 1 if forked() else torch.get_num_threads()
+    threads = num_threads()
     values, rooms = np.zeros(len(own) * batch * heads), torch.empty(threads * room, dtype=dtype)
     weights = weights.contiguous()
     addresses = (relations.ctypes.data, starts.ctypes.data, kept.ctypes.data, weights.data_ptr())

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from train.lamb import compile_library, forked
+from train.lamb import compile_library, num_threads
 from train.models.families import DecoderInputs
 from train.objective.chunk_terms import Chunk, product
 from train.objective.relations_native import OPTIONS
@@ -38,10 +38,7 @@ class Problem(ctypes.Structure):
 @functools.cache
 def build(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled loops for logits of this dtype, fp32 or fp64; None where no C compiler is found or it fails."""
-    library = compile_library(SOURCE, ("vocabulary_terms",), OPTIONS[dtype])
-    if library is not None:
-        library.vocabulary_terms.argtypes = (ctypes.POINTER(Problem),)
-    return library
+    return compile_library(SOURCE, {"vocabulary_terms": (ctypes.POINTER(Problem),)}, OPTIONS[dtype])
 
 
 def native_chunk_terms(library: ctypes.CDLL, chunk: Chunk, values: torch.Tensor) -> torch.Tensor:
@@ -64,7 +61,7 @@ def native_chunk_terms(library: ctypes.CDLL, chunk: Chunk, values: torch.Tensor)
     problem = Problem(
         *(None if each is None else each.data_ptr() for each in pointers),
         by_row.ctypes.data,
-        *(rows, vocabulary, targets.shape[0], 1 if forked() else torch.get_num_threads()),
+        *(rows, vocabulary, targets.shape[0], num_threads()),
         *(weights.temperature, weights.kd, weights.mlm, weights.mse),
     )
     library.vocabulary_terms(problem)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from train.lamb import compile_library, forked
+from train.lamb import compile_library, num_threads
 
 SOURCE = Path(__file__).with_name("dropout.c")
 DTYPES = {torch.float32: "dropout_fp32", torch.bfloat16: "dropout_bf16"}
@@ -52,14 +52,10 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 @functools.cache
 def build() -> ctypes.CDLL | None:
     """The compiled loops; None where there is no compiler, or torch draws its masks otherwise."""
-    library = compile_library(SOURCE, ("dropout_mask", *DTYPES.values()))
-    if library is None:
-        return None
-    library.dropout_mask.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p)
-    for name in DTYPES.values():
-        pointers, scalars = (ctypes.c_void_p,) * 3, (ctypes.c_int64, ctypes.c_float, ctypes.c_int)
-        getattr(library, name).argtypes = (*pointers, *scalars)
-    return library if _draws_as_torch(library) else None
+    of_mask = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p)
+    of_values = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_float, ctypes.c_int)
+    library = compile_library(SOURCE, {"dropout_mask": of_mask, **dict.fromkeys(DTYPES.values(), of_values)})
+    return library if library is not None and _draws_as_torch(library) else None
 
 
 def _draws_as_torch(library: ctypes.CDLL) -> bool:
@@ -97,7 +93,6 @@ class _Dropout(torch.autograd.Function):
 
 def _scaled(x: torch.Tensor, keep: torch.Tensor, scale: float, library: ctypes.CDLL) -> torch.Tensor:
     out = torch.empty_like(x)
-    threads = 1 if forked() else torch.get_num_threads()
     pointers = (tensor.data_ptr() for tensor in (x, keep, out))
-    getattr(library, DTYPES[x.dtype])(*pointers, x.numel(), scale, threads)
+    getattr(library, DTYPES[x.dtype])(*pointers, x.numel(), scale, num_threads())
     return out
