@@ -69,9 +69,9 @@ def stepper(formulation: str) -> Callable[[MaskedBatch], float]:
 
         def fused_step(masked: MaskedBatch) -> float:
             student.zero_grad(set_to_none=True)
-            terms = objective(student, masked, frozen(masked.input_ids))
-            terms.loss.backward()
-            return float(terms.loss.detach())
+            loss = objective(student, masked, frozen(masked.input_ids))["loss"]
+            loss.backward()
+            return float(loss.detach())
 
         return fused_step
 

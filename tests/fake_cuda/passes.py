@@ -97,7 +97,7 @@ def evaluation(waits: HostWaits, family: str, teacher: str, student: str, member
     waits.taken()
     masked = masker(input_ids, window_ids, -1)
     sums = heldout_statistics(learner.eval(), masked, frozen(masked.input_ids))
-    return [f"{name} is {each.dtype}" for name, each in vars(sums).items() if each.dtype != torch.float64]
+    return [] if sums.dtype == torch.float64 else [f"the sums are {sums.dtype}"]
 
 
 def lamb_step(waits: HostWaits) -> list[str]:

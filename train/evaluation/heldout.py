@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel
 
 from data_prep.shard_format.tokenizer_info import TokenizerInfo
 from train.evaluation.masking import LABEL, evaluation_label, evaluation_masker
-from train.evaluation.scores import HeldoutSums, heldout_statistics
+from train.evaluation.scores import SCORES_BESIDE_TEACHER, STUDENT_SCORES, heldout_statistics
 from train.models.families import has_head
 from train.models.teacher import Teacher
 from train.objective.distillation import DistillationLoss
@@ -87,20 +86,18 @@ class HeldoutEvaluation:
     ) -> dict[str, Any]:
         if teacher is not None and not teacher.has_head:
             teacher = None
-        names = [field.name for field in fields(HeldoutSums)]
-        total = torch.zeros(len(names), dtype=torch.float64, device=self._device)
+        names = STUDENT_SCORES if teacher is None else SCORES_BESIDE_TEACHER
+        total = torch.zeros(1 + len(names), dtype=torch.float64, device=self._device)
         for input_ids, window_ids in self._batches:
             masked = self._masker(input_ids.to(self._device), window_ids.to(self._device), HELDOUT_EPOCH)
-            sums = heldout_statistics(
-                student, masked, teacher(masked.input_ids, whole=True) if teacher else None
-            )
-            values = [getattr(sums, name) for name in names]
-            total += torch.stack([torch.zeros_like(total[0]) if v is None else v for v in values])
+            taught = None if teacher is None else teacher(masked.input_ids, whole=True)
+            total += heldout_statistics(student, masked, taught)
             batch_done()
         if self._world_size > 1:
             dist.all_reduce(total)
-        sums_by_name = dict(zip(names, total.tolist(), strict=True))
-        return {**_means(sums_by_name, teacher is not None), LABEL: self._label}
+        count, *sums = total.tolist()
+        means = [each / max(1.0, count) for each in sums]
+        return {**dict(zip(names, means, strict=True)), LABEL: self._label}
 
     def _scores_of_text(
         self,
@@ -117,22 +114,10 @@ class HeldoutEvaluation:
         for input_ids, _ in self._batches:
             text = input_ids.to(self._device).long()
             terms = objective.score_text(student, teacher(text), text)
-            sums += torch.stack([*(terms[name].double() for name in names), sums.new_tensor(text.numel())])
+            values = [terms[f"loss_{name}"].double() for name in names]
+            sums += torch.stack([*values, sums.new_tensor(text.numel())])
             batch_done()
         if self._world_size > 1:
             dist.all_reduce(sums)
         *totals, num_tokens = sums.tolist()
         return {f"heldout_{name}": total / num_tokens for name, total in zip(names, totals, strict=True)}
-
-
-def _means(sums: dict[str, float], with_teacher: bool) -> dict[str, float]:
-    count = max(1.0, sums["count"])
-    names = {"heldout_mlm_loss": "student_loss", "heldout_accuracy": "student_correct"}
-    if with_teacher:
-        names |= {
-            "heldout_kl": "kl",
-            "heldout_top1_agreement": "agreement",
-            "teacher_heldout_mlm_loss": "teacher_loss",
-            "teacher_heldout_accuracy": "teacher_correct",
-        }
-    return {name: sums[source] / count for name, source in names.items()}

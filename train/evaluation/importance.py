@@ -5,11 +5,13 @@ It decides what a narrower student keeps (train/models/narrowing.py).
 
 from __future__ import annotations
 
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from data_prep.shard_format.manifest import Manifest
@@ -80,28 +82,25 @@ def measure(family: Family, model: PreTrainedModel, input_ids: torch.Tensor, dev
     running.eval()
     sums: dict[tuple[str, int], torch.Tensor] = {}
 
-    def add(name: str, layer: int, vectors: torch.Tensor) -> None:
+    # Of the input as a pre-hook, of the output as a hook.
+    def add(
+        name: str, layer: int, module: nn.Module, inputs: Any, output: torch.Tensor | None = None
+    ) -> None:
+        vectors = inputs[0] if output is None else output
         total = vectors.flatten(0, -2).square().sum(0, dtype=torch.float64)
         sums[name, layer] = sums.get((name, layer), 0) + total
-
-    def add_input(name: str, layer: int) -> Any:
-        return lambda module, inputs: add(name, layer, inputs[0])
-
-    def add_output(name: str, layer: int) -> Any:
-        return lambda module, inputs, output: add(name, layer, output)
 
     hooks = []
     layers = family.layer_list(running)
     outputs = {"values": family.attention_output, "units": family.feed_forward[1]}
     for index, layer in enumerate(layers):
         for name, path in outputs.items():
-            hooks.append(attrgetter(path)(layer).register_forward_pre_hook(add_input(name, index)))
+            hooks.append(attrgetter(path)(layer).register_forward_pre_hook(partial(add, name, index)))
         for path in family.projections:
-            hooks.append(attrgetter(path)(layer).register_forward_hook(add_output(path, index)))
+            hooks.append(attrgetter(path)(layer).register_forward_hook(partial(add, path, index)))
     hidden: Any = 0
     for batch in input_ids.split(BATCH):
         encoded = family.encode(running, batch.to(device).long(), output_hidden_states=True)
-        assert encoded.hidden_states is not None
         for states in encoded.hidden_states:
             hidden = hidden + states.flatten(0, -2).abs().sum(0, dtype=torch.float64)
     for hook in hooks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -16,25 +15,16 @@ from train.objective.chunk_terms import Workspace, tempered_logits
 from train.objective.fused_loss import chunk_rows
 from train.objective.token_selection import select_tokens
 
-
-@dataclass(frozen=True)
-class HeldoutSums:
-    """Sums over the valid masked positions of one batch: fp64 scalars on the device.
-
-    Add batches and ranks field by field, then divide by `count`. The teacher's fields are None without one.
-    """
-
-    count: torch.Tensor
-    student_loss: torch.Tensor
-    """Cross entropy of the student with the original tokens, nats."""
-    student_correct: torch.Tensor
-    """Positions at which its first choice is the original token."""
-    teacher_loss: torch.Tensor | None = None
-    teacher_correct: torch.Tensor | None = None
-    kl: torch.Tensor | None = None
-    """KL(teacher || student) at T = 1, nats."""
-    agreement: torch.Tensor | None = None
-    """Positions at which both have the same first choice."""
+STUDENT_SCORES = ("heldout_mlm_loss", "heldout_accuracy")
+"""Means over masked positions: cross entropy with the original token (nats), share where that is the first choice."""
+SCORES_BESIDE_TEACHER = (
+    *STUDENT_SCORES,
+    "heldout_kl",
+    "heldout_top1_agreement",
+    "teacher_heldout_mlm_loss",
+    "teacher_heldout_accuracy",
+)
+"""KL(teacher || student) at T = 1 (nats), share where both have the same first choice; the teacher's own scores."""
 
 
 @torch.no_grad()
@@ -44,13 +34,16 @@ def heldout_statistics(
     teacher: TeacherOutput | None = None,
     *,
     chunk_tokens: int | None = None,
-) -> HeldoutSums:
+) -> torch.Tensor:
     """Score a student, and its teacher if given, at the masked positions.
 
     Args:
         student: in eval mode; of the teacher's vocabulary.
         masked: input_ids (B, L) int64; positions, targets (B, n) int64; valid (B, n) bool.
         teacher: its output on masked.input_ids; several are one ensemble.
+    Returns:
+        fp64 on the device: the number of valid masked positions, then the sums over them of STUDENT_SCORES, or with a
+        teacher of SCORES_BESIDE_TEACHER. Add batches and ranks, then divide.
     """
     family = family_of(student)
     tokens = select_tokens(masked, None, all_positions=False)
@@ -67,14 +60,15 @@ def heldout_sums(
     targets: torch.Tensor,
     keep: torch.Tensor,
     chunk_tokens: int | None = None,
-) -> HeldoutSums:
+) -> torch.Tensor:
     """The same from decoder inputs.
 
     Args:
         student: N rows. teachers: their N rows each.
         targets: (N,) int64 original tokens. keep: (N,) bool.
     """
-    sums = torch.zeros(6, dtype=torch.float64, device=targets.device)
+    names = SCORES_BESIDE_TEACHER if teachers else STUDENT_SCORES
+    sums = torch.zeros(len(names), dtype=torch.float64, device=targets.device)
     workspace = Workspace()
     size = chunk_rows(targets.shape[0], student.weight, chunk_tokens)
     for start in range(0, targets.shape[0], size):
@@ -84,14 +78,12 @@ def heldout_sums(
         if teachers:
             log_teacher = _log_probabilities(teachers, rows, workspace, "teacher")
             agreement = log_teacher.argmax(-1) == log_student.argmax(-1)
-            columns += _scores(log_teacher, targets[rows])
+            of_teacher = _scores(log_teacher, targets[rows])
             divergence = (log_teacher - log_student).mul_(log_teacher.exp_()).sum(-1)
-            columns += [divergence, agreement]
+            columns += [divergence, agreement, *of_teacher]
         # torch.where, not a product: a row that is dropped may hold an infinity.
-        kept = [torch.where(keep[rows], column.double(), 0.0).sum() for column in columns]
-        sums[: len(kept)] += torch.stack(kept)
-    count = keep.sum().double()
-    return HeldoutSums(count, *sums.unbind()) if teachers else HeldoutSums(count, *sums[:2].unbind())
+        sums += torch.stack([torch.where(keep[rows], column.double(), 0.0).sum() for column in columns])
+    return torch.cat([keep.sum(dtype=torch.float64)[None], sums])
 
 
 def _log_probabilities(

@@ -19,7 +19,7 @@ from train.loop.loss_accumulator import LossSums
 from train.loop.schedule import learning_rate
 from train.loop.timing import Clock
 from train.models.teacher import Teacher, TeacherOutput
-from train.objective.distillation import DistillationLoss, LossTerms
+from train.objective.distillation import DistillationLoss
 
 
 class DistillationModule(nn.Module):
@@ -42,8 +42,10 @@ class DistillationModule(nn.Module):
         A dict, because the engine's backward pass prepares itself in hooks on the tensors of what forward returns: it
         looks into tuples, lists and dicts (DeepSpeed 0.19, runtime/engine.py and utils.py).
         """
-        terms: LossTerms = self.objective(self.student, masked, taught, num_masked_tokens=num_masked_tokens)
-        return {**terms.as_dict(), "loss": terms.loss}
+        terms: dict[str, torch.Tensor] = self.objective(
+            self.student, masked, taught, num_masked_tokens=num_masked_tokens
+        )
+        return terms
 
 
 class Observer(Protocol):

@@ -24,8 +24,8 @@ class EncoderOutput:
 
     last_hidden: torch.Tensor
     """(batch, sequence, width) of the last layer, after any final norm: what the MLM head reads."""
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    """num_layers + 1 tensors like `last_hidden`, the embeddings' output first; None if not asked for."""
+    hidden_states: tuple[torch.Tensor, ...]
+    """num_layers + 1 tensors like `last_hidden`, the embeddings' output first; none if not asked for."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Family:
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        return EncoderOutput(output.last_hidden_state, output.hidden_states if output_hidden_states else None)
+        return EncoderOutput(output.last_hidden_state, output.hidden_states if output_hidden_states else ())
 
     def decoder_inputs(
         self, model: PreTrainedModel, hidden: torch.Tensor, share: float = 1.0

@@ -30,15 +30,10 @@ class TeacherMember:
     """Weight in the ensemble's average."""
     last_hidden: torch.Tensor
     """(B, L, width)."""
-    hidden_states: tuple[torch.Tensor, ...] | None
-    """Embeddings' output and every layer's, each (B, L, width); None if not asked for."""
-    vectors: tuple[torch.Tensor, ...] | None = None
-    """Queries, keys and values of one layer, each (B, L, width); None if not asked for."""
-
-    @torch.inference_mode()
-    def decoder_inputs(self, order: torch.Tensor) -> DecoderInputs:
-        """For the tokens `order` (N,) of the flattened (B * L) tokens."""
-        return self.family.decoder_inputs(self.model, self.last_hidden.flatten(0, 1)[order], self.share)
+    hidden_states: tuple[torch.Tensor, ...]
+    """Embeddings' output and every layer's, each (B, L, width); none if not asked for."""
+    vectors: tuple[torch.Tensor, ...]
+    """Queries, keys and values of one layer, each (B, L, width); none if not asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +43,13 @@ class TeacherOutput:
     members: tuple[TeacherMember, ...]
 
     @torch.compiler.disable
+    @torch.inference_mode()
     def decoder_inputs(self, order: torch.Tensor) -> tuple[DecoderInputs, ...]:
-        return tuple(member.decoder_inputs(order) for member in self.members)
+        """Of each member, for the tokens `order` (N,) of the flattened (B * L) tokens."""
+        return tuple(
+            each.family.decoder_inputs(each.model, each.last_hidden.flatten(0, 1)[order], each.share)
+            for each in self.members
+        )
 
 
 class Teacher:
@@ -182,10 +182,10 @@ class Teacher:
         for family, model, share, recorded in zip(
             self.families, self.models, self.shares, self._vectors, strict=True
         ):
-            alone = recorded is not None and self._relations_alone and not whole
-            with recorded.alone() if recorded is not None and alone else nullcontext():
+            stops = None if whole or not self._relations_alone else recorded
+            with nullcontext() if stops is None else stops.alone():
                 output = family.encode(model, input_ids, attention_mask, self.output_hidden_states)
-            vectors = None if recorded is None else recorded.take()
+            vectors = () if recorded is None else recorded.take()
             members.append(
                 TeacherMember(family, model, share, output.last_hidden, output.hidden_states, vectors)
             )

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -49,12 +48,6 @@ class Workspace:
             held = torch.empty(rows, like.shape[0], dtype=dtype, device=like.device)
             self.tensors[name] = held
         return held[:rows]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
-        return Workspace()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Workspace, ())
 
 
 @dataclass(frozen=True)

@@ -23,53 +23,13 @@ from train.data.masking import MaskedBatch
 from train.models.attention_vectors import AttentionVectors
 from train.models.families import EncoderOutput, family_of, has_head
 from train.models.pooling import pooled
-from train.models.teacher import TeacherOutput
+from train.models.teacher import TeacherMember, TeacherOutput
 from train.objective.chunk_terms import VocabularyWeights, Workspace
 from train.objective.fused_loss import VocabularyTerms, vocabulary_loss
 from train.objective.hidden_loss import hidden_cosine
 from train.objective.relations import relation_loss
 from train.objective.tied_embedding import TiedGradient, tied_lookup
 from train.objective.token_selection import SelectedTokens, keep_weights, select_tokens
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """What one micro batch yields. All are fp32 scalars on the device; None for a term that is off."""
-
-    loss: torch.Tensor
-    """Weighted sum, with gradient. Nats per token."""
-    kd: torch.Tensor | None = None
-    """T^2 KL(teacher || student), mean over the kept tokens; detached, as are all below; unweighted."""
-    mlm: torch.Tensor | None = None
-    """Cross entropy with the original token, mean over masked positions."""
-    cosine: torch.Tensor | None = None
-    """1 - cos(h_s, h_t) of the last hidden states, mean over non-padding positions."""
-    layer_cosine: torch.Tensor | None = None
-    """The same averaged over the mapped layers."""
-    relation: torch.Tensor | None = None
-    """KL(teacher || student) of the relations, summed over queries, keys and values; mean over heads and
-    non-padding positions."""
-    embedding: torch.Tensor | None = None
-    """1 - cos of the sequences' pooled vectors, each weighted by its non-padding positions."""
-    mse: torch.Tensor | None = None
-    """Squared logit difference summed over the vocabulary, mean over the kept tokens."""
-    top1_agreement: torch.Tensor | None = None
-    """Share of the kept tokens at which student and teacher prefer the same token; plain mean of this batch."""
-
-    def as_dict(self) -> dict[str, torch.Tensor]:
-        """The detached terms that are on, under the names of metrics.jsonl."""
-        named = {
-            "loss": self.loss.detach(),
-            "loss_kd": self.kd,
-            "loss_mlm": self.mlm,
-            "loss_cos": self.cosine,
-            "loss_layer_cos": self.layer_cosine,
-            "loss_relation": self.relation,
-            "loss_embedding": self.embedding,
-            "loss_mse": self.mse,
-            "top1_agreement": self.top1_agreement,
-        }
-        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -125,7 +85,7 @@ class DistillationLoss(nn.Module):
         attention_mask: torch.Tensor | None = None,
         num_tokens: float | torch.Tensor | None = None,
         num_masked_tokens: float | torch.Tensor | None = None,
-    ) -> LossTerms:
+    ) -> dict[str, torch.Tensor]:
         """Run the student on a masked micro batch and compare.
 
         Args:
@@ -138,11 +98,27 @@ class DistillationLoss(nn.Module):
                 count of the whole global batch divided by (ranks x accumulation steps), because the engine
                 averages over those.
             num_masked_tokens: the same for the means over masked positions (MLM; KD and MSE with "masked").
+        Returns:
+            By their names in metrics.jsonl the terms that are on, fp32 scalars on the device; "loss" alone has a
+            gradient:
+
+            loss: weighted sum, nats per token.
+            loss_kd: T^2 KL(teacher || student), mean over the kept tokens; unweighted, as are all below.
+            loss_mlm: cross entropy with the original token, mean over masked positions.
+            loss_cos: 1 - cos(h_s, h_t) of the last hidden states, mean over non-padding positions.
+            loss_mse: squared logit difference summed over the vocabulary, mean over the kept tokens.
+            loss_layer_cos: as loss_cos, averaged over the mapped layers.
+            loss_relation: KL(teacher || student) of the relations, summed over queries, keys and values; mean over
+                heads and non-padding positions.
+            loss_embedding: 1 - cos of the sequences' pooled vectors, each weighted by its non-padding positions.
+            top1_agreement: share of the kept tokens at which student and teacher prefer the same token; plain mean of
+                this batch.
         """
-        settings = self.settings
+        settings, weights = self.settings, self.settings.term_weights()
         assert teacher is not None or not settings.needs_teacher
         encoded, tied = self._encoded(student, masked.input_ids, attention_mask)
-        terms = None
+        loss = torch.zeros((), device=masked.input_ids.device)
+        found: dict[str, torch.Tensor] = {}
         if settings.needs_masks:
             tokens = select_tokens(
                 masked,
@@ -152,26 +128,16 @@ class DistillationLoss(nn.Module):
                 num_masked_tokens=num_masked_tokens,
             )
             terms = self._vocabulary_terms(student, encoded, teacher, tokens, tied)
-        loss = torch.zeros((), device=masked.input_ids.device) if terms is None else terms.loss
+            loss = terms.loss
+            found = {"loss_kd": terms.kd, "loss_mlm": terms.mlm, "loss_mse": terms.mse}
+            found["top1_agreement"] = terms.top1_agreement
         keep = keep_weights(masked.input_ids, attention_mask, num_tokens).view(masked.input_ids.shape)
-        of_encoder = self._encoder_terms(encoded, teacher, keep, attention_mask)
-        weights = settings.term_weights()
-        for name, value in of_encoder.items():
-            loss = loss + weights[f"loss_{name}"] * value
-        detached = {name: value.detach() for name, value in of_encoder.items()}
-        return LossTerms(
-            loss=loss,
-            kd=terms.kd if terms is not None and settings.kd_weight > 0 else None,
-            mlm=terms.mlm if terms is not None and settings.mlm_weight > 0 else None,
-            cosine=detached.get("cos"),
-            layer_cosine=detached.get("layer_cos"),
-            relation=detached.get("relation"),
-            embedding=detached.get("embedding"),
-            mse=terms.mse if terms is not None and settings.mse_weight > 0 else None,
-            top1_agreement=terms.top1_agreement
-            if terms is not None and settings.needs_teacher_logits
-            else None,
-        )
+        for name, value in self._encoder_terms(encoded, teacher, keep, attention_mask).items():
+            loss = loss + weights[name] * value
+            found[name] = value.detach()
+        names = [name for name, weight in weights.items() if weight > 0]
+        names += ["top1_agreement"] if settings.needs_teacher_logits else []
+        return {"loss": loss, **{name: found[name] for name in names}}
 
     def _encoded(
         self, student: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
@@ -182,8 +148,8 @@ class DistillationLoss(nn.Module):
         if has_head(student) and embedding.weight is family.decoder(student)[0]:
             tied = TiedGradient()
             embedded = tied_lookup(embedding, input_ids, tied)
-        alone = self.relations is not None and not settings.needs_student_output
-        with self.relations.student.alone() if self.relations is not None and alone else nullcontext():
+        relations = None if settings.needs_student_output else self.relations
+        with nullcontext() if relations is None else relations.student.alone():
             encoded = family.encode(
                 student, input_ids, attention_mask, settings.needs_layers, inputs_embeds=embedded
             )
@@ -222,8 +188,8 @@ class DistillationLoss(nn.Module):
             student: in eval mode.
             teacher: its output on the same input_ids (B, L).
         Returns:
-            Sums over the tokens, fp32 scalars on the device, of those that are on: "cos", "layer_cos", "relation",
-            "embedding".
+            Sums over the tokens, fp32 scalars on the device, of those that are on: "loss_cos",
+            "loss_layer_cos", "loss_relation", "loss_embedding".
         """
         encoded = family_of(student).encode(student, input_ids, None, self.settings.needs_layers)
         keep = torch.ones(input_ids.shape, device=input_ids.device)
@@ -243,35 +209,37 @@ class DistillationLoss(nn.Module):
             keep: (B, L) weight of each position in the mean.
         """
         settings, terms = self.settings, {}
+        members = () if teacher is None else teacher.members
         if self.relations is not None:
-            terms["relation"] = self._relation(self.relations, teacher, keep, attention_mask)
+            terms["loss_relation"] = self._relation(self.relations, members, keep, attention_mask)
         if settings.cosine_weight > 0:
-            terms["cos"] = self._cosine(encoded, teacher, keep.flatten(), None)
+            theirs = [member.last_hidden for member in members]
+            terms["loss_cos"] = self._cosine(encoded.last_hidden, theirs, members, keep)
         if settings.layer_cosine_weight > 0:
-            pairs = [self._cosine(encoded, teacher, keep.flatten(), pair) for pair in settings.layer_pairs]
-            terms["layer_cos"] = torch.stack(pairs).mean()
+            pairs = []
+            for layer, teacher_layer in settings.layer_pairs:
+                theirs = [member.hidden_states[teacher_layer] for member in members]
+                pairs.append(self._cosine(encoded.hidden_states[layer], theirs, members, keep))
+            terms["loss_layer_cos"] = torch.stack(pairs).mean()
         if self.pooling is not None:
-            assert teacher is not None
             vectors = [
                 pooled(hidden, attention_mask, self.pooling)
-                for hidden in (encoded.last_hidden, teacher.members[0].last_hidden)
+                for hidden in (encoded.last_hidden, members[0].last_hidden)
             ]
-            terms["embedding"] = hidden_cosine(*vectors, keep.sum(1))
+            terms["loss_embedding"] = hidden_cosine(*vectors, keep.sum(1))
         return terms
 
     def _relation(
         self,
         relations: Relations,
-        teacher: TeacherOutput | None,
+        members: Sequence[TeacherMember],
         weights: torch.Tensor,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """The relations' divergence after a forward pass of the student and of the teacher; members by their share."""
-        assert teacher is not None
         student = relations.student.take()
         parts = []
-        for member in teacher.members:
-            assert member.vectors is not None
+        for member in members:
             value = relation_loss(
                 student,
                 member.vectors,
@@ -285,25 +253,15 @@ class DistillationLoss(nn.Module):
 
     def _cosine(
         self,
-        encoded: EncoderOutput,
-        teacher: TeacherOutput | None,
+        student: torch.Tensor,
+        theirs: Sequence[torch.Tensor],
+        members: Sequence[TeacherMember],
         keep: torch.Tensor,
-        pair: tuple[int, int] | None,
     ) -> torch.Tensor:
-        """Cosine term of the last hidden states, or of one (student, teacher) pair; members by their share."""
-        assert teacher is not None
-        if pair is None:
-            student_hidden = encoded.last_hidden
-        else:
-            assert encoded.hidden_states is not None
-            student_hidden = encoded.hidden_states[pair[0]]
-        student_hidden = student_hidden.flatten(0, 1)
+        """Cosine term of (B, L, width) hidden states, the student's and each member's; members by their share."""
+        student, keep = student.flatten(0, 1), keep.flatten()
         total = torch.zeros((), device=keep.device)
-        for index, member in enumerate(teacher.members):
-            hidden = member.last_hidden
-            if pair is not None:
-                assert member.hidden_states is not None
-                hidden = member.hidden_states[pair[1]]
-            mapped = self.projections[index](student_hidden) if self.projections else student_hidden
+        for index, (member, hidden) in enumerate(zip(members, theirs, strict=True)):
+            mapped = self.projections[index](student) if self.projections else student
             total = total + member.share * hidden_cosine(mapped, hidden.flatten(0, 1), keep)
         return total

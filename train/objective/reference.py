@@ -38,7 +38,7 @@ def reference_terms(
     num_tokens: float | None = None,
     num_masked_tokens: float | None = None,
 ) -> ReferenceTerms:
-    """Terms of the objective on full logits, unweighted; see train.objective.distillation.LossTerms.
+    """Terms of the objective on full logits, unweighted; see DistillationLoss.forward.
 
     Args:
         student_logits: (B, L, V).

@@ -30,7 +30,7 @@ def freeze_untrained(
     positions = input_ids.new_ones(1, 1)
     masked = MaskedBatch(input_ids, positions, positions, torch.ones_like(positions, dtype=torch.bool))
     with torch.random.fork_rng([] if device == "cpu" else [torch.device(device)]):
-        objective(moved, masked, teacher(input_ids) if teacher is not None else None).loss.backward()
+        objective(moved, masked, teacher(input_ids) if teacher is not None else None)["loss"].backward()
     frozen = [name for name, parameter in student.named_parameters() if parameter.grad is None]
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name not in frozen)

@@ -12,7 +12,6 @@ from launch.benchmarks.objective_steps import original_loss
 from train.build import Parts
 from train.data.masking import MaskedBatch
 from train.models.cpu.dropout import FastDropout
-from train.objective.distillation import LossTerms
 
 
 class PlainTeacher:
@@ -32,9 +31,9 @@ class PlainObjective(nn.Module):
 
     def forward(
         self, student: PreTrainedModel, masked: MaskedBatch, taught: Any, *, num_masked_tokens: Any = None
-    ) -> LossTerms:
+    ) -> dict[str, torch.Tensor]:
         """The triple loss; its means are this micro batch's own, whatever `num_masked_tokens` says."""
-        return LossTerms(original_loss(student(masked.input_ids, output_hidden_states=True), taught, masked))
+        return {"loss": original_loss(student(masked.input_ids, output_hidden_states=True), taught, masked)}
 
 
 def make_plain(parts: Parts) -> None:

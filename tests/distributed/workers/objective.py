@@ -14,7 +14,7 @@ from train.data.masking import MaskedBatch
 from train.distributed.world import import_deepspeed
 from train.models.students import make_student
 from train.models.teacher import Teacher, TeacherOutput
-from train.objective.distillation import DistillationLoss, LossTerms
+from train.objective.distillation import DistillationLoss
 
 LR, STEPS, ACCUMULATION, MICRO, LENGTH, MASKED, VOCABULARY = 0.05, 3, 2, 2, 12, 4, 50
 SHARES = (1.0, 2.0)
@@ -57,8 +57,8 @@ class Module(nn.Module):
 
     def forward(
         self, masked: MaskedBatch, taught: TeacherOutput, mask: torch.Tensor, counts: Any
-    ) -> LossTerms:
-        terms: LossTerms = self.objective(
+    ) -> dict[str, torch.Tensor]:
+        terms: dict[str, torch.Tensor] = self.objective(
             self.student,
             masked,
             taught,
@@ -112,7 +112,7 @@ def train(objective: ObjectiveConfig | None = None, **settings: Any) -> dict[str
                 batch.input_ids[rows], batch.positions[rows], batch.targets[rows], batch.valid[rows]
             )
             taught = teacher(micro.input_ids, mask[rows])
-            loss = engine(micro, taught, mask[rows], counts).loss
+            loss = engine(micro, taught, mask[rows], counts)["loss"]
             total += loss.detach()
             engine.backward(loss)
             engine.step()

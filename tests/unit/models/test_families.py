@@ -117,7 +117,7 @@ def test_encoder_transform_and_decoder_make_the_models_own_logits(model):
     assert len(encoded.hidden_states) == 5
     assert torch.equal(encoded.hidden_states[-1], encoded.last_hidden)
     assert torch.equal(family.encode(model.base_model, input_ids, mask).last_hidden, encoded.last_hidden)
-    assert family.encode(model, input_ids).hidden_states is None
+    assert family.encode(model, input_ids).hidden_states == ()
     assert weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 

@@ -146,7 +146,7 @@ def test_flops_of_a_real_step(kind: str, kd_positions: str) -> None:
     ):
         loss = DistillationLoss(ObjectiveConfig(kd_positions=kd_positions))(
             student, batch, teacher(batch.input_ids)
-        ).loss
+        )["loss"]
         loss.backward()
     shapes = [describe(model).shape for model in (student, teacher_model)]
     ours = training_flops_per_token(shapes[0], shapes[1:], length, masked, kd_positions)
@@ -287,7 +287,7 @@ def main() -> None:
             print(name, "parameters:", describe(built).parameters, describe(plan).parameters)
         math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
         with math, FlopCounterMode(display=False) as counter:
-            DistillationLoss(ObjectiveConfig())(student, batch, teacher(batch.input_ids)).loss.backward()
+            DistillationLoss(ObjectiveConfig())(student, batch, teacher(batch.input_ids))["loss"].backward()
         shapes = [describe(student).shape, describe(model).shape]
         flops = training_flops_per_token(shapes[0], shapes[1:], 128, 19, "all").total
         print("  MFLOPs per token:", counter.get_total_flops() / 128e6, flops / 1e6)
