@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,17 +132,15 @@ def load_finetuned(name: str, auto_class: Any) -> PreTrainedModel:
     Raises:
         UserError: weights as in `_load`, the head's among them.
     """
-
-    def without_head(model: PreTrainedModel, missing: Sequence[str]) -> str | None:
-        encoder = f"{model.base_model_prefix}."
-        if not missing or any(key.startswith(encoder) and POOLER[0] not in key for key in missing):
-            return None
-        return (
+    model, missing = _load(name, auto_class, optional=("",))  # which begins every key
+    encoder = f"{model.base_model_prefix}."
+    if any(key.startswith(encoder) and POOLER[0] not in key for key in missing):
+        raise UserError(_incomplete(name, missing))
+    if missing:
+        raise UserError(
             f"{name} is not fine-tuned: {_listed(missing)} missing from its weights; fine-tune it on the task first "
             "and give OUT/TASK/seed-N"
         )
-
-    model, _ = _load(name, auto_class, without_head=without_head)
     return model.eval().requires_grad_(False)
 
 
@@ -174,7 +172,6 @@ def _load(
     name: str | Path,
     auto_class: Any,
     optional: tuple[str, ...] = (),
-    without_head: Callable[[PreTrainedModel, Sequence[str]], str | None] | None = None,
     config: Any = None,
     **options: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
@@ -182,7 +179,6 @@ def _load(
 
     Args:
         optional: beginnings of the keys that may be missing.
-        without_head: gives the message for (model, missing keys) where these mean that the head is not there.
         config: its Hugging Face config, where that has been read before.
         options: of from_pretrained.
     Returns:
@@ -213,8 +209,6 @@ def _load(
         raise UserError(f"{name}: its weights cannot be read: {one_line(error)}; {remedy}") from None
     absent = sorted(key for key in info["missing_keys"] if key.startswith(optional))
     missing = sorted(set(info["missing_keys"]) - set(absent))
-    if without_head is not None and (message := without_head(model, missing)) is not None:
-        raise UserError(message)
     _refuse_gaps(name, model.config, missing, info)
     # What fp16 makes of a weight is judged by train/evaluation/teacher_precision.py, with its own remedy.
     for key, weight in model.state_dict().items() if model.dtype == torch.float32 else ():

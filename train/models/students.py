@@ -130,9 +130,7 @@ def student_config(
     family = family_of_type(teacher.model_type)
     teacher_layers = int(getattr(teacher, family.num_layers_field))
     if layer_map == "random":
-        depth = default_student_layers(teacher_layers) if num_layers is None else num_layers
-        _check_depth(depth)
-        layers = _evenly_spaced(teacher_layers, depth)
+        layers = _evenly_spaced(teacher_layers, _depth(teacher_layers, num_layers))
     else:
         layers = resolve_layer_map(layer_map, teacher_layers, num_layers)
     if family is BERT:
@@ -157,9 +155,7 @@ def resolve_layer_map(
     >>> resolve_layer_map("last_of_each", 12)
     (1, 3, 5, 7, 9, 11)
     """
-    if num_layers is not None:
-        _check_depth(num_layers)
-    if num_layers is not None and num_layers > teacher_layers:
+    if _depth(teacher_layers, num_layers) > teacher_layers:
         raise UserError(
             f"model.student_layers is {num_layers} but the teacher has only {teacher_layers} layers to copy; "
             f"give at most {teacher_layers}, or model.layer_map=random"
@@ -191,9 +187,11 @@ def resolve_layer_map(
     return layers
 
 
-def _check_depth(num_layers: int) -> None:
-    if num_layers < 1:
+def _depth(teacher_layers: int, num_layers: int | None) -> int:
+    """Of the student; half of the teacher's where it is not given. UserError below 1."""
+    if num_layers is not None and num_layers < 1:
         raise UserError(f"model.student_layers is {num_layers}; give at least 1")
+    return default_student_layers(teacher_layers) if num_layers is None else num_layers
 
 
 def _evenly_spaced(teacher_layers: int, depth: int, last: bool = False) -> tuple[int, ...]:
@@ -203,8 +201,7 @@ def _evenly_spaced(teacher_layers: int, depth: int, last: bool = False) -> tuple
 
 def _named_layer_map(name: str, teacher_layers: int, num_layers: int | None) -> tuple[int, ...]:
     if name in ("every_other", "last_of_each"):
-        depth = default_student_layers(teacher_layers) if num_layers is None else num_layers
-        return _evenly_spaced(teacher_layers, depth, last=name == "last_of_each")
+        return _evenly_spaced(teacher_layers, _depth(teacher_layers, num_layers), last=name == "last_of_each")
     if name == "distilbert":
         if teacher_layers != 12 or num_layers not in (None, len(ORIGINAL_LAYERS)):
             raise UserError(

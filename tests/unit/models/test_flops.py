@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForMaskedLM
 
 from tests.unit.models.test_families import MODELS
 from train.models.attention_vectors import AttentionVectors
@@ -44,11 +43,10 @@ def counted(run) -> int:
     return counter.get_total_flops()
 
 
-def test_equals_torchs_count(teacher_folder: str) -> None:
-    model = AutoModelForMaskedLM.from_pretrained(teacher_folder, attn_implementation="eager").eval()
-    ids, shape = torch.randint(0, 60, (3, 16)), shape_of(model)
-    whole = forward_flops_per_token(shape, sequence_length=16, decoded_share=1.0)
-    assert counted(lambda: model(ids)) == 3 * 16 * whole
+def test_a_pass_that_ends_early_equals_torchs_count() -> None:
+    model = MODELS["bert"]().eval()
+    model.set_attn_implementation("eager")
+    ids, shape = torch.randint(0, 64, (3, 16)), shape_of(model)
     with AttentionVectors(family_of(model), model, 2).alone():
         ended = forward_flops_per_token(shape, 16, 0.0, ends_at=2)
         assert counted(lambda: family_of(model).encode(model, ids)) == 3 * 16 * ended
@@ -68,11 +66,3 @@ def test_every_family_equals_torchs_count(kind: str) -> None:
 
 def test_matrix_rate_is_plausible() -> None:
     assert 1e8 < measured_matrix_rate("cpu", torch.float32, size=128) < 1e14
-
-
-def test_shape_of_distilbert(teacher_folder: str) -> None:
-    from train.models.students import make_student
-
-    teacher = AutoModelForMaskedLM.from_pretrained(teacher_folder)
-    teacher_shape, student_shape = shape_of(teacher), shape_of(make_student(teacher))
-    assert student_shape == ModelShape(2, 32, 64, teacher_shape.vocabulary, 32)

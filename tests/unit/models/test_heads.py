@@ -48,12 +48,6 @@ def test_other_architectures_and_heads_that_would_be_lost_are_refused(tmp_path: 
             load_with_saved_head(tmp_path / name)
 
 
-def test_a_damaged_config_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "be')
-    with pytest.raises(ValueError, match=rf"{tmp_path}: its config cannot be read: "):
-        load_with_saved_head(tmp_path)
-
-
 def test_sentences_that_are_no_text_are_named(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\n")
     assert read_texts(tmp_path / "lines.txt") == ["one", "two"]

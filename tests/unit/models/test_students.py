@@ -101,9 +101,6 @@ def test_random_students(teacher):
     deeper = make_student(teacher, 6, "random")
     assert len(family.layer_list(deeper)) == 6
     deeper(torch.randint(4, 64, (1, 9)))
-    narrow = make_student(teacher, 2, "random", width=16)
-    assert family.width(narrow) == 16
-    narrow(torch.randint(4, 64, (1, 9)))
 
 
 def test_random_students_leave_the_global_generator_alone(teacher):
