@@ -95,7 +95,7 @@ def results_of(checkout: Path, work: Path) -> Results:
         )
         results[f"batch of step {step}"] = output.split("digest: ")[1].split()[0]
     command(checkout, work, "launch/pretrain.py", *TRAINING, *TEACHER, "--run.dir=teacher")
-    student = [*TRAINING, *STUDENT, f"--model.teacher={final_model(Path('teacher'), work)}"]
+    student = [*TRAINING, *STUDENT, "--model.teacher=teacher/model"]
     command(checkout, work, "launch/pretrain.py", *student, "--run.dir=undisturbed", ranks=2)
     cut_off_after_middle(work / "undisturbed", work / "resumed")
     command(checkout, work, "launch/pretrain.py", *student, "--run.dir=resumed", ranks=2)
@@ -152,23 +152,13 @@ def results_of_run(run: Path) -> Results:
         row: dict[str, Any] = json.loads(line)
         for name, value in row.items():
             if name != "step" and not name.startswith(TIMES):
-                results[f"step {row['step']} {name}"] = (
-                    float(value).hex() if _is_number(value) else str(value)
-                )
+                text = float(value).hex() if isinstance(value, int | float) else str(value)
+                results[f"step {row['step']} {name}"] = text
     from safetensors.numpy import load_file
 
-    for name, tensor in load_file(final_model(run) / "model.safetensors").items():
+    for name, tensor in load_file(run / "model" / "model.safetensors").items():
         results[f"weights {name}"] = digest(tensor.tobytes())
     return results
-
-
-def final_model(run: Path, work: Path = Path()) -> Path:
-    """Where a run in the folder `work` has left its model: commits before November 2026 called every one a student."""
-    return run / ("model" if (work / run / "model").is_dir() else "student")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
 
 
 def digest(content: bytes) -> str:

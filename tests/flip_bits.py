@@ -8,7 +8,6 @@ and the student is, bit for bit, that of the step before. Exit code 1 where any 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import random
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from launch.common.cli import command_parser
 from train.checkpointing.checkpoint import newest_checkpoint, step_folders
 from train.distributed.world import import_deepspeed, quiet_libraries
 from train.errors import UserError
@@ -35,9 +35,7 @@ Weights = dict[str, torch.Tensor]
 
 def main(arguments: Sequence[str]) -> int:
     """Copy, flip, count, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--tries", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -84,16 +82,15 @@ def outcome_of(checkpoints: Path, damaged: Path, weights: dict[Path, Weights]) -
     except Exception:
         traceback.print_exc()
         return "raw"
-    if not equal(student, weights[found]):
+    expected = weights[found]
+    same = student.keys() == expected.keys() and all(
+        torch.equal(student[name], value) for name, value in expected.items()
+    )
+    if not same:
         return "silent: other weights"
     if found == damaged:
         return "silent: the damage is not noticed"
     return GOOD if len(said) == 1 and str(damaged) in said[0] else "not said"
-
-
-def equal(left: Weights, right: Weights) -> bool:
-    """Whether two students are the same bit for bit."""
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 if __name__ == "__main__":

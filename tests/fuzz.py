@@ -13,7 +13,6 @@ Exit code 0: no bad outcome. 1: there was one.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -28,6 +27,7 @@ os.environ.update(
 os.environ.update(TQDM_DISABLE="1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.common.cli import command_parser
 from launch.common.tables import Column, Table
 from tests.fuzzing.classes import CLASSES
 from tests.fuzzing.rounds import BLOCK, Prepared, counts_table, fuzz, prepare, replay
@@ -36,9 +36,7 @@ from tests.fuzzing.target import BAD, GOOD, Outcome, Target
 
 def main(arguments: Sequence[str]) -> int:
     """Fuzz, or replay; print what came of it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument(
         "--only", action="append", choices=sorted(CLASSES), metavar="CLASS", help="may be repeated"

@@ -12,7 +12,6 @@ Exit code 0: all survived. An AssertionError says what differs, and OUT keeps it
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -29,6 +28,7 @@ os.environ.update(
 )
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.common.cli import command_parser
 from tests.conftest import WORDS
 from tests.distributed.data_prep_runs import command, contents, run, write_corpus
 from tests.distributed.pretraining import finish, losses, start_without_launcher, weights
@@ -138,9 +138,7 @@ class Rounds:
 
 def main(arguments: Sequence[str]) -> None:
     """Rounds until there are enough kills; a line for each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/kill-rounds"))

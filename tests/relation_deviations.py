@@ -8,7 +8,6 @@ same vectors, rounded to the format; each over the largest magnitude of its prob
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.common.cli import command_parser
 from train.objective.reference import reference_relations
 from train.objective.relations import relation_loss
 from train.objective.relations_native import build
@@ -85,9 +85,7 @@ def _deviation(own: torch.Tensor | None, exact: torch.Tensor | None) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)

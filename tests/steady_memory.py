@@ -9,7 +9,6 @@ and of the numbers of files and threads, and what metrics.jsonl and tensorboard/
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ import psutil
 os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.common.cli import command_parser
 from tests.conftest import WORDS
 from tests.distributed.data_prep_runs import command as data_prep_command
 from tests.distributed.data_prep_runs import run, write_corpus
@@ -62,9 +62,7 @@ def sample(process: psutil.Process, run: Path) -> list[float]:
 
 def main(arguments: Sequence[str]) -> None:
     """Train, sample every two seconds, fit lines."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--out", type=Path, default=Path("runs/steady-memory"))
     options = parser.parse_args(arguments)
@@ -80,9 +78,8 @@ def main(arguments: Sequence[str]) -> None:
         process, deadline = psutil.Process(job.pid), time.monotonic() + 60 * options.minutes
         while time.monotonic() < deadline and job.poll() is None:
             time.sleep(2)
-            if (out / "run" / "metrics.jsonl").exists() and (
-                out / "run" / "metrics.jsonl"
-            ).stat().st_size > 4000:
+            metrics = out / "run" / "metrics.jsonl"
+            if metrics.exists() and metrics.stat().st_size > 4000:
                 samples.append(sample(process, out / "run"))
         assert job.poll() is None, (out / "output.txt").read_text()
         job.terminate()

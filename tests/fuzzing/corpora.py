@@ -64,9 +64,9 @@ def _same_tokens_as_counted(value: Any, expected: Any, folder: Path) -> str | No
     return None if value[2] == expected[2] else "another histogram"
 
 
-def _texts(count: int = 12) -> list[str]:
+def _texts() -> list[str]:
     rng = random.Random(0)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(count)]
+    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(12)]
 
 
 def _lines_of_json(texts: list[str]) -> bytes:

@@ -281,8 +281,3 @@ def _folders(rng: random.Random, folder: Path, file: Path) -> str:
         shutil.rmtree(parent)
         kind = "gone"
     return f"its folder: {kind}"
-
-
-def copy_folder(source: Path, target: Path) -> None:
-    """A copy to damage."""
-    shutil.copytree(source, target, symlinks=True)

@@ -98,13 +98,8 @@ def _make_measurements(folder: Path) -> None:
         "workload": "STS-B", "runtime": "eager", "device": "cpu", "batch": 1, "sequence_length": 31.35,
         "latency_ms": 4.0, "sentences_per_s": 250.0,
     }  # fmt: skip
-    ratio = {
-        "model": "student",
-        "workload": "STS-B",
-        "runtime": "eager",
-        "batch": 1,
-        "sequence_length": 31.35,
-    }
+    shared = ("workload", "runtime", "batch", "sequence_length")
+    ratio = {"model": "student", **{key: row[key] for key in shared}}
     inference = {
         "hardware": "one CPU", "threads": 1,
         "models": [{"name": name, "parameters": 10, "bytes": 40, "rows": [row]} for name in ("teacher", "student")],

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.error_messages import exit_code as data_prep_exit_code
 from launch.common.cli import is_plain
-from tests.fuzzing.mutators import KINDS, copy_folder, damage
+from tests.fuzzing.mutators import KINDS, damage
 from train.errors import RunError, UserError
 
 GOOD = ("accepted", "refused")
@@ -42,7 +42,7 @@ class Target:
     """One class of inputs."""
 
     name: str
-    make: Callable[[Path], None]
+    make: Callable[[Path], object]
     """Writes a whole input into an empty folder."""
     read: Callable[[Path], Any]
     """What the commands do with it. The working directory is the folder, and so is the argument, as Path()."""
@@ -73,7 +73,7 @@ class Outcome:
 
 def damage_folder(target: Target, seed: int, pristine: Path, folder: Path) -> str:
     """Copy an input and damage one file of the copy; what was done. Seed 0 damages nothing."""
-    copy_folder(pristine, folder)
+    shutil.copytree(pristine, folder, symlinks=True)
     rng = random.Random(f"{target.name}/{seed}")
     files = sorted({path for glob in target.damaged for path in folder.glob(glob) if path.is_file()})
     return damage(rng, folder, rng.choice(files), target.kinds) if seed else NOTHING

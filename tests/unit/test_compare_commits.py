@@ -39,8 +39,8 @@ STAND_INS = {
             (run / f"checkpoints/step-{step:08d}").mkdir(parents=True, exist_ok=True)
         rows = [{"step": step, "loss": step / 3 + {loss}, "time_data": id(run) % 1000} for step in range(25)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
-        (run / "student").mkdir(exist_ok=True)
-        save_file({"layer": np.full(3, 1 + {weight}, np.float32)}, run / "student/model.safetensors")
+        (run / "model").mkdir(exist_ok=True)
+        save_file({"layer": np.full(3, 1 + {weight}, np.float32)}, run / "model/model.safetensors")
         (run / "summary.json").write_text("{}")
     """,
 }
