@@ -47,14 +47,12 @@ class RelationLayers:
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
     """The shape of any model of train/models/families.py."""
-    config = model.config
-    feed_forward = getattr(config, "intermediate_size", None) or config.hidden_dim
-    family = family_of(model)
+    config, family = model.config, family_of(model)
     embedding: Any = model.get_input_embeddings()
     return ModelShape(
         family.num_layers(model),
         family.width(model),
-        int(feed_forward),
+        int(getattr(config, family.feed_forward_field)),
         int(config.vocab_size),
         int(embedding.weight.shape[1]),
         gated=family.gated,

@@ -158,13 +158,9 @@ def load_with_new_head(name: str, auto_class: Any, seed: int, head: Mapping[str,
     config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head)
     config.dtype = torch.float32
     model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=False)
-    wanted = model.base_model.state_dict()
-    loaded = {
-        key: value for key, value in encoder.state_dict().items() if key in wanted and key not in missing
-    }
-    without = [key for key in wanted if key not in loaded and not key.startswith(POOLER)]
-    assert not without, without
-    model.base_model.load_state_dict(loaded, strict=False)
+    known = {key: value for key, value in encoder.state_dict().items() if key not in missing}
+    found = model.base_model.load_state_dict(known, strict=False)
+    assert all(key.startswith(POOLER) for key in found.missing_keys), found
     return model
 
 

@@ -78,13 +78,13 @@ def vocabulary_loss(
     if weights.kd == 0:
         weights = replace(weights, temperature=1.0)
     # A GPU's allocator keeps freed blocks at hand; holding them would only take memory from activations.
-    keep_buffers = workspace is not None and features.device.type == "cpu"
+    kept = workspace if workspace is not None and features.device.type == "cpu" else Workspace()
     chunked = _Pass(
         tuple(teachers),
         tokens,
         weights,
         chunk_rows(features.shape[0], weight, chunk_tokens),
-        workspace if workspace is not None and keep_buffers else Workspace(),
+        kept,
     )
     if not torch.is_grad_enabled():  # autograd would ask for the gradients all the same
         features, weight, bias = features.detach(), weight.detach(), None if bias is None else bias.detach()
