@@ -239,6 +239,17 @@ def test_heldout_windows_are_fixed_and_spread(folder: Path, manifest: Manifest) 
         heldout_windows(str(folder), manifest, 100_000, 7)
 
 
+def test_an_altered_shard_is_found_when_it_is_read(tmp_path: Path) -> None:
+    manifest = write_tiny_shards(tmp_path)
+    path = tmp_path / manifest.splits["heldout"][0].name
+    content = bytearray(path.read_bytes())
+    first = content.index(b" \n", 512) + 2
+    content[first] = 5 + (content[first] == 5)  # another ordinary token
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"shard heldout-000000\.tar at .* was altered, its sha256"):
+        heldout_windows(str(tmp_path), manifest, LENGTH, 7)
+
+
 def test_ranks_share_a_full_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, read = write_tiny_shards(tmp_path), []
 

@@ -162,6 +162,14 @@ def test_smoothing_draws_by_frequency_without_replacement() -> None:
     assert not torch.allclose(share[0], share[0].roll(1), atol=0.1)
 
 
+def test_smoothing_of_equal_counts_is_uniform() -> None:
+    rows = 20_000
+    ids = windows(rows, 16, special_share=0)
+    masker = Masker(TOKENIZER, 16, 0, probability=0.25, histogram=np.full(64, 9))
+    counts = torch.bincount(masker(ids, torch.arange(rows), 0).positions.flatten(), minlength=16)
+    assert torch.allclose(counts[1:-1] / rows, torch.full((14,), 4 / 14), atol=4 * (0.2 / rows) ** 0.5)
+
+
 def test_whole_words_are_masked_whole() -> None:
     rows = 2000
     continues = np.zeros(64, dtype=bool)

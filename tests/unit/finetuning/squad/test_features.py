@@ -126,6 +126,10 @@ def test_an_answer_cut_by_a_window_is_no_answer_there() -> None:
     assert (windows.answer[cut] == 0).all()
 
 
+def test_impossible_questions_have_no_answer() -> None:
+    assert make_windows([asked("the model", None)], wordpiece(), 64, 10).answer.tolist() == [[0, 0]]
+
+
 def test_offsets_share_tokens_with_the_span() -> None:
     offsets = np.array([[0, 3], [3, 6], [7, 8], [7, 8], [9, 12]], np.int32)
     assert answer_tokens(offsets, (7, 8)) == (2, 3)  # two tokens in one character
